@@ -1,0 +1,124 @@
+"""What the commands share: the console script, flags for models, errors as sentences."""
+
+import argparse
+import functools
+import importlib
+import os
+import platform
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_distill.errors import InputError
+
+VERBS = {
+    "generate": "write text with a model, faster with a drafter",
+    "train_drafter": "train a recurrent drafter for a model",
+    "benchmark": "measure drafting against mlx-lm on this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mlx-distill VERB ...``, which is ``python -m mlx_distill.VERB ...``."""
+    parser = argparse.ArgumentParser(
+        prog="mlx-distill",
+        description=__doc__ and "Make language models faster with drafters of their own.",
+        epilog="verbs: " + "; ".join(f"{verb}: {text}" for verb, text in VERBS.items()),
+    )
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see mlx-distill VERB --help")
+    arguments = parser.parse_args(argv)
+    return importlib.import_module(f"mlx_distill.{arguments.verb}").main(arguments.arguments)
+
+
+def command(function: Callable[..., int]) -> Callable[..., int]:
+    """Turn the errors that a user can mend into one line on stderr and exit status 2."""
+
+    @functools.wraps(function)
+    def run(argv: Sequence[str] | None = None) -> int:
+        # Libraries speak on stderr about what the commands say better themselves.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        try:
+            return function(argv)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # the reader of a pipe has gone, as with | head
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except KeyboardInterrupt:
+            print("\nstopped", file=sys.stderr)
+            return 130
+
+    return run
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model, under mlx-lm's names."""
+    parser.add_argument(
+        "--model",
+        help="the model's folder or hub repository (default: the bundled stories-14m)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let the model's repository run its own Python code",
+    )
+
+
+def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model and the tokenizer that the flags ask for."""
+    from mlx_distill.checkpoint import bundled, load
+
+    return load(
+        arguments.model or bundled("stories-14m"),
+        trust_remote_code=arguments.trust_remote_code,
+        tokenizer_config={"trust_remote_code": True} if arguments.trust_remote_code else None,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what a result depends on."""
+    names = ("mlx-distill", "mlx", "mlx-lm", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def machine() -> dict[str, Any]:
+    """Return what a result has to say about its machine; memory in bytes."""
+    device = mx.default_device()
+    info = mx.device_info() if device == mx.Device(mx.gpu) else {}
+    return {
+        "system": f"{platform.system()} {platform.release()}",
+        "processor": info.get("device_name") or _processor(),
+        "cores": os.cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "device": str(device.type).rpartition(".")[2],
+    }
+
+
+def memory_bytes() -> int:
+    """Return the size of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def peak_resident_bytes() -> int:
+    """Return the most memory this process has held; macOS counts bytes, Linux kilobytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

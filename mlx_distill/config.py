@@ -1,0 +1,80 @@
+"""Frozen dataclasses as command-line flags: every default, help text and check is written once.
+
+The help of a flag is the field's entry in the ``Args`` section of the dataclass's docstring, and
+its default is the field's.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def add_flags(
+    parser: argparse.ArgumentParser, config: type, rename: dict[str, str] | None = None
+) -> None:
+    """Add a flag for every field of a dataclass that is not a dataclass itself.
+
+    Args:
+        parser: Gets a group of flags.
+        config: The dataclass.
+        rename: Flags that are not called like their field, without the dashes.
+    """
+    helps = _field_helps(config)
+    hints = typing.get_type_hints(config)
+    group = parser.add_argument_group(_title(config))
+    for item in dataclasses.fields(config):
+        kind = hints[item.name]
+        if dataclasses.is_dataclass(kind):
+            continue
+        name = (rename or {}).get(item.name, item.name.replace("_", "-"))
+        options: dict[str, Any] = {"dest": item.name, "default": item.default}
+        scalar, many = _scalar(kind)
+        if many:
+            options["nargs"] = "+"
+        default = "" if item.default is None else f" (default: {_show(item.default)})"
+        text = helps.get(item.name, "").rstrip(".").replace("%", "%%") + default
+        group.add_argument(
+            f"--{name}", type=scalar, help=text, metavar=scalar.__name__.upper(), **options
+        )
+
+
+def from_flags(config: type[T], arguments: argparse.Namespace, **others: Any) -> T:
+    """Return the dataclass that the flags describe; ``others`` are fields without a flag."""
+    values = {}
+    for item in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        if item.name not in others and hasattr(arguments, item.name):
+            value = getattr(arguments, item.name)
+            values[item.name] = tuple(value) if isinstance(value, list) else value
+    return config(**values, **others)
+
+
+def _scalar(kind: Any) -> tuple[type, bool]:
+    """Return the type of a field's values, and whether it takes several."""
+    if typing.get_origin(kind) is tuple:
+        return typing.get_args(kind)[0], True
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(part for part in typing.get_args(kind) if part is not type(None)), False
+    return kind, False
+
+
+def _field_helps(config: type) -> dict[str, str]:
+    """Return the entries of the ``Args`` section of a docstring, as single lines."""
+    doc = inspect.getdoc(config) or ""
+    section = re.search(r"Args:\n(.*?)(?:\n\n|\n\S|\Z)", doc, re.DOTALL)
+    entries = re.split(r"\n {4}(?=\w)", "\n" + section[1]) if section else []
+    pairs = (entry.split(":", 1) for entry in entries if ":" in entry)
+    return {name.strip(): " ".join(text.split()) for name, text in pairs}
+
+
+def _title(config: type) -> str:
+    return (inspect.getdoc(config) or config.__name__).splitlines()[0].rstrip(".")
+
+
+def _show(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,142 @@
+"""The target's own answers: what a drafter learns from, and their file.
+
+A drafter has to predict what *its* target writes, so the target writes the training text itself:
+in batches, at several temperatures, one JSON line per answer. The file begins with a header that
+says which target wrote it; a run that was stopped goes on where the file ends.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.generate import BatchGenerator
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_distill.data.records import read_jsonl
+from mlx_distill.errors import InputError
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of the target, as token ids; EOS is the last one where the target ended it."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclass(frozen=True)
+class ResponseConfig:
+    """How the answers are written; kept in the header of their file.
+
+    Args:
+        max_tokens: The longest answer, in tokens.
+        temperatures: Batch i is answered at temperature ``temperatures[i % len]``; 0 is greedy.
+        response_batch_size: How many answers are written at once.
+        response_seed: Makes the answers repeatable, batch by batch.
+    """
+
+    max_tokens: int = 192
+    temperatures: tuple[float, ...] = (0.0, 1.0)
+    response_batch_size: int = 64
+    response_seed: int = 0
+
+
+def write_responses(
+    path: Path,
+    model: nn.Module,
+    eos_token_ids: set[int],
+    prompts: Sequence[list[int]],
+    config: ResponseConfig,
+    target: dict[str, Any],
+) -> Iterator[int]:
+    """Append the target's answers to ``path`` and yield how many are there after each batch.
+
+    Args:
+        path: A JSONL file; it is created, or continued where it ends.
+        model: The target.
+        eos_token_ids: What ends an answer.
+        prompts: Token ids, answered in order.
+        config: How to write.
+        target: The target's fingerprint, for the header.
+
+    Raises:
+        InputError: If the file was written by another target or with another configuration.
+    """
+    header = {"target": target, "config": json.loads(json.dumps(asdict(config)))}
+    done = _open(path, header, len(prompts))
+    for start in range(done, len(prompts), config.response_batch_size):
+        batch = prompts[start : start + config.response_batch_size]
+        responses = _answer(model, eos_token_ids, batch, start, config)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps({"prompt": p, "response": r}, separators=(",", ":")) + "\n"
+                for p, r in zip(batch, responses, strict=True)
+            )
+        yield start + len(batch)
+
+
+def read_responses(path: Path) -> list[Response]:
+    """Return the answers of a file that ``write_responses`` has made.
+
+    Raises:
+        InputError: If the file is not one, or is damaged.
+    """
+    rows = list(read_jsonl(path))[1:]
+    try:
+        return [Response(row["prompt"], row["response"]) for row in rows]
+    except KeyError as error:
+        raise InputError(f"{path} is not a file of responses: a row has no {error}") from None
+
+
+def _open(path: Path, header: dict[str, Any], num_prompts: int) -> int:
+    """Create the file or cut it back to whole batches; return how many answers it holds.
+
+    A batch is written by one call, but a kill or a full disk can leave a part of it. Only the last
+    batch of the prompts may be short.
+    """
+    if not path.exists():
+        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        return 0
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()  # the line that was being written when the run was killed
+    found = json.loads(lines[0]) if lines else None
+    if found != header:
+        raise InputError(f"{path} was written by another target or with other settings; remove it")
+    batch_size = header["config"]["response_batch_size"]
+    done = len(lines) - 1
+    if done < num_prompts and done % batch_size:
+        done -= done % batch_size
+        path.write_text("".join(lines[: done + 1]), encoding="utf-8")
+    return done
+
+
+def _answer(
+    model: nn.Module,
+    eos_token_ids: set[int],
+    prompts: Sequence[list[int]],
+    start: int,
+    config: ResponseConfig,
+) -> list[list[int]]:
+    """Return the answers to one batch; seed and temperature depend on its place, for resuming."""
+    mx.random.seed(config.response_seed * 1_000_003 + start)
+    temperature = config.temperatures[start // config.response_batch_size % len(config.temperatures)]
+    generator = BatchGenerator(
+        model,
+        max_tokens=config.max_tokens,
+        stop_tokens=[[token] for token in sorted(eos_token_ids)],
+        sampler=make_sampler(temperature),
+        completion_batch_size=config.response_batch_size,
+        prefill_batch_size=config.response_batch_size,
+    )
+    uids = generator.insert([list(prompt) for prompt in prompts])
+    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    while batch := generator.next_generated():
+        for response in batch:
+            answers[response.uid].append(response.token)
+    generator.close()
+    return [answers[uid] for uid in uids]

@@ -1,0 +1,192 @@
+"""The recurrent drafter: a state that reads tokens, and a head that reads state and context.
+
+    s_t = silu(W e(g_{t-1}) + U s_{t-1} + b),   s_0 = 0
+    q(g_t | g_<t) = softmax(head([h ; s_t]))
+
+e is the target's embedding, g_0 the certain token and h what the target's head saw when it chose
+g_0; h stays the same over the draft. The head is an optional projection, residual blocks
+x + silu(A x + b), and a matrix of its own with one row per token that can be drafted.
+
+Source:
+    Zhang et al. 2024, arXiv:2403.09919, section 3. The names of the parameters are those of the
+    checkpoints published with it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+from mlx import nn
+
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.beam_search import beam_search
+from mlx_distill.speculation.prefix_tree import BeamLevels
+
+MODEL_TYPE = "recurrent_drafter"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RecurrentDrafterConfig:
+    """The shape of a recurrent drafter.
+
+    Args:
+        hidden_size: Width of the target's hidden states, and of the drafter's own state.
+        vocab_size: Number of the target's tokens.
+        exit_dim: Width of the head; 2 x hidden_size leaves out the input projection.
+        num_draft_layers: Number of residual blocks.
+        rnn: False adds the embeddings up instead of feeding them to the recurrence.
+        embedding_size: Width of the target's embedding; None if it is hidden_size.
+        draft_vocab_size: How many tokens can be drafted; None for all. The map of a smaller
+            vocabulary is the checkpoint's ``token_ids``.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    exit_dim: int
+    num_draft_layers: int
+    rnn: bool = True
+    embedding_size: int | None = None
+    draft_vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "exit_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.num_draft_layers, int) or self.num_draft_layers < 0:
+            raise InputError(f"num_draft_layers must be at least 0, got {self.num_draft_layers!r}")
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise InputError(
+                f"draft_vocab_size must be between 1 and the vocabulary's {self.vocab_size}, "
+                f"got {self.draft_vocab_size}"
+            )
+        if not self.rnn and self.embedding_size not in (None, self.hidden_size):
+            raise InputError("a drafter without rnn needs embeddings as wide as the hidden states")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RecurrentDrafterConfig":
+        """Return the configuration of a checkpoint's ``config.json``.
+
+        Raises:
+            InputError: If a field is missing, or unknown.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise InputError(f"the drafter's config has unknown fields: {', '.join(unknown)}")
+        required = [f.name for f in fields.values() if f.default is dataclasses.MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise InputError(f"the drafter's config lacks the fields: {', '.join(missing)}")
+        return cls(**values)
+
+
+class ResidualBlock(nn.Module):
+    """x + silu(A x + b)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def __call__(self, x: Float[mx.array, "... E"]) -> Float[mx.array, "... E"]:
+        """Return the block's output."""
+        return x + nn.silu(self.linear(x))
+
+
+class RecurrentDrafter(nn.Module):
+    """The drafter's network; see the module's docstring.
+
+    Args:
+        config: Its shape.
+    """
+
+    def __init__(self, config: RecurrentDrafterConfig):
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        num_tokens = config.draft_vocab_size or config.vocab_size
+        if config.exit_dim != 2 * width:
+            self.input_proj = nn.Linear(2 * width, config.exit_dim)
+        self.lm_head = [
+            *(ResidualBlock(config.exit_dim) for _ in range(config.num_draft_layers)),
+            nn.Linear(config.exit_dim, num_tokens, bias=False),
+        ]
+        if config.rnn:
+            self.rnn_u = nn.Linear(width, width)
+            self.rnn_w = nn.Linear(config.embedding_size or width, width, bias=False)
+        if config.draft_vocab_size:
+            self.token_ids = mx.arange(config.draft_vocab_size)
+            self.freeze(keys=["token_ids"], recurse=False)
+
+    def context(self, hidden: Float[mx.array, "... D"]) -> Float[mx.array, "... C"]:
+        """Return the context's share of the head's input, which a draft needs only once."""
+        if "input_proj" not in self:
+            return hidden
+        weight = self.input_proj.weight[:, : self.config.hidden_size]
+        return hidden @ weight.T + self.input_proj.bias
+
+    def read(self, embeddings: Float[mx.array, "... E"]) -> Float[mx.array, "... D"]:
+        """Return what tokens add to the state: W e, or e itself without a recurrence."""
+        return self.rnn_w(embeddings) if self.config.rnn else embeddings
+
+    def advance(
+        self, state: Float[mx.array, "... D"] | None, read: Float[mx.array, "... D"]
+    ) -> Float[mx.array, "... D"]:
+        """Return the state after one more token; None is the state before the first."""
+        if not self.config.rnn:
+            return read if state is None else state + read
+        recurrent = self.rnn_u.bias if state is None else self.rnn_u(state)
+        return nn.silu(read + recurrent)
+
+    def logits(
+        self, context: Float[mx.array, "... C"], state: Float[mx.array, "... D"]
+    ) -> Float[mx.array, "... K"]:
+        """Return the logits of the tokens that can be drafted."""
+        if "input_proj" in self:
+            weight = self.input_proj.weight[:, self.config.hidden_size :]
+            x = context + state @ weight.T
+        else:
+            context = mx.broadcast_to(context, state.shape)
+            x = mx.concatenate([context, state], axis=-1)
+        for layer in self.lm_head:
+            x = layer(x)
+        return x
+
+
+class BoundDrafter:
+    """A recurrent drafter together with the target's embedding: a ``Drafter`` for the loop.
+
+    Args:
+        network: The drafter's network.
+        embed: The target's input embedding.
+        target: Fingerprint of the target that the network was trained for.
+    """
+
+    def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: dict[str, Any]):
+        self.network = network
+        self.embed = embed
+        self.target = target
+
+    @property
+    def config(self) -> RecurrentDrafterConfig:
+        """The network's shape."""
+        return self.network.config
+
+    def draft(
+        self, hidden: Float[mx.array, " D"], root: Int[mx.array, " 1"], plan: DraftPlan
+    ) -> BeamLevels:
+        """Return likely continuations of the root; see ``Drafter``."""
+        network = self.network
+        context = network.context(hidden)[None]
+
+        def step(tokens: mx.array, state: mx.array | None) -> tuple[mx.array, mx.array]:
+            state = network.advance(state, network.read(self.embed(tokens)))
+            logits = network.logits(context, state).astype(mx.float32)
+            return logits - mx.logsumexp(logits, axis=-1, keepdims=True), state
+
+        token_ids = network.token_ids if self.config.draft_vocab_size else None
+        return beam_search(step, root, None, plan.beam_width, plan.draft_length, token_ids)

@@ -1,0 +1,288 @@
+"""One layer's KV cache seen by the nodes of a tree: mask, positions, append, commit, rewind.
+
+An mlx-lm model asks its cache for three things: the attention mask (``make_mask``), the position of
+the new tokens (``offset``) and the keys to attend to (``update_and_fetch``). A ``TreeCache`` stands
+in for the cache during one call and answers for the nodes of a tree instead of a run of text. After
+the call, ``commit`` keeps the accepted path, so that the cache holds what plain decoding would.
+
+Two layouts, chosen by the target:
+
+* *row*: the nodes are the sequence axis, as tokens of a prompt are. ``offset`` is then one position
+  per node, which the wrapped rope modules understand (``tree_rope``).
+* *batch*: every node is a batch row of length one. ``offset`` is one position per batch row, which
+  every mlx-lm model understands, because that is how it decodes batches.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Bool, Int
+from mlx.utils import tree_map
+from mlx_lm.models.cache import (
+    CacheList,
+    ChunkedKVCache,
+    ConcatenateKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache, ConcatenateKVCache)
+BRANCHING = (*APPENDING, RotatingKVCache)
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """What every layer of one tree call shares.
+
+    Args:
+        mask: Row i holds the ancestors of node i and i itself.
+        depths: Distance of each node from the root, which has depth 0.
+        start: Position of the root: how many tokens are cached.
+        batched: Whether the nodes are batch rows (see the module's docstring).
+    """
+
+    mask: Bool[mx.array, "N N"]
+    depths: Int[mx.array, " N"]
+    start: int
+    batched: bool
+    masks: dict[Any, mx.array] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def positions(self) -> Int[mx.array, " N"]:
+        """Position of every node in the text."""
+        if "positions" not in self.masks:
+            self.masks["positions"] = self.depths + self.start
+        return self.masks["positions"]
+
+
+class TreeCache:
+    """A cache that appends: plain, quantised and chunked KV."""
+
+    def __init__(self, base: Any, layout: TreeLayout):
+        self.base = base
+        self.layout = layout
+        self.begin = _length(base)
+
+    def __getattr__(self, name: str) -> Any:
+        # What this class does not answer (bits, group_size, ...) is asked of the cache itself.
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Some models tidy up the arrays of their cache.
+        if name in ("keys", "values"):
+            setattr(self.base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def offset(self) -> mx.array:
+        """Position of every node."""
+        return self.layout.positions
+
+    def make_mask(
+        self, num_tokens: int, window_size: int | None = None, return_array: bool = False
+    ) -> Bool[mx.array, "..."]:
+        """Return which cached tokens and which nodes every node attends to."""
+        past, start = self.begin, self.layout.start
+        slots = lambda: mx.arange(start - past, start)  # noqa: E731
+        return _mask(self.layout, (past, window_size), slots, window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Append the nodes' keys and values; return them behind the cached ones."""
+        if not self.layout.batched:
+            return self.base.update_and_fetch(keys, values)
+        nodes = keys.shape[0]
+        fetched = self.base.update_and_fetch(_to_sequence(keys), _to_sequence(values))
+        return tree_map(lambda x: mx.broadcast_to(x, (nodes, *x.shape[1:])), fetched)
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
+        fetched = self.base.keys_and_values()
+        nodes = self.layout.depths.size if self.layout.batched else 1
+        return tree_map(lambda x: mx.broadcast_to(x, (nodes, *x.shape[1:])), fetched)
+
+    def commit(self, path: list[int]) -> None:
+        """Keep the nodes of the accepted path, in their order, and drop the others."""
+        if path != list(range(len(path))):
+            rows = mx.array(path)
+            begin, nodes = self.begin, self.layout.depths.size
+            for storage in _storages(self.base):
+                accepted = mx.take(storage[..., begin : begin + nodes, :], rows, axis=-2)
+                storage[..., begin : begin + len(path), :] = accepted
+        self.rewind(len(path))
+
+    def rewind(self, num_tokens: int) -> None:
+        """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
+        self.base.offset = self.layout.start + num_tokens
+
+
+class RotatingTreeCache(TreeCache):
+    """A sliding-window cache: the tree is kept beside the window until it is committed."""
+
+    def __init__(self, base: RotatingKVCache, layout: TreeLayout):
+        super().__init__(base, layout)
+        self.before = base.state
+        self.path: list[int] = []
+        if base.empty():
+            self.past, self.begin = None, 0
+        else:
+            keys, values = (_temporal(base, x) for x in (base.keys, base.values))
+            # Of a window of n tokens the new token is one, so n - 1 older ones can matter.
+            self.past = tuple(_tail(x, base.keep, base.max_size - 1) for x in (keys, values))
+            self.begin = self.past[0].shape[-2]
+
+    def make_mask(
+        self, num_tokens: int, window_size: int | None = None, return_array: bool = False
+    ) -> Bool[mx.array, "..."]:
+        """Return which cached tokens and which nodes every node attends to."""
+        keep, size = self.base.keep, self.base.max_size
+        window = min(window_size or size, size) if keep == 0 else size - keep
+        past, start = self.begin, self.layout.start
+
+        def slots() -> mx.array:
+            recent = past - min(keep, past)
+            return mx.concatenate([mx.arange(past - recent), mx.arange(start - recent, start)])
+
+        key = (past, window, keep, size)
+        return _mask(self.layout, key, slots, window, keep)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Return the nodes' keys and values behind those of the window."""
+        batched = self.layout.batched
+        self.nodes = tuple(_to_sequence(x) if batched else x for x in (keys, values))
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
+        nodes = self.layout.depths.size if self.layout.batched else 1
+        keys, values = (
+            mx.broadcast_to(x, (nodes, *x.shape[1:])) for x in self._append(self.nodes)
+        )
+        return keys, values
+
+    def commit(self, path: list[int]) -> None:
+        """Append the accepted path to the window."""
+        self.path = path
+        _, _, offset, keep, max_size, _ = self.before
+        rows = mx.array(path)
+        keys, values = self._append([mx.take(x, rows, axis=-2) for x in self.nodes])
+        # The state that the cache's own multi-token update would leave: temporal order, the
+        # window and what was appended; its next update trims to the window.
+        self.base.state = (keys, values, offset + len(path), keep, max_size, keys.shape[-2])
+
+    def rewind(self, num_tokens: int) -> None:
+        """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
+        if num_tokens:
+            self.commit(self.path[:num_tokens])
+        else:
+            self.base.state = self.before
+
+    def _append(self, rows: Any) -> list[mx.array]:
+        past = self.past or (None, None)
+        return [
+            new if old is None else mx.concatenate([old, new], axis=-2)
+            for old, new in zip(past, rows, strict=True)
+        ]
+
+
+class TreeCacheList:
+    """The tree's view of a layer with several caches."""
+
+    def __init__(self, base: CacheList, layout: TreeLayout):
+        self.caches = [tree_cache(cache, layout) for cache in base.caches]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.caches[index]
+
+    def commit(self, path: list[int]) -> None:
+        """Commit every cache."""
+        for cache in self.caches:
+            cache.commit(path)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Rewind every cache."""
+        for cache in self.caches:
+            cache.rewind(num_tokens)
+
+
+def tree_cache(base: Any, layout: TreeLayout) -> TreeCache | TreeCacheList:
+    """Return the view of one layer's cache for one tree call."""
+    if isinstance(base, CacheList):
+        return TreeCacheList(base, layout)
+    return (RotatingTreeCache if isinstance(base, RotatingKVCache) else TreeCache)(base, layout)
+
+
+def can_branch(cache: Any) -> bool:
+    """Return whether a cache can hold a tree; recurrent states cannot."""
+    if isinstance(cache, CacheList):
+        return all(can_branch(part) for part in cache.caches)
+    return type(cache) in BRANCHING
+
+
+def cached_tokens(caches: list[Any]) -> int:
+    """Return how many tokens a prompt cache has seen."""
+    cache = caches[0]
+    while isinstance(cache, CacheList):
+        cache = cache.caches[0]
+    return cache.offset
+
+
+def _mask(
+    layout: TreeLayout, key: Any, slots: Any, window: int | None, keep: int = 0
+) -> Bool[mx.array, "..."]:
+    """Return the mask of the cached slots and the nodes; layers with equal caches share one.
+
+    ``slots`` gives the text position of every cached slot. With a window, a token is visible to a
+    node when it is less than ``window`` positions before it, or among the first ``keep``.
+    """
+    if key not in layout.masks:
+        nodes = layout.depths.size
+        if window is None:
+            visible = mx.ones((nodes, key[0]), dtype=mx.bool_)
+            mask = mx.concatenate([visible, layout.mask], axis=1)
+        else:
+            at = layout.positions
+            past = slots()
+            visible = (past > at[:, None] - window) | (past < keep)
+            inside = layout.mask & ((at > at[:, None] - window) | (at < keep))
+            mask = mx.concatenate([visible, inside], axis=1)
+        layout.masks[key] = mask[:, None, None, :] if layout.batched else mask
+    return layout.masks[key]
+
+
+def _length(base: Any) -> int:
+    """Return how many slots an appending cache holds."""
+    return base.offset - getattr(base, "start_position", 0)
+
+
+def _storages(base: Any) -> list[mx.array]:
+    """Return the arrays of a cache that have the tokens on axis -2."""
+    parts = (base.keys, base.values)
+    return [array for part in parts for array in (part if isinstance(part, tuple) else (part,))]
+
+
+def _to_sequence(x: mx.array) -> mx.array:
+    """Turn nodes on the batch axis, (N, H, 1, D), into a sequence, (1, H, N, D)."""
+    return x.transpose(2, 1, 0, 3)
+
+
+def _temporal(base: RotatingKVCache, x: mx.array) -> mx.array:
+    """Return the ring's content in the order of the text.
+
+    The ring is full up to its length once it has turned; ``_idx`` is where the next token goes.
+    """
+    index = base._idx
+    if index == x.shape[2] or index >= base.offset:
+        return x[..., :index, :]
+    keep = base.keep
+    return mx.concatenate([x[..., :keep, :], x[..., index:, :], x[..., keep:index, :]], axis=2)
+
+
+def _tail(x: mx.array, keep: int, size: int) -> mx.array:
+    """Return the first ``keep`` tokens and the latest others, ``size`` in all at the most."""
+    excess = x.shape[2] - size
+    if excess <= 0:
+        return x
+    return mx.concatenate([x[..., :keep, :], x[..., keep + excess :, :]], axis=2)
