@@ -11,6 +11,7 @@ import shutil
 import struct
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx_lm
@@ -65,9 +66,7 @@ def load(path_or_repo: str | Path, **options: Any) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def load_drafter(
-    path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None
-) -> BoundDrafter:
+def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> BoundDrafter:
     """Return the drafter of a folder or a hub repository, ready to draft for a model.
 
     Args:
@@ -91,7 +90,7 @@ def load_drafter(
     made_for = config.get("target")
     if not isinstance(made_for, dict):
         raise InputError(f"{path}: the drafter's config lacks the field target")
-    check_fingerprint(made_for, fingerprint(target, tokenizer), path)
+    check_fingerprint(made_for, fingerprint(target, tokenizer))
     known = {k: v for k, v in config.items() if k not in ("model_type", "format_version", "target")}
     network = RecurrentDrafter(RecurrentDrafterConfig.from_dict(known))
     weights = path / "model.safetensors"
@@ -143,20 +142,25 @@ def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:
     return known
 
 
-def check_fingerprint(made_for: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+def check_fingerprint(made_for: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise InputError if a drafter's target differs from the one it meets."""
     for name, value in found.items():
         if made_for.get(name) != value:
             raise InputError(
-                f"the drafter {path} was made for another target: its {name.replace('_', ' ')} is "
+                f"the drafter was made for another target: its {name.replace('_', ' ')} is "
                 f"{made_for.get(name)}, this model's is {value}"
             )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a hash of a tokenizer's tokens and their ids."""
-    tokens = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-    return hashlib.sha256(tokens).hexdigest()[:16]
+    """Return a hash of a tokenizer's tokens and their ids; it is computed once."""
+    if tokenizer not in _hashes:
+        tokens = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+        _hashes[tokenizer] = hashlib.sha256(tokens).hexdigest()[:16]
+    return _hashes[tokenizer]
+
+
+_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
 
 def check_safetensors(path: Path) -> None:
@@ -172,7 +176,9 @@ def check_safetensors(path: Path) -> None:
             if length > size:
                 raise InputError(f"{path} is damaged: its header is longer than the file")
             header = json.loads(file.read(length))
-        end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+        end = max(
+            (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
+        )
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -11,16 +11,16 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from mlx_distill import cli
+from mlx_distill.arrays import num_bytes, num_values, to_host
 from mlx_distill.checkpoint import fingerprint, save_drafter
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
@@ -111,7 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = Target.of(model)
     target.require_drafting()
     known = fingerprint(target, tokenizer)
-    settings = {"config": _plain(config), "target": known, "data": [Path(path).name for path in arguments.data]}
+    settings = {
+        "config": asdict(config),
+        "target": known,
+        "data": [Path(path).name for path in arguments.data],
+    }
     prompts = [
         prompt
         for path in arguments.data
@@ -182,7 +186,7 @@ class DrafterTrainer:
             sums, counts = acceptance_by_depth(self.network, view, self.config.unroll)
             total, count = total + sums, count + counts
             mx.eval(total, count)
-        greedy, sampled = (total / mx.maximum(count, 1)).tolist()  # pyright: ignore
+        greedy, sampled = to_host(total / mx.maximum(count, 1))
         return {"acceptance_greedy": greedy, "acceptance_sampled": sampled}
 
     def run(self, folder: Path, quiet: bool = False) -> list[dict[str, Any]]:
@@ -194,7 +198,7 @@ class DrafterTrainer:
         log = [row for row in _read_log(log_path) if row["step"] <= step]
         steps = train(
             self.network,
-            lambda network, view: drafter_loss(network, view, config.unroll, config.decay),
+            lambda view: drafter_loss(self.network, view, config.unroll, config.decay),
             lambda step: self.view(
                 [
                     self.training[row]
@@ -212,7 +216,9 @@ class DrafterTrainer:
                 bar.update()
                 bar.set_description(f"loss {progress.loss:.3f}")
                 if progress.evaluation:
-                    log.append({"step": progress.step, "loss": progress.loss, **progress.evaluation})
+                    log.append(
+                        {"step": progress.step, "loss": progress.loss, **progress.evaluation}
+                    )
                     log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
                     by_depth = " ".join(f"{x:.2f}" for x in log[-1]["acceptance_greedy"])
                     bar.set_postfix_str(f"held-out acceptance {by_depth}")
@@ -225,8 +231,8 @@ class DrafterTrainer:
             InputError: If that is more than the machine has.
         """
         config, network = self.config, self.network
-        weights = sum(x.nbytes for _, x in tree_flatten(self.target.model.parameters()))
-        drafter = sum(x.nbytes for _, x in tree_flatten(network.parameters()))
+        weights = num_bytes(self.target.model.parameters())
+        drafter = num_bytes(network.parameters())
         positions = config.batch_size * self.width
         vocab = network.config.draft_vocab_size or network.config.vocab_size
         # The target's logits, and their copy in float32; per unrolled step: the drafter's logits,
@@ -235,9 +241,9 @@ class DrafterTrainer:
         unrolled = positions * config.unroll * (4 * vocab + 8 * network.config.hidden_size) * 4
         total = weights + 4 * drafter + view + unrolled
         text = (
-            f"memory: about {total / 1e9:.1f} GB (target {weights / 1e9:.1f}, drafter and optimizer "
-            f"{4 * drafter / 1e9:.2f}, batch of {config.batch_size} x {self.width} tokens "
-            f"{(view + unrolled) / 1e9:.1f})"
+            f"memory: about {total / 1e9:.1f} GB (target {weights / 1e9:.1f}, drafter and "
+            f"optimizer {4 * drafter / 1e9:.2f}, batch of {config.batch_size} x {self.width} "
+            f"tokens {(view + unrolled) / 1e9:.1f})"
         )
         if total > cli.memory_bytes():
             raise InputError(
@@ -333,18 +339,10 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def _plain(config: DrafterTraining) -> dict[str, Any]:
-    return {item.name: _value(getattr(config, item.name)) for item in fields(config)}
-
-
-def _value(value: Any) -> Any:
-    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
-
-
 def _card(name: str, trainer: DrafterTrainer, settings: dict[str, Any], log: list[Any]) -> str:
     """Return the model card: what the drafter is, how it was made, what was measured."""
     shape = trainer.network.config
-    parameters = sum(x.size for _, x in tree_flatten(trainer.network.parameters()))
+    parameters = num_values(trainer.network.parameters())
     tokens = sum(len(response.response) for response in trainer.training)
     rows = "\n".join(
         f"| {depth} | {greedy:.3f} | {sampled:.3f} |"

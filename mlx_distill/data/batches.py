@@ -9,9 +9,7 @@ import numpy as np
 from mlx_distill.data.responses import Response
 
 
-def padded_batch(
-    responses: Sequence[Response], width: int
-) -> tuple[mx.array, mx.array, mx.array]:
+def padded_batch(responses: Sequence[Response], width: int) -> tuple[mx.array, mx.array, mx.array]:
     """Return texts (B, width), prompt lengths (B,) and text lengths (B,); longer texts are cut."""
     texts = np.zeros((len(responses), width), np.int32)
     lengths = []
@@ -27,7 +25,9 @@ def shuffled_rows(num_rows: int, batch_size: int, step: int, seed: int) -> np.nd
     """Return the rows of a step's batch; every epoch is a new order, and no row is left out."""
     places = np.arange(step * batch_size, (step + 1) * batch_size)
     rows = [
-        np.random.default_rng([seed, epoch]).permutation(num_rows)[places[places // num_rows == epoch] % num_rows]
+        np.random.default_rng([seed, epoch]).permutation(num_rows)[
+            places[places // num_rows == epoch] % num_rows
+        ]
         for epoch in sorted(set((places // num_rows).tolist()))
     ]
     return np.concatenate(rows)

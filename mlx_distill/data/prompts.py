@@ -50,7 +50,11 @@ def encode_prompt(
 
 
 def read_prompts(
-    path: str | Path, tokenizer: Any, *, prompt_tokens: int | None = None, chat_template: bool = True
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    prompt_tokens: int | None = None,
+    chat_template: bool = True,
 ) -> list[list[int]]:
     """Return the encoded prompts of a JSONL file, one list of token ids per row.
 

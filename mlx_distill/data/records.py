@@ -22,7 +22,9 @@ def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield _parse(line, f"{path}, line {number}")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+        raise InputError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 

@@ -124,7 +124,9 @@ def _answer(
 ) -> list[list[int]]:
     """Return the answers to one batch; seed and temperature depend on its place, for resuming."""
     mx.random.seed(config.response_seed * 1_000_003 + start)
-    temperature = config.temperatures[start // config.response_batch_size % len(config.temperatures)]
+    temperature = config.temperatures[
+        start // config.response_batch_size % len(config.temperatures)
+    ]
     generator = BatchGenerator(
         model,
         max_tokens=config.max_tokens,

@@ -1,0 +1,1 @@
+"""What small networks learn from big ones."""

@@ -128,5 +128,3 @@ def acceptance_by_depth(
         rows.append(mx.stack([(agreed * mask).sum(), (taken * mask).sum()]))
         counts.append(mask.sum())
     return mx.stack(rows, axis=1), mx.stack(counts)
-
-

@@ -1,0 +1,1 @@
+"""Small networks that predict what a target will write."""

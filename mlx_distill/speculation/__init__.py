@@ -1,0 +1,1 @@
+"""Drafting, trees, verification and the decoding loop."""

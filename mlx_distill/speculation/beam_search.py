@@ -49,7 +49,7 @@ def beam_search(
         best = _top(flat, width)
         parents, scores = best // vocab_size, flat[best]
         state = tree_map(lambda x, kept=parents: x[kept], state)
-    tokens, parents, scores = (mx.stack(part) for part in zip(*levels, strict=True))
+    tokens, parents, scores = (mx.stack(list(part)) for part in zip(*levels, strict=True))
     return BeamLevels(tokens, parents, scores)
 
 

@@ -17,6 +17,8 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from mlx_distill.arrays import to_host
+
 
 @dataclass(frozen=True)
 class PrefixTree:
@@ -83,7 +85,7 @@ class PrefixTree:
 
     def paths(self) -> list[list[int]]:
         """Return the node indices from the root to each node; reads the arrays."""
-        parents: list[int] = self.parents.tolist()  # pyright: ignore[reportAssignmentType]
+        parents: list[int] = to_host(self.parents)
         paths = [[0]]
         for node, parent in enumerate(parents[1:], start=1):
             paths.append([*paths[parent], node])

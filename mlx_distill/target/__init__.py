@@ -1,0 +1,1 @@
+"""Any mlx-lm model as the verifier of trees."""

@@ -12,6 +12,7 @@ wrongly.
                                        1 1 . 1
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,11 +21,13 @@ from jaxtyping import Bool, Float, Int
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
 from mlx_distill.target.tree_cache import (
     TreeLayout,
     cached_tokens,
     can_branch,
+    can_trim,
     tree_cache,
 )
 from mlx_distill.target.tree_rope import tree_span, wrap_ropes
@@ -69,6 +72,11 @@ class TreeCall:
         """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
         for cache in self.caches:
             cache.rewind(num_tokens)
+
+    def rebase(self, caches: list[Any]) -> None:
+        """Let the views stand for caches that were replaced, by quantised ones for example."""
+        for view, cache in zip(self.caches, caches, strict=True):
+            view.base = cache
 
 
 class Target:
@@ -185,6 +193,8 @@ class Target:
         self.hidden_size = self._seen[-1].shape[-1]
         for support in ("row", "batch", "chain"):
             self.support = support
+            if support == "chain" and not all(can_trim(cache) for cache in caches):
+                break
             if self._agrees(prefix):
                 return support, "" if support != "chain" else "its attention cannot take a tree"
         return "none", "its logits for several tokens at once differ from those one by one"
@@ -231,6 +241,7 @@ class Target:
         texts.append(mx.concatenate([texts[3], prefix[:1]]))
         read = [self.forward(text, make_prompt_cache(self.model))[0][-1] for text in texts]
         caches = self._prefilled(prefix)
+        plain = mx.array(0)
         for i in paths[3]:
             plain, _ = self.forward(tokens[i : i + 1], caches)
         noise = _difference(plain[0], read[3])
@@ -271,7 +282,8 @@ def _difference(a: mx.array, b: mx.array) -> float:
     barred = b == -mx.inf  # tokens that a model never writes
     b = mx.where(barred, 0, b)
     difference = mx.max(mx.where(barred, 0, mx.abs(a - b))) / mx.maximum(mx.std(b), 1e-6)
-    return float("inf") if mx.isnan(difference).item() else difference.item()
+    value = to_number(difference)
+    return math.inf if math.isnan(value) else value
 
 
 def _is_projection(module: nn.Module) -> bool:
@@ -294,7 +306,7 @@ def _watch(module: nn.Module, heads: list[Any], inputs: list[Any]) -> None:
     if hasattr(kind, "as_linear"):
 
         def as_linear(self: Any, x: mx.array) -> mx.array:
-            out = kind.as_linear(self, x)
+            out = kind.as_linear(self, x)  # pyright: ignore[reportAttributeAccessIssue]
             heads.append((self, x, out))
             return out
 

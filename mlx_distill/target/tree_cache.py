@@ -77,9 +77,9 @@ class TreeCache:
             super().__setattr__(name, value)
 
     @property
-    def offset(self) -> mx.array:
-        """Position of every node."""
-        return self.layout.positions
+    def offset(self) -> mx.array | int:
+        """Position of every node; of a single one, a number, as in plain decoding."""
+        return self.layout.positions if self.layout.depths.size > 1 else self.layout.start
 
     def make_mask(
         self, num_tokens: int, window_size: int | None = None, return_array: bool = False
@@ -128,7 +128,7 @@ class RotatingTreeCache(TreeCache):
         if base.empty():
             self.past, self.begin = None, 0
         else:
-            keys, values = (_temporal(base, x) for x in (base.keys, base.values))
+            keys, values = (_temporal(base, x) for x in (base.keys, base.values))  # pyright: ignore
             # Of a window of n tokens the new token is one, so n - 1 older ones can matter.
             self.past = tuple(_tail(x, base.keep, base.max_size - 1) for x in (keys, values))
             self.begin = self.past[0].shape[-2]
@@ -157,9 +157,7 @@ class RotatingTreeCache(TreeCache):
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
         nodes = self.layout.depths.size if self.layout.batched else 1
-        keys, values = (
-            mx.broadcast_to(x, (nodes, *x.shape[1:])) for x in self._append(self.nodes)
-        )
+        keys, values = (mx.broadcast_to(x, (nodes, *x.shape[1:])) for x in self._append(self.nodes))
         return keys, values
 
     def commit(self, path: list[int]) -> None:
@@ -191,6 +189,7 @@ class TreeCacheList:
     """The tree's view of a layer with several caches."""
 
     def __init__(self, base: CacheList, layout: TreeLayout):
+        self.base = base
         self.caches = [tree_cache(cache, layout) for cache in base.caches]
 
     def __getitem__(self, index: int) -> Any:
@@ -221,12 +220,21 @@ def can_branch(cache: Any) -> bool:
     return type(cache) in BRANCHING
 
 
+def can_trim(cache: Any) -> bool:
+    """Return whether a cache can drop its latest tokens at any length."""
+    if isinstance(cache, CacheList):
+        return all(can_trim(part) for part in cache.caches)
+    return type(cache) in APPENDING
+
+
 def cached_tokens(caches: list[Any]) -> int:
-    """Return how many tokens a prompt cache has seen."""
-    cache = caches[0]
-    while isinstance(cache, CacheList):
-        cache = cache.caches[0]
-    return cache.offset
+    """Return how many tokens a prompt cache has seen; recurrent caches do not say."""
+    for cache in caches:
+        while isinstance(cache, CacheList):
+            cache = cache.caches[0]
+        if hasattr(cache, "offset"):
+            return cache.offset
+    return 0
 
 
 def _mask(

@@ -14,7 +14,6 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-
 # First position and depth of the tree that is being verified, for ropes that want numbers.
 tree_span: ContextVar[tuple[int, int]] = ContextVar("tree_span")
 

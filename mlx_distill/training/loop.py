@@ -17,11 +17,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx import nn
+from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
 
-Loss = Callable[[nn.Module, Any], tuple[mx.array, mx.array]]
+Loss = Callable[[Any], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def train(
 
     Args:
         network: Its trainable parameters are updated in place.
-        loss: Returns ``(sum, count)`` for the network and a batch.
+        loss: Returns ``(sum, count)`` of the network's loss on a batch.
         batch_at: Returns the batch of a step, counted from 0.
         evaluate: Judges the network on held-out data.
         config: How.
@@ -94,17 +96,17 @@ def train(
     optimizer.init(network.trainable_parameters())
     done = restore(folder, network, optimizer)
 
-    def mean(network: nn.Module, batch: Any) -> mx.array:
-        total, count = loss(network, batch)
+    def mean(batch: Any) -> mx.array:
+        total, count = loss(batch)
         return total / mx.maximum(count, 1)
 
-    loss_and_grad = nn.value_and_grad(network, mean)
+    loss_and_grad = value_and_grad(network, mean)
     for step in range(done, config.steps):
-        value, grads = loss_and_grad(network, batch_at(step))
+        value, grads = loss_and_grad(batch_at(step))
         grads, _ = optim.clip_grad_norm(grads, config.max_grad_norm)
         optimizer.update(network, grads)
         mx.eval(network.parameters(), optimizer.state, value)
-        progress = Progress(step + 1, value.item())
+        progress = Progress(step + 1, to_number(value))
         if not math.isfinite(progress.loss):
             raise InputError(
                 f"the loss of step {step + 1} is {progress.loss}; the last good checkpoint is in "

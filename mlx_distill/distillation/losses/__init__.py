@@ -1,0 +1,1 @@
+"""Losses: arrays in, ``(sum, count)`` in float32 out."""

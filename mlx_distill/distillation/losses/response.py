@@ -33,7 +33,8 @@ def kl_divergence(
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
-    cross, _ = _cross_entropy(teacher_probs, student_logits.astype(mx.float32))
+    student = student_logits.astype(mx.float32)
+    cross, _ = _cross_entropy(teacher_probs, student)  # pyright: ignore[reportGeneralTypeIssues]
     return ((cross - teacher_entropy) * mask).sum(), mask.sum()
 
 

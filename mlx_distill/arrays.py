@@ -1,0 +1,32 @@
+"""Where arrays leave the device."""
+
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+
+def to_host(array: mx.array) -> list[Any]:
+    """Return an array's values as nested lists; this waits until they are computed."""
+    values = array.tolist()
+    assert isinstance(values, list)
+    return values
+
+
+def to_number(array: mx.array) -> float:
+    """Return the value of an array that holds one; this waits until it is computed."""
+    value = array.item()
+    assert isinstance(value, int | float)
+    return value
+
+
+def num_bytes(tree: Any) -> int:
+    """Return the size of all arrays of a tree, such as a model's parameters."""
+    leaves = (leaf for _, leaf in tree_flatten(tree))
+    return sum(leaf.nbytes for leaf in leaves if isinstance(leaf, mx.array))
+
+
+def num_values(tree: Any) -> int:
+    """Return the number of values in all arrays of a tree."""
+    leaves = (leaf for _, leaf in tree_flatten(tree))
+    return sum(leaf.size for leaf in leaves if isinstance(leaf, mx.array))

@@ -1,0 +1,313 @@
+"""Write text with a model, faster with a drafter, and with exactly the model's own distribution.
+
+    python -m mlx_distill.generate --prompt "Once upon a time"
+
+Without ``--model`` the bundled pair is used. The text goes to stdout as it is written, the
+statistics to stderr.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx import nn
+from mlx_lm.sample_utils import make_sampler
+from rich.console import Console
+
+from mlx_distill import cli
+from mlx_distill.arrays import to_number
+from mlx_distill.checkpoint import bundled, load_drafter
+from mlx_distill.config import add_flags, from_flags
+from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.decoding import CacheConfig
+from mlx_distill.speculation.generation import GenerationResponse, stream_generate
+from mlx_distill.speculation.sampling import Sampling
+
+
+@dataclass
+class Comparison:
+    """The same prompt decoded plainly by mlx-lm, in the same process.
+
+    Args:
+        generation_tps: mlx-lm's tokens per second.
+        speedup: How many times faster drafting was.
+        first_difference: Index of the first token that differs, None if none does; above
+            temperature 0 the texts are different draws and are not compared.
+        margin: There, by how much mlx-lm's best log-probability is above the second.
+    """
+
+    generation_tps: float
+    speedup: float
+    first_difference: int | None = None
+    margin: float | None = None
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write what the arguments ask for; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    sampling = from_flags(Sampling, arguments)
+    plan = from_flags(DraftPlan, arguments)
+    cache = from_flags(CacheConfig, arguments)
+    template_config = _template_config(arguments.chat_template_config)
+    if arguments.max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {arguments.max_tokens}")
+    if arguments.compare and arguments.no_drafter:
+        raise InputError("--compare needs a drafter; leave --no-drafter out")
+    model, tokenizer = cli.load_model(arguments)
+    drafter = _drafter(arguments, model, tokenizer)
+    if arguments.compare and drafter is None:
+        raise InputError("--compare needs a drafter; name one with --drafter")
+    prompt = encode_prompt(
+        tokenizer,
+        _prompt(arguments),
+        system_prompt=arguments.system_prompt,
+        chat_template=not arguments.ignore_chat_template,
+        **template_config,
+    )
+    options: dict[str, Any] = {"max_tokens": arguments.max_tokens, **asdict(sampling)}
+    options |= {"seed": arguments.seed, "stop": arguments.stop}
+    if arguments.compare:  # both arms warm: what is compiled and cached is so for both
+        for tokens in (4, 4):
+            list(stream_generate(model, tokenizer, prompt, drafter=drafter, max_tokens=tokens))
+            list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=tokens))
+        mx.reset_peak_memory()
+    start = time.perf_counter()
+    responses = stream_generate(
+        model, tokenizer, prompt, drafter=drafter, plan=plan, cache=cache, **options
+    )
+    run = show(responses, Console(highlight=False, soft_wrap=True), arguments.show_draft)
+    seconds = time.perf_counter() - start
+    comparison = None
+    if arguments.compare and run.last is not None and not run.interrupted:
+        comparison = compare(model, tokenizer, prompt, run, sampling, cache, arguments.max_tokens)
+    if arguments.verbose:
+        _print_statistics(run.last, drafter is not None, comparison)
+    if arguments.json:
+        print(json.dumps(_record(run, seconds, arguments, comparison)))
+    return 130 if run.interrupted else 0
+
+
+@dataclass
+class Run:
+    """What was written: the text, its tokens, the last response, and whether Ctrl-C ended it."""
+
+    text: str
+    tokens: list[int]
+    last: GenerationResponse | None
+    interrupted: bool
+
+
+def show(responses: Iterator[GenerationResponse], console: Console, show_draft: bool) -> Run:
+    """Print a text while it is written; Ctrl-C ends it.
+
+    Args:
+        responses: From ``stream_generate``.
+        console: Where to.
+        show_draft: Colour the pieces that were drafted; plain where colours are not understood.
+    """
+    pieces, tokens, last, interrupted = [], [], None, False
+    try:
+        with closing(responses):  # pyright: ignore[reportArgumentType]
+            for last in responses:
+                pieces.append(last.text)
+                tokens.append(last.token)
+                style = "green" if show_draft and last.from_draft else None
+                console.print(last.text, style=style, end="", markup=False, emoji=False)
+                console.file.flush()
+    except KeyboardInterrupt:
+        interrupted = True
+    console.print()
+    return Run("".join(pieces), tokens, last, interrupted)
+
+
+def compare(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    run: Run,
+    sampling: Sampling,
+    cache: CacheConfig,
+    max_tokens: int,
+) -> Comparison:
+    """Decode the prompt with mlx-lm alone and compare speed and, when greedy, tokens."""
+    assert run.last is not None
+    sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, 1, sampling.top_k)
+    others = list(
+        mlx_lm.stream_generate(
+            model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
+        )
+    )
+    result = Comparison(
+        others[-1].generation_tps, run.last.generation_tps / others[-1].generation_tps
+    )
+    if sampling.temperature == 0:
+        pairs = zip(run.tokens, others, strict=False)
+        different = (i for i, (token, other) in enumerate(pairs) if token != other.token)
+        result.first_difference = next(different, None)
+    if result.first_difference is not None:
+        best = mx.sort(others[result.first_difference].logprobs.astype(mx.float32))[-2:]
+        result.margin = to_number(best[1] - best[0])
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlx_distill.generate",
+        description="Write text with a model, faster with a drafter.",
+    )
+    cli.add_model_flags(parser)
+    parser.add_argument(
+        "--drafter",
+        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
+        "model, else none)",
+    )
+    parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
+    parser.add_argument(
+        "--prompt", "-p", help="the prompt; - reads stdin (default: Once upon a time)"
+    )
+    parser.add_argument("--system-prompt", help="put in front of the chat")
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="use the prompt as it is"
+    )
+    parser.add_argument(
+        "--chat-template-config", help="further arguments of the chat template, as a JSON object"
+    )
+    parser.add_argument(
+        "--max-tokens", "-m", type=int, default=256, help="the longest answer (default: 256)"
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the answer"
+    )
+    parser.add_argument("--seed", type=int, help="repeat the random numbers")
+    add_flags(parser, Sampling, {"temperature": "temp"})
+    add_flags(parser, DraftPlan)
+    add_flags(parser, CacheConfig)
+    parser.add_argument(
+        "--verbose",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="print statistics on stderr (default: True)",
+    )
+    parser.add_argument(
+        "--show-draft", action="store_true", help="colour the tokens that were drafted"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also decode plainly with mlx-lm; print the ratio"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the whole run as a last line of JSON"
+    )
+    return parser
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("true", "t", "false", "f"):
+        return text.lower() in ("true", "t")
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text}")
+
+
+def _template_config(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"--chat-template-config is not JSON: {error.msg}") from None
+    if not isinstance(config, dict):
+        raise InputError("--chat-template-config must be a JSON object")
+    return config
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    if arguments.prompt == "-":
+        return sys.stdin.read()
+    return "Once upon a time" if arguments.prompt is None else arguments.prompt
+
+
+def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
+    """Return the drafter that the flags ask for, or None."""
+    if arguments.no_drafter:
+        if arguments.drafter:
+            raise InputError("--drafter and --no-drafter exclude each other")
+        return None
+    path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
+    if path is None:
+        print(
+            "no drafter is named, so mlx-lm decodes plainly; train one with "
+            "python -m mlx_distill.train_drafter",
+            file=sys.stderr,
+        )
+        return None
+    return load_drafter(path, model, tokenizer)
+
+
+def _print_statistics(
+    last: GenerationResponse | None, drafting: bool, comparison: Comparison | None
+) -> None:
+    if last is None:
+        print("No text was written", file=sys.stderr)
+        return
+    lines = [
+        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens-per-sec",
+        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens-per-sec",
+        f"Target calls: {last.target_calls}, tokens per call: {last.tokens_per_call:.2f}",
+    ]
+    if drafting and last.target_calls:
+        depths = " ".join(f"{share:.2f}" for share in last.acceptance_by_depth)
+        saved = 1 - last.verified_tokens / last.beam_tokens
+        lines += [
+            f"Drafted tokens: {last.drafted_tokens}, accepted: {last.accepted_tokens}",
+            f"Acceptance by depth: {depths}",
+            f"Verified tokens: {last.verified_tokens}; {last.beam_tokens} without shared prefixes, "
+            f"{saved:.0%} saved",
+        ]
+    lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
+    if comparison:
+        lines.append(
+            f"mlx-lm alone: {comparison.generation_tps:.1f} tokens-per-sec; "
+            f"drafting is {comparison.speedup:.2f} times as fast"
+        )
+        if comparison.margin is not None:
+            lines.append(
+                f"Tokens differ from mlx-lm's from token {comparison.first_difference} on, where "
+                f"the best two were {comparison.margin:.4f} nats apart"
+            )
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _record(
+    run: Run, seconds: float, arguments: argparse.Namespace, comparison: Comparison | None
+) -> dict[str, Any]:
+    """Return the run as one JSON object."""
+    counters = {}
+    if run.last is not None:
+        counters = {f.name: getattr(run.last, f.name) for f in fields(run.last)}
+        for name in ("text", "token", "logprobs", "from_draft"):
+            del counters[name]
+    return {
+        "text": run.text,
+        **counters,
+        "interrupted": run.interrupted,
+        "seconds": seconds,
+        "comparison": asdict(comparison) if comparison else None,
+        "config": vars(arguments),
+        "versions": cli.versions(),
+        "machine": cli.machine(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

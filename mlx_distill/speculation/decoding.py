@@ -1,0 +1,325 @@
+"""The decoding loop: draft, verify, walk, commit.
+
+    device   ... verify k | walk | draft k+1 | verify k+1 ...
+    host               read k, commit, build k+1 | hand out the tokens of k
+
+One host read per cycle fetches what was accepted; everything else is lazy. The draft for the next
+cycle is launched together with the walk, since it needs only what the device knows; the next call
+of the target is launched before the tokens are handed out, so that the device works while the
+caller prints.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
+
+from mlx_distill.arrays import to_host, to_number
+from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
+from mlx_distill.speculation.sampling import Sampling, log_probs, sample
+from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.speculation.verification import follow
+from mlx_distill.target.target import Target, TreeCall
+from mlx_distill.target.tree_cache import cached_tokens
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The cache of keys and values.
+
+    Args:
+        max_kv_size: Longest context that is kept; older tokens are dropped.
+        kv_bits: Quantise the cache to so many bits.
+        kv_group_size: Group size of that quantisation.
+        quantized_kv_start: Quantise from so many tokens on.
+        prefill_step_size: Tokens of the prompt that are read at once.
+    """
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+    prefill_step_size: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.prefill_step_size < 1:
+            raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
+        if self.max_kv_size is not None and self.max_kv_size < 8:
+            raise InputError(f"max_kv_size must be at least 8, got {self.max_kv_size}")
+
+    def quantize(self, caches: list[Any]) -> None:
+        """Quantise the caches that have grown long enough, in place."""
+        maybe_quantize_kv_cache(caches, self.quantized_kv_start, self.kv_group_size, self.kv_bits)
+
+    def quantizes_within(self, start: int, num_tokens: int) -> bool:
+        """Return whether a cache of ``start`` tokens is quantised within the next ones.
+
+        Plain decoding switches between two tokens; a tree must not reach over that border.
+        """
+        border = self.quantized_kv_start
+        return self.kv_bits is not None and start < border <= start + num_tokens
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """One token of the text.
+
+    Args:
+        token: Its id.
+        log_probs: The target's at this place; computed only if somebody looks.
+        from_draft: Whether it was drafted.
+    """
+
+    token: int
+    log_probs: Float[mx.array, " V"]
+    from_draft: bool
+
+
+@dataclass
+class Decoding:
+    """What a decoding needs besides the prompt.
+
+    Args:
+        target: Verifies.
+        drafter: Drafts.
+        plan: The shape of the drafts; a target that takes chains only gets chains.
+        sampling: How tokens are drawn.
+        key: Of the random numbers.
+        cache: How keys and values are kept.
+        caches: The prompt cache; it may hold earlier turns.
+        logits_processors: As mlx-lm's: of the tokens so far and the logits of the next one.
+        counters: Counts what happens.
+    """
+
+    target: Target
+    drafter: Drafter
+    plan: DraftPlan
+    sampling: Sampling
+    key: mx.array
+    cache: CacheConfig
+    caches: list[Any]
+    logits_processors: Sequence[LogitsProcessor] = ()
+    counters: DraftCounters = field(default_factory=DraftCounters)
+
+    def __post_init__(self) -> None:
+        if self.target.support == "chain":
+            self.plan = replace(self.plan, beam_width=1, tree="best-first")
+
+    def draw(self, logits: Float[mx.array, "N V"]) -> Int[mx.array, " N"]:
+        """Return a token per row, with fresh random numbers."""
+        if self.sampling.temperature == 0:
+            return sample(logits, self.sampling)
+        self.key, key = mx.random.split(self.key)
+        return sample(logits, self.sampling, key)
+
+    def process(
+        self, history: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
+    ) -> Float[mx.array, "1 V"]:
+        """Return the logits after the processors."""
+        for processor in self.logits_processors:
+            logits = processor(history, logits)
+        return logits
+
+    def draft(self, hidden: Float[mx.array, " D"], root: Int[mx.array, " 1"]) -> BeamLevels | None:
+        """Return continuations of the root, on their way; None if the plan has no room for any."""
+        if self.plan.tree == "best-first" and self.plan.nodes == 1:
+            return None
+        levels = self.drafter.draft(hidden, root, self.plan)
+        mx.async_eval(levels.tokens, levels.parents, levels.scores)
+        return levels
+
+    def tree(self, root: Int[mx.array, " 1"], levels: BeamLevels | None) -> PrefixTree:
+        """Return the tree to verify."""
+        start = cached_tokens(self.caches)
+        if levels is None or self.cache.quantizes_within(start, self.plan.draft_length + 1):
+            return PrefixTree.root(root)
+        if self.plan.tree == "beam":
+            return PrefixTree.from_beams(to_host(levels.beams(root)))
+        return levels.best_first(root, self.plan.nodes)
+
+
+@dataclass
+class Cycle:
+    """A tree that the target verifies.
+
+    Args:
+        tree: The tree.
+        call: The target's word on it.
+        report: Per node its token, its parent, whether it was accepted, what was drawn there, and
+            whether its logits are numbers. None if logits processors have to walk on the host.
+        history: The text up to the root, for the processors.
+        root: The root of the next tree; None until the walk is done.
+        draft: The draft of the next tree.
+    """
+
+    tree: PrefixTree
+    call: TreeCall
+    report: Int[mx.array, "5 N"] | None
+    history: Int[mx.array, " T"]
+    root: Int[mx.array, " 1"] | None = None
+    draft: BeamLevels | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the host reads of a cycle.
+
+    Args:
+        path: The accepted nodes, root first.
+        tokens: What was drawn at each of them: the text that the cycle adds.
+        parents: Of the tree's nodes.
+    """
+
+    path: list[int]
+    tokens: list[int]
+    parents: list[int]
+
+
+def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]:
+    """Yield the tokens that the target writes after a prompt, without end.
+
+    The caller stops by closing the iterator. The cache then holds the prompt and every token that
+    was handed out, the last one only if it was drafted.
+
+    Raises:
+        InputError: If the target's logits are not numbers.
+    """
+    with mx.stream(generation_stream):
+        logits, hidden = prefill(decoding, prompt)
+        logits = decoding.process(prompt, logits)
+        root = decoding.draw(logits)
+        failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
+        report = mx.concatenate([root, failed])
+        mx.async_eval(report)
+        draft = decoding.draft(hidden, root)
+    token, failed = to_host(report)
+    num_tokens = 0
+    if failed:
+        raise _not_numbers(num_tokens)
+    previous, outcome, handed_out = None, None, 0
+    cycle = launch(decoding, root, draft, prompt)
+    try:
+        num_tokens += 1
+        yield Emitted(token, log_probs(logits[0]), False)
+        while True:
+            outcome = read(decoding, cycle, num_tokens)
+            num_tokens += len(outcome.tokens)
+            cycle.call.commit(outcome.path)
+            previous, cycle, handed_out = cycle, None, 0
+            decoding.counters.add(outcome.parents, len(outcome.path) - 1)
+            decoding.cache.quantize(decoding.caches)
+            previous.call.rebase(decoding.caches)
+            assert previous.root is not None
+            cycle = launch(decoding, previous.root, previous.draft, previous.history)
+            for node, token in zip(outcome.path, outcome.tokens, strict=True):
+                handed_out += 1
+                drafted = handed_out < len(outcome.tokens)
+                yield Emitted(token, log_probs(previous.call.logits[node]), drafted)
+    finally:
+        if cycle is not None:
+            cycle.call.rewind(0)
+        if previous is not None and outcome is not None and handed_out < len(outcome.path):
+            previous.call.rewind(handed_out + 1)
+
+
+def prefill(
+    decoding: Decoding, prompt: Int[mx.array, " T"]
+) -> tuple[Float[mx.array, "1 V"], Float[mx.array, " D"]]:
+    """Read a prompt into the cache, in chunks; return the last token's logits and hidden state."""
+    size = decoding.cache.prefill_step_size
+    rest = prompt.size - 1
+    for start in range(0, rest, size):
+        decoding.target.forward(prompt[start : min(start + size, rest)], decoding.caches)
+        decoding.cache.quantize(decoding.caches)
+        mx.eval([cache.state for cache in decoding.caches])
+        mx.clear_cache()
+    logits, hidden = decoding.target.forward(prompt[-1:], decoding.caches)
+    decoding.cache.quantize(decoding.caches)
+    return logits, hidden[-1]
+
+
+def launch(
+    decoding: Decoding,
+    root: Int[mx.array, " 1"],
+    levels: BeamLevels | None,
+    history: Int[mx.array, " T"],
+) -> Cycle:
+    """Send a tree to the target, walk it and draft the next one, all on the device.
+
+    With logits processors the walk is the host's, so it waits for ``read``.
+    """
+    with mx.stream(generation_stream):
+        tree = decoding.tree(root, levels)
+        depth = decoding.plan.draft_length
+        call = decoding.target.verify(tree.tokens, tree.mask, tree.depths, depth, decoding.caches)
+        if decoding.logits_processors:
+            mx.async_eval(call.logits, call.hidden)
+            return Cycle(tree, call, None, mx.concatenate([history, root]))
+        drawn = decoding.draw(call.logits)
+        walk = follow(tree, drawn)
+        failed = mx.isnan(call.logits).any(axis=-1)
+        rows = (tree.tokens, tree.parents, walk.accepted, drawn, failed)
+        report = mx.stack([row.astype(mx.int32) for row in rows])
+        mx.async_eval(report)
+        root = walk.next_token[None]
+        draft = decoding.draft(call.hidden[walk.last], root)
+        return Cycle(tree, call, report, history, root, draft)
+
+
+def read(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
+    """Wait for a cycle and return what it adds to the text.
+
+    Raises:
+        InputError: If the target's logits are not numbers on the path.
+    """
+    if cycle.report is None:
+        return _walk_on_host(decoding, cycle, num_tokens)
+    _, parents, accepted, drawn, failed = to_host(cycle.report)
+    # Parents have smaller indices than their children, so the path is already in order.
+    path = [node for node, on_path in enumerate(accepted) if on_path]
+    for length, node in enumerate(path):
+        if failed[node]:
+            raise _not_numbers(num_tokens + length)
+    return Outcome(path, [drawn[node] for node in path], parents)
+
+
+def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
+    """Walk a tree node by node, with the logits processors applied to the path's own tokens.
+
+    A processor is called once per token of the text, in order, exactly as plain decoding calls it:
+    those that count or parse can rely on it.
+    """
+    tree, call = cycle.tree, cycle.call
+    tokens: list[int] = to_host(tree.tokens)
+    parents: list[int] = to_host(tree.parents)
+    children = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
+    path, drawn = [0], []
+    with mx.stream(generation_stream):
+        while True:
+            logits = call.logits[path[-1]][None]
+            if mx.isnan(logits).any().item():
+                raise _not_numbers(num_tokens + len(drawn))
+            token = decoding.draw(decoding.process(cycle.history, logits))
+            drawn.append(int(to_number(token)))
+            child = children.get((path[-1], drawn[-1]))
+            if child is None:
+                break
+            path.append(child)
+            cycle.history = mx.concatenate([cycle.history, token])
+        cycle.root = token
+        cycle.draft = decoding.draft(call.hidden[path[-1]], token)
+    return Outcome(path, drawn, parents)
+
+
+def _not_numbers(num_tokens: int) -> InputError:
+    return InputError(
+        f"the model's logits are not numbers after {num_tokens} tokens of its answer; its weights "
+        "are damaged, or its precision is too low"
+    )

@@ -1,0 +1,54 @@
+"""Sample and follow: exact verification of any tree.
+
+Draw y from the target's distribution at the root. If a child carries y, step to it and draw again
+there; otherwise emit y and stop. Every token is thus drawn from the target's own distribution,
+whatever the tree holds and however it was made; a bad draft costs speed, never quality. At
+temperature 0 the draw is the most probable token.
+
+    root A, drawn B     A -> B accepted, drawn D     B -> D accepted, drawn X: no child X
+        A                   A                            A
+        |- B                |- B                         |- B        emitted: B D X
+        |  `- D             |  `- D                      |  `- D
+        `- C                `- C                         `- C
+
+The draws at all nodes are made at once; the walk is a few gathers on the device.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from jaxtyping import Bool, Int
+
+from mlx_distill.speculation.prefix_tree import PrefixTree
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Where the draws led.
+
+    Args:
+        accepted: Which nodes are on the walked path; the root always is.
+        last: Index of the path's last node.
+        next_token: What was drawn there: emitted, and the root of the next tree.
+    """
+
+    accepted: Bool[mx.array, "... N"]
+    last: Int[mx.array, "..."]
+    next_token: Int[mx.array, "..."]
+
+
+def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
+    """Return the path from the root along the tokens that were drawn.
+
+    Args:
+        tree: Siblings carry different tokens.
+        drawn: A token from the target's distribution at every node; leading axes are independent
+            draws.
+    """
+    # A node is entered if its parent drew its token; it is reached if all on its path are entered.
+    entered = mx.take(drawn, tree.parents, axis=-1) == tree.tokens
+    entered = entered | (mx.arange(tree.tokens.size) == 0)
+    accepted = ~(tree.mask & ~entered[..., None, :]).any(axis=-1)
+    last = mx.argmax(mx.where(accepted, tree.depths, -1), axis=-1)
+    next_token = mx.take_along_axis(drawn, last[..., None], axis=-1)[..., 0]
+    return Walk(accepted, last, next_token)
