@@ -378,7 +378,7 @@ def plot(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         )
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set(title=title, xlabel="draft length, tokens", ylabel="speed-up over mlx-lm")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(sorted({row["draft_length"] for row in rows}))
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import mlx_lm
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill.drafters.recurrent import (
     FORMAT_VERSION,
@@ -125,10 +125,11 @@ def save_drafter(
     files = {"config.json": json.dumps({**config, "target": target}, indent=2) + "\n", **files}
     for name, text in files.items():
         (writing / name).write_text(text, encoding="utf-8")
-    weights = {
-        key: value.astype(mx.float16) if mx.issubdtype(value.dtype, mx.floating) else value
-        for key, value in tree_flatten(network.parameters())
-    }
+    half = tree_map(
+        lambda x: x.astype(mx.float16) if mx.issubdtype(x.dtype, mx.floating) else x,
+        network.parameters(),
+    )
+    weights: dict[str, Any] = dict(tree_flatten(half))
     mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
     check_safetensors(writing / "model.safetensors")
     os.replace(writing, folder)
