@@ -19,6 +19,7 @@ def main() -> None:
     for number, turn in enumerate(TURNS):
         tokens = tokenizer.encode(turn, add_special_tokens=number == 0)
         print(turn, end="", flush=True)
+        response = None
         for response in mlx_distill.stream_generate(
             model,
             tokenizer,
@@ -29,6 +30,7 @@ def main() -> None:
             prompt_cache=cache,
         ):
             print(response.text, end="", flush=True)
+        assert response is not None
         print(f"\n[{response.tokens_per_call:.2f} tokens per call of the model]")
 
 

@@ -79,8 +79,10 @@ class DrafterTraining:
         if not 0 < self.decay <= 1:
             raise InputError(f"decay must be above 0 and at most 1, got {self.decay}")
 
-    def network(self, target: Target, embedding_size: int) -> RecurrentDrafterConfig:
+    def network(self, target: Target) -> RecurrentDrafterConfig:
         """Return the shape of the drafter for a target."""
+        assert target.embed is not None
+        embedding_size = target.embed(mx.array([0])).shape[-1]
         draft_vocab = self.draft_vocab_size
         if draft_vocab is None:
             draft_vocab = 0 if target.vocab_size <= 2048 else min(32768, target.vocab_size * 3 // 8)
@@ -128,11 +130,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     ][: arguments.max_prompts]
     if len(prompts) <= config.held_out:
         raise InputError(f"{len(prompts)} prompts are too few: {config.held_out} are held out")
+    longest = max(map(len, prompts)) + config.responses.max_tokens
+    if target.context is not None and longest > target.context:
+        raise InputError(
+            f"the longest prompt and answer have {longest} tokens, the model's context is "
+            f"{target.context}; use a smaller --prompt-tokens or --max-tokens"
+        )
+    print(memory_estimate(target, config, longest + config.unroll), file=sys.stderr)
     _open_work(work, settings)
     responses_path = Path(arguments.responses or output.with_name(output.name + ".responses.jsonl"))
     responses = _responses(responses_path, model, tokenizer, prompts, config, known)
     trainer = DrafterTrainer(target, responses, config)
-    print(trainer.estimate(), file=sys.stderr)
     log = trainer.run(work, quiet=arguments.quiet)
     files = {
         "training.json": json.dumps({**settings, "log": log, "versions": cli.versions()}, indent=1),
@@ -164,7 +172,7 @@ class DrafterTrainer:
         longest = max(len(r.prompt) + len(r.response) for r in responses)
         self.width = longest + config.unroll
         mx.random.seed(config.seed)
-        shape = config.network(target, self.embed(mx.array([0])).shape[-1])
+        shape = config.network(target)
         self.network = RecurrentDrafter(shape)
         if shape.draft_vocab_size:
             tokens = frequent_tokens(self.training, shape.draft_vocab_size, shape.vocab_size)
@@ -224,33 +232,39 @@ class DrafterTrainer:
                     bar.set_postfix_str(f"held-out acceptance {by_depth}")
         return log
 
-    def estimate(self) -> str:
-        """Return what a training step needs in memory.
 
-        Raises:
-            InputError: If that is more than the machine has.
-        """
-        config, network = self.config, self.network
-        weights = num_bytes(self.target.model.parameters())
-        drafter = num_bytes(network.parameters())
-        positions = config.batch_size * self.width
-        vocab = network.config.draft_vocab_size or network.config.vocab_size
-        # The target's logits, and their copy in float32; per unrolled step: the drafter's logits,
-        # its probabilities, their difference and its gradient, and a few vectors of the state.
-        view = positions * (2 * network.config.vocab_size + 2 * vocab) * 4
-        unrolled = positions * config.unroll * (4 * vocab + 8 * network.config.hidden_size) * 4
-        total = weights + 4 * drafter + view + unrolled
-        text = (
-            f"memory: about {total / 1e9:.1f} GB (target {weights / 1e9:.1f}, drafter and "
-            f"optimizer {4 * drafter / 1e9:.2f}, batch of {config.batch_size} x {self.width} "
-            f"tokens {(view + unrolled) / 1e9:.1f})"
+def memory_estimate(target: Target, config: DrafterTraining, width: int) -> str:
+    """Return what training needs in memory, in words, before anything is written.
+
+    Args:
+        target: Stays loaded.
+        config: Says how large the drafter and the batches are.
+        width: The longest text, in tokens.
+
+    Raises:
+        InputError: If that is more than the machine has.
+    """
+    shape = config.network(target)
+    weights = num_bytes(target.model.parameters())
+    network = num_bytes(RecurrentDrafter(shape).parameters())  # lazy: no array is made
+    positions = config.batch_size * width
+    vocab = shape.draft_vocab_size or shape.vocab_size
+    # The target's logits, and the goals made of them; per unrolled step the drafter's logits and
+    # probabilities, their difference and its gradient, and a few vectors of the state.
+    view = positions * (2 * shape.vocab_size + 2 * vocab) * 4
+    unrolled = positions * config.unroll * (4 * vocab + 8 * shape.hidden_size) * 4
+    total = weights + 4 * network + view + unrolled
+    text = (
+        f"memory: about {total / 1e9:.1f} GB (target {weights / 1e9:.1f}, drafter and optimizer "
+        f"{4 * network / 1e9:.2f}, a batch of {config.batch_size} x {width} tokens "
+        f"{(view + unrolled) / 1e9:.1f})"
+    )
+    if total > cli.memory_bytes():
+        raise InputError(
+            f"{text}, but this machine has {cli.memory_bytes() / 1e9:.1f} GB; "
+            "use a smaller --batch-size, --max-tokens or --draft-vocab-size"
         )
-        if total > cli.memory_bytes():
-            raise InputError(
-                f"{text}, but this machine has {cli.memory_bytes() / 1e9:.1f} GB; "
-                "use a smaller --batch-size, --max-tokens or --draft-vocab-size"
-            )
-        return text
+    return text
 
 
 def _parser() -> argparse.ArgumentParser:

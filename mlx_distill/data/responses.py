@@ -44,6 +44,13 @@ class ResponseConfig:
     response_batch_size: int = 64
     response_seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "response_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperatures or not all(value >= 0 for value in self.temperatures):
+            raise InputError(f"temperatures must be at least 0, got {self.temperatures}")
+
 
 def write_responses(
     path: Path,

@@ -125,27 +125,13 @@ class BeamLevels:
     def best_first(self, root: Int[mx.array, " 1"], num_nodes: int) -> PrefixTree:
         """Return the tree of the root and the ``num_nodes`` - 1 most probable paths.
 
-        A path is never more probable than its parent's, so the chosen nodes form a tree. The shape
-        is fixed and nothing is read by the host.
+        A path is never more probable than its parent's, so the chosen nodes form a tree. The
+        likeliest continuation comes first, as nodes 1, 2, ...: where it is accepted, its keys and
+        values already lie where the text needs them. The shape is fixed and nothing is read by the
+        host.
         """
-        length, width = self.tokens.shape
-        # A sure token leaves a path as probable as its parent's: depth has to break that tie. The
-        # margin is relative, so that float32 can hold it at any score.
-        depth = mx.arange(1, length + 1)[:, None]
-        scores = self.scores - 1e-5 * depth * mx.maximum(1, -self.scores)
-        order = mx.argsort(-scores.reshape(-1))[: num_nodes - 1]
-        order = mx.sort(order)  # parents before children: levels in turn
-        level, parent = order // width, self.parents.reshape(-1)[order]
-        in_pool = (level - 1) * width + parent
-        # Place in the tree: 1 + how many chosen nodes come before in the pool.
-        place = (order[None] < in_pool[:, None]).sum(axis=1).astype(mx.int32) + 1
-        parents = mx.where(level == 0, 0, place)
-        zero = mx.zeros((1,), mx.int32)
-        return PrefixTree.from_parents(
-            mx.concatenate([root.astype(mx.int32), self.tokens.reshape(-1)[order]]),
-            mx.concatenate([zero, parents.astype(mx.int32)]),
-            length,
-        )
+        arrays = (self.tokens, self.parents, self.scores, root)
+        return PrefixTree(*_best_first(*arrays, num_nodes))
 
     def beams(self, root: Int[mx.array, " 1"]) -> Int[mx.array, "W T"]:
         """Return the beams of the last level, each from the root on, most probable first."""
@@ -156,3 +142,37 @@ class BeamLevels:
             beam = parents[beam]
         columns.append(mx.broadcast_to(root.astype(mx.int32), beam.shape))
         return mx.stack(columns[::-1], axis=1)
+
+
+@mx.compile  # some thirty small operations: 140 instead of 225 microseconds on two CPU cores
+def _best_first(
+    tokens: mx.array, parents: mx.array, scores: mx.array, root: mx.array, num_nodes: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    length, width = tokens.shape
+    # A sure token leaves a path as probable as its parent's: depth has to break that tie. The
+    # margin is relative, so that float32 can hold it at any score.
+    depth = mx.arange(1, length + 1)[:, None]
+    rank = scores - 1e-5 * depth * mx.maximum(1, -scores)
+    order = mx.argsort(-rank.reshape(-1))[: num_nodes - 1]
+    # Level by level, which puts parents before children, but the likeliest path before all.
+    aside = mx.where(_likeliest(parents, scores).reshape(-1)[order], 0, length * width)
+    order = mx.sort(order + aside) % (length * width)
+    level = order // width
+    parent = (level - 1) * width + parents.reshape(-1)[order]
+    place = mx.argmax(order[None] == parent[:, None], axis=1).astype(mx.int32) + 1
+    zero = mx.zeros((1,), mx.int32)
+    nodes = mx.concatenate([root.astype(mx.int32), tokens.reshape(-1)[order]])
+    links = mx.concatenate([zero, mx.where(level == 0, 0, place).astype(mx.int32)])
+    mask = ancestors(links, length)
+    return nodes, links, mask, mask.sum(axis=1).astype(mx.int32) - 1
+
+
+def _likeliest(parents: mx.array, scores: mx.array) -> mx.array:
+    """Return which tokens, (L, W), are on the path that takes the best child at every depth."""
+    beams = mx.arange(scores.shape[1])
+    rows = [beams == mx.argmax(scores[0])]
+    for above, here in zip(parents[1:], scores[1:], strict=True):
+        children = rows[-1][above]
+        best = mx.argmax(mx.where(children, here, -mx.inf))
+        rows.append(children & (beams == best))
+    return mx.stack(rows)
