@@ -382,6 +382,8 @@ drafter's best token is the target's (greedy), and the target's probability of i
 | depth | greedy | temperature 1 |
 |---|---|---|
 {rows}
+
+The licence is that of the target.
 """
 
 

@@ -1,0 +1,210 @@
+"""Beam search against a twin that scores every candidate from the beginning of its path."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+from oracles.beam_search import Path, slow_beam_search
+from oracles.recurrent_drafter import slow_logits
+from oracles.sampling import softmax
+
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.recurrent import (
+    BoundDrafter,
+    RecurrentDrafter,
+    RecurrentDrafterConfig,
+)
+from mlx_distill.speculation.beam_search import beam_search
+from mlx_distill.speculation.prefix_tree import BeamLevels
+
+ROOT = 3
+TRIMMED = [1, 4, 5, 8]
+SHAPES = [(1, 1), (1, 5), (2, 4), (3, 3), (4, 6), (8, 2)]
+
+
+class TinyDrafter:
+    """A random recurrent drafter over nine tokens, and the same in float64.
+
+    Args:
+        seed: Of the weights.
+        token_ids: The tokens that can be drafted; None for all.
+        rnn: Whether the state is a recurrence.
+    """
+
+    def __init__(self, seed: int, token_ids: list[int] | None = None, rnn: bool = True):
+        random = np.random.default_rng(seed)
+        self.config = RecurrentDrafterConfig(
+            hidden_size=6,
+            vocab_size=9,
+            exit_dim=8,
+            num_draft_layers=1,
+            rnn=rnn,
+            draft_vocab_size=token_ids and len(token_ids),
+        )
+        self.network = RecurrentDrafter(self.config)
+        self.parameters = {
+            name: 0.7 * random.normal(size=value.shape).astype(np.float32)
+            for name, value in tree_flatten(self.network.parameters())
+        }
+        if token_ids:
+            self.parameters["token_ids"] = np.array(token_ids)
+        weights = [(name, mx.array(value)) for name, value in self.parameters.items()]
+        self.network.load_weights(weights)
+        self.embed = nn.Embedding(9, 6)
+        self.embed.weight = mx.array(random.normal(size=(9, 6)).astype(np.float32))
+        self.hidden = random.normal(size=6).astype(np.float32)
+        self.token_ids = token_ids
+
+    def step(self, tokens: mx.array, state: mx.array | None) -> tuple[mx.array, mx.array]:
+        state = self.network.advance(state, self.network.read(self.embed(tokens)))
+        context = self.network.context(mx.array(self.hidden))[None]
+        logits = self.network.logits(context, state)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True), state
+
+    def search(self, width: int, length: int) -> BeamLevels:
+        token_ids = None if self.token_ids is None else mx.array(self.token_ids)
+        return beam_search(self.step, mx.array([ROOT]), None, width, length, token_ids)
+
+    def slow_search(self, width: int, length: int) -> list[dict[Path, float]]:
+        def log_probs(path: Path) -> np.ndarray:
+            read = np.array(self.embed.weight)[[ROOT, *path]]
+            rnn = self.config.rnn
+            return np.log(softmax(slow_logits(self.parameters, self.hidden, read, rnn)))
+
+        return slow_beam_search(log_probs, width, length, self.token_ids)
+
+
+def paths_by_level(levels: BeamLevels) -> list[dict[Path, float]]:
+    """Return the paths that end at each level, and their scores."""
+    tokens, parents, scores = (
+        np.array(x).tolist() for x in (levels.tokens, levels.parents, levels.scores)
+    )
+    paths: list[Path] = [()] * len(tokens[0])
+    result = []
+    for here, above, score in zip(tokens, parents, scores, strict=True):
+        paths = [(*paths[parent], token) for parent, token in zip(above, here, strict=True)]
+        result.append(dict(zip(paths, score, strict=True)))
+        assert len(result[-1]) == len(paths), "a path was found twice"
+    return result
+
+
+def assert_equal_levels(levels: BeamLevels, expected: list[dict[Path, float]]):
+    for found, wanted in zip(paths_by_level(levels), expected, strict=True):
+        assert found.keys() == wanted.keys()
+        for path, score in wanted.items():
+            assert found[path] == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("width", "length"), SHAPES)
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_the_search_equals_the_slow_twin(
+    width: int, length: int, token_ids: list[int] | None, seed: int
+):
+    drafter = TinyDrafter(seed, token_ids)
+    assert_equal_levels(drafter.search(width, length), drafter.slow_search(width, length))
+
+
+@pytest.mark.parametrize("width", [9, 10, 100])
+def test_a_width_beyond_the_vocabulary_is_capped(width: int):
+    drafter = TinyDrafter(0)
+    levels = drafter.search(width, 3)
+    assert levels.tokens.shape == (3, 9)
+    assert_equal_levels(levels, drafter.slow_search(9, 3))
+
+
+def test_a_full_width_finds_the_best_of_all_pairs():
+    drafter = TinyDrafter(1)
+    pairs = {
+        path: score
+        for first in drafter.slow_search(9, 1)
+        for token in first
+        for path, score in all_pairs_after(drafter, token).items()
+    }
+    best = sorted(pairs, key=lambda pair: -pairs[pair])[:9]
+    assert paths_by_level(drafter.search(9, 2))[1].keys() == set(best)
+
+
+def all_pairs_after(drafter: TinyDrafter, first: Path) -> dict[Path, float]:
+    """Return the log-probability of every pair of tokens that begins with one."""
+    embeddings = np.array(drafter.embed.weight)
+    rows = [
+        np.log(softmax(slow_logits(drafter.parameters, drafter.hidden, embeddings[read])))
+        for read in ([ROOT], [ROOT, *first])
+    ]
+    return {(*first, token): rows[0][first[0]] + rows[1][token] for token in range(9)}
+
+
+def test_width_one_takes_the_best_token_each_time():
+    drafter = TinyDrafter(2)
+    path: Path = ()
+    for _ in range(6):
+        read = np.array(drafter.embed.weight)[[ROOT, *path]]
+        path += (int(slow_logits(drafter.parameters, drafter.hidden, read).argmax()),)
+    assert drafter.search(1, 6).tokens[:, 0].tolist() == list(path)
+
+
+def test_a_drafter_of_one_token_repeats_it():
+    drafter = TinyDrafter(3, token_ids=[7])
+    levels = drafter.search(4, 3)
+    assert levels.tokens.tolist() == [[7], [7], [7]]
+    assert levels.parents.tolist() == [[0], [0], [0]]
+    assert np.abs(np.array(levels.scores)).max() == 0
+
+
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_no_path_is_more_probable_than_its_parents(token_ids: list[int] | None):
+    levels = TinyDrafter(4, token_ids).search(4, 6)
+    for above, parents, here in zip(
+        levels.scores, levels.parents[1:], levels.scores[1:], strict=False
+    ):
+        assert mx.all(here <= above[parents]).item()
+
+
+def remembering_step(vocab_size: int) -> Callable[[mx.array, Any], tuple[mx.array, Any]]:
+    """Return a step whose state holds all tokens read, in two arrays and a dictionary."""
+
+    def step(tokens: mx.array, state: Any) -> tuple[mx.array, Any]:
+        path, (count,) = state["path"], state["counts"]
+        path = mx.concatenate([path[:, 1:], tokens[:, None]], axis=1)
+        rows = [random_row(vocab_size, [t for t in row if t >= 0]) for row in path.tolist()]
+        return mx.array(np.log(rows).astype(np.float32)), {"path": path, "counts": (count + 1,)}
+
+    return step
+
+
+def random_row(vocab_size: int, read: list[int]) -> np.ndarray:
+    """Return a distribution that belongs to the tokens read so far."""
+    return softmax(np.random.default_rng(read).normal(size=vocab_size) * 2)
+
+
+@pytest.mark.parametrize(("width", "length"), [(1, 4), (3, 5), (5, 4)])
+def test_every_beam_keeps_its_own_state(width: int, length: int):
+    # The state is exactly the path, so a beam that was given another's would score other tokens.
+    state = {"path": mx.full((1, 6), -1, mx.int32), "counts": (mx.zeros((1,), mx.int32),)}
+    levels = beam_search(remembering_step(5), mx.array([ROOT]), state, width, length)
+    expected = slow_beam_search(lambda path: np.log(random_row(5, [ROOT, *path])), width, length)
+    assert_equal_levels(levels, expected)
+
+
+@pytest.mark.parametrize("rnn", [True, False])
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_a_bound_drafter_searches_the_same(token_ids: list[int] | None, rnn: bool):
+    drafter = TinyDrafter(5, token_ids, rnn)
+    bound = BoundDrafter(drafter.network, drafter.embed, {})
+    plan = DraftPlan(beam_width=3, draft_length=4)
+    for _ in range(2):  # the second time the search is compiled already
+        levels = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), plan)
+        assert_equal_levels(levels, drafter.slow_search(3, 4))
+
+
+def test_a_bound_drafter_needs_no_table(monkeypatch: pytest.MonkeyPatch):
+    drafter = TinyDrafter(6)
+    monkeypatch.setattr("mlx_distill.drafters.recurrent.TABLE_BYTES", 0)
+    bound = BoundDrafter(drafter.network, drafter.embed, {})
+    levels = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), DraftPlan(2, 3))
+    assert_equal_levels(levels, drafter.slow_search(2, 3))
