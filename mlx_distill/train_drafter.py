@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mlx_distill import cli
 from mlx_distill.arrays import num_bytes, num_values, to_host
-from mlx_distill.checkpoint import fingerprint, save_drafter
+from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
@@ -117,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config": asdict(config),
         "target": known,
         "data": [Path(path).name for path in arguments.data],
+        "start_from": arguments.start_from and Path(arguments.start_from).name,
     }
+    start = arguments.start_from and load_drafter(arguments.start_from, model, tokenizer).network
     prompts = [
         prompt
         for path in arguments.data
@@ -140,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _open_work(work, settings)
     responses_path = Path(arguments.responses or output.with_name(output.name + ".responses.jsonl"))
     responses = _responses(responses_path, model, tokenizer, prompts, config, known)
-    trainer = DrafterTrainer(target, responses, config)
+    trainer = DrafterTrainer(target, responses, config, start or None)
     log = trainer.run(work, quiet=arguments.quiet)
     files = {
         "training.json": json.dumps({**settings, "log": log, "versions": cli.versions()}, indent=1),
@@ -159,9 +161,19 @@ class DrafterTrainer:
         target: Writes the goals; never changes.
         responses: The target's answers; the last ``config.held_out`` are for evaluation.
         config: How to train.
+        start: A drafter to start from; its shape has to be that of the configuration.
+
+    Raises:
+        InputError: If the start has another shape.
     """
 
-    def __init__(self, target: Target, responses: list[Response], config: DrafterTraining):
+    def __init__(
+        self,
+        target: Target,
+        responses: list[Response],
+        config: DrafterTraining,
+        start: RecurrentDrafter | None = None,
+    ):
         assert target.embed is not None
         self.target = target
         self.embed = target.embed
@@ -177,6 +189,13 @@ class DrafterTrainer:
         if shape.draft_vocab_size:
             tokens = frequent_tokens(self.training, shape.draft_vocab_size, shape.vocab_size)
             self.network.token_ids = mx.array(tokens)
+        if start is not None:
+            if start.config != shape:
+                raise InputError(
+                    f"the drafter to start from has another shape: {start.config}, not {shape}"
+                )
+            self.network.update(start.parameters())
+            self.network.set_dtype(mx.float32)
         mx.eval(self.network.parameters())
 
     def view(self, responses: Sequence[Response]) -> TargetView:
@@ -278,6 +297,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, help="the drafter's folder; must not exist")
     parser.add_argument(
+        "--start-from", metavar="DRAFTER", help="start with the weights of this drafter's folder"
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="go on with the unfinished training of this output"
     )
     parser.add_argument(
@@ -357,6 +379,7 @@ def _card(name: str, trainer: DrafterTrainer, settings: dict[str, Any], log: lis
     """Return the model card: what the drafter is, how it was made, what was measured."""
     shape = trainer.network.config
     parameters = num_values(trainer.network.parameters())
+    start = f" It started from {settings['start_from']}." if settings["start_from"] else ""
     tokens = sum(len(response.response) for response in trainer.training)
     rows = "\n".join(
         f"| {depth} | {greedy:.3f} | {sampled:.3f} |"
@@ -374,7 +397,7 @@ never changes what its target writes: the target verifies every token.
 Trained with `python -m mlx_distill.train_drafter` on {len(trainer.training):,} answers \
 ({tokens:,} tokens) that the target wrote to prompts from `{", ".join(settings["data"])}`; \
 {settings["config"]["training"]["steps"]:,} steps of {trainer.config.batch_size} answers; the \
-settings and the log are in `training.json`.
+settings and the log are in `training.json`.{start}
 
 Acceptance of a drafted chain on {len(trainer.held_out)} held-out answers, by depth: how often the \
 drafter's best token is the target's (greedy), and the target's probability of it (temperature 1).

@@ -1,6 +1,7 @@
 """Beam search against a twin that scores every candidate from the beginning of its path."""
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import mlx.core as mx
@@ -69,13 +70,14 @@ class TinyDrafter:
         token_ids = None if self.token_ids is None else mx.array(self.token_ids)
         return beam_search(self.step, mx.array([ROOT]), None, width, length, token_ids)
 
-    def slow_search(self, width: int, length: int) -> list[dict[Path, float]]:
-        def log_probs(path: Path) -> np.ndarray:
-            read = np.array(self.embed.weight)[[ROOT, *path]]
-            rnn = self.config.rnn
-            return np.log(softmax(slow_logits(self.parameters, self.hidden, read, rnn)))
+    def log_probs(self, path: Path) -> np.ndarray:
+        """Return the float64 log-probabilities after the root and a path, from scratch."""
+        read = np.array(self.embed.weight)[[ROOT, *path]]
+        logits = slow_logits(self.parameters, self.hidden, read, self.config.rnn)
+        return np.log(softmax(logits))
 
-        return slow_beam_search(log_probs, width, length, self.token_ids)
+    def slow_search(self, width: int, length: int) -> list[dict[Path, float]]:
+        return slow_beam_search(self.log_probs, width, length, self.token_ids)
 
 
 def paths_by_level(levels: BeamLevels) -> list[dict[Path, float]]:
@@ -120,31 +122,18 @@ def test_a_width_beyond_the_vocabulary_is_capped(width: int):
 def test_a_full_width_finds_the_best_of_all_pairs():
     drafter = TinyDrafter(1)
     pairs = {
-        path: score
-        for first in drafter.slow_search(9, 1)
-        for token in first
-        for path, score in all_pairs_after(drafter, token).items()
+        (first, second): drafter.log_probs(())[first] + drafter.log_probs((first,))[second]
+        for first, second in product(range(9), repeat=2)
     }
     best = sorted(pairs, key=lambda pair: -pairs[pair])[:9]
     assert paths_by_level(drafter.search(9, 2))[1].keys() == set(best)
-
-
-def all_pairs_after(drafter: TinyDrafter, first: Path) -> dict[Path, float]:
-    """Return the log-probability of every pair of tokens that begins with one."""
-    embeddings = np.array(drafter.embed.weight)
-    rows = [
-        np.log(softmax(slow_logits(drafter.parameters, drafter.hidden, embeddings[read])))
-        for read in ([ROOT], [ROOT, *first])
-    ]
-    return {(*first, token): rows[0][first[0]] + rows[1][token] for token in range(9)}
 
 
 def test_width_one_takes_the_best_token_each_time():
     drafter = TinyDrafter(2)
     path: Path = ()
     for _ in range(6):
-        read = np.array(drafter.embed.weight)[[ROOT, *path]]
-        path += (int(slow_logits(drafter.parameters, drafter.hidden, read).argmax()),)
+        path += (int(drafter.log_probs(path).argmax()),)
     assert drafter.search(1, 6).tokens[:, 0].tolist() == list(path)
 
 

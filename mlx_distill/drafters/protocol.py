@@ -1,7 +1,7 @@
 """What the decoding loop asks of a drafter."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -39,6 +39,7 @@ class DraftPlan:
             raise InputError(f"tree must be best-first or beam, got {self.tree}")
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Predicts what the target will write after a token that is certain."""
 

@@ -30,7 +30,7 @@ from mlx_distill.target.tree_cache import (
     can_trim,
     tree_cache,
 )
-from mlx_distill.target.tree_rope import tree_span, wrap_ropes
+from mlx_distill.target.tree_rope import TreeSpan, tree_span, wrap_ropes
 
 Support = Literal["row", "batch", "chain", "none"]
 
@@ -164,7 +164,7 @@ class Target:
         self._seen.clear()
         nodes = tokens.size
         inputs = tokens[:, None] if layout.batched else tokens[None]
-        span = tree_span.set((layout.start, max_depth))
+        span = tree_span.set(TreeSpan(layout.start, max_depth))
         try:
             logits = self.model(inputs, cache=views)
         finally:

@@ -6,16 +6,39 @@ axis. The nodes of a tree, ``(1, H, N, D)``, are therefore rotated as a batch of
 
 Ropes that stretch with the text (dynamic NTK) compute with the offset as a number. They rotate
 all nodes once per depth of the tree, at that depth's position, and each node takes its own.
+
+Off the GPU a rope is a dozen small operations, repeated for the queries and keys of every layer.
+But it is linear, so there each node's rotation is written out as a matrix once per call, and all
+layers with the same rope multiply by it: 12 instead of 53 microseconds for 8 nodes of 6 x 64.
 """
 
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+from jaxtyping import Float
 from mlx import nn
 
-# First position and depth of the tree that is being verified, for ropes that want numbers.
-tree_span: ContextVar[tuple[int, int]] = ContextVar("tree_span")
+from mlx_distill.arrays import to_host
+
+
+@dataclass(frozen=True)
+class TreeSpan:
+    """The tree that is being verified, as its ropes need to know it.
+
+    Args:
+        start: Position of the root.
+        depth: No node is deeper than this.
+        rotations: The nodes' rotation matrices by kind of rope; filled during the call.
+    """
+
+    start: int
+    depth: int
+    rotations: dict[Any, mx.array] = field(default_factory=dict)
+
+
+tree_span: ContextVar[TreeSpan] = ContextVar("tree_span")
 
 
 def wrap_ropes(model: nn.Module) -> None:
@@ -45,18 +68,41 @@ class _TreeRope:
         call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         if not _is_tree(x, offset):
             return call(x, *args, **kwargs)
-        nodes = x.transpose(2, 1, 0, 3)
         if self.takes_vectors:
             try:
+                if len(args) + len(kwargs) == 1 and mx.default_device() == mx.Device(mx.cpu):
+                    return self._multiply(x, offset)
+                nodes = x.transpose(2, 1, 0, 3)
                 return call(nodes, *args, **kwargs).transpose(2, 1, 0, 3)
             except ValueError:  # the rope asks whether the offset is above a limit
                 self.takes_vectors = False
-        start, depth = tree_span.get()
-        rotated = call(nodes, offset=start)
-        for position in range(start + 1, start + depth + 1):
+        nodes = x.transpose(2, 1, 0, 3)
+        span = tree_span.get()
+        rotated = call(nodes, offset=span.start)
+        for position in range(span.start + 1, span.start + span.depth + 1):
             here = (offset == position)[:, None, None, None]
             rotated = mx.where(here, call(nodes, offset=position), rotated)
         return rotated.transpose(2, 1, 0, 3)
+
+    def _multiply(
+        self, x: Float[mx.array, "1 H N D"], positions: mx.array
+    ) -> Float[mx.array, "1 H N D"]:
+        """Rotate the nodes by matrices, which ropes of one kind share."""
+        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        width = x.shape[-1]
+        kinds = self.__dict__.setdefault("_kinds", {})
+        if width not in kinds:
+            # Ropes are of one kind if they turn the same vector the same way, far out.
+            probe = mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None]
+            kinds[width] = hash((width, *to_host(call(probe, offset=1000).reshape(-1))))
+        rotations = tree_span.get().rotations
+        kind = (kinds[width], x.dtype)
+        if kind not in rotations:
+            basis = mx.broadcast_to(
+                mx.eye(width, dtype=x.dtype)[:, None], (positions.size, width, 1, width)
+            )
+            rotations[kind] = call(basis, offset=positions)[:, :, 0]
+        return (x[0].transpose(1, 0, 2) @ rotations[kind]).transpose(1, 0, 2)[None]
 
 
 def _is_tree(x: mx.array, offset: Any) -> bool:

@@ -1,0 +1,411 @@
+"""What the drafter learns, against a twin that takes one position and one draft step at a time."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+from oracles.recurrent_drafter import slow_logits
+from oracles.sampling import softmax
+from scipy.special import log_softmax, rel_entr
+
+from mlx_distill.distillation.drafter import (
+    TargetView,
+    acceptance_by_depth,
+    drafter_loss,
+    unroll,
+    view_of_target,
+)
+from mlx_distill.distillation.losses.response import entropy, kl_divergence
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+
+# The divergence
+
+
+def random_teacher(*shape: int, scale: float = 2.0) -> np.ndarray:
+    """Return float64 probabilities."""
+    return softmax(scale * np.random.default_rng(7).normal(size=shape))
+
+
+def random_logits(*shape: int, scale: float = 2.0) -> np.ndarray:
+    return scale * np.random.default_rng(8).normal(size=shape)
+
+
+def slow_kl(teacher: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """Return KL(teacher || student) at every position, in float64."""
+    return rel_entr(teacher, softmax(logits)).sum(axis=-1)
+
+
+def kl(
+    teacher: np.ndarray | mx.array, logits: np.ndarray | mx.array, mask: np.ndarray | None = None
+) -> tuple[mx.array, mx.array]:
+    """Return the package's divergence, in float32; no mask counts all positions."""
+    probs = teacher if isinstance(teacher, mx.array) else mx.array(teacher.astype(np.float32))
+    student = logits if isinstance(logits, mx.array) else mx.array(logits.astype(np.float32))
+    weights = np.ones(probs.shape[:-1]) if mask is None else mask
+    teacher_entropy = entropy(mx.log(probs))
+    return kl_divergence(probs, teacher_entropy, student, mx.array(weights.astype(np.float32)))
+
+
+def test_the_divergence_equals_scipys():
+    teacher, logits = random_teacher(5, 9, 13), random_logits(5, 9, 13)
+    total, count = kl(teacher, logits)
+    assert total.item() == pytest.approx(slow_kl(teacher, logits).sum(), rel=1e-5)
+    assert count.item() == 45
+
+
+def test_the_mask_weighs_the_sum_and_the_count():
+    teacher, logits = random_teacher(5, 9, 13), random_logits(5, 9, 13)
+    mask = np.random.default_rng(9).choice([0, 0.5, 1], (5, 9))
+    total, count = kl(teacher, logits, mask)
+    assert total.item() == pytest.approx((slow_kl(teacher, logits) * mask).sum(), rel=1e-5)
+    assert count.item() == pytest.approx(mask.sum())
+
+
+def test_a_sure_teacher_leaves_the_cross_entropy():
+    teacher, logits = np.eye(13)[[3, 0, 12, 5]], random_logits(4, 13)
+    expected = -log_softmax(logits, axis=-1)[range(4), [3, 0, 12, 5]].sum()
+    total, _ = kl(teacher, logits)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_tokens_without_mass_contribute_nothing():
+    teacher = np.array([[0.25, 0.75, 0.0, 0.0]])
+    logits = np.array([[1.0, -2.0, 0.5, 30.0]])
+    total, _ = kl(teacher, logits)
+    assert total.item() == pytest.approx(slow_kl(teacher, logits).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [30.0, 300.0])
+def test_large_logits_do_not_overflow(scale: float):
+    teacher, logits = random_teacher(20, 13, scale=scale), random_logits(20, 13, scale=scale)
+    # SciPy's probabilities underflow where float64's logarithms do not.
+    log_teacher = log_softmax(scale * np.random.default_rng(7).normal(size=(20, 13)), axis=-1)
+    expected = (teacher * (log_teacher - log_softmax(logits, axis=-1))).sum()
+    total, _ = kl(teacher, logits)
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_logits_are_divided_in_float32(dtype: mx.Dtype):
+    teacher, logits = random_teacher(5, 9, 13), mx.array(random_logits(5, 9, 13)).astype(dtype)
+    total, _ = kl(teacher, logits)
+    expected = slow_kl(teacher, np.array(logits.astype(mx.float32), np.float64)).sum()
+    assert total.dtype == mx.float32
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_the_divergence_is_not_negative_and_zero_where_equal(scale: float):
+    logits = random_logits(50, 13, scale=scale)
+    teacher = random_teacher(50, 13, scale=scale)
+    for row in range(50):
+        assert kl(teacher[row], logits[row])[0].item() > 0
+        assert abs(kl(softmax(logits)[row], logits[row])[0].item()) < 1e-5
+
+
+@pytest.mark.parametrize("constant", [-40.0, 11.0, 200.0])
+def test_a_constant_added_to_the_students_logits_changes_nothing(constant: float):
+    teacher, logits = random_teacher(6, 13), random_logits(6, 13)
+    shifted, _ = kl(teacher, logits + constant)
+    assert shifted.item() == pytest.approx(kl(teacher, logits)[0].item(), rel=1e-4)
+
+
+def test_the_gradient_equals_finite_differences():
+    teacher, logits = random_teacher(3, 4, 7), random_logits(3, 4, 7)
+    mask = np.random.default_rng(9).random((3, 4))
+
+    def slow_total(logits: np.ndarray) -> float:
+        return (slow_kl(teacher, logits) * mask).sum()
+
+    expected = np.zeros_like(logits)
+    for place in np.ndindex(logits.shape):
+        step = np.zeros_like(logits)
+        step[place] = 1e-5
+        expected[place] = (slow_total(logits + step) - slow_total(logits - step)) / 2e-5
+    student = mx.array(logits.astype(np.float32))
+    found = mx.grad(lambda x: kl(teacher, x, mask)[0])(student)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
+def test_the_gradient_has_the_logits_precision():
+    logits = mx.array(random_logits(4, 7)).astype(mx.float16)
+    found = mx.grad(lambda x: kl(random_teacher(4, 7), x)[0])(logits)
+    assert found.dtype == mx.float16
+    expected = softmax(np.array(logits, np.float64)) - random_teacher(4, 7)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-3)
+
+
+def test_the_teachers_probabilities_get_no_gradient():
+    probs = mx.array(random_teacher(4, 7).astype(np.float32))
+    logits = mx.array(random_logits(4, 7).astype(np.float32))
+
+    def total(probs: mx.array) -> mx.array:
+        return kl_divergence(probs, mx.zeros((4,)), logits, mx.ones((4,)))[0]
+
+    assert mx.abs(mx.grad(total)(probs)).max().item() == 0
+
+
+def test_entropy_in_nats():
+    probs = random_teacher(6, 13)
+    expected = -(probs * np.log(probs)).sum(axis=-1)
+    found = entropy(mx.array(np.log(probs).astype(np.float32)))
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-5)
+    certain = mx.array([[0.0, -np.inf, -np.inf]])
+    assert entropy(certain).tolist() == [0.0]
+
+
+# The unrolled drafter
+
+PROMPTS, LENGTHS = [3, 1, 5, 2], [12, 9, 6, 2]
+WIDTH, VOCAB_SIZE, HIDDEN_SIZE = 12, 10, 5
+TRIMMED = [1, 2, 5, 6, 9]
+UNROLL = 4
+
+
+def random_drafter(token_ids: list[int] | None = None) -> RecurrentDrafter:
+    """Return a drafter with random weights."""
+    config = RecurrentDrafterConfig(
+        hidden_size=HIDDEN_SIZE,
+        vocab_size=VOCAB_SIZE,
+        exit_dim=7,
+        num_draft_layers=1,
+        draft_vocab_size=token_ids and len(token_ids),
+    )
+    network = RecurrentDrafter(config)
+    random = np.random.default_rng(0)
+    weights = [
+        (name, mx.array(0.8 * random.normal(size=value.shape).astype(np.float32)))
+        for name, value in tree_flatten(network.trainable_parameters())
+    ]
+    return network.load_weights(weights, strict=False)  # pyright: ignore
+
+
+def random_batch() -> dict[str, np.ndarray]:
+    """Return what a target says of four texts, padding included."""
+    random = np.random.default_rng(1)
+    return {
+        "logits": 2 * random.normal(size=(4, WIDTH, VOCAB_SIZE)).astype(np.float32),
+        "hidden": random.normal(size=(4, WIDTH, HIDDEN_SIZE)).astype(np.float32),
+        "embeddings": random.normal(size=(4, WIDTH, HIDDEN_SIZE)).astype(np.float32),
+    }
+
+
+def view_of(batch: dict[str, Any], token_ids: list[int] | None = None) -> TargetView:
+    arrays = [mx.array(batch[name]) for name in ("logits", "hidden", "embeddings")]
+    ids = None if token_ids is None else mx.array(token_ids)
+    return view_of_target(*arrays, mx.array(PROMPTS), mx.array(LENGTHS), ids)
+
+
+def parameters_of(drafter: RecurrentDrafter) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(drafter.parameters())}
+
+
+def slow_steps(
+    parameters: dict[str, np.ndarray], batch: dict[str, np.ndarray], token_ids: list[int] | None
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
+    """Return the depth, the target's and the drafter's probabilities of all that counts."""
+    columns = range(VOCAB_SIZE) if token_ids is None else token_ids
+    steps = []
+    for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        for start in range(WIDTH - UNROLL):
+            answers = prompt - 1 <= start and start + 1 < length
+            for depth in range(1, UNROLL + 1):
+                if not answers or start + depth >= length:
+                    continue
+                target = batch["logits"][text, start + depth, list(columns)].astype(np.float64)
+                read = batch["embeddings"][text, start + 1 : start + depth + 1]
+                student = slow_logits(parameters, batch["hidden"][text, start], read)
+                steps.append((depth, softmax(target), softmax(student)))
+    return steps
+
+
+def slow_loss(
+    parameters: dict[str, np.ndarray],
+    batch: dict[str, np.ndarray],
+    token_ids: list[int] | None,
+    decay: float,
+) -> tuple[float, float]:
+    """Return the weighted sum of divergences and its count."""
+    steps = slow_steps(parameters, batch, token_ids)
+    weights = [decay ** (depth - 1) for depth, _, _ in steps]
+    terms = [rel_entr(target, student).sum() for _, target, student in steps]
+    return float(np.dot(weights, terms)), sum(weights)
+
+
+def test_the_view_is_the_targets_distribution():
+    batch = random_batch()
+    view = view_of(batch)
+    probs = softmax(batch["logits"].astype(np.float64))
+    np.testing.assert_allclose(np.array(view.probs), probs, atol=1e-6)
+    expected = -(probs * np.log(probs)).sum(axis=-1)
+    np.testing.assert_allclose(np.array(view.entropy), expected, atol=1e-5)
+    np.testing.assert_array_equal(np.array(view.hidden), batch["hidden"])
+    np.testing.assert_array_equal(np.array(view.embeddings), batch["embeddings"])
+
+
+def test_a_trimmed_view_is_normalised_over_its_tokens():
+    batch = random_batch()
+    view = view_of(batch, TRIMMED)
+    probs = softmax(batch["logits"][..., TRIMMED].astype(np.float64))
+    np.testing.assert_allclose(np.array(view.probs), probs, atol=1e-6)
+    expected = -(probs * np.log(probs)).sum(axis=-1)
+    np.testing.assert_allclose(np.array(view.entropy), expected, atol=1e-5)
+
+
+def test_drafts_start_only_where_the_target_answers():
+    view = view_of(random_batch())
+    # The last token of a prompt is where the target chooses the first token of its answer; after
+    # the last token of a text there is nothing that is certain.
+    starts = [
+        [int(prompt - 1 <= place < length - 1) for place in range(WIDTH)]
+        for prompt, length in zip(PROMPTS, LENGTHS, strict=True)
+    ]
+    assert starts[0] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]
+    assert view.starts.tolist() == starts
+    assert view.inside.sum(axis=1).tolist() == LENGTHS
+    assert view.inside[1].tolist() == [1] * 9 + [0] * 3
+
+
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_unrolled_logits_are_those_of_every_draft_alone(token_ids: list[int] | None):
+    drafter, batch = random_drafter(token_ids), random_batch()
+    parameters = parameters_of(drafter)
+    steps = list(unroll(drafter, view_of(batch, token_ids), UNROLL))
+    assert len(steps) == UNROLL
+    for depth, (logits, here, _) in enumerate(steps, start=1):
+        places = range(WIDTH)[here]
+        assert logits.shape[:2] == (4, len(places))
+        for text in range(4):
+            for start, place in enumerate(places):
+                assert place == start + depth
+                read = batch["embeddings"][text, start + 1 : place + 1]
+                expected = slow_logits(parameters, batch["hidden"][text, start], read)
+                np.testing.assert_allclose(
+                    np.array(logits[text, start]), expected, rtol=1e-4, atol=1e-4
+                )
+
+
+@pytest.mark.parametrize("decay", [0.8, 1.0, 0.3])
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_the_loss_equals_a_loop_over_positions(token_ids: list[int] | None, decay: float):
+    drafter, batch = random_drafter(token_ids), random_batch()
+    found = drafter_loss(drafter, view_of(batch, token_ids), UNROLL, decay)
+    expected = slow_loss(parameters_of(drafter), batch, token_ids, decay)
+    assert [x.item() for x in found] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_acceptance_equals_a_loop_over_positions(token_ids: list[int] | None):
+    drafter, batch = random_drafter(token_ids), random_batch()
+    expected, counts = np.zeros((2, UNROLL)), np.zeros(UNROLL)
+    for depth, target, student in slow_steps(parameters_of(drafter), batch, token_ids):
+        best = student.argmax()
+        expected[:, depth - 1] += best == target.argmax(), target[best]
+        counts[depth - 1] += 1
+    found, found_counts = acceptance_by_depth(drafter, view_of(batch, token_ids), UNROLL)
+    np.testing.assert_allclose(np.array(found), expected, rtol=1e-5)
+    assert found_counts.tolist() == counts.tolist()
+    assert counts[0] > counts[-1] > 0
+
+
+def test_padding_and_prompts_are_inert():
+    drafter, batch = random_drafter(), random_batch()
+    changed = {name: array.copy() for name, array in batch.items()}
+    random = np.random.default_rng(2)
+    for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        for name, array in changed.items():
+            array[text, length:] = 100 * random.normal(size=array[text, length:].shape)
+            # Of the prompt only the last hidden state counts; the first answer is also read there.
+            end = prompt if name != "hidden" else prompt - 1
+            array[text, :end] = 100 * random.normal(size=array[text, :end].shape)
+    loss_and_grad = nn.value_and_grad(drafter, lambda *args: drafter_loss(*args)[0])
+    loss, grads = loss_and_grad(drafter, view_of(batch), UNROLL)
+    loss_after, grads_after = loss_and_grad(drafter, view_of(changed), UNROLL)
+    assert loss_after.item() == loss.item()
+    before = dict(tree_flatten(grads))
+    for name, grad in tree_flatten(grads_after):
+        np.testing.assert_allclose(np.array(grad), np.array(before[name]), rtol=1e-5, atol=1e-6)
+    for found, expected in zip(
+        acceptance_by_depth(drafter, view_of(changed), UNROLL),
+        acceptance_by_depth(drafter, view_of(batch), UNROLL),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(np.array(found), np.array(expected))
+
+
+def test_a_batch_without_answers_counts_nothing():
+    batch = random_batch()
+    arrays = [mx.array(batch[name]) for name in ("logits", "hidden", "embeddings")]
+    lengths = mx.array(LENGTHS)
+    view = view_of_target(*arrays, lengths + 1, lengths, None)
+    total, count = drafter_loss(random_drafter(), view, UNROLL)
+    assert (total.item(), count.item()) == (0, 0)
+
+
+def test_the_target_gets_no_gradient():
+    drafter, batch = random_drafter(), random_batch()
+
+    def loss(arrays: dict[str, mx.array]) -> mx.array:
+        return drafter_loss(drafter, view_of(arrays), UNROLL)[0]
+
+    arrays = {name: mx.array(array) for name, array in batch.items()}
+    assert loss(arrays).item() > 0
+    for grad in mx.grad(loss)(arrays).values():
+        assert mx.abs(grad).max().item() == 0
+
+
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_the_drafters_gradient_equals_finite_differences(token_ids: list[int] | None):
+    drafter, batch = random_drafter(token_ids), random_batch()
+    view = view_of(batch, token_ids)
+    _, grads = nn.value_and_grad(drafter, lambda d: drafter_loss(d, view, UNROLL)[0])(drafter)
+    found = dict(tree_flatten(grads))
+    assert found.keys() == dict(tree_flatten(drafter.trainable_parameters())).keys()
+    random = np.random.default_rng(3)
+    weights = parameters_of(drafter)
+    for name, grad in found.items():
+        # Along one random direction per parameter.
+        step = 1e-5 * random.normal(size=grad.shape)
+        up, down = (
+            slow_loss({**weights, name: weights[name] + sign * step}, batch, token_ids, 0.8)[0]
+            for sign in (1, -1)
+        )
+        slope = (np.array(grad) * step).sum()
+        assert slope == pytest.approx((up - down) / 2, rel=1e-3, abs=1e-9)
+
+
+def test_a_drafter_overfits_a_task_that_has_one_answer():
+    # The target counts up from the first token to the last and starts anew.
+    random = np.random.default_rng(4)
+    tokens = (np.arange(WIDTH) + np.array([[0], [3], [6], [8]])) % VOCAB_SIZE
+    embeddings = random.normal(size=(VOCAB_SIZE, HIDDEN_SIZE)).astype(np.float32)
+    batch = {
+        "logits": 20 * np.eye(VOCAB_SIZE, dtype=np.float32)[(tokens + 1) % VOCAB_SIZE],
+        "hidden": embeddings[tokens],
+        "embeddings": embeddings[tokens],
+    }
+    drafter, view = random_drafter(), view_of(batch)
+    teacher = [np.array(x) for x in vars(view).values()]
+
+    def mean_loss(drafter: RecurrentDrafter) -> mx.array:
+        total, count = drafter_loss(drafter, view, UNROLL)
+        return total / count
+
+    optimizer = optim.Adam(learning_rate=0.02)
+    loss_and_grad = nn.value_and_grad(drafter, mean_loss)
+    first = mean_loss(drafter).item()
+    for _ in range(150):
+        _, grads = loss_and_grad(drafter)
+        optimizer.update(drafter, grads)
+        mx.eval(drafter.parameters(), optimizer.state)
+    assert first > 1
+    assert mean_loss(drafter).item() < 0.01
+    agreed, counts = acceptance_by_depth(drafter, view, UNROLL)
+    assert agreed[0].tolist() == counts.tolist()
+    assert mx.all(agreed[1] > 0.99 * counts).item()
+    for before, after in zip(teacher, vars(view).values(), strict=True):
+        np.testing.assert_array_equal(before, np.array(after))

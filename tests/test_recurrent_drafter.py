@@ -1,0 +1,251 @@
+"""The recurrent drafter's network against its formulas, its names and its configuration."""
+
+from itertools import product
+from typing import Any
+
+import jaxtyping
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+from oracles.recurrent_drafter import slow_logits
+from oracles.sampling import softmax
+
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.recurrent import (
+    BoundDrafter,
+    RecurrentDrafter,
+    RecurrentDrafterConfig,
+)
+from mlx_distill.errors import InputError
+
+# Width 7 of the head needs a projection, width 10 = 2 x 5 does not.
+SHAPES = [
+    {"exit_dim": exit_dim, "num_draft_layers": layers, "rnn": rnn}
+    for exit_dim, layers, rnn in product((7, 10), (0, 1, 2), (True, False))
+]
+OTHER_EMBEDDING = {"exit_dim": 7, "num_draft_layers": 1, "embedding_size": 3}
+TRIMMED = {"exit_dim": 7, "num_draft_layers": 1, "draft_vocab_size": 4}
+
+
+def random_drafter(seed: int = 0, **shape: Any) -> RecurrentDrafter:
+    """Return a drafter for hidden states of 5 and 11 tokens with random weights."""
+    random = np.random.default_rng(seed)
+    network = RecurrentDrafter(RecurrentDrafterConfig(hidden_size=5, vocab_size=11, **shape))
+    weights = [
+        (name, mx.array(0.6 * random.normal(size=value.shape).astype(np.float32)))
+        for name, value in tree_flatten(network.trainable_parameters())
+    ]
+    network.load_weights(weights, strict=False)
+    return network
+
+
+def parameters(network: RecurrentDrafter) -> dict[str, np.ndarray]:
+    return {name: np.array(value) for name, value in tree_flatten(network.parameters())}
+
+
+def random_inputs(network: RecurrentDrafter, *leading: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return hidden states (..., 5) and the embeddings of six tokens (..., 6, E)."""
+    random = np.random.default_rng(1)
+    width = network.config.embedding_size or network.config.hidden_size
+    hidden = random.normal(size=(*leading, 5))
+    embeddings = random.normal(size=(*leading, 6, width))
+    return hidden.astype(np.float32), embeddings.astype(np.float32)
+
+
+def logits_after_each(
+    network: RecurrentDrafter, hidden: np.ndarray, embeddings: np.ndarray
+) -> np.ndarray:
+    """Return the network's logits after one, two, ... tokens, (..., T, K)."""
+    context = network.context(mx.array(hidden))
+    state, logits = None, []
+    for place in range(embeddings.shape[-2]):
+        state = network.advance(state, network.read(mx.array(embeddings[..., place, :])))
+        logits.append(network.logits(context, state))
+    return np.array(mx.stack(logits, axis=-2))
+
+
+def slow_logits_after_each(
+    network: RecurrentDrafter, hidden: np.ndarray, embeddings: np.ndarray
+) -> np.ndarray:
+    rows = [
+        slow_logits(parameters(network), hidden, embeddings[: place + 1], network.config.rnn)
+        for place in range(len(embeddings))
+    ]
+    return np.array(rows)
+
+
+# The formulas
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, OTHER_EMBEDDING, TRIMMED], ids=str)
+def test_the_network_equals_its_formulas(shape: dict[str, Any]):
+    network = random_drafter(**shape)
+    hidden, embeddings = random_inputs(network)
+    expected = slow_logits_after_each(network, hidden, embeddings)
+    assert expected.shape == (6, shape.get("draft_vocab_size", 11))
+    found = logits_after_each(network, hidden, embeddings)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, OTHER_EMBEDDING], ids=str)
+def test_leading_axes_are_independent_drafts(shape: dict[str, Any]):
+    network = random_drafter(**shape)
+    hidden, embeddings = random_inputs(network, 2, 3)
+    found = logits_after_each(network, hidden, embeddings)
+    for place in np.ndindex(2, 3):
+        expected = slow_logits_after_each(network, hidden[place], embeddings[place])
+        np.testing.assert_allclose(found[place], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_one_context_serves_several_states(shape: dict[str, Any]):
+    network = random_drafter(**shape)
+    hidden, embeddings = random_inputs(network, 4)
+    context = network.context(mx.array(hidden[0]))[None]
+    state = network.advance(None, network.read(mx.array(embeddings[:, 0])))
+    found = np.array(network.logits(context, state))
+    for row in range(4):
+        expected = slow_logits_after_each(network, hidden[0], embeddings[row, :1])[0]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("exit_dim", [7, 10])
+def test_preparing_changes_nothing(exit_dim: int):
+    network = random_drafter(exit_dim=exit_dim, num_draft_layers=1)
+    inputs = random_inputs(network, 4)
+    before, weights = logits_after_each(network, *inputs), parameters(network)
+    network.prepare()
+    np.testing.assert_allclose(logits_after_each(network, *inputs), before, rtol=1e-6, atol=1e-6)
+    after = parameters(network)
+    assert after.keys() == weights.keys()
+    for name, value in weights.items():
+        np.testing.assert_array_equal(after[name], value)
+
+
+# The names of the parameters
+
+
+def expected_names(
+    exit_dim: int, num_draft_layers: int, rnn: bool = True, **others: Any
+) -> set[str]:
+    names = {f"lm_head.{num_draft_layers}.weight"}
+    for layer in range(num_draft_layers):
+        names |= {f"lm_head.{layer}.linear.{kind}" for kind in ("weight", "bias")}
+    if exit_dim != 10:
+        names |= {"input_proj.weight", "input_proj.bias"}
+    if rnn:
+        names |= {"rnn_u.weight", "rnn_u.bias", "rnn_w.weight"}
+    if "draft_vocab_size" in others:
+        names.add("token_ids")
+    return names
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, OTHER_EMBEDDING, TRIMMED], ids=str)
+def test_parameters_have_the_names_of_published_checkpoints(shape: dict[str, Any]):
+    network = random_drafter(**shape)
+    assert parameters(network).keys() == expected_names(**shape)
+    trained = dict(tree_flatten(network.trainable_parameters())).keys()
+    assert trained == expected_names(**shape) - {"token_ids"}
+
+
+def test_parameters_have_the_published_shapes():
+    shapes = {
+        name: value.shape for name, value in parameters(random_drafter(**OTHER_EMBEDDING)).items()
+    }
+    assert shapes == {
+        "input_proj.weight": (7, 10),
+        "input_proj.bias": (7,),
+        "lm_head.0.linear.weight": (7, 7),
+        "lm_head.0.linear.bias": (7,),
+        "lm_head.1.weight": (11, 7),
+        "rnn_u.weight": (5, 5),
+        "rnn_u.bias": (5,),
+        "rnn_w.weight": (5, 3),
+    }
+
+
+# The drafter bound to a target
+
+
+def test_the_first_drafted_tokens_are_the_networks_best():
+    network = random_drafter(**TRIMMED)
+    network.token_ids = mx.array([2, 3, 7, 10])
+    embed = nn.Embedding(11, 5)
+    hidden = random_inputs(network)[0]
+    read = np.array(embed.weight)[[6]]
+    probs = softmax(slow_logits_after_each(network, hidden, read)[0])
+    drafter = BoundDrafter(network, embed, {"hidden_size": 5})
+    levels = drafter.draft(mx.array(hidden), mx.array([6]), DraftPlan(2, 1))
+    best = np.argsort(-probs)[:2]
+    scores = dict(zip(levels.tokens[0].tolist(), levels.scores[0].tolist(), strict=True))
+    expected = {[2, 3, 7, 10][column]: np.log(probs[column]) for column in best}
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert drafter.config is network.config
+
+
+# The configuration
+
+FIELDS = {"hidden_size": 5, "vocab_size": 11, "exit_dim": 7, "num_draft_layers": 1}
+
+
+def test_a_configuration_is_read_from_a_dictionary():
+    assert RecurrentDrafterConfig.from_dict(FIELDS) == RecurrentDrafterConfig(5, 11, 7, 1)
+    config = RecurrentDrafterConfig.from_dict(
+        {**FIELDS, "rnn": True, "embedding_size": 3, "draft_vocab_size": 11}
+    )
+    assert (config.rnn, config.embedding_size, config.draft_vocab_size) == (True, 3, 11)
+
+
+@pytest.fixture
+def unchecked_types(monkeypatch: pytest.MonkeyPatch):
+    """Call the package as its users do: without the type checks of the tests."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.mark.usefixtures("unchecked_types")
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
+        ({"vocab_size": -3}, "vocab_size must be a whole number of at least 1, got -3"),
+        ({"exit_dim": 2.5}, "exit_dim must be a whole number of at least 1, got 2.5"),
+        ({"exit_dim": "7"}, "exit_dim must be a whole number of at least 1, got '7'"),
+        ({"num_draft_layers": -1}, "num_draft_layers must be at least 0, got -1"),
+        ({"num_draft_layers": None}, "num_draft_layers must be at least 0, got None"),
+        (
+            {"draft_vocab_size": 0},
+            "draft_vocab_size must be between 1 and the vocabulary's 11, got 0",
+        ),
+        (
+            {"draft_vocab_size": 12},
+            "draft_vocab_size must be between 1 and the vocabulary's 11, got 12",
+        ),
+        (
+            {"rnn": False, "embedding_size": 3},
+            "a drafter without rnn needs embeddings as wide as the hidden states",
+        ),
+        ({"width": 3, "depth": 2}, "the drafter's config has unknown fields: depth, width"),
+    ],
+)
+def test_a_wrong_field_is_refused(changes: dict[str, Any], sentence: str):
+    with pytest.raises(InputError, match=f"^{sentence}$"):
+        RecurrentDrafterConfig.from_dict({**FIELDS, **changes})
+
+
+def test_missing_fields_are_named():
+    sentence = "^the drafter's config lacks the fields: vocab_size, exit_dim$"
+    with pytest.raises(InputError, match=sentence):
+        RecurrentDrafterConfig.from_dict({"hidden_size": 5, "num_draft_layers": 1})
+
+
+@pytest.mark.parametrize("name", ["beam_width", "draft_length", "nodes"])
+def test_an_empty_plan_is_refused(name: str):
+    with pytest.raises(InputError, match=f"^{name} must be at least 1, got 0$"):
+        DraftPlan(**{name: 0})
+
+
+def test_an_unknown_tree_is_refused():
+    with pytest.raises(InputError, match=r"^tree must be best-first or beam, got oak$"):
+        DraftPlan(tree="oak")
