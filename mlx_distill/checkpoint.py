@@ -28,6 +28,9 @@ from mlx_distill.drafters.recurrent import (
 from mlx_distill.errors import InputError
 from mlx_distill.target.target import Target
 
+# One of these holds the tokens; without any, the loader makes an empty tokenizer of its own.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "*tokenizer*.py")
+
 PACKAGE = Path(__file__).parent
 
 
@@ -230,6 +233,8 @@ def _check_model(path: Path) -> None:
         raise InputError(f"{path} holds no weights (model*.safetensors)")
     for name in names:
         check_safetensors(path / name)
+    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
+        raise InputError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

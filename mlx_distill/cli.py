@@ -12,6 +12,7 @@ from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
+from transformers.utils import logging as transformers_logging
 
 from mlx_distill.errors import InputError
 
@@ -40,9 +41,8 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def run(argv: Sequence[str] | None = None) -> int:
-        # Libraries speak on stderr about what the commands say better themselves.
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0")
+        # Tokenizers warn of long texts, which the commands refuse in their own words.
+        transformers_logging.set_verbosity_error()
         try:
             return function(argv)
         except InputError as error:

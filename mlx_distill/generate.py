@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -29,7 +30,7 @@ from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
-from mlx_distill.speculation.generation import GenerationResponse, stream_generate
+from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
 from mlx_distill.speculation.sampling import Sampling
 
 
@@ -308,6 +309,15 @@ def _record(
         "machine": cli.machine(),
     }
 
+
+class _CallableModule(ModuleType):
+    """Importing this module puts it where the package has its function ``generate``; be both."""
+
+    def __call__(self, *args: Any, **options: Any) -> str:
+        return generate(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,7 @@ from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
-from mlx_distill.speculation.sampling import Sampling, log_probs, sample
+from mlx_distill.speculation.sampling import Sampling, log_probs, sample, sample_nodes
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.verification import follow
 from mlx_distill.target.target import Target, TreeCall
@@ -53,6 +53,15 @@ class CacheConfig:
             raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
         if self.max_kv_size is not None and self.max_kv_size < 8:
             raise InputError(f"max_kv_size must be at least 8, got {self.max_kv_size}")
+        if self.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
+            raise InputError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}")
+        if self.kv_group_size not in (32, 64, 128):
+            raise InputError(f"kv_group_size must be 32, 64 or 128, got {self.kv_group_size}")
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            raise InputError(
+                "kv_bits and max_kv_size exclude each other: mlx-lm's rotating cache "
+                "cannot be quantised"
+            )
 
     def quantize(self, caches: list[Any]) -> None:
         """Quantise the caches that have grown long enough, in place."""
@@ -112,12 +121,16 @@ class Decoding:
         if self.target.support == "chain":
             self.plan = replace(self.plan, beam_width=1, tree="best-first")
 
-    def draw(self, logits: Float[mx.array, "N V"]) -> Int[mx.array, " N"]:
-        """Return a token per row, with fresh random numbers."""
+    def draw(self, logits: Float[mx.array, "1 V"]) -> Int[mx.array, " 1"]:
+        """Return a token, with fresh random numbers."""
+        return sample(logits, self.sampling, self.fresh_key())
+
+    def fresh_key(self) -> mx.array | None:
+        """Return a key that has not been used; greedy decoding needs none."""
         if self.sampling.temperature == 0:
-            return sample(logits, self.sampling)
+            return None
         self.key, key = mx.random.split(self.key)
-        return sample(logits, self.sampling, key)
+        return key
 
     def process(
         self, history: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
@@ -262,7 +275,9 @@ def launch(
         if decoding.logits_processors:
             mx.async_eval(call.logits, call.hidden)
             return Cycle(tree, call, None, mx.concatenate([history, root]))
-        drawn = decoding.draw(call.logits)
+        drawn = sample_nodes(
+            call.logits, tree.depths, depth, decoding.sampling, decoding.fresh_key()
+        )
         walk = follow(tree, drawn)
         failed = mx.isnan(call.logits).any(axis=-1)
         rows = (tree.tokens, tree.parents, walk.accepted, drawn, failed)

@@ -71,7 +71,8 @@ def shaped_logits(logits: Float[mx.array, "... V"], sampling: Sampling) -> mx.ar
         logits = apply_min_p(logits, sampling.min_p)
     if 0 < sampling.top_k < vocab_size:
         logits = apply_top_k(logits, sampling.top_k)
-    return logits.astype(mx.float32) * (1 / sampling.temperature)
+    logits = logits.astype(mx.float32)
+    return logits if sampling.temperature == 1 else logits * (1 / sampling.temperature)
 
 
 def sample(
@@ -87,3 +88,30 @@ def sample(
     if sampling.temperature == 0:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     return mx.random.categorical(shaped_logits(logits, sampling), key=key).astype(mx.int32)
+
+
+def sample_nodes(
+    logits: Float[mx.array, "... N V"],
+    depths: Int[mx.array, " N"],
+    max_depth: int,
+    sampling: Sampling,
+    key: mx.array | None = None,
+) -> Int[mx.array, "... N"]:
+    """Return a token per node of a tree; nodes of the same depth share their random numbers.
+
+    A walk reaches one node of a depth at the most, and the numbers of that depth have no part in
+    how it got there. So it draws as if every node had numbers of its own, which would take twice
+    the time for 8 nodes of 4 depths.
+
+    Args:
+        logits: Not normalised; leading axes are independent draws.
+        depths: Distance of each node from the root.
+        max_depth: No node is deeper than this.
+        sampling: The law.
+        key: Of the random numbers; needed above temperature 0.
+    """
+    if sampling.temperature == 0:
+        return sample(logits, sampling)
+    shape = (*logits.shape[:-2], max_depth + 1, logits.shape[-1])
+    noise = mx.take(mx.random.gumbel(shape, key=key), depths, axis=-2)
+    return mx.argmax(shaped_logits(logits, sampling) + noise, axis=-1).astype(mx.int32)
