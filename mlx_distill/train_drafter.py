@@ -89,7 +89,7 @@ class DrafterTraining:
         return RecurrentDrafterConfig(
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
-            exit_dim=self.exit_dim or target.hidden_size * 2 // 3,
+            exit_dim=target.hidden_size * 2 // 3 if self.exit_dim is None else self.exit_dim,
             num_draft_layers=self.num_draft_layers,
             embedding_size=None if embedding_size == target.hidden_size else embedding_size,
             draft_vocab_size=None if draft_vocab in (0, target.vocab_size) else draft_vocab,
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ][: arguments.max_prompts]
     if len(prompts) <= config.held_out:
         raise InputError(f"{len(prompts)} prompts are too few: {config.held_out} are held out")
+    config.network(target)  # refuses sizes that do not fit the target
     longest = max(map(len, prompts)) + config.responses.max_tokens
     if target.context is not None and longest > target.context:
         raise InputError(

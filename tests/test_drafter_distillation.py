@@ -181,7 +181,7 @@ def random_drafter(token_ids: list[int] | None = None) -> RecurrentDrafter:
         (name, mx.array(0.8 * random.normal(size=value.shape).astype(np.float32)))
         for name, value in tree_flatten(network.trainable_parameters())
     ]
-    return network.load_weights(weights, strict=False)  # pyright: ignore
+    return network.load_weights(weights, strict=False)
 
 
 def random_batch() -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Beams become trees that hold every prefix once, and trees become the same beams again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -100,7 +100,7 @@ def test_a_node_per_distinct_prefix_and_the_beams_come_back(seed: int):
 @pytest.mark.parametrize("seed", range(40))
 def test_masks_depths_and_parents_agree(seed: int):
     tree = PrefixTree.from_beams(random_beams(seed))
-    parents: list[int] = tree.parents.tolist()  # pyright: ignore
+    parents = tree.parents.tolist()
     assert all(parent < node for node, parent in enumerate(parents[1:], start=1))
     assert tree.depths.tolist() == [len(path) - 1 for path in tree.paths()]
     np.testing.assert_array_equal(np.array(tree.mask), slow_mask(parents))
@@ -140,15 +140,15 @@ def random_levels(seed: int, length: int, width: int, sure: float = 0.0) -> Beam
         seed: Of the parents and the scores.
         length: Number of levels.
         width: Number of beams.
-        sure: Share of the tokens that are as probable as their parents.
+        sure: Share of the first children that are as probable as their parents.
     """
     random = np.random.default_rng(seed)
     parents = random.integers(0, width, (length, width))
     parents[0] = 0
-    steps = -random.exponential(1.0, (length, width)) * (random.random((length, width)) >= sure)
-    steps[0] = -random.exponential(1.0, width) - 0.01
-    scores = steps.copy()
+    scores = -random.exponential(1.0, (length, width)) - 0.01
     for level in range(1, length):
+        _, first_children = np.unique(parents[level], return_index=True)
+        scores[level, first_children[random.random(first_children.size) < sure]] = 0
         scores[level] += scores[level - 1][parents[level]]
     return levels_of(np.arange(length * width).reshape(length, width), parents, scores)
 
@@ -171,7 +171,7 @@ def slow_best_first(levels: BeamLevels, num_nodes: int) -> set[tuple[int, ...]]:
 
 def assert_is_a_tree(tree: PrefixTree):
     """Check what every tree promises."""
-    parents: list[int] = tree.parents.tolist()  # pyright: ignore
+    parents = tree.parents.tolist()
     assert parents[0] == 0
     assert all(parent < node for node, parent in enumerate(parents[1:], start=1))
     np.testing.assert_array_equal(np.array(tree.mask), slow_mask(parents))
@@ -188,6 +188,17 @@ def test_best_first_takes_the_most_probable_paths(seed: int, num_nodes: int):
     assert set(token_paths(tree)) == slow_best_first(levels, num_nodes)
 
 
+@pytest.fixture
+def unstable_sort(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let equal values come in the reverse of their order, as a sort on a GPU may."""
+    stable = mx.argsort
+    mx.disable_compile()
+    monkeypatch.setattr(mx, "argsort", lambda x: x.size - 1 - stable(x[::-1]))
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("unstable_sort")
 @pytest.mark.parametrize("num_nodes", [2, 3, 5, 8, 13])
 @pytest.mark.parametrize("seed", range(6))
 def test_a_sure_token_never_comes_without_its_parent(seed: int, num_nodes: int):
@@ -197,6 +208,7 @@ def test_a_sure_token_never_comes_without_its_parent(seed: int, num_nodes: int):
     assert set(token_paths(tree)) == slow_best_first(levels, num_nodes)
 
 
+@pytest.mark.usefixtures("unstable_sort")
 @pytest.mark.parametrize("score", [0.0, -1e-6, -3.0, -1e4, -1e8])
 @pytest.mark.parametrize("num_nodes", [2, 4, 7, 20])
 def test_a_chain_of_sure_tokens_grows_from_the_root(num_nodes: int, score: float):
@@ -238,7 +250,7 @@ def test_best_first_of_one_beam_is_a_chain():
 
 
 @pytest.mark.parametrize("num_nodes", [2, 5, 13, 30])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(20))
 def test_the_likeliest_continuation_comes_first(seed: int, num_nodes: int):
     levels = random_levels(seed, length=5, width=4)
     scores = dict(zip(np.ravel(levels.tokens).tolist(), np.ravel(levels.scores), strict=True))
@@ -282,7 +294,7 @@ def test_beams_lead_back_to_the_root_most_probable_first(seed: int):
 )
 def test_the_saved_share_of_one_tree(beams: list[list[int]], verified: int, unshared: int):
     counters = DraftCounters()
-    counters.add(PrefixTree.from_beams(beams).parents.tolist(), 0)  # pyright: ignore
+    counters.add(PrefixTree.from_beams(beams).parents.tolist(), 0)
     assert counters.target_calls == 1
     assert counters.drafted_tokens == verified - 1
     assert counters.verified_tokens == verified

@@ -18,7 +18,7 @@ from scipy.stats import chi2
 
 from mlx_distill.speculation.beam_search import beam_search
 from mlx_distill.speculation.prefix_tree import PrefixTree
-from mlx_distill.speculation.sampling import Sampling, sample
+from mlx_distill.speculation.sampling import Sampling, sample, sample_nodes
 from mlx_distill.speculation.verification import Walk, follow
 
 Path = tuple[int, ...]
@@ -88,7 +88,7 @@ def complete_tree(vocab_size: int, depth: int) -> PrefixTree:
 
 def node_paths(tree: PrefixTree) -> list[Path]:
     """Return the tokens from the root, itself left out, to each node."""
-    tokens: list[int] = tree.tokens.tolist()  # pyright: ignore
+    tokens = tree.tokens.tolist()
     return [tuple(tokens[node] for node in path[1:]) for path in tree.paths()]
 
 
@@ -99,6 +99,7 @@ def emitted(walk: Walk, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Parents come before their children, so the accepted nodes are in the path's order.
     order = np.argsort(~accepted, axis=-1, kind="stable")
     tokens = np.take_along_axis(drawn, order, axis=-1)
+    np.put_along_axis(tokens, count[:, None] - 1, np.array(walk.next_token)[:, None], axis=-1)
     return np.where(np.arange(drawn.shape[-1]) < count[:, None], tokens, -1), count
 
 
@@ -308,7 +309,9 @@ def draws_at_all_nodes(
 ) -> np.ndarray:
     """Return independent draws at all the nodes of a tree, one set of draws per row."""
     logits = mx.array(np.array([target.logits(path) for path in node_paths(tree)], np.float32))
-    return np.array(sample(mx.broadcast_to(logits, (NUM_DRAWS, *logits.shape)), sampling, key))
+    logits = mx.broadcast_to(logits, (NUM_DRAWS, *logits.shape))
+    max_depth = max(tree.depths.tolist())
+    return np.array(sample_nodes(logits, tree.depths, max_depth, sampling, key))
 
 
 def three_tokens(

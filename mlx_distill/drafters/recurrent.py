@@ -28,6 +28,7 @@ from mlx_distill.speculation.prefix_tree import BeamLevels
 
 MODEL_TYPE = "recurrent_drafter"
 FORMAT_VERSION = 1
+OPTIONAL_SIZES = ("embedding_size", "draft_vocab_size")
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,19 @@ class RecurrentDrafterConfig:
     draft_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "vocab_size", "exit_dim"):
+        sizes = {"hidden_size": 1, "vocab_size": 1, "exit_dim": 1, "num_draft_layers": 0}
+        sizes |= {name: 1 for name in OPTIONAL_SIZES if getattr(self, name) is not None}
+        for name, least in sizes.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if not isinstance(self.num_draft_layers, int) or self.num_draft_layers < 0:
-            raise InputError(f"num_draft_layers must be at least 0, got {self.num_draft_layers!r}")
-        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            if type(value) is not int or value < least:
+                raise InputError(
+                    f"{name} must be a whole number of at least {least}, got {value!r}"
+                )
+        if type(self.rnn) is not bool:
+            raise InputError(f"rnn must be true or false, got {self.rnn!r}")
+        if (self.draft_vocab_size or 1) > self.vocab_size:
             raise InputError(
-                f"draft_vocab_size must be between 1 and the vocabulary's {self.vocab_size}, "
+                f"draft_vocab_size must be at most the vocabulary's {self.vocab_size}, "
                 f"got {self.draft_vocab_size}"
             )
         if not self.rnn and self.embedding_size not in (None, self.hidden_size):

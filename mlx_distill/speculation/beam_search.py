@@ -57,4 +57,5 @@ def _top(scores: Float[mx.array, " V"], count: int) -> Int[mx.array, " K"]:
     """Return the indices of the ``count`` largest scores, in no order."""
     if count == scores.size:
         return mx.arange(count)
-    return mx.argpartition(scores, kth=scores.size - count)[scores.size - count :]
+    order = mx.argpartition(scores, kth=scores.size - count)
+    return order[scores.size - count :].astype(mx.int32)

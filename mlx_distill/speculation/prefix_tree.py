@@ -66,7 +66,7 @@ class PrefixTree:
             ValueError: If there are no beams, or they begin with different tokens.
         """
         rows = [[int(token) for token in beam] for beam in beams]
-        if not rows or not rows[0]:
+        if not rows or not all(rows):
             raise ValueError("beams must hold at least one token")
         if len({row[0] for row in rows}) > 1:
             raise ValueError("beams must begin with the same token")
@@ -130,6 +130,8 @@ class BeamLevels:
         values already lie where the text needs them. The shape is fixed and nothing is read by the
         host.
         """
+        if num_nodes == 1:
+            return PrefixTree.root(root.astype(mx.int32))
         arrays = (self.tokens, self.parents, self.scores, root)
         return PrefixTree(*_best_first(*arrays, num_nodes))
 

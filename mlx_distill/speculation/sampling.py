@@ -5,6 +5,7 @@ The order of the filters is mlx-lm's (top-p, min-p, top-k, each on the distribut
 from the same law with and without drafting.
 """
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -34,12 +35,15 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature must be at least 0, got {self.temperature}")
+        # Below a millionth, float32 cannot hold the scaled logits.
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            raise InputError(
+                f"temperature must be 0 or at least 1e-6, and finite, got {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be at least 0, got {self.top_k}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise InputError(f"top_k must be a whole number of at least 0, got {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must be between 0 and 1, got {self.min_p}")
 

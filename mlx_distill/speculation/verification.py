@@ -49,6 +49,6 @@ def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
     entered = mx.take(drawn, tree.parents, axis=-1) == tree.tokens
     entered = entered | (mx.arange(tree.tokens.size) == 0)
     accepted = ~(tree.mask & ~entered[..., None, :]).any(axis=-1)
-    last = mx.argmax(mx.where(accepted, tree.depths, -1), axis=-1)
+    last = mx.argmax(mx.where(accepted, tree.depths, -1), axis=-1).astype(mx.int32)
     next_token = mx.take_along_axis(drawn, last[..., None], axis=-1)[..., 0]
     return Walk(accepted, last, next_token)

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Bool, Int
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import (
     CacheList,
     ChunkedKVCache,
@@ -266,9 +266,8 @@ def _length(base: Any) -> int:
 
 
 def _storages(base: Any) -> list[mx.array]:
-    """Return the arrays of a cache that have the tokens on axis -2."""
-    parts = (base.keys, base.values)
-    return [array for part in parts for array in (part if isinstance(part, tuple) else (part,))]
+    """Return the arrays of a cache that have the tokens on axis -2; quantised keys are three."""
+    return [array for _, array in tree_flatten((base.keys, base.values))]  # pyright: ignore
 
 
 def _to_sequence(x: mx.array) -> mx.array:

@@ -35,7 +35,8 @@ def kl_divergence(
     """
     student = student_logits.astype(mx.float32)
     cross, _ = _cross_entropy(teacher_probs, student)  # pyright: ignore[reportGeneralTypeIssues]
-    return ((cross - teacher_entropy) * mask).sum(), mask.sum()
+    divergence = cross - mx.stop_gradient(teacher_entropy)
+    return mx.where(mask > 0, divergence * mask, 0).sum(), mask.sum()
 
 
 @mx.custom_function
@@ -48,7 +49,8 @@ def _cross_entropy(probs: mx.array, logits: mx.array) -> tuple[mx.array, mx.arra
     """
     student = mx.softmax(logits, axis=-1)
     log_normaliser = logits.max(axis=-1) - mx.log(student.max(axis=-1))
-    return log_normaliser - (probs * logits).sum(axis=-1), student
+    # The offset goes first: in float32 the teacher's probabilities sum to one only nearly.
+    return (probs * (log_normaliser[..., None] - logits)).sum(axis=-1), student
 
 
 @_cross_entropy.vjp
