@@ -13,7 +13,7 @@ def to_host(array: mx.array) -> list[Any]:
     return values
 
 
-def to_number(array: mx.array) -> float:
+def to_number(array: mx.array) -> int | float:
     """Return the value of an array that holds one; this waits until it is computed."""
     value = array.item()
     assert isinstance(value, int | float)

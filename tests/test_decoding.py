@@ -7,7 +7,7 @@ not lie in a line.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -45,12 +47,10 @@ PROMPTS = (
 # Widths, lengths, node budgets and both kinds of trees; the last are larger than what is drafted.
 PLANS = (
     DraftPlan(1, 1, 2),
-    DraftPlan(1, 5, 6),
     DraftPlan(2, 3, 5),
     DraftPlan(4, 5, 1),
     DraftPlan(4, 5, 8),
-    DraftPlan(4, 5, 100),
-    DraftPlan(3, 7, 22),
+    DraftPlan(3, 7, 100),
     DraftPlan(1, 4, tree="beam"),
     DraftPlan(4, 5, tree="beam"),
     DraftPlan(8, 2, tree="beam"),
@@ -165,7 +165,7 @@ def with_eos(tokenizer: Any, ids: set[int]) -> Any:
 
 
 def content(cache: Any) -> list[mx.array]:
-    """Return what a cache holds, in the order of the text; of a window, what the next token sees."""
+    """Return what a cache holds, in the text's order; of a window, what the next token sees."""
     if isinstance(cache, RotatingKVCache):
         arrays = [_temporal(cache, x) for x in (cache.keys, cache.values)]
         return [_tail(x, cache.keep, cache.max_size - 1) for x in arrays]
@@ -185,11 +185,11 @@ def assert_equal_caches(found: list[Any], expected: list[Any]) -> None:
         assert type(cache) is type(other)
         assert cache.offset == other.offset
         if isinstance(cache, QuantizedKVCache):
-            pairs = zip(dequantized(cache), dequantized(other), strict=True)
-            # Rounding to a few bits turns the last bit of float32 into a step now and then.
-            for a, b in pairs:
+            # Rounding to a few bits turns the last bit of float32 into a step now and then. A row
+            # in the wrong place would differ by the spread of the values.
+            for a, b in zip(dequantized(cache), dequantized(other), strict=True):
                 assert a.shape == b.shape
-                assert mx.abs(a - b).mean().item() < 1e-3
+                assert mx.abs(a - b).mean().item() < 5e-3 * mx.std(b).item()
         else:
             for a, b in zip(content(cache), content(other), strict=True):
                 assert a.shape == b.shape
@@ -201,7 +201,7 @@ def assert_equal_caches(found: list[Any], expected: list[Any]) -> None:
 
 @pytest.fixture(scope="module")
 def plain_answers(pair: tuple[Any, Any]) -> list[list[tuple[int, str, str | None]]]:
-    return [seen(plain(pair, prompt, max_tokens=44)) for prompt in PROMPTS]
+    return [seen(plain(pair, prompt, max_tokens=32)) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.beam_width}x{p.draft_length}-{p.nodes}")
@@ -214,14 +214,14 @@ def test_greedy_equals_mlx_lm(
     plan: DraftPlan,
 ) -> None:
     for prompt, drafter, expected in zip(PROMPTS, drafters[name], plain_answers, strict=True):
-        found = ours(pair, prompt, drafter=drafter, plan=plan, max_tokens=44)
+        found = ours(pair, prompt, drafter=drafter, plan=plan, max_tokens=32)
         assert seen(found) == expected
 
 
 def test_bundled_drafter_equals_mlx_lm(pair: tuple[Any, Any], plain_answers: list[Any]) -> None:
     drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
     for prompt, expected in zip(PROMPTS, plain_answers, strict=True):
-        responses = list(ours(pair, prompt, drafter=drafter, max_tokens=44))
+        responses = list(ours(pair, prompt, drafter=drafter, max_tokens=32))
         assert seen(iter(responses)) == expected
         assert responses[-1].tokens_per_call > 1.5
 
@@ -255,10 +255,8 @@ def test_architectures_equal_mlx_lm(pair: tuple[Any, Any], name: str) -> None:
         for plan in (DraftPlan(3, 4, 8), DraftPlan(3, 4, tree="beam")):
             cache = make_prompt_cache(model)
             options |= {"drafter": drafter, "plan": plan, "prompt_cache": cache}
-            responses = list(ours((model, tokenizer), prompt, **options))
-            assert seen(iter(responses)) == expected
+            assert seen(ours((model, tokenizer), prompt, **options)) == expected
             assert_equal_caches(cache, expected_cache)
-    assert sum(r.from_draft for r in responses) == 0 or Target.of(model).support != "chain"
     options["drafter"] = drafters[1]
     *_, last = ours((model, tokenizer), prompt, **options | {"prompt_cache": None})
     assert last.tokens_per_call > 3
@@ -281,7 +279,7 @@ def test_checkpoint_of_another_layout(shared: Path, pair: tuple[Any, Any]) -> No
     model, _ = mlx_lm.utils.load_model(shared / "checkpoints" / "tiny_llama_fixture")
     vocab_size = Target.of(model).vocab_size
     prompt = [int(t) for t in np.random.default_rng(1).integers(3, vocab_size, 9)]
-    steps = mlx_lm.generate.generate_step(mx.array(prompt), model, max_tokens=30)
+    steps = generate_step(mx.array(prompt), model, max_tokens=30)
     expected = [int(token) for token, _ in steps]
     for drafter in (random_drafter(model), KnowingDrafter(model, prompt, hide=True)):
         state = Decoding(
@@ -304,17 +302,18 @@ def test_recurrent_architecture_without_drafter(pair: tuple[Any, Any]) -> None:
     expected = plain((model, tokenizer), prompt, max_tokens=30, prompt_cache=caches[1])
     assert seen(found) == seen(expected)
     for cache, other in zip(*caches, strict=True):
-        for a, b in zip(cache.state, other.state, strict=True):
-            np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-5)
+        states = tree_flatten(cache.state), tree_flatten(other.state)
+        for (_, a), (_, b) in zip(*states, strict=True):
+            assert mx.allclose(a, b, atol=1e-5).item() if isinstance(a, mx.array) else a == b
     with pytest.raises(mlx_distill.InputError, match="mamba cannot be drafted for"):
         ours((model, tokenizer), prompt, drafter=KnowingDrafter.__new__(KnowingDrafter))
 
 
 def test_without_drafter_is_mlx_lm(pair: tuple[Any, Any], plain_answers: list[Any]) -> None:
     for prompt, expected in zip(PROMPTS, plain_answers, strict=True):
-        responses = list(ours(pair, prompt, max_tokens=44))
+        responses = list(ours(pair, prompt, max_tokens=32))
         assert seen(iter(responses)) == expected
-        assert responses[-1].target_calls == 43
+        assert responses[-1].target_calls == 31
         assert not any(r.from_draft for r in responses)
 
 
@@ -340,7 +339,7 @@ def first_difference(found: list[Any], expected: list[Any]) -> tuple[int, float]
 
 
 @pytest.mark.parametrize(("bits", "margin"), [(8, 5e-3), (4, 5e-2)])
-@pytest.mark.parametrize("start", [0, 16, 21])
+@pytest.mark.parametrize("start", [0, 18])
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_quantized_cache(
     pair: tuple[Any, Any],
@@ -350,7 +349,7 @@ def test_quantized_cache(
     bits: int,
     margin: float,
 ) -> None:
-    """A start of 16 or 21 is crossed in the answer; the prompts have 5 to 12 tokens.
+    """A start of 18 is crossed in the answer: the prompts are shorter.
 
     The rows of a call with several tokens differ in float32's last bits, and rounding to a few bits
     makes steps of some of them: where the best two tokens are that near, they may change places.
@@ -358,7 +357,7 @@ def test_quantized_cache(
     options = {"kv_bits": bits, "kv_group_size": 32, "quantized_kv_start": start}
     for prompt, drafter in zip(PROMPTS, drafters[name], strict=True):
         caches = make_prompt_cache(pair[0]), make_prompt_cache(pair[0])
-        expected = list(plain(pair, prompt, max_tokens=40, prompt_cache=caches[1], **options))
+        expected = list(plain(pair, prompt, max_tokens=32, prompt_cache=caches[1], **options))
         cache = CacheConfig(**options)
         found = list(
             ours(
@@ -366,7 +365,7 @@ def test_quantized_cache(
                 prompt,
                 drafter=drafter,
                 cache=cache,
-                max_tokens=40,
+                max_tokens=32,
                 prompt_cache=caches[0],
                 plan=DraftPlan(3, 5, 12),
             )
@@ -407,8 +406,8 @@ def test_window_that_wraps(
         caches = [
             [RotatingKVCache(max_size=size, keep=keep) for _ in pair[0].layers] for _ in range(2)
         ]
-        expected = plain(pair, prompt, max_tokens=50, prompt_cache=caches[1])
-        found = ours(pair, prompt, drafter=drafter, max_tokens=50, prompt_cache=caches[0])
+        expected = plain(pair, prompt, max_tokens=36, prompt_cache=caches[1])
+        found = ours(pair, prompt, drafter=drafter, max_tokens=36, prompt_cache=caches[0])
         assert seen(found) == seen(expected)
         assert_equal_caches(*caches)
 
@@ -566,30 +565,29 @@ def test_consumer_leaves_a_window_or_a_quantized_cache(
 # --------------------------------------------------------------------------------- prompt caches
 
 
-@pytest.mark.parametrize("make", [make_prompt_cache, lambda m: [RotatingKVCache(24, 4)] * 0])
+@pytest.mark.parametrize("window", [False, True])
 def test_two_turns_equal_one_plain_run(
-    pair: tuple[Any, Any], drafters: dict[str, list[Any]], make: Callable[[Any], list[Any]]
+    pair: tuple[Any, Any], drafters: dict[str, list[Any]], window: bool
 ) -> None:
     """The second turn starts from the cache that a drafted first turn left behind."""
     model, tokenizer = pair
-    window = not make(model)
     second = tokenizer.encode(" Then a big dog came and", add_special_tokens=False)
     first = tokenizer.encode(PROMPTS[0])
     for name in DRAFTERS:
-        for num_tokens in (1, 4, 7, 11):
+        for num_tokens in (1, 4, 7):
             caches = [
-                [RotatingKVCache(24, 4) for _ in model.layers] if window else make(model)
+                [RotatingKVCache(16, 4) if window else KVCache() for _ in model.layers]
                 for _ in range(2)
             ]
             drafter = drafters[name][0]
             kept: dict[str, Any] = {"drafter": drafter, "prompt_cache": caches[0]}
             turn = [r.token for r in ours(pair, first, max_tokens=num_tokens, **kept)]
-            found = seen(ours(pair, second, max_tokens=24, **kept))
+            found = seen(ours(pair, second, max_tokens=12, **kept))
             list(plain(pair, first, max_tokens=num_tokens, prompt_cache=caches[1]))
-            assert found == seen(plain(pair, second, max_tokens=24, prompt_cache=caches[1]))
+            assert found == seen(plain(pair, second, max_tokens=12, prompt_cache=caches[1]))
             assert_equal_caches(*caches)
             if not window:
-                assert found == seen(plain(pair, first + turn + second, max_tokens=24))
+                assert found == seen(plain(pair, first + turn + second, max_tokens=12))
 
 
 def test_cache_can_be_trimmed_afterwards(
@@ -611,12 +609,12 @@ def test_cache_can_be_trimmed_afterwards(
 def test_repetition_penalty_equals_mlx_lm(
     pair: tuple[Any, Any], drafters: dict[str, list[Any]], name: str
 ) -> None:
-    for prompt, drafter in zip(PROMPTS, drafters[name], strict=True):
+    for prompt, drafter in zip(PROMPTS[:2], drafters[name], strict=False):
         make = lambda: make_logits_processors({9: 3.0}, repetition_penalty=1.3)  # noqa: E731
-        expected = seen(plain(pair, prompt, max_tokens=40, logits_processors=make()))
+        expected = seen(plain(pair, prompt, max_tokens=30, logits_processors=make()))
         for plan in (DraftPlan(), DraftPlan(4, 5, tree="beam")):
             options: dict[str, Any] = {"logits_processors": make(), "plan": plan}
-            found = seen(ours(pair, prompt, drafter=drafter, max_tokens=40, **options))
+            found = seen(ours(pair, prompt, drafter=drafter, max_tokens=30, **options))
             assert found == expected
 
 
@@ -705,7 +703,7 @@ def test_filters_that_leave_one_token_are_greedy(
 ) -> None:
     for drafter in (None, drafters["hiding"][0]):
         options: dict[str, Any] = {"drafter": drafter, "temperature": 1.5, **law}
-        assert seen(ours(pair, PROMPTS[0], max_tokens=44, **options)) == plain_answers[0]
+        assert seen(ours(pair, PROMPTS[0], max_tokens=32, **options)) == plain_answers[0]
 
 
 # -------------------------------------------------------------------------------------- the loop
@@ -741,10 +739,10 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
         def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan) -> BeamLevels:
             raise AssertionError("one node leaves no room for a draft")
 
-    found = list(ours(pair, PROMPTS[0], drafter=Refusing(), plan=DraftPlan(nodes=1), max_tokens=44))
+    found = list(ours(pair, PROMPTS[0], drafter=Refusing(), plan=DraftPlan(nodes=1), max_tokens=32))
     assert seen(iter(found)) == plain_answers[0]
     assert found[-1].drafted_tokens == 0
-    assert found[-1].verified_tokens == found[-1].target_calls == 43
+    assert found[-1].verified_tokens == found[-1].target_calls == 31
 
 
 def test_model_is_as_before(pair: tuple[Any, Any], drafters: dict[str, list[Any]]) -> None:

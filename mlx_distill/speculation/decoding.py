@@ -187,11 +187,13 @@ class Outcome:
     Args:
         path: The accepted nodes, root first.
         tokens: What was drawn at each of them: the text that the cycle adds.
+        logits: What each of the tokens was drawn from, processed; normalised only if asked for.
         parents: Of the tree's nodes.
     """
 
     path: list[int]
     tokens: list[int]
+    logits: list[mx.array]
     parents: list[int]
 
 
@@ -231,10 +233,9 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
             previous.call.rebase(decoding.caches)
             assert previous.root is not None
             cycle = launch(decoding, previous.root, previous.draft, previous.history)
-            for node, token in zip(outcome.path, outcome.tokens, strict=True):
+            for token, row in zip(outcome.tokens, outcome.logits, strict=True):
                 handed_out += 1
-                drafted = handed_out < len(outcome.tokens)
-                yield Emitted(token, log_probs(previous.call.logits[node]), drafted)
+                yield Emitted(token, log_probs(row), handed_out < len(outcome.tokens))
     finally:
         if cycle is not None:
             cycle.call.rewind(0)
@@ -302,7 +303,8 @@ def read(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
     for length, node in enumerate(path):
         if failed[node]:
             raise _not_numbers(num_tokens + length)
-    return Outcome(path, [drawn[node] for node in path], parents)
+    logits = [cycle.call.logits[node] for node in path]
+    return Outcome(path, [drawn[node] for node in path], logits, parents)
 
 
 def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
@@ -315,13 +317,14 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
     tokens: list[int] = to_host(tree.tokens)
     parents: list[int] = to_host(tree.parents)
     children = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
-    path, drawn = [0], []
+    path, drawn, rows = [0], [], []
     with mx.stream(generation_stream):
         while True:
             logits = call.logits[path[-1]][None]
             if mx.isnan(logits).any().item():
                 raise _not_numbers(num_tokens + len(drawn))
-            token = decoding.draw(decoding.process(cycle.history, logits))
+            rows.append(decoding.process(cycle.history, logits))
+            token = decoding.draw(rows[-1])
             drawn.append(int(to_number(token)))
             child = children.get((path[-1], drawn[-1]))
             if child is None:
@@ -330,7 +333,7 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
             cycle.history = mx.concatenate([cycle.history, token])
         cycle.root = token
         cycle.draft = decoding.draft(call.hidden[path[-1]], token)
-    return Outcome(path, drawn, parents)
+    return Outcome(path, drawn, [row[0] for row in rows], parents)
 
 
 def _not_numbers(num_tokens: int) -> InputError:

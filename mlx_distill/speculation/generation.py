@@ -7,7 +7,7 @@ decodes.
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,20 +131,9 @@ def stream_generate(
             target, drafter, plan or DraftPlan(), sampling, key, cache, caches, processors
         )
         counters = decoding.counters
-        emitted = decode(decoding, tokens)
+        emitted = _decode_drafted(decoding, tokens, complete=prompt_cache is not None)
     # All of the above is checked now, not when the first token is asked for.
-    kept = caches if prompt_cache is not None else None
-    return _responses(
-        model,
-        tokenizer,
-        tokens,
-        emitted,
-        counters,
-        max_tokens,
-        tuple(stop),
-        drafter is not None,
-        kept,
-    )
+    return _responses(model, tokenizer, tokens, emitted, counters, max_tokens, tuple(stop))
 
 
 def generate(
@@ -168,6 +157,25 @@ def prompt_tokens(tokenizer: Any, prompt: str | Sequence[int] | mx.array) -> Int
     if tokens.ndim != 1 or tokens.size == 0:
         raise InputError("the prompt is empty; give at least one token")
     return tokens.astype(mx.int32)
+
+
+def _decode_drafted(decoding: Decoding, tokens: mx.array, complete: bool) -> Iterator[Emitted]:
+    """Yield the tokens of the drafting loop.
+
+    ``complete`` is for a cache that the caller will go on with: as after plain decoding, it has to
+    end up with every token that was handed out, and the last one may not be in it yet.
+    """
+    one = None
+    with one_thread_less():
+        try:
+            with closing(decode(decoding, tokens)) as emitted:  # pyright: ignore
+                for one in emitted:
+                    yield one
+        finally:
+            if complete and one is not None and not one.from_draft:
+                decoding.target.forward(mx.array([one.token]), decoding.caches)
+                decoding.cache.quantize(decoding.caches)
+                mx.eval([part.state for part in decoding.caches])
 
 
 def _decode_plainly(
@@ -221,66 +229,53 @@ def _responses(
     counters: DraftCounters,
     max_tokens: int,
     stop: tuple[str, ...],
-    drafting: bool,
-    caches: list[Any] | None,
 ) -> Iterator[GenerationResponse]:
-    """Turn tokens into responses, and end the text where plain decoding ends it.
-
-    ``caches`` is a prompt cache that the caller will go on with: as plain decoding does, it has to
-    end up with every token that was handed out.
-    """
+    """Turn tokens into responses, and end the text where plain decoding ends it."""
     detokenizer = tokenizer.detokenizer
     cutter = StopCutter(stop)
     start = time.perf_counter()
     prompt_tps = 0.0
-    one, response = None, None
-    threads = one_thread_less() if drafting else nullcontext()
-    with threads, wired_limit(model, [generation_stream]):  # pyright: ignore[reportArgumentType]
-        try:
-            with closing(emitted):  # pyright: ignore[reportArgumentType]
-                for count, one in enumerate(emitted, start=1):
-                    if count == 1:
-                        prompt_tps = prompt.size / (time.perf_counter() - start)
-                        start = time.perf_counter()
-                    reason = "length" if count == max_tokens else None
-                    if one.token in tokenizer.eos_token_ids:
-                        reason = "stop"
-                    else:
-                        detokenizer.add_token(one.token)
-                    if reason:
-                        detokenizer.finalize()
-                    text = cutter.feed(detokenizer.last_segment, last=reason is not None)
-                    reason = "stop" if cutter.stopped else reason
-                    response = GenerationResponse(
-                        text=text,
-                        token=one.token,
-                        logprobs=one.log_probs,
-                        from_draft=one.from_draft,
-                        prompt_tokens=prompt.size,
-                        prompt_tps=prompt_tps,
-                        generation_tokens=count,
-                        generation_tps=count / (time.perf_counter() - start),
-                        peak_memory=mx.get_peak_memory() / 1e9,
-                        finish_reason=reason,
-                        target_calls=counters.target_calls,
-                        tokens_per_call=count / max(counters.target_calls, 1),
-                        drafted_tokens=counters.drafted_tokens,
-                        accepted_tokens=counters.accepted_tokens,
-                        verified_tokens=counters.verified_tokens,
-                        beam_tokens=counters.beam_tokens,
-                        acceptance_by_depth=tuple(counters.acceptance_by_depth),
-                    )
-                    if reason:
-                        break
-                    yield response
-                    if count % 256 == 0:
-                        mx.clear_cache()
-        finally:
-            if drafting and caches is not None and one is not None and not one.from_draft:
-                model(mx.array([[one.token]]), cache=caches)
-                mx.eval([part.state for part in caches])
+    response = None
+    with wired_limit(model, [generation_stream]), closing(emitted):  # pyright: ignore
+        for count, one in enumerate(emitted, start=1):
+            if count == 1:
+                prompt_tps = prompt.size / (time.perf_counter() - start)
+                start = time.perf_counter()
+            reason = "length" if count == max_tokens else None
+            if one.token in tokenizer.eos_token_ids:
+                reason = "stop"
+            else:
+                detokenizer.add_token(one.token)
+            if reason:
+                detokenizer.finalize()
+            text = cutter.feed(detokenizer.last_segment, last=reason is not None)
+            reason = "stop" if cutter.stopped else reason
+            response = GenerationResponse(
+                text=text,
+                token=one.token,
+                logprobs=one.log_probs,
+                from_draft=one.from_draft,
+                prompt_tokens=prompt.size,
+                prompt_tps=prompt_tps,
+                generation_tokens=count,
+                generation_tps=count / (time.perf_counter() - start),
+                peak_memory=mx.get_peak_memory() / 1e9,
+                finish_reason=reason,
+                target_calls=counters.target_calls,
+                tokens_per_call=count / max(counters.target_calls, 1),
+                drafted_tokens=counters.drafted_tokens,
+                accepted_tokens=counters.accepted_tokens,
+                verified_tokens=counters.verified_tokens,
+                beam_tokens=counters.beam_tokens,
+                acceptance_by_depth=tuple(counters.acceptance_by_depth),
+            )
+            if reason:
+                break
+            yield response
+            if count % 256 == 0:
+                mx.clear_cache()
     if response is not None:
-        yield response
+        yield response  # the last one, when the caches are settled
 
 
 class StopCutter:
