@@ -7,7 +7,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 hook = install_import_hook("mlx_distill", "beartype.beartype")
-import mlx_distill  # noqa: E402
+import mlx_distill  # noqa: E402, F401
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MLX_DISTILL_SHARED", REPOSITORY.parent / "shared"))

@@ -1,4 +1,4 @@
-"""Every architecture of mlx-lm as a tree verifier, against plain decoding; makes the docs' table."""
+"""Every architecture of mlx-lm as a tree verifier, against plain decoding; makes a table."""
 
 import os
 from typing import Any
@@ -38,7 +38,7 @@ def leaves(caches: list[Any]) -> list[Any]:
 
 
 def content(cache: Any) -> list[mx.array]:
-    """Return what a cache holds, in the order of the text; of a window, what the next token sees."""
+    """Return what a cache holds, in the text's order; of a window, what the next token sees."""
     if isinstance(cache, RotatingKVCache):
         arrays = [_temporal(cache, x) for x in (cache.keys, cache.values)]
         return [_tail(x, cache.keep, cache.max_size - 1) for x in arrays]

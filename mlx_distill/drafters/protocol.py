@@ -27,7 +27,7 @@ class DraftPlan:
     """
 
     beam_width: int = 4
-    draft_length: int = 5
+    draft_length: int = 4
     nodes: int = 8
     tree: str = "best-first"
 
