@@ -447,7 +447,8 @@ def equal_texts(samples: dict[str, list[Sample]]) -> int:
 
 def show(result: dict[str, Any]) -> None:
     """Print a benchmark's tables."""
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)  # a pipe has no width of its own
     machine = result["machine"]
     table = Table(title=f"{machine['processor']}, {result['dtype']}", title_justify="left")
     for name in ("arm", "tokens/s", "speed-up", "tokens/call", "first token", "peak memory"):
