@@ -119,23 +119,30 @@ def save_drafter(
         network: The drafter; written as float16.
         target: The fingerprint of its target.
         files: Further text files by name, the model card among them.
+
+    Raises:
+        InputError: If it cannot be written; nothing is left behind.
     """
     writing = folder.with_name(folder.name + ".writing")
     shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
     fields = {k: v for k, v in vars(network.config).items() if v is not None}
     config = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **fields}
     files = {"config.json": json.dumps({**config, "target": target}, indent=2) + "\n", **files}
-    for name, text in files.items():
-        (writing / name).write_text(text, encoding="utf-8")
     half = tree_map(
         lambda x: x.astype(mx.float16) if mx.issubdtype(x.dtype, mx.floating) else x,
         network.parameters(),
     )
     weights: dict[str, Any] = dict(tree_flatten(half))
-    mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
-    check_safetensors(writing / "model.safetensors")
-    os.replace(writing, folder)
+    try:
+        writing.mkdir(parents=True)
+        for name, text in files.items():
+            (writing / name).write_text(text, encoding="utf-8")
+        mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
+        check_safetensors(writing / "model.safetensors")
+        os.replace(writing, folder)
+    except (OSError, RuntimeError, InputError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise InputError(f"{folder} could not be written: {_one_line(error)}") from None
 
 
 def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:

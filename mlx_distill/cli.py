@@ -51,6 +51,9 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
         except BrokenPipeError:  # the reader of a pipe has gone, as with | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
+        except OSError as error:  # a full disk, a folder without permission
+            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print("\nstopped", file=sys.stderr)
             return 130
