@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mlx-distill VERB ...``, which is ``python -m mlx_distill.VERB ...``."""
     parser = argparse.ArgumentParser(
         prog="mlx-distill",
-        description=__doc__ and "Make language models faster with drafters of their own.",
+        description="Make language models faster with drafters of their own.",
         epilog="verbs: " + "; ".join(f"{verb}: {text}" for verb, text in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
