@@ -93,6 +93,8 @@ def test_tree_equals_plain_decoding(name: str) -> None:
     for cache, other in zip(leaves(caches), leaves(expected_caches), strict=True):
         assert cache.offset == other.offset
         for found, wanted in zip(content(cache), content(other), strict=True):
+            if not wanted.any().item():  # an indexer uses no values, it only has room for them
+                continue
             if isinstance(other, ChunkedKVCache):  # drops the chunk before when it likes to
                 size = min(found.shape[2], wanted.shape[2])
                 found, wanted = found[:, :, -size:], wanted[:, :, -size:]

@@ -18,7 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Bool, Int
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 from mlx_lm.models.cache import (
     CacheList,
     ChunkedKVCache,
@@ -91,27 +91,33 @@ class TreeCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append the nodes' keys and values; return them behind the cached ones."""
-        if not self.layout.batched:
-            return self.base.update_and_fetch(keys, values)
-        nodes = keys.shape[0]
-        fetched = self.base.update_and_fetch(_to_sequence(keys), _to_sequence(values))
-        return tree_map(lambda x: mx.broadcast_to(x, (nodes, *x.shape[1:])), fetched)
+        batched = self.layout.batched
+        self.nodes = tuple(_to_sequence(x) if batched else x for x in (keys, values))
+        return self._broadcast(self.base.update_and_fetch(*self.nodes))
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
-        fetched = self.base.keys_and_values()
-        nodes = self.layout.depths.size if self.layout.batched else 1
+        return self._broadcast(self.base.keys_and_values())
+
+    def _broadcast(self, fetched: Any) -> Any:
+        """Return keys and values for every batch row, where nodes are batch rows."""
+        if not self.layout.batched:
+            return fetched
+        nodes = self.layout.depths.size
         return tree_map(lambda x: mx.broadcast_to(x, (nodes, *x.shape[1:])), fetched)
 
     def commit(self, path: list[int]) -> None:
-        """Keep the nodes of the accepted path, in their order, and drop the others."""
-        if path != list(range(len(path))):
-            rows = mx.array(path)
-            begin, nodes = self.begin, self.layout.depths.size
-            for storage in _storages(self.base):
-                accepted = mx.take(storage[..., begin : begin + nodes, :], rows, axis=-2)
-                storage[..., begin : begin + len(path), :] = accepted
-        self.rewind(len(path))
+        """Keep the nodes of the accepted path, in their order, and drop the others.
+
+        The path is written once more, from the nodes themselves: reading it back out of the cache
+        would keep a second hold on the cache's memory and make MLX copy all of it to write.
+        """
+        if path == list(range(len(path))):
+            self.rewind(len(path))
+            return
+        self.rewind(0)
+        rows = mx.array(path)
+        self.base.update_and_fetch(*(mx.take(x, rows, axis=-2) for x in self.nodes))
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
@@ -156,9 +162,7 @@ class RotatingTreeCache(TreeCache):
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
-        nodes = self.layout.depths.size if self.layout.batched else 1
-        keys, values = (mx.broadcast_to(x, (nodes, *x.shape[1:])) for x in self._append(self.nodes))
-        return keys, values
+        return self._broadcast(tuple(self._append(self.nodes)))
 
     def commit(self, path: list[int]) -> None:
         """Append the accepted path to the window."""
@@ -263,11 +267,6 @@ def _mask(
 def _length(base: Any) -> int:
     """Return how many slots an appending cache holds."""
     return base.offset - getattr(base, "start_position", 0)
-
-
-def _storages(base: Any) -> list[mx.array]:
-    """Return the arrays of a cache that have the tokens on axis -2; quantised keys are three."""
-    return [array for _, array in tree_flatten((base.keys, base.values))]  # pyright: ignore
 
 
 def _to_sequence(x: mx.array) -> mx.array:
