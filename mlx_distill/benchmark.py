@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,17 @@ class BenchmarkConfig:
     sweep_lengths: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "prompt_tokens", "max_tokens", "num_draft_tokens"):
+        for name in ("num_prompts", "prompt_tokens", "num_draft_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.sweep_prompts < 0:
-            raise InputError(f"sweep_prompts must be at least 0, got {self.sweep_prompts}")
+        for name in ("sweep_prompts", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("sweep_widths", "sweep_lengths"):
+            if min(getattr(self, name), default=0) < 1:
+                raise InputError(f"{name} must be at least 1, got {min(getattr(self, name))}")
+        if self.max_tokens < 2:
+            raise InputError(f"max_tokens must be at least 2, to time, got {self.max_tokens}")
 
 
 @dataclass
@@ -88,7 +95,8 @@ class Sample:
         tokens_per_s: Speed after the first token.
         first_token_s: Time to the first token.
         tokens_per_call: Tokens per call of the target.
-        peak_memory_bytes: Of the arrays, during this decoding.
+        peak_memory_bytes: Of the arrays, during this decoding; every arm's models are loaded.
+        target_calls: Calls of the target after the prompt.
         beam_tokens: Tokens of the trees' paths without shared prefixes.
         verified_tokens: Tokens that were verified.
         acceptance_by_depth: Share of the calls that accepted at least 1, 2, ... drafted tokens.
@@ -99,6 +107,7 @@ class Sample:
     first_token_s: float
     tokens_per_call: float
     peak_memory_bytes: int
+    target_calls: int
     beam_tokens: int = 0
     verified_tokens: int = 0
     acceptance_by_depth: tuple[float, ...] = ()
@@ -204,6 +213,7 @@ def measure(
         first_token_s=first - start,
         tokens_per_call=len(tokens) / max(calls, 1),
         peak_memory_bytes=mx.get_peak_memory(),
+        target_calls=max(calls, 1),
         beam_tokens=getattr(last, "beam_tokens", 0),
         verified_tokens=getattr(last, "verified_tokens", 0),
         acceptance_by_depth=getattr(last, "acceptance_by_depth", ()),
@@ -213,9 +223,13 @@ def measure(
 def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     """Return a row per arm: medians, quartiles, and the speed-up prompt by prompt."""
     rows = []
-    for name, mine in samples.items():
-        pairs = zip(mine, samples[PLAIN], strict=True)
-        ratios = [sample.tokens_per_s / plain.tokens_per_s for sample, plain in pairs]
+    timed = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
+    if not any(timed):
+        raise InputError("every answer ended with its first token, so there is no speed to measure")
+    for name, whole in samples.items():
+        mine, plain = (list(compress(part, timed)) for part in (whole, samples[PLAIN]))
+        pairs = zip(mine, plain, strict=True)
+        ratios = [sample.tokens_per_s / other.tokens_per_s for sample, other in pairs]
         rows.append(
             {
                 "arm": name,
@@ -276,7 +290,11 @@ def overhead(
     step_ms = _timed(plain)
     with one_thread_less():
         verify_ms, draft_ms = _timed(verify), _timed(draft)
-    cycle_ms = 1e3 * statistics.median(s.tokens_per_call / s.tokens_per_s for s in samples)
+    # The first token came with the prompt.
+    cycles = [
+        (len(s.tokens) - 1) / s.target_calls / s.tokens_per_s for s in samples if s.tokens_per_s
+    ]
+    cycle_ms = 1e3 * statistics.median(cycles)
     host_ms = cycle_ms - verify_ms - draft_ms
     return {
         "plain_step_ms": step_ms,
@@ -327,7 +345,7 @@ def long_run(
             for _ in decode(prompts[written % len(prompts)], written):
                 written += 1
                 bar.update()
-                if written % 1000 == 0:
+                if written % 1000 == 0 or written == num_tokens:
                     rows.append(
                         {
                             "tokens": written,
@@ -394,6 +412,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path in (arguments.output, arguments.plot):
         if path and Path(path).exists():
             raise InputError(f"the output {path} exists; name another, or remove it")
+        if path and not Path(path).parent.is_dir():
+            raise InputError(f"the output {path} cannot be written: its folder does not exist")
+    if arguments.long_run is not None and arguments.long_run < 1:
+        raise InputError(f"long_run must be at least 1, got {arguments.long_run}")
     if arguments.plot and not config.sweep_prompts:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
     model, tokenizer = cli.load_model(arguments)
@@ -411,6 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(prompts) < config.num_prompts:
         raise InputError(f"{config.num_prompts} prompts were asked for, there are {len(prompts)}")
     prompts = prompts[: config.num_prompts]
+    sampling.check_vocabulary(Target.of(model).vocab_size)
     bench = Bench(model, tokenizer, drafter, draft_model, sampling, config)
     samples = bench.run(prompts, plan, "benchmark")
     result: dict[str, Any] = {

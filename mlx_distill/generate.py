@@ -21,6 +21,7 @@ import mlx_lm
 from mlx import nn
 from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
+from rich.style import Style
 
 from mlx_distill import cli
 from mlx_distill.arrays import to_number
@@ -32,6 +33,8 @@ from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
 from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
 from mlx_distill.speculation.sampling import Sampling
+
+DRAFTED = Style(color="green")
 
 
 @dataclass
@@ -78,15 +81,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     options: dict[str, Any] = {"max_tokens": arguments.max_tokens, **asdict(sampling)}
     options |= {"seed": arguments.seed, "stop": arguments.stop}
     if arguments.compare:  # both arms warm: what is compiled and cached is so for both
-        for tokens in (4, 4):
-            list(stream_generate(model, tokenizer, prompt, drafter=drafter, max_tokens=tokens))
-            list(mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=tokens))
+        warm = options | {"max_tokens": 16, "plan": plan, "cache": cache}
+        list(stream_generate(model, tokenizer, prompt, drafter=drafter, **warm))
+        plain(model, tokenizer, prompt, sampling, cache, 16)
         mx.reset_peak_memory()
     start = time.perf_counter()
     responses = stream_generate(
         model, tokenizer, prompt, drafter=drafter, plan=plan, cache=cache, **options
     )
-    run = show(responses, Console(highlight=False, soft_wrap=True), arguments.show_draft)
+    run = show(responses, Console(), arguments.show_draft)
     seconds = time.perf_counter() - start
     comparison = None
     if arguments.compare and run.last is not None and not run.interrupted:
@@ -113,7 +116,7 @@ def show(responses: Iterator[GenerationResponse], console: Console, show_draft: 
 
     Args:
         responses: From ``stream_generate``.
-        console: Where to.
+        console: Where to; the text goes there as it is.
         show_draft: Colour the pieces that were drafted; plain where colours are not understood.
     """
     pieces, tokens, last, interrupted = [], [], None, False
@@ -122,12 +125,13 @@ def show(responses: Iterator[GenerationResponse], console: Console, show_draft: 
             for last in responses:
                 pieces.append(last.text)
                 tokens.append(last.token)
-                style = "green" if show_draft and last.from_draft else None
-                console.print(last.text, style=style, end="", markup=False, emoji=False)
+                colour = show_draft and last.from_draft and console.is_terminal
+                console.file.write(DRAFTED.render(last.text) if colour else last.text)
                 console.file.flush()
     except KeyboardInterrupt:
         interrupted = True
-    console.print()
+    console.file.write("\n")
+    console.file.flush()
     return Run("".join(pieces), tokens, last, interrupted)
 
 
@@ -142,12 +146,7 @@ def compare(
 ) -> Comparison:
     """Decode the prompt with mlx-lm alone and compare speed and, when greedy, tokens."""
     assert run.last is not None
-    sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, 1, sampling.top_k)
-    others = list(
-        mlx_lm.stream_generate(
-            model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
-        )
-    )
+    others = plain(model, tokenizer, prompt, sampling, cache, max_tokens)
     result = Comparison(
         others[-1].generation_tps, run.last.generation_tps / others[-1].generation_tps
     )
@@ -159,6 +158,23 @@ def compare(
         best = mx.sort(others[result.first_difference].logprobs.astype(mx.float32))[-2:]
         result.margin = to_number(best[1] - best[0])
     return result
+
+
+def plain(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: list[int],
+    sampling: Sampling,
+    cache: CacheConfig,
+    max_tokens: int,
+) -> list[Any]:
+    """Return mlx-lm's responses, by its own loop."""
+    sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, 1, sampling.top_k)
+    return list(
+        mlx_lm.stream_generate(
+            model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
+        )
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from mlx_distill import cli
@@ -28,6 +29,7 @@ from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.responses import (
     Response,
     ResponseConfig,
+    open_responses,
     read_responses,
     write_responses,
 )
@@ -76,6 +78,8 @@ class DrafterTraining:
         for name in ("unroll", "batch_size", "held_out"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}")
         if not 0 < self.decay <= 1:
             raise InputError(f"decay must be above 0 and at most 1, got {self.decay}")
 
@@ -106,17 +110,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         responses=from_flags(ResponseConfig, arguments),
         training=from_flags(TrainingConfig, arguments),
     )
+    for name in ("max_prompts", "prompt_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
     output = Path(arguments.output)
     work = output.with_name(output.name + ".partial")
     _check_output(output, work, arguments.resume)
     model, tokenizer = cli.load_model(arguments)
     target = Target.of(model)
     target.require_drafting()
+    if not all(hasattr(part, "merge") for part in make_prompt_cache(model)):
+        raise InputError("mlx-lm cannot write answers in batches with this model's kind of cache")
     known = fingerprint(target, tokenizer)
     settings = {
         "config": asdict(config),
         "target": known,
         "data": [Path(path).name for path in arguments.data],
+        "max_prompts": arguments.max_prompts,
+        "prompt_tokens": arguments.prompt_tokens,
         "start_from": arguments.start_from and Path(arguments.start_from).name,
     }
     start = arguments.start_from and load_drafter(arguments.start_from, model, tokenizer).network
@@ -132,7 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     ][: arguments.max_prompts]
     if len(prompts) <= config.held_out:
         raise InputError(f"{len(prompts)} prompts are too few: {config.held_out} are held out")
-    config.network(target)  # refuses sizes that do not fit the target
+    shape = config.network(target)
+    if start and start.config != shape:
+        raise InputError(
+            f"the drafter to start from has another shape: {start.config}, not {shape}"
+        )
     longest = max(map(len, prompts)) + config.responses.max_tokens
     if target.context is not None and longest > target.context:
         raise InputError(
@@ -140,8 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{target.context}; use a smaller --prompt-tokens or --max-tokens"
         )
     print(memory_estimate(target, config, longest + config.unroll), file=sys.stderr)
-    _open_work(work, settings)
     responses_path = Path(arguments.responses or output.with_name(output.name + ".responses.jsonl"))
+    open_responses(responses_path, prompts, config.responses, known)
+    _open_work(work, settings)
     responses = _responses(responses_path, model, tokenizer, prompts, config, known)
     trainer = DrafterTrainer(target, responses, config, start or None)
     log = trainer.run(work, quiet=arguments.quiet)
@@ -162,10 +179,7 @@ class DrafterTrainer:
         target: Writes the goals; never changes.
         responses: The target's answers; the last ``config.held_out`` are for evaluation.
         config: How to train.
-        start: A drafter to start from; its shape has to be that of the configuration.
-
-    Raises:
-        InputError: If the start has another shape.
+        start: A drafter to start from, of the configuration's shape.
     """
 
     def __init__(
@@ -191,10 +205,6 @@ class DrafterTrainer:
             tokens = frequent_tokens(self.training, shape.draft_vocab_size, shape.vocab_size)
             self.network.token_ids = mx.array(tokens)
         if start is not None:
-            if start.config != shape:
-                raise InputError(
-                    f"the drafter to start from has another shape: {start.config}, not {shape}"
-                )
             self.network.update(start.parameters())
             self.network.set_dtype(mx.float32)
         mx.eval(self.network.parameters())

@@ -401,14 +401,18 @@ def test_quantization_starts_where_plain_decoding_starts_it(
 def test_window_that_wraps(
     pair: tuple[Any, Any], drafters: dict[str, list[Any]], name: str, size: int, keep: int
 ) -> None:
-    """The answer is several windows long, some prompts are longer than one."""
+    """The answer is several windows long, some prompts are longer than one.
+
+    The draft is longer than the smallest window, beside the tokens that stay.
+    """
+    plan = DraftPlan(3, 7, 15)
     for prompt, drafter in zip(PROMPTS, drafters[name], strict=True):
         caches = [
             [RotatingKVCache(max_size=size, keep=keep) for _ in pair[0].layers] for _ in range(2)
         ]
         expected = plain(pair, prompt, max_tokens=36, prompt_cache=caches[1])
-        found = ours(pair, prompt, drafter=drafter, max_tokens=36, prompt_cache=caches[0])
-        assert seen(found) == seen(expected)
+        options: dict[str, Any] = {"drafter": drafter, "plan": plan, "prompt_cache": caches[0]}
+        assert seen(ours(pair, prompt, max_tokens=36, **options)) == seen(expected)
         assert_equal_caches(*caches)
 
 

@@ -73,8 +73,7 @@ def write_responses(
     Raises:
         InputError: If the file was written by another target or with another configuration.
     """
-    header = {"target": target, "config": json.loads(json.dumps(asdict(config)))}
-    done = _open(path, header, len(prompts))
+    done = open_responses(path, prompts, config, target)
     for start in range(done, len(prompts), config.response_batch_size):
         batch = prompts[start : start + config.response_batch_size]
         responses = _answer(model, eos_token_ids, batch, start, config)
@@ -99,26 +98,42 @@ def read_responses(path: Path) -> list[Response]:
         raise InputError(f"{path} is not a file of responses: a row has no {error}") from None
 
 
-def _open(path: Path, header: dict[str, Any], num_prompts: int) -> int:
-    """Create the file or cut it back to whole batches; return how many answers it holds.
+def open_responses(
+    path: Path, prompts: Sequence[list[int]], config: ResponseConfig, target: dict[str, Any]
+) -> int:
+    """Create the file, or cut what a kill left of it back to whole batches; count its answers.
 
-    A batch is written by one call, but a kill or a full disk can leave a part of it. Only the last
-    batch of the prompts may be short.
+    Only the last batch of the prompts may be short.
+
+    Raises:
+        InputError: If the file is none of answers, or of other ones than these would be.
     """
+    header = {"target": target, "config": json.loads(json.dumps(asdict(config)))}
+    first = json.dumps(header).encode() + b"\n"
     if not path.exists():
-        path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+        path.write_bytes(first)
         return 0
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()  # the line that was being written when the run was killed
-    found = json.loads(lines[0]) if lines else None
-    if found != header:
-        raise InputError(f"{path} was written by another target or with other settings; remove it")
-    batch_size = header["config"]["response_batch_size"]
-    done = len(lines) - 1
-    if done < num_prompts and done % batch_size:
-        done -= done % batch_size
-        path.write_text("".join(lines[: done + 1]), encoding="utf-8")
+    data = path.read_bytes()
+    if first.startswith(data):  # killed while the header was written
+        path.write_bytes(first)
+        return 0
+    lines = data.splitlines(keepends=True)
+    if lines[0] != first:
+        raise InputError(
+            f"{path} was written by another target or with other settings, or holds no answers; "
+            "remove it or name another"
+        )
+    if not lines[-1].endswith(b"\n"):
+        lines.pop()
+    done = min(len(lines) - 1, len(prompts))
+    if done < len(prompts):
+        done -= done % config.response_batch_size
+    kept = lines if done == len(prompts) else lines[: done + 1]
+    if sum(map(len, kept)) != len(data):
+        path.write_bytes(b"".join(kept))
+    answers = read_responses(path)[:done]
+    if any(answer.prompt != prompt for answer, prompt in zip(answers, prompts, strict=False)):
+        raise InputError(f"{path} answers other prompts; remove it or name another")
     return done
 
 

@@ -65,7 +65,12 @@ class CacheConfig:
 
     def quantize(self, caches: list[Any]) -> None:
         """Quantise the caches that have grown long enough, in place."""
-        maybe_quantize_kv_cache(caches, self.quantized_kv_start, self.kv_group_size, self.kv_bits)
+        try:
+            maybe_quantize_kv_cache(
+                caches, self.quantized_kv_start, self.kv_group_size, self.kv_bits
+            )
+        except ValueError as error:
+            raise InputError(f"the cache cannot be quantised: {error}") from None
 
     def quantizes_within(self, start: int, num_tokens: int) -> bool:
         """Return whether a cache of ``start`` tokens is quantised within the next ones.
@@ -226,10 +231,11 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
         while True:
             outcome = read(decoding, cycle, num_tokens)
             num_tokens += len(outcome.tokens)
-            cycle.call.commit(outcome.path)
+            with mx.stream(generation_stream):
+                cycle.call.commit(outcome.path)
+                decoding.cache.quantize(decoding.caches)
             previous, cycle, handed_out = cycle, None, 0
             decoding.counters.add(outcome.parents, len(outcome.path) - 1)
-            decoding.cache.quantize(decoding.caches)
             previous.call.rebase(decoding.caches)
             assert previous.root is not None
             cycle = launch(decoding, previous.root, previous.draft, previous.history)
@@ -237,10 +243,11 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
                 handed_out += 1
                 yield Emitted(token, log_probs(row), handed_out < len(outcome.tokens))
     finally:
-        if cycle is not None:
-            cycle.call.rewind(0)
-        if previous is not None and outcome is not None and handed_out < len(outcome.path):
-            previous.call.rewind(handed_out + 1)
+        with mx.stream(generation_stream):
+            if cycle is not None:
+                cycle.call.rewind(0)
+            if previous is not None and outcome is not None and handed_out < len(outcome.path):
+                previous.call.rewind(handed_out + 1)
 
 
 def prefill(

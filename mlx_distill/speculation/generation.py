@@ -16,7 +16,7 @@ from jaxtyping import Int
 from mlx import nn
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.generate import generate_step, generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.checkpoint import check_fingerprint, fingerprint
@@ -116,6 +116,10 @@ def stream_generate(
     caches = make_prompt_cache(model, cache.max_kv_size) if prompt_cache is None else prompt_cache
     _check_length(model, tokens, caches, cache)
     sampling.check_vocabulary(_vocab_size(model, tokenizer))
+    if cache.kv_bits is not None and any(isinstance(c, RotatingKVCache) for c in caches):
+        raise InputError("kv_bits needs caches without a window; mlx-lm cannot quantise those")
+    if seed is not None and not 0 <= seed < 2**63:
+        raise InputError(f"seed must be between 0 and 2**63, got {seed}")
     key = mx.random.key(time.time_ns() % 2**63 if seed is None else seed)
     processors = tuple(logits_processors or ())
     if drafter is None:
@@ -127,6 +131,7 @@ def stream_generate(
         target = Target.of(model)
         target.require_drafting()
         _check_drafter(drafter, target, tokenizer)
+        target.check_caches(caches)
         decoding = Decoding(
             target, drafter, plan or DraftPlan(), sampling, key, cache, caches, processors
         )
@@ -235,12 +240,14 @@ def _responses(
     cutter = StopCutter(stop)
     start = time.perf_counter()
     prompt_tps = 0.0
+    accepted = 0
     response = None
     with wired_limit(model, [generation_stream]), closing(emitted):  # pyright: ignore
         for count, one in enumerate(emitted, start=1):
             if count == 1:
                 prompt_tps = prompt.size / (time.perf_counter() - start)
                 start = time.perf_counter()
+            accepted += one.from_draft
             reason = "length" if count == max_tokens else None
             if one.token in tokenizer.eos_token_ids:
                 reason = "stop"
@@ -264,7 +271,7 @@ def _responses(
                 target_calls=counters.target_calls,
                 tokens_per_call=count / max(counters.target_calls, 1),
                 drafted_tokens=counters.drafted_tokens,
-                accepted_tokens=counters.accepted_tokens,
+                accepted_tokens=accepted,
                 verified_tokens=counters.verified_tokens,
                 beam_tokens=counters.beam_tokens,
                 acceptance_by_depth=tuple(counters.acceptance_by_depth),

@@ -90,6 +90,9 @@ def sample(
         key: Of the random numbers; needed above temperature 0.
     """
     if sampling.temperature == 0:
+        if logits.dtype != mx.float32:
+            # mlx-lm normalises before it takes the best, and in half precision that makes ties.
+            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     return mx.random.categorical(shaped_logits(logits, sampling), key=key).astype(mx.int32)
 

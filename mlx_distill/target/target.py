@@ -121,6 +121,16 @@ class Target:
             kind = getattr(self.model, "model_type", type(self.model).__name__)
             raise InputError(f"{kind} cannot be drafted for: {self.reason}; use --no-drafter")
 
+    def check_caches(self, caches: list[Any]) -> None:
+        """Raise InputError if a prompt cache is not one that this target can draft with."""
+        fits = can_trim if self.support == "chain" else can_branch
+        wrong = sorted({type(cache).__name__ for cache in caches if not fits(cache)})
+        if wrong:
+            raise InputError(
+                f"the cache ({', '.join(wrong)}) cannot hold the drafts of this model; "
+                "use another, or decode without a drafter"
+            )
+
     def forward(
         self, tokens: Int[mx.array, " T"], caches: list[Any]
     ) -> tuple[Float[mx.array, "T V"], Float[mx.array, "T D"]]:
@@ -232,13 +242,14 @@ class Target:
         try:
             call = self.verify(tokens, mask, depths, 3, caches)
             mx.eval(call.logits)
-            call.commit(paths[3])
+            call.commit(paths[2] if chain else paths[3])
             after, _ = self.forward(prefix[:1], caches)
             mx.eval(after)
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
             return False
         texts = [mx.concatenate([prefix, tokens[mx.array(path)]]) for path in paths]
-        texts.append(mx.concatenate([texts[3], prefix[:1]]))
+        kept = paths[2] if chain else paths[3]  # a chain's last token is rejected
+        texts.append(mx.concatenate([prefix, tokens[mx.array(kept)], prefix[:1]]))
         read = [self.forward(text, make_prompt_cache(self.model))[0][-1] for text in texts]
         caches = self._prefilled(prefix)
         plain = mx.array(0)

@@ -22,13 +22,12 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import (
     CacheList,
     ChunkedKVCache,
-    ConcatenateKVCache,
     KVCache,
     QuantizedKVCache,
     RotatingKVCache,
 )
 
-APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache, ConcatenateKVCache)
+APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
 BRANCHING = (*APPENDING, RotatingKVCache)
 
 

@@ -21,6 +21,7 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.arrays import to_number
+from mlx_distill.checkpoint import check_safetensors
 from mlx_distill.errors import InputError
 
 Loss = Callable[[Any], tuple[mx.array, mx.array]]
@@ -52,8 +53,13 @@ class TrainingConfig:
         for name in ("steps", "evaluate_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise InputError(f"learning_rate must be above 0, got {self.learning_rate}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup must be between 0 and 1, got {self.warmup}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
 
 @dataclass
@@ -103,15 +109,16 @@ def train(
     loss_and_grad = value_and_grad(network, mean)
     for step in range(done, config.steps):
         value, grads = loss_and_grad(batch_at(step))
-        grads, _ = optim.clip_grad_norm(grads, config.max_grad_norm)
-        optimizer.update(network, grads)
-        mx.eval(network.parameters(), optimizer.state, value)
+        grads, norm = optim.clip_grad_norm(grads, config.max_grad_norm)
         progress = Progress(step + 1, to_number(value))
-        if not math.isfinite(progress.loss):
-            raise InputError(
-                f"the loss of step {step + 1} is {progress.loss}; the last good checkpoint is in "
-                f"{folder}; a smaller learning rate may help"
-            )
+        for name, number in (("loss", progress.loss), ("gradient", to_number(norm))):
+            if not math.isfinite(number):
+                raise InputError(
+                    f"the {name} of step {step + 1} is {number}; {_last_good(folder)}; "
+                    "a smaller learning rate may help"
+                )
+        optimizer.update(network, grads)
+        mx.eval(network.parameters(), optimizer.state)
         last = step + 1 == config.steps
         if last or (step + 1) % config.evaluate_every == 0:
             progress.evaluation = evaluate()
@@ -149,12 +156,10 @@ def save(folder: Path, step: int, network: nn.Module, optimizer: optim.Optimizer
         (writing / "state.json").write_text(json.dumps({"step": step}))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(writing, final)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, InputError) as error:
         shutil.rmtree(writing, ignore_errors=True)
-        kept = checkpoints(folder)
-        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is none before it"
         raise InputError(
-            f"the checkpoint of step {step} could not be written ({error}); {last}"
+            f"the checkpoint of step {step} could not be written ({error}); {_last_good(folder)}"
         ) from None
     for old in checkpoints(folder)[:-2]:
         shutil.rmtree(old)
@@ -177,13 +182,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
+def _last_good(folder: Path) -> str:
+    kept = checkpoints(folder)
+    return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint before it"
+
+
 def _save_arrays(path: Path, tree: Any) -> None:
     """Write the arrays of a tree and check that all of them arrived.
 
-    A full disk cuts files short without a word from the writer.
+    A full disk can cut files short without a word from the writer.
     """
-    arrays = dict(tree_flatten(tree))
+    arrays: dict[str, Any] = dict(tree_flatten(tree))
     mx.save_safetensors(str(path), arrays)
-    expected = sum(array.nbytes for array in arrays.values())
-    if path.stat().st_size < expected:
-        raise OSError("No space left on device")
+    check_safetensors(path)

@@ -1,0 +1,521 @@
+"""Every command from its arguments to its last line, with tiny settings."""
+
+import importlib
+import io
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from conftest import REPOSITORY
+
+import mlx_distill
+from mlx_distill import DraftPlan, GenerationResponse, benchmark, cli, train_drafter
+from mlx_distill.checkpoint import bundled
+
+# The package has a function of that name, too.
+generate = importlib.import_module("mlx_distill.generate")
+COUNTERS = (
+    "prompt_tokens",
+    "prompt_tps",
+    "generation_tokens",
+    "generation_tps",
+    "peak_memory",
+    "finish_reason",
+    "target_calls",
+    "tokens_per_call",
+    "drafted_tokens",
+    "accepted_tokens",
+    "verified_tokens",
+    "beam_tokens",
+)
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[{{ name or 'assistant' }}]{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="module")
+def expected() -> str:
+    """Return what the bundled model writes after the default prompt, in 24 tokens."""
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    return mlx_lm.generate(model, tokenizer, "Once upon a time", max_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bundled model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    folder.mkdir()
+    for file in bundled("stories-14m").iterdir():
+        (folder / file.name).symlink_to(file)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    config["chat_template"] = TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Return a JSONL file with every kind of row."""
+    rows = [
+        {"prompt": "Once upon a time"},
+        {"text": "One day a little girl named Lily found a needle in her room. " * 5},
+        {"turns": ["Ben had a red kite.", "What then?"]},
+        *({"prompt": f"The {animal} was"} for animal in ("dog", "cat", "bird", "frog", "cow")),
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    return path
+
+
+def last_line(text: str) -> dict[str, Any]:
+    return json.loads(text.splitlines()[-1])
+
+
+# -------------------------------------------------------------------------------------- generate
+
+
+def test_generate_writes_the_text_and_the_statistics(
+    capsys: pytest.CaptureFixture[str], expected: str
+) -> None:
+    assert generate.main(["--max-tokens", "24"]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected + "\n"
+    for word in ("Prompt: 5 tokens", "Generation: 24 tokens", "tokens per call", "Peak memory"):
+        assert word in err
+    assert "Acceptance by depth" in err
+
+
+def test_generate_json_holds_the_whole_run(
+    capsys: pytest.CaptureFixture[str], expected: str
+) -> None:
+    arguments = ["--max-tokens", "24", "--json", "--seed", "3", "--beam-width", "3"]
+    assert generate.main([*arguments, "--draft-length", "4", "--nodes", "6"]) == 0
+    run = last_line(capsys.readouterr().out)
+    assert run["text"] == expected
+    assert set(COUNTERS) <= set(run)
+    assert run["generation_tokens"] == 24
+    assert run["tokens_per_call"] == 24 / run["target_calls"]
+    assert run["verified_tokens"] == run["drafted_tokens"] + run["target_calls"]
+    assert run["finish_reason"] == "length"
+    assert run["interrupted"] is False
+    assert run["seconds"] > 0
+    assert run["comparison"] is None
+    assert run["config"]["max_tokens"] == 24
+    assert run["config"]["beam_width"] == 3
+    assert run["config"]["seed"] == 3
+    assert {"python", "mlx", "mlx-lm", "mlx-distill"} <= set(run["versions"])
+    assert {"system", "processor", "cores", "memory_bytes", "device"} <= set(run["machine"])
+
+
+def test_generate_without_drafter(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    assert generate.main(["--max-tokens", "24", "--no-drafter", "--json"]) == 0
+    out, err = capsys.readouterr()
+    run = last_line(out)
+    assert run["text"] == expected
+    assert run["target_calls"] == run["verified_tokens"] == 23
+    assert run["drafted_tokens"] == 0
+    assert "Acceptance" not in err
+
+
+def test_generate_with_another_model_says_that_it_has_no_drafter(
+    capsys: pytest.CaptureFixture[str], expected: str
+) -> None:
+    assert generate.main(["--model", str(bundled("stories-14m")), "--max-tokens", "24"]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected + "\n"
+    assert "no drafter is named" in err
+
+
+def test_generate_compares_with_mlx_lm(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    assert generate.main(["--max-tokens", "24", "--compare", "--json"]) == 0
+    out, err = capsys.readouterr()
+    run = last_line(out)
+    assert run["text"] == expected
+    assert run["comparison"]["first_difference"] is None
+    assert run["comparison"]["margin"] is None
+    assert run["comparison"]["generation_tps"] > 0
+    ratio = run["generation_tps"] / run["comparison"]["generation_tps"]
+    assert run["comparison"]["speedup"] == pytest.approx(ratio)
+    assert "mlx-lm alone" in err
+
+
+def test_generate_compares_with_the_same_cache_and_law(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--max-tokens", "12", "--compare", "--json", "--verbose", "false"]
+    cache = ["--kv-bits", "8", "--kv-group-size", "32", "--quantized-kv-start", "0"]
+    assert generate.main([*arguments, *cache]) == 0
+    out, err = capsys.readouterr()
+    assert last_line(out)["comparison"]["first_difference"] is None
+    assert err == ""
+    assert generate.main([*arguments, "--temp", "1", "--top-p", "0.9", "--seed", "1"]) == 0
+    assert last_line(capsys.readouterr().out)["comparison"]["speedup"] > 0
+
+
+def test_generate_reads_stdin(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, expected: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+    assert generate.main(["--prompt", "-", "--max-tokens", "24"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_generate_stops_at_texts(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    stop = expected[10:14]
+    assert generate.main(["--max-tokens", "24", "--stop", stop, "never", "--json"]) == 0
+    run = last_line(capsys.readouterr().out)
+    assert run["text"] == expected[: expected.find(stop)]
+    assert run["finish_reason"] == "stop"
+
+
+def test_generate_repeats_with_a_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in (5, 5, 6):
+        arguments = ["--temp", "1.2", "--top-k", "50", "--min-p", "0.01", "--seed", str(seed)]
+        assert generate.main([*arguments, "--max-tokens", "24"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generate_shows_the_draft(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, expected: str
+) -> None:
+    """Colours where they are understood, and the same text everywhere."""
+    assert generate.main(["--max-tokens", "24", "--show-draft"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert generate.main(["--max-tokens", "24", "--show-draft", "--json"]) == 0
+    out = capsys.readouterr().out
+    run = last_line(out)
+    green = out.count("\x1b[32m")
+    assert 0 < green <= run["accepted_tokens"]
+    shown = out.rsplit("\n", 2)[0]
+    assert shown.replace("\x1b[32m", "").replace("\x1b[0m", "") == expected
+
+
+class Fake:
+    """Stands in for ``stream_generate``: hands out pieces, then ends or raises."""
+
+    def __init__(self, pieces: list[str], error: BaseException | None = None):
+        self.pieces = pieces
+        self.error = error
+
+    def __call__(self, *args: Any, **options: Any) -> Iterator[GenerationResponse]:
+        for count, piece in enumerate(self.pieces, start=1):
+            yield GenerationResponse(
+                text=piece,
+                token=count,
+                logprobs=mx.zeros(4),
+                from_draft=count % 2 == 0,
+                prompt_tokens=5,
+                prompt_tps=1.0,
+                generation_tokens=count,
+                generation_tps=1.0,
+                peak_memory=0.1,
+                finish_reason=None,
+                target_calls=count,
+                tokens_per_call=1.0,
+                drafted_tokens=7 * count,
+                accepted_tokens=0,
+                verified_tokens=8 * count,
+                beam_tokens=9 * count,
+                acceptance_by_depth=(0.0,),
+            )
+        if self.error is not None:
+            raise self.error
+
+
+def test_generate_prints_texts_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tabs, trailing blanks, markup, long lines: what the model wrote is what is printed."""
+    pieces = ["if x:\n", "\treturn", " [bold]1[/bold]  \n", ":smile: ", "日本", "\r\n", "w " * 200]
+    monkeypatch.setattr(generate, "stream_generate", Fake(pieces))
+    for flags in ([], ["--show-draft"]):
+        assert generate.main(["--verbose", "f", *flags]) == 0
+        assert capsys.readouterr().out == "".join(pieces) + "\n"
+
+
+def test_generate_ends_at_ctrl_c_with_statistics(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Fake(["one ", "two"], KeyboardInterrupt())
+    monkeypatch.setattr(generate, "stream_generate", stream)
+    assert generate.main(["--json"]) == 130
+    out, err = capsys.readouterr()
+    assert out.splitlines()[0] == "one two"
+    run = last_line(out)
+    assert run["interrupted"] is True
+    assert run["text"] == "one two"
+    assert run["generation_tokens"] == 2
+    assert "Generation: 2 tokens" in err
+    assert "Traceback" not in err
+
+
+def test_generate_ends_at_ctrl_c_before_the_first_token(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "stream_generate", Fake([], KeyboardInterrupt()))
+    assert generate.main(["--json"]) == 130
+    out, err = capsys.readouterr()
+    assert last_line(out)["text"] == ""
+    assert "No text was written" in err
+
+
+def test_generate_into_a_closed_pipe() -> None:
+    """As in ``| head -1``: no traceback."""
+    command = [sys.executable, "-m", "mlx_distill.generate", "--max-tokens", "200"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(8)
+        process.stdout.close()
+        assert b"Traceback" not in process.stderr.read()
+        assert process.wait(60) == 0
+
+
+# --------------------------------------------------------------------------------- chat templates
+
+
+def run_chat(capsys: pytest.CaptureFixture[str], model: Path, *flags: str) -> dict[str, Any]:
+    arguments = ["--model", str(model), "--no-drafter", "--max-tokens", "2", "--json"]
+    assert generate.main([*arguments, "--prompt", "Hello", *flags]) == 0
+    return last_line(capsys.readouterr().out)
+
+
+def test_chat_template(
+    capsys: pytest.CaptureFixture[str], chat_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoded prompts are those that mlx-lm's tokenizer makes of the same chats."""
+    seen = []
+    stream = generate.stream_generate
+
+    def recording(model: Any, tokenizer: Any, prompt: list[int], **options: Any) -> Any:
+        seen.append(tokenizer.decode(prompt))
+        return stream(model, tokenizer, prompt, **options)
+
+    monkeypatch.setattr(generate, "stream_generate", recording)
+    run_chat(capsys, chat_model)
+    run_chat(capsys, chat_model, "--system-prompt", "Be kind")
+    run_chat(capsys, chat_model, "--chat-template-config", '{"name": "Lily"}')
+    run_chat(capsys, chat_model, "--ignore-chat-template")
+    assert seen[0].endswith("[user] Hello\n[assistant]")
+    assert seen[1].endswith("[system] Be kind\n[user] Hello\n[assistant]")
+    assert seen[2].endswith("[user] Hello\n[Lily]")
+    assert seen[3].endswith("Hello")
+    assert "[" not in seen[3]
+    assert all(text.count("<s>") == 1 for text in seen)
+
+
+def test_chat_prompt_is_encoded_as_mlx_lm_encodes_it(
+    capsys: pytest.CaptureFixture[str], chat_model: Path
+) -> None:
+    tokenizer = mlx_lm.utils.load_tokenizer(chat_model)
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    assert run_chat(capsys, chat_model)["prompt_tokens"] == len(ids)
+
+
+# --------------------------------------------------------------------------------- train_drafter
+
+
+def test_train_drafter_makes_a_drafter_that_generates(
+    tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str], expected: str
+) -> None:
+    output = tmp_path / "drafter"
+    arguments = ["--data", str(prompts), "--output", str(output), "--quiet"]
+    sizes = ["--exit-dim", "32", "--draft-vocab-size", "256", "--unroll", "3", "--batch-size", "2"]
+    length = ["--max-tokens", "8", "--prompt-tokens", "6", "--held-out", "2", "--steps", "3"]
+    assert train_drafter.main([*arguments, *sizes, *length, "--temperatures", "0", "0.7"]) == 0
+    out, err = capsys.readouterr()
+    assert str(output) in out
+    assert "memory: about" in err
+    files = {file.name for file in output.iterdir()}
+    assert files == {"config.json", "model.safetensors", "README.md", "training.json"}
+    assert not output.with_name("drafter.partial").exists()
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == "recurrent_drafter"
+    assert (config["hidden_size"], config["exit_dim"], config["draft_vocab_size"]) == (384, 32, 256)
+    assert set(config["target"]) == {"hidden_size", "vocab_size", "tokenizer_hash"}
+    training = json.loads((output / "training.json").read_text())
+    assert training["log"][-1]["step"] == 3
+    assert len(training["log"][-1]["acceptance_greedy"]) == 3
+    assert training["config"]["responses"]["temperatures"] == [0.0, 0.7]
+    card = (output / "README.md").read_text()
+    assert "prompts.jsonl" in card
+    assert "licence" in card
+    responses = (tmp_path / "drafter.responses.jsonl").read_text().splitlines()
+    assert len(responses) == 1 + 8
+    assert all(len(json.loads(row)["prompt"]) <= 6 for row in responses[1:])
+    assert generate.main(["--drafter", str(output), "--max-tokens", "24"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+# ------------------------------------------------------------------------------------- benchmark
+
+
+def png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    return struct.unpack(">II", header[16:24])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time calls only a few times."""
+    timed = benchmark._timed
+    monkeypatch.setattr(benchmark, "_timed", lambda run: timed(run, 3, 1))
+
+
+TINY = ["--num-prompts", "2", "--max-tokens", "10", "--prompt-tokens", "6"]
+
+
+@pytest.mark.usefixtures("quick")
+def test_benchmark_writes_json_and_png(
+    tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, picture = tmp_path / "result.json", tmp_path / "sweep.png"
+    sweep = ["--sweep-prompts", "1", "--sweep-widths", "1", "2", "--sweep-lengths", "2", "3"]
+    files = ["--data", str(prompts), "--output", str(output), "--plot", str(picture)]
+    assert benchmark.main([*TINY, *sweep, *files]) == 0
+    result = json.loads(output.read_text())
+    names = {"arms", "equal_texts", "acceptance_by_depth", "overhead", "sweep", "config", "dtype"}
+    assert names | {"commit", "machine", "versions"} <= set(result)
+    assert [row["arm"] for row in result["arms"]] == ["mlx-lm", "mlx_distill"]
+    assert result["equal_texts"] == 2
+    for row in result["arms"]:
+        assert row["prompts"] == 2
+        assert row["tokens_per_s"]["quartile_1"] <= row["tokens_per_s"]["median"]
+        assert row["tokens_per_s"]["median"] <= row["tokens_per_s"]["quartile_3"]
+        assert row["peak_memory_bytes"] > 0
+    assert result["arms"][0]["speedup"]["median"] == 1
+    assert result["arms"][0]["tokens_per_call"] == pytest.approx(10 / 9)
+    assert result["arms"][1]["tokens_per_call"] > 1
+    shapes = [(row["beam_width"], row["draft_length"]) for row in result["sweep"]]
+    assert shapes == [(1, 2), (1, 3), (2, 2), (2, 3)]
+    width, height = png_size(picture)
+    assert width > 400
+    assert height > 300
+    table = capsys.readouterr().out
+    assert "Tokens equal mlx-lm's on 2 of 2 prompts" in table
+    assert "A cycle takes" in table
+
+
+@pytest.mark.usefixtures("quick")
+def test_benchmark_sampling_sharing_and_draft_model(
+    tmp_path: Path,
+    prompts: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "result.json"
+    monkeypatch.setattr(benchmark, "SHARING_SHAPES", ((5, 4), (10, 4)))
+    more = ["--sharing", "--temp", "1", "--tree", "beam"]
+    model = ["--draft-model", str(bundled("stories-14m")), "--num-draft-tokens", "2"]
+    files = ["--data", str(prompts), "--output", str(output)]
+    assert benchmark.main([*TINY, *more, *model, *files]) == 0
+    result = json.loads(output.read_text())
+    assert result["equal_texts"] is None
+    assert len(result["arms"]) == 3
+    assert [row["beam_tokens"] for row in result["sharing"]] == [20, 40]
+    assert all(0 < row["saved_share"] < 1 for row in result["sharing"])
+    assert "saved by shared prefixes" in capsys.readouterr().out
+
+
+def test_long_run_reports_every_thousand_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds = []
+
+    def arms(self: benchmark.Bench, plan: DraftPlan) -> dict[str, Any]:
+        def decode(prompt: list[int], seed: int) -> Iterator[int]:
+            seeds.append(seed)
+            return iter(range(300))
+
+        return {benchmark.OURS: decode}
+
+    monkeypatch.setattr(benchmark.Bench, "arms", arms)
+    bench = benchmark.Bench.__new__(benchmark.Bench)
+    rows = benchmark.long_run(bench, [[1], [2]], DraftPlan(), 2500)
+    assert [row["tokens"] for row in rows] == [1000, 2000]
+    assert all(row["resident_bytes"] > 1e6 for row in rows)
+    assert len(seeds) == len(set(seeds)) == 9
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "flags", [["--nodes", "1"], ["--max-tokens", "1"], ["--long-run", "20"], ["--num-prompts", "1"]]
+)
+def test_benchmark_takes_the_smallest_settings(tmp_path: Path, flags: list[str]) -> None:
+    """Or refuses them in a sentence; but it does not break."""
+    output = tmp_path / "result.json"
+    status = benchmark.main([*TINY, *flags, "--output", str(output)])
+    assert status in (0, 2)
+    assert output.exists() == (status == 0)
+
+
+def test_benchmark_has_prompts_of_its_own() -> None:
+    rows = [json.loads(line) for line in benchmark.PROMPTS.read_text().splitlines()]
+    assert len(rows) == 48
+    assert len({row["prompt"] for row in rows}) == 48
+
+
+# ------------------------------------------------------------------------------------------- cli
+
+
+@pytest.mark.parametrize("verb", ["generate", "train_drafter", "benchmark"])
+def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    assert f"python -m mlx_distill.{verb}" in text
+    parser = sys.modules[f"mlx_distill.{verb}"]._parser()
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        assert action.option_strings[0] in text
+
+
+def test_flags_keep_mlx_lms_names() -> None:
+    flags = set(generate._parser()._option_string_actions)
+    kept = "model prompt max-tokens temp top-p min-p top-k seed system-prompt max-kv-size kv-bits"
+    more = "ignore-chat-template chat-template-config trust-remote-code kv-group-size"
+    assert {f"--{name}" for name in f"{kept} {more} quantized-kv-start".split()} <= flags
+
+
+def test_console_script(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    assert cli.main(["generate", "--max-tokens", "24"]) == 0
+    assert capsys.readouterr().out == expected + "\n"
+    with pytest.raises(SystemExit) as end:
+        cli.main(["--help"])
+    assert end.value.code == 0
+    assert "train_drafter" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        cli.main(["dance"])
+    assert end.value.code == 2
+
+
+def test_module_from_another_folder(tmp_path: Path, expected: str) -> None:
+    """The bundled pair is found, and nothing but the text is on stdout."""
+    command = [sys.executable, "-m", "mlx_distill.generate", "--max-tokens", "24"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stdout == expected + "\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_example_runs() -> None:
+    example = REPOSITORY / "examples" / "continue_story.py"
+    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=True)
+    assert len(run.stdout) > 100

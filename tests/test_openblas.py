@@ -1,0 +1,199 @@
+"""OpenBLAS in front of the reference BLAS, in processes of their own: what is loaded stays."""
+
+import ctypes
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mlx_distill import openblas
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux loads OpenBLAS")
+
+
+def has_openblas() -> bool:
+    try:
+        ctypes.CDLL("libopenblas.so.0")
+    except OSError:
+        return False
+    return True
+
+
+needs_openblas = pytest.mark.skipif(not has_openblas(), reason="OpenBLAS is not installed")
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run some code in a fresh process."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | environment,
+    )
+
+
+MAPPED = """
+def mapped():
+    with open("/proc/self/maps") as maps:
+        return any("libopenblas" in line for line in maps)
+"""
+
+
+@needs_openblas
+def test_importing_the_package_puts_openblas_first() -> None:
+    """A symbol is looked up in the order of loading; the first BLAS found is OpenBLAS."""
+    done = run(
+        MAPPED
+        + """
+import ctypes
+assert not mapped()
+import mlx_distill
+assert mapped()
+import mlx.core as mx
+
+class Place(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p),
+                ("name", ctypes.c_char_p), ("address", ctypes.c_void_p)]
+
+everything = ctypes.CDLL(None)
+for symbol in ("cblas_sgemm", "sgemm_", "openblas_get_num_threads"):
+    place = Place()
+    address = ctypes.cast(getattr(everything, symbol), ctypes.c_void_p)
+    assert everything.dladdr(address, ctypes.byref(place))
+    print(place.file.decode())
+assert mx.array_equal(mx.full((8, 8), 2.0) @ mx.eye(8), mx.full((8, 8), 2.0))
+"""
+    )
+    assert done.stderr == ""
+    files = done.stdout.split()
+    assert len(files) == 3
+    assert all("openblas" in file for file in files), files
+
+
+MISSING = """
+import ctypes
+
+class Missing(ctypes.CDLL):
+    def __init__(self, name, *args, **options):
+        if name and "openblas" in str(name):
+            raise OSError(f"{name}: cannot open shared object file")
+        super().__init__(name, *args, **options)
+
+ctypes.CDLL = Missing
+"""
+
+
+def test_missing_library_is_said_once() -> None:
+    code = """
+import mlx_distill
+import mlx_distill.generate
+from mlx_distill.openblas import one_thread_less
+with one_thread_less():
+    print("still works")
+import mlx.core as mx
+print(mx.eye(3).sum().item())
+"""
+    done = run(MISSING + code)
+    assert done.stderr == openblas.HINT + "\n"
+    assert "apt-get install libopenblas0-pthread" in done.stderr
+    assert done.stdout == "still works\n3.0\n"
+
+
+def test_load_openblas_returns_whether_it_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not openblas.load_openblas("libno-such-blas.so.9")
+    assert capsys.readouterr().err == openblas.HINT + "\n"
+
+
+@needs_openblas
+def test_mlx_imported_first_is_said() -> None:
+    done = run("import mlx.core\nimport mlx_distill\nimport mlx_distill.generate")
+    assert done.stderr == openblas.ORDER_HINT + "\n"
+
+
+@needs_openblas
+def test_preloaded_library_makes_any_order_right() -> None:
+    done = run("import mlx.core\nimport mlx_distill", LD_PRELOAD="libopenblas.so.0")
+    assert done.stderr == ""
+
+
+def test_other_systems_are_left_alone() -> None:
+    """The module alone: the libraries behind the package ask for the system too."""
+    done = run(
+        MAPPED
+        + f"""
+import runpy, sys
+sys.platform = "darwin"
+module = runpy.run_path({openblas.__file__!r})
+assert module["load_openblas"]() is False
+with module["one_thread_less"]():
+    print(mapped())
+"""
+    )
+    assert done.stdout == "False\n"
+    assert done.stderr == ""
+
+
+THREADS = """
+import os
+import mlx_distill
+from mlx_distill.openblas import _openblas, one_thread_less
+cores = os.cpu_count() or 1
+before = _openblas.openblas_get_num_threads()
+seen = [before]
+with one_thread_less():
+    seen.append(_openblas.openblas_get_num_threads())
+    with one_thread_less():
+        seen.append(_openblas.openblas_get_num_threads())
+    seen.append(_openblas.openblas_get_num_threads())
+seen.append(_openblas.openblas_get_num_threads())
+try:
+    with one_thread_less():
+        raise KeyError
+except KeyError:
+    seen.append(_openblas.openblas_get_num_threads())
+print(cores, *seen)
+"""
+
+
+@needs_openblas
+def test_one_thread_less_restores_the_number_of_threads() -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    cores, before, inside, nested, outside, after, raised = map(int, done.stdout.split())
+    assert inside == nested == outside == max(1, min(before, cores - 1))
+    assert before == after == raised
+
+
+@needs_openblas
+def test_threads_that_the_user_has_set_are_kept() -> None:
+    done = run(THREADS, OPENBLAS_NUM_THREADS="2")
+    seen = done.stdout.split()[1:]
+    assert len(set(seen)) == 1
+
+
+@needs_openblas
+def test_generation_restores_the_number_of_threads_when_it_is_left() -> None:
+    code = """
+import mlx_distill
+from mlx_distill.checkpoint import bundled
+from mlx_distill.openblas import _openblas
+pair = mlx_distill.load(bundled("stories-14m"))
+drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+before = _openblas.openblas_get_num_threads()
+responses = mlx_distill.stream_generate(*pair, "Once", drafter=drafter, max_tokens=50)
+next(responses), next(responses)
+responses.close()
+print(before == _openblas.openblas_get_num_threads())
+list(mlx_distill.stream_generate(*pair, "Once", drafter=drafter, max_tokens=5))
+print(before == _openblas.openblas_get_num_threads())
+"""
+    assert run(code).stdout == "True\nTrue\n"
