@@ -18,6 +18,8 @@ import mlx_lm
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
+from mlx_distill.arrays import to_host
+from mlx_distill.data.records import read_json
 from mlx_distill.drafters.recurrent import (
     FORMAT_VERSION,
     MODEL_TYPE,
@@ -25,7 +27,7 @@ from mlx_distill.drafters.recurrent import (
     RecurrentDrafter,
     RecurrentDrafterConfig,
 )
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
 from mlx_distill.target.target import Target
 
 # One of these holds the tokens; without any, the loader makes an empty tokenizer of its own.
@@ -62,8 +64,8 @@ def load(path_or_repo: str | Path, **options: Any) -> tuple[nn.Module, Any]:
     _check_model(path)
     try:
         model, tokenizer = mlx_lm.load(str(path), **options)[:2]
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError) as error:
-        raise InputError(f"{path} cannot be loaded: {_one_line(error)}") from error
+    except Exception as error:  # the model's own code meets a configuration that it did not expect
+        raise InputError(f"{path} cannot be loaded: {one_line(error)}") from error
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     return model, tokenizer
@@ -100,13 +102,32 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
     check_safetensors(weights)
     try:
         network.load_weights(str(weights))
-    except ValueError as error:
-        raise InputError(f"{weights} does not fit its config: {_one_line(error)}") from None
+        mx.eval(network.parameters())
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{weights} does not fit its config: {one_line(error)}") from None
+    _check_token_ids(network, weights)
     assert target.embed is not None
     network.set_dtype(target.embed(mx.array([0])).dtype)
     network.eval()
     mx.eval(network.parameters())
     return BoundDrafter(network, target.embed, made_for)
+
+
+def _check_token_ids(network: RecurrentDrafter, weights: Path) -> None:
+    """Raise InputError if a drafter's tokens are not the target's; they are used as indices."""
+    token_ids = network.get("token_ids")
+    if token_ids is None:
+        return
+    if not mx.issubdtype(token_ids.dtype, mx.integer):
+        raise InputError(f"{weights}: token_ids must be whole numbers, got {token_ids.dtype}")
+    tokens = sorted(to_host(token_ids))
+    if tokens[0] < 0 or tokens[-1] >= network.config.vocab_size:
+        raise InputError(
+            f"{weights}: token_ids must lie in the vocabulary of {network.config.vocab_size}, "
+            f"got {tokens[0]} to {tokens[-1]}"
+        )
+    if len(set(tokens)) < len(tokens):
+        raise InputError(f"{weights}: token_ids must not name a token twice")
 
 
 def save_drafter(
@@ -142,7 +163,7 @@ def save_drafter(
         os.replace(writing, folder)
     except (OSError, RuntimeError, InputError) as error:
         shutil.rmtree(writing, ignore_errors=True)
-        raise InputError(f"{folder} could not be written: {_one_line(error)}") from None
+        raise InputError(f"{folder} could not be written: {one_line(error)}") from None
 
 
 def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:
@@ -220,7 +241,7 @@ def _local(path_or_repo: str | Path) -> Path:
     except Exception as error:  # the hub's client raises its transport's errors too
         raise InputError(
             f"there is no folder {name}, and it could not be fetched from the hub: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from None
 
 
@@ -233,7 +254,8 @@ def _check_model(path: Path) -> None:
         raise InputError(f"{path} holds a drafter, not a language model; use it with --drafter")
     index = path / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        places = read_json(index).get("weight_map")
+        names = sorted(set(places.values())) if isinstance(places, dict) else []
     else:
         names = sorted(file.name for file in path.glob("model*.safetensors"))
     if not names:
@@ -247,20 +269,4 @@ def _check_model(path: Path) -> None:
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / "config.json").exists():
         raise InputError(f"{path} holds no config.json, so it is not a model's folder")
-    return _read_json(path / "config.json")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {_one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} does not hold a JSON object")
-    return value
-
-
-def _one_line(error: BaseException) -> str:
-    """Return an error's first line of text, or its name if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return read_json(path / "config.json")

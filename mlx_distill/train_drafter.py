@@ -26,6 +26,7 @@ from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
+from mlx_distill.data.records import read_json, read_jsonl, write_whole
 from mlx_distill.data.responses import (
     Response,
     ResponseConfig,
@@ -42,7 +43,9 @@ from mlx_distill.distillation.drafter import (
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.errors import InputError
 from mlx_distill.target.target import Target
-from mlx_distill.training.loop import TrainingConfig, checkpoints, train
+from mlx_distill.training.loop import TrainingConfig, checkpoints, step_of, train
+
+SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prompt_tokens": arguments.prompt_tokens,
         "start_from": arguments.start_from and Path(arguments.start_from).name,
     }
+    if arguments.resume:
+        _check_settings(work / SETTINGS, settings)
     start = arguments.start_from and load_drafter(arguments.start_from, model, tokenizer).network
     prompts = [
         prompt
@@ -158,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(memory_estimate(target, config, longest + config.unroll), file=sys.stderr)
     responses_path = Path(arguments.responses or output.with_name(output.name + ".responses.jsonl"))
     open_responses(responses_path, prompts, config.responses, known)
-    _open_work(work, settings)
+    work.mkdir(parents=True, exist_ok=True)
+    write_whole(work / SETTINGS, json.dumps(settings, indent=1))
     responses = _responses(responses_path, model, tokenizer, prompts, config, known)
     trainer = DrafterTrainer(target, responses, config, start or None)
     log = trainer.run(work, quiet=arguments.quiet)
@@ -232,7 +238,7 @@ class DrafterTrainer:
         config = self.config
         log_path = folder / "log.jsonl"
         done = checkpoints(folder)
-        step = int(done[-1].name.removeprefix("step-")) if done else 0
+        step = step_of(done[-1]) if done else 0
         log = [row for row in _read_log(log_path) if row["step"] <= step]
         steps = train(
             self.network,
@@ -257,7 +263,7 @@ class DrafterTrainer:
                     log.append(
                         {"step": progress.step, "loss": progress.loss, **progress.evaluation}
                     )
-                    log_path.write_text("".join(json.dumps(row) + "\n" for row in log))
+                    write_whole(log_path, "".join(json.dumps(row) + "\n" for row in log))
                     by_depth = " ".join(f"{x:.2f}" for x in log[-1]["acceptance_greedy"])
                     bar.set_postfix_str(f"held-out acceptance {by_depth}")
         return log
@@ -341,15 +347,9 @@ def _check_output(output: Path, work: Path, resume: bool) -> None:
         raise InputError(f"there is nothing to resume: {work} does not exist")
 
 
-def _open_work(work: Path, settings: dict[str, Any]) -> None:
-    """Create the folder of an unfinished training, or check that it is the same training."""
-    path = work / "settings.json"
-    if not path.exists():
-        work.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=1))
-        return
-    found = json.loads(path.read_text())
-    changed = sorted(_differences(found, json.loads(json.dumps(settings))))
+def _check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raise InputError if the training to resume is not the one that is asked for."""
+    changed = sorted(_differences(read_json(path), json.loads(json.dumps(settings))))
     if changed:
         raise InputError(f"cannot resume with other settings: {'; '.join(changed)}")
 
@@ -383,7 +383,7 @@ def _responses(
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [row for _, row in read_jsonl(path)] if path.exists() else []
 
 
 def _card(name: str, trainer: DrafterTrainer, settings: dict[str, Any], log: list[Any]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.data.records import read_jsonl
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
 
 
 def encode_prompt(
@@ -26,7 +26,8 @@ def encode_prompt(
         template_config: Further arguments of the chat template.
 
     Raises:
-        InputError: If the prompt is empty, or is a chat and there is no template to write it with.
+        InputError: If the prompt is empty, if it is a chat and there is no template to write it
+            with, or if the template fails.
     """
     if not prompt:
         raise InputError("the prompt is empty; give at least one character")
@@ -35,9 +36,17 @@ def encode_prompt(
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
         if system_prompt is not None:
             messages.insert(0, {"role": "system", "content": system_prompt})
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, **template_config)
-        )
+        try:
+            return list(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, **template_config
+                )
+            )
+        except Exception as error:  # a template is a program of the model's; it can raise anything
+            raise InputError(
+                f"the tokenizer's chat template failed: {one_line(error)}; "
+                "--ignore-chat-template goes without"
+            ) from error
     if system_prompt is not None:
         raise InputError("--system-prompt needs a tokenizer with a chat template; this has none")
     if not isinstance(prompt, str):
@@ -66,8 +75,7 @@ def read_prompts(
         InputError: If the file is unreadable, a row has none of the keys, or no row is left.
     """
     prompts = []
-    for number, row in enumerate(read_jsonl(path), start=1):
-        place = f"{path}, row {number}"
+    for place, row in read_jsonl(path):
         if "text" in row and "prompt" not in row and "messages" not in row:
             limit = prompt_tokens or 32
             # No token is longer than 32 characters on average: spare the rest of a long document.

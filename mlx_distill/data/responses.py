@@ -91,11 +91,13 @@ def read_responses(path: Path) -> list[Response]:
     Raises:
         InputError: If the file is not one, or is damaged.
     """
-    rows = list(read_jsonl(path))[1:]
-    try:
-        return [Response(row["prompt"], row["response"]) for row in rows]
-    except KeyError as error:
-        raise InputError(f"{path} is not a file of responses: a row has no {error}") from None
+    _, *rows = read_jsonl(path)
+    responses = []
+    for place, row in rows:
+        if not all(_is_tokens(row.get(name)) for name in ("prompt", "response")):
+            raise InputError(f"{place}: expected a prompt and a response as token ids")
+        responses.append(Response(row["prompt"], row["response"]))
+    return responses
 
 
 def open_responses(
@@ -135,6 +137,10 @@ def open_responses(
     if any(answer.prompt != prompt for answer, prompt in zip(answers, prompts, strict=False)):
         raise InputError(f"{path} answers other prompts; remove it or name another")
     return done
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 def _answer(

@@ -19,7 +19,7 @@ from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
 from mlx_distill.speculation.sampling import Sampling, log_probs, sample, sample_nodes
 from mlx_distill.speculation.statistics import DraftCounters
@@ -69,7 +69,7 @@ class CacheConfig:
             maybe_quantize_kv_cache(
                 caches, self.quantized_kv_start, self.kv_group_size, self.kv_bits
             )
-        except ValueError as error:
+        except (ValueError, NotImplementedError) as error:
             raise InputError(f"the cache cannot be quantised: {error}") from None
 
     def quantizes_within(self, start: int, num_tokens: int) -> bool:
@@ -344,7 +344,4 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
 
 
 def _not_numbers(num_tokens: int) -> InputError:
-    return InputError(
-        f"the model's logits are not numbers after {num_tokens} tokens of its answer; its weights "
-        "are damaged, or its precision is too low"
-    )
+    return not_numbers(f"after {num_tokens} tokens of its answer")

@@ -8,7 +8,7 @@ decodes.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_distill.checkpoint import check_fingerprint, fingerprint
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.openblas import one_thread_less
 from mlx_distill.speculation.decoding import (
     CacheConfig,
@@ -116,8 +116,8 @@ def stream_generate(
     caches = make_prompt_cache(model, cache.max_kv_size) if prompt_cache is None else prompt_cache
     _check_length(model, tokens, caches, cache)
     sampling.check_vocabulary(_vocab_size(model, tokenizer))
-    if cache.kv_bits is not None and any(isinstance(c, RotatingKVCache) for c in caches):
-        raise InputError("kv_bits needs caches without a window; mlx-lm cannot quantise those")
+    if cache.kv_bits is not None:
+        _check_quantization(model, cache)
     if seed is not None and not 0 <= seed < 2**63:
         raise InputError(f"seed must be between 0 and 2**63, got {seed}")
     key = mx.random.key(time.time_ns() % 2**63 if seed is None else seed)
@@ -217,10 +217,7 @@ def _decode_plainly(
         for count, (token, log_probs) in enumerate(steps):
             # One entry tells: mlx-lm has normalised them.
             if mx.isnan(log_probs[0]).item():
-                raise InputError(
-                    f"the model's logits are not numbers after {count} tokens of its answer; its "
-                    "weights are damaged, or its precision is too low"
-                )
+                raise not_numbers(f"after {count} tokens of its answer")
             if count:
                 counters.add([0], 0)
             yield Emitted(int(token), log_probs, False)
@@ -322,7 +319,8 @@ def _check_length(
 ) -> None:
     """Raise InputError if a prompt is longer than what the model was made for."""
     context = context_length(model)
-    if context is None or cache.max_kv_size is not None:
+    windows = (c.max_size for c in caches if isinstance(c, RotatingKVCache))
+    if context is None or cache.max_kv_size in windows:
         return
     offset = cached_tokens(caches)
     if offset + tokens.size > context:
@@ -331,6 +329,13 @@ def _check_length(
             f"the prompt has {tokens.size} tokens{earlier}, the model's context is {context}; "
             "shorten it"
         )
+
+
+def _check_quantization(model: nn.Module, cache: CacheConfig) -> None:
+    """Raise InputError if the model's caches cannot be quantised so; nothing is computed."""
+    caches = make_prompt_cache(model)
+    model(mx.array([[0]]), cache=caches)
+    replace(cache, quantized_kv_start=0).quantize(caches)
 
 
 def _vocab_size(model: nn.Module, tokenizer: TokenizerWrapper) -> int:

@@ -22,7 +22,7 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_distill.arrays import to_number
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.target.tree_cache import (
     TreeLayout,
     cached_tokens,
@@ -86,6 +86,9 @@ class Target:
 
     Args:
         model: An mlx-lm language model.
+
+    Raises:
+        InputError: If its logits are not numbers.
 
     Attributes:
         support: "row" or "batch" (trees, see ``tree_cache``), "chain" or "none".
@@ -198,6 +201,8 @@ class Target:
         logits = self._find_head(prefix, caches)
         mx.eval(logits)
         self.vocab_size = logits.shape[-1]
+        if to_number(mx.isnan(logits).any()):
+            raise not_numbers("after a few tokens")
         if not self._seen or self.embed is None:
             return "none", "its head or its embedding was not found, so it gives no hidden state"
         self.hidden_size = self._seen[-1].shape[-1]

@@ -5,7 +5,6 @@ business. Nothing in it is random: the batch is a function of the step's number,
 killed and one that was not end with the same bits.
 """
 
-import json
 import math
 import os
 import shutil
@@ -23,6 +22,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.arrays import to_number
 from mlx_distill.checkpoint import check_safetensors
 from mlx_distill.errors import InputError
+
+NETWORK, OPTIMIZER = "network.safetensors", "optimizer.safetensors"
 
 Loss = Callable[[Any], tuple[mx.array, mx.array]]
 
@@ -151,9 +152,8 @@ def save(folder: Path, step: int, network: nn.Module, optimizer: optim.Optimizer
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        _save_arrays(writing / "network.safetensors", network.parameters())
-        _save_arrays(writing / "optimizer.safetensors", optimizer.state)
-        (writing / "state.json").write_text(json.dumps({"step": step}))
+        _save_arrays(writing / NETWORK, network.parameters())
+        _save_arrays(writing / OPTIMIZER, optimizer.state)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(writing, final)
     except (OSError, RuntimeError, InputError) as error:
@@ -170,16 +170,33 @@ def restore(folder: Path, network: nn.Module, optimizer: optim.Optimizer) -> int
     found = checkpoints(folder)
     if not found:
         return 0
-    network.load_weights(str(found[-1] / "network.safetensors"))
-    state = mx.load(str(found[-1] / "optimizer.safetensors"))
+    network.load_weights(str(found[-1] / NETWORK))
+    state = mx.load(str(found[-1] / OPTIMIZER))
     optimizer.state = tree_unflatten(list(state.items()))  # pyright: ignore
     mx.eval(network.parameters(), optimizer.state)
-    return json.loads((found[-1] / "state.json").read_text())["step"]
+    return step_of(found[-1])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a folder, oldest first."""
-    return sorted(folder.glob("step-*"))
+    """Return the complete checkpoints of a folder, oldest first.
+
+    What a power cut damaged is passed over: the one before it serves.
+    """
+    return sorted(path for path in folder.glob("step-*") if _is_whole(path))
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the number of updates that a checkpoint was written after."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        for name in (NETWORK, OPTIMIZER):
+            check_safetensors(checkpoint / name)
+    except InputError:
+        return False
+    return True
 
 
 def _last_good(folder: Path) -> str:

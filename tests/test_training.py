@@ -530,7 +530,9 @@ def test_damaged_rows_are_named(whole_file: bytes, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"answers.jsonl, line 3: not JSON"):
         read_responses(path)
     path.write_bytes(b"".join([*lines[:2], b'{"prompt": [1]}\n', *lines[3:]]))
-    with pytest.raises(InputError, match="not a file of responses: a row has no 'response'"):
+    with pytest.raises(
+        InputError, match=r"answers.jsonl, line 3: expected a prompt and a response"
+    ):
         read_responses(path)
 
 
