@@ -36,7 +36,7 @@ from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
-from mlx_distill.openblas import one_thread_less
+from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
 from mlx_distill.speculation.sampling import Sampling
@@ -225,7 +225,7 @@ def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     rows = []
     timed = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
     if not any(timed):
-        raise InputError("every answer ended with its first token, so there is no speed to measure")
+        raise _too_short()
     for name, whole in samples.items():
         mine, plain = (list(compress(part, timed)) for part in (whole, samples[PLAIN]))
         pairs = zip(mine, plain, strict=True)
@@ -250,24 +250,50 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "quartile_1": low, "quartile_3": high}
 
 
-def overhead(
-    bench: Bench, samples: Sequence[Sample], plan: DraftPlan, prompt: list[int]
-) -> dict[str, float]:
-    """Return where a cycle's time goes, in milliseconds, and the host's share of a plain step.
+def overhead(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, float]:
+    """Return where a cycle's time goes, in milliseconds, and the overhead's share of a plain step.
 
-    The calls of the target and of the drafter are timed alone, in the middle of an answer. What a
-    cycle takes beyond them is overhead: walk, commit, reading, building the tree and the graphs.
+    After each prompt's answer, whose cycles are timed, the calls of the target and of the drafter
+    are timed alone on the same text. What a cycle takes beyond them is overhead: walk, commit,
+    reading, building the tree and the graphs. All are medians over the prompts, so that a machine
+    whose speed drifts does not decide.
     """
+    decode = bench.arms(plan)[OURS]
+    rows: list[dict[str, float]] = []
+    for number, prompt in enumerate(prompts):
+        sample = measure(decode, prompt, bench.config.seed + number)
+        if len(sample.tokens) < 2:
+            continue
+        # The first token came with the prompt.
+        cycle_s = (len(sample.tokens) - 1) / sample.target_calls / sample.tokens_per_s
+        parts = _time_alone(bench, plan, prompt + sample.tokens[: len(sample.tokens) // 2])
+        host_ms = 1e3 * cycle_s - parts["verify_ms"] - parts["draft_ms"]
+        share = host_ms / parts["plain_step_ms"]
+        rows.append(
+            {
+                "cycle_ms": 1e3 * cycle_s,
+                **parts,
+                "overhead_ms": host_ms,
+                "overhead_share_of_step": share,
+            }
+        )
+    if not rows:
+        raise _too_short()
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def _time_alone(bench: Bench, plan: DraftPlan, tokens: list[int]) -> dict[str, float]:
+    """Return the milliseconds of a plain step, a verification and a draft after some text."""
     target = Target.of(bench.model)
+    plan = plan.for_support(target.support)
     caches = make_prompt_cache(bench.model)
-    tokens = prompt + samples[0].tokens[: bench.config.max_tokens // 2]
     logits, hidden = target.forward(mx.array(tokens), caches)
     hidden, root = hidden[-1], mx.argmax(logits[-1:], axis=-1).astype(mx.int32)
     mx.eval(hidden, root)
 
     def plain() -> None:
-        _, hidden = target.forward(root, caches)
-        mx.eval(hidden)
+        logits, _ = target.forward(root, caches)
+        mx.eval(logits)
         for cache in caches:
             cache.trim(1)
 
@@ -287,23 +313,9 @@ def overhead(
         mx.eval(call.logits, call.hidden)
         call.rewind(0)
 
-    step_ms = _timed(plain)
-    with one_thread_less():
+    with drafting_threads():
         verify_ms, draft_ms = _timed(verify), _timed(draft)
-    # The first token came with the prompt.
-    cycles = [
-        (len(s.tokens) - 1) / s.target_calls / s.tokens_per_s for s in samples if s.tokens_per_s
-    ]
-    cycle_ms = 1e3 * statistics.median(cycles)
-    host_ms = cycle_ms - verify_ms - draft_ms
-    return {
-        "plain_step_ms": step_ms,
-        "cycle_ms": cycle_ms,
-        "verify_ms": verify_ms,
-        "draft_ms": draft_ms,
-        "overhead_ms": host_ms,
-        "overhead_share_of_step": host_ms / step_ms,
-    }
+    return {"plain_step_ms": _timed(plain), "verify_ms": verify_ms, "draft_ms": draft_ms}
 
 
 def sharing(bench: Bench, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -440,7 +452,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arms": summary(samples),
         "equal_texts": equal_texts(samples) if sampling.temperature == 0 else None,
         "acceptance_by_depth": _mean_by_depth(samples[OURS]),
-        "overhead": overhead(bench, samples[OURS], plan, prompts[0]),
+        "overhead": overhead(bench, prompts[:10], plan),
         "config": vars(arguments),
         "dtype": _dtype(model),
         "commit": _commit(),
@@ -545,7 +557,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _timed(run: Callable[[], Any], repeats: int = 100, warm_up: int = 10) -> float:
+def _too_short() -> InputError:
+    return InputError("every answer ended with its first token, so there is no speed to measure")
+
+
+def _timed(run: Callable[[], Any], repeats: int = 20, warm_up: int = 2) -> float:
     """Return the median time of a call, in milliseconds."""
     times = []
     for _ in range(warm_up + repeats):

@@ -9,8 +9,10 @@ and is left alone.
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 HINT = (
     "mlx_distill: OpenBLAS was not found, so matrix products run up to 60 times slower; "
@@ -44,23 +46,57 @@ def load_openblas(library: str = "libopenblas.so.0") -> bool:
 
 
 @contextmanager
-def one_thread_less() -> Iterator[None]:
-    """Leave a core to the thread that builds graphs, where OpenBLAS would take all of them.
+def drafting_threads() -> Iterator[None]:
+    """Use the threads of OpenBLAS that drafting is fastest with; restore them afterwards.
 
-    Drafting launches many small products from Python. On two cores a cycle took 9.6 instead of
-    10.9 ms with one thread of OpenBLAS, a plain step 5.3 instead of 5.1. Elsewhere, and where the
-    caller has set OPENBLAS_NUM_THREADS, nothing changes.
+    Drafting multiplies a few rows at a time and builds graphs from Python meanwhile. Where a
+    further core makes such products much faster, OpenBLAS keeps all its threads; where it does
+    not (two cores that are halves of one, for example), the thread that builds graphs gets one:
+    either choice, made on the other's machine, cost a quarter of the speed. Where the caller has
+    set OPENBLAS_NUM_THREADS, and without OpenBLAS, nothing changes.
     """
+    global _users, _threads
     library = _openblas
     if library is None or "OPENBLAS_NUM_THREADS" in os.environ:
         yield
         return
-    threads = library.openblas_get_num_threads()
-    library.openblas_set_num_threads(max(1, min(threads, (os.cpu_count() or 1) - 1)))
+    if _users == 0:
+        _threads = library.openblas_get_num_threads()
+        library.openblas_set_num_threads(_fastest_threads(library, _threads))
+    _users += 1
     try:
         yield
     finally:
-        library.openblas_set_num_threads(threads)
+        _users -= 1
+        if _users == 0:  # generators that overlap may end in any order
+            library.openblas_set_num_threads(_threads)
+
+
+_users, _threads = 0, 0
+
+
+@cache
+def _fastest_threads(library: ctypes.CDLL, threads: int) -> int:
+    """Return ``threads``, or one less if the last one hardly helps products of eight rows."""
+    if threads < 2:
+        return threads
+    import mlx.core as mx
+
+    rows, weight = mx.ones((8, 1024)), mx.ones((1024, 1024)) / 1024
+    mx.eval(rows, weight)
+    seconds: dict[int, list[float]] = {threads: [], threads - 1: []}
+    for _ in range(5):
+        for number, times in seconds.items():
+            library.openblas_set_num_threads(number)
+            product = rows
+            start = time.perf_counter()
+            for _ in range(8):
+                product = product @ weight
+            mx.eval(product)
+            times.append(time.perf_counter() - start)
+    gain = min(seconds[threads - 1]) / min(seconds[threads])
+    # Perfect scaling would gain threads / (threads - 1); half of that has to arrive.
+    return threads if gain > 1 + 0.5 / (threads - 1) else threads - 1
 
 
 _openblas: ctypes.CDLL | None = None

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from mlx_distill import cli
 from mlx_distill.arrays import num_bytes, num_values, to_host
-from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter
+from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter, weights_hash
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
@@ -162,10 +162,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     print(memory_estimate(target, config, longest + config.unroll), file=sys.stderr)
     responses_path = Path(arguments.responses or output.with_name(output.name + ".responses.jsonl"))
-    open_responses(responses_path, prompts, config.responses, known)
+    writer = {**known, "weights_hash": weights_hash(model)}
+    open_responses(responses_path, prompts, config.responses, writer)
     work.mkdir(parents=True, exist_ok=True)
     write_whole(work / SETTINGS, json.dumps(settings, indent=1))
-    responses = _responses(responses_path, model, tokenizer, prompts, config, known)
+    responses = _responses(responses_path, model, tokenizer, prompts, config, writer)
     trainer = DrafterTrainer(target, responses, config, start or None)
     log = trainer.run(work, quiet=arguments.quiet)
     files = {
@@ -370,11 +371,11 @@ def _responses(
     tokenizer: Any,
     prompts: list[list[int]],
     config: DrafterTraining,
-    known: dict[str, Any],
+    writer: dict[str, Any],
 ) -> list[Response]:
     """Let the target answer the prompts that it has not answered yet; return all the answers."""
     written = write_responses(
-        path, model, tokenizer.eos_token_ids, prompts, config.responses, known
+        path, model, tokenizer.eos_token_ids, prompts, config.responses, writer
     )
     with tqdm(total=len(prompts), unit="answer", desc="the target writes", leave=False) as bar:
         for count in written:

@@ -90,8 +90,8 @@ def test_missing_library_is_said_once() -> None:
     code = """
 import mlx_distill
 import mlx_distill.generate
-from mlx_distill.openblas import one_thread_less
-with one_thread_less():
+from mlx_distill.openblas import drafting_threads
+with drafting_threads():
     print("still works")
 import mlx.core as mx
 print(mx.eye(3).sum().item())
@@ -128,7 +128,7 @@ import runpy, sys
 sys.platform = "darwin"
 module = runpy.run_path({openblas.__file__!r})
 assert module["load_openblas"]() is False
-with module["one_thread_less"]():
+with module["drafting_threads"]():
     print(mapped())
 """
     )
@@ -139,18 +139,18 @@ with module["one_thread_less"]():
 THREADS = """
 import os
 import mlx_distill
-from mlx_distill.openblas import _openblas, one_thread_less
+from mlx_distill.openblas import _openblas, drafting_threads
 cores = os.cpu_count() or 1
 before = _openblas.openblas_get_num_threads()
 seen = [before]
-with one_thread_less():
+with drafting_threads():
     seen.append(_openblas.openblas_get_num_threads())
-    with one_thread_less():
+    with drafting_threads():
         seen.append(_openblas.openblas_get_num_threads())
     seen.append(_openblas.openblas_get_num_threads())
 seen.append(_openblas.openblas_get_num_threads())
 try:
-    with one_thread_less():
+    with drafting_threads():
         raise KeyError
 except KeyError:
     seen.append(_openblas.openblas_get_num_threads())
@@ -159,7 +159,7 @@ print(cores, *seen)
 
 
 @needs_openblas
-def test_one_thread_less_restores_the_number_of_threads() -> None:
+def test_drafting_threads_restores_the_number_of_threads() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
     done = subprocess.run(
         [sys.executable, "-c", THREADS],

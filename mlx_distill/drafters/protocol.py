@@ -1,6 +1,6 @@
 """What the decoding loop asks of a drafter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -37,6 +37,10 @@ class DraftPlan:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.tree not in ("best-first", "beam"):
             raise InputError(f"tree must be best-first or beam, got {self.tree}")
+
+    def for_support(self, support: str) -> "DraftPlan":
+        """Return the plan for a target; one that takes chains only gets chains."""
+        return replace(self, beam_width=1, tree="best-first") if support == "chain" else self
 
 
 @runtime_checkable

@@ -10,7 +10,7 @@ caller prints.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -123,8 +123,7 @@ class Decoding:
     counters: DraftCounters = field(default_factory=DraftCounters)
 
     def __post_init__(self) -> None:
-        if self.target.support == "chain":
-            self.plan = replace(self.plan, beam_width=1, tree="best-first")
+        self.plan = self.plan.for_support(self.target.support)
 
     def draw(self, logits: Float[mx.array, "1 V"]) -> Int[mx.array, " 1"]:
         """Return a token, with fresh random numbers."""

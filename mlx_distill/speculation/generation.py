@@ -23,7 +23,7 @@ from mlx_distill.checkpoint import check_fingerprint, fingerprint
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError, not_numbers
-from mlx_distill.openblas import one_thread_less
+from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation.decoding import (
     CacheConfig,
     Decoding,
@@ -40,6 +40,9 @@ from mlx_distill.target.tree_cache import cached_tokens
 @dataclass
 class GenerationResponse(MlxLmResponse):
     """mlx-lm's response, one per token, and what drafting did so far.
+
+    ``logprobs`` is computed when it is first used. Until then it holds the logits of all nodes
+    that were verified with the token, so keep the numbers, not the responses, of a long text.
 
     Args:
         target_calls: Forward passes of the target; prefill does not count.
@@ -171,7 +174,7 @@ def _decode_drafted(decoding: Decoding, tokens: mx.array, complete: bool) -> Ite
     end up with every token that was handed out, and the last one may not be in it yet.
     """
     one = None
-    with one_thread_less():
+    with drafting_threads():
         try:
             with closing(decode(decoding, tokens)) as emitted:  # pyright: ignore
                 for one in emitted:

@@ -157,18 +157,22 @@ class RotatingTreeCache(TreeCache):
         """Return the nodes' keys and values behind those of the window."""
         batched = self.layout.batched
         self.nodes = tuple(_to_sequence(x) if batched else x for x in (keys, values))
+        self.fetched = tuple(self._append(self.nodes))
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
-        return self._broadcast(tuple(self._append(self.nodes)))
+        return self._broadcast(self.fetched)
 
     def commit(self, path: list[int]) -> None:
         """Append the accepted path to the window."""
         self.path = path
         _, _, offset, keep, max_size, _ = self.before
-        rows = mx.array(path)
-        keys, values = self._append([mx.take(x, rows, axis=-2) for x in self.nodes])
+        if path == list(range(len(path))):  # it is there already
+            keys, values = (x[..., : self.begin + len(path), :] for x in self.fetched)
+        else:
+            rows = mx.array(path)
+            keys, values = self._append([mx.take(x, rows, axis=-2) for x in self.nodes])
         # The state that the cache's own multi-token update would leave: temporal order, the
         # window and what was appended; its next update trims to the window.
         self.base.state = (keys, values, offset + len(path), keep, max_size, keys.shape[-2])
@@ -290,4 +294,6 @@ def _tail(x: mx.array, keep: int, size: int) -> mx.array:
     excess = x.shape[2] - size
     if excess <= 0:
         return x
+    if keep == 0:
+        return x[..., excess:, :]
     return mx.concatenate([x[..., :keep, :], x[..., keep + excess :, :]], axis=2)
