@@ -15,12 +15,14 @@ from oracles.sampling import softmax
 
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import (
+    SHARPNESS,
     BoundDrafter,
     RecurrentDrafter,
     RecurrentDrafterConfig,
 )
 from mlx_distill.speculation.beam_search import beam_search
 from mlx_distill.speculation.prefix_tree import BeamLevels
+from mlx_distill.speculation.sampling import Sampling
 
 ROOT = 3
 TRIMMED = [1, 4, 5, 8]
@@ -70,14 +72,30 @@ class TinyDrafter:
         token_ids = None if self.token_ids is None else mx.array(self.token_ids)
         return beam_search(self.step, mx.array([ROOT]), None, width, length, token_ids)
 
-    def log_probs(self, path: Path) -> np.ndarray:
-        """Return the float64 log-probabilities after the root and a path, from scratch."""
+    def logits(self, path: Path) -> np.ndarray:
+        """Return the float64 logits after the root and a path, from scratch."""
         read = np.array(self.embed.weight)[[ROOT, *path]]
-        logits = slow_logits(self.parameters, self.hidden, read, self.config.rnn)
-        return np.log(softmax(logits))
+        return slow_logits(self.parameters, self.hidden, read, self.config.rnn)
+
+    def log_probs(self, path: Path) -> np.ndarray:
+        return np.log(softmax(self.logits(path)))
 
     def slow_search(self, width: int, length: int) -> list[dict[Path, float]]:
         return slow_beam_search(self.log_probs, width, length, self.token_ids)
+
+    def slow_draft(
+        self, width: int, length: int, noise: np.ndarray | None = None, temperature: float = 1.0
+    ) -> list[dict[Path, float]]:
+        """Return what a drafter searches for: the best of logits and noise, sharpened."""
+
+        def scores(path: Path) -> np.ndarray:
+            logits = self.logits(path)
+            if noise is not None:
+                columns = slice(None) if self.token_ids is None else self.token_ids
+                logits = logits + temperature * noise[len(path), columns]
+            return np.log(softmax(SHARPNESS * logits))
+
+        return slow_beam_search(scores, width, length, self.token_ids)
 
 
 def paths_by_level(levels: BeamLevels) -> list[dict[Path, float]]:
@@ -188,7 +206,35 @@ def test_a_bound_drafter_searches_the_same(token_ids: list[int] | None, rnn: boo
     plan = DraftPlan(beam_width=3, draft_length=4)
     for _ in range(2):  # the second time the search is compiled already
         levels = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), plan)
-        assert_equal_levels(levels, drafter.slow_search(3, 4))
+        assert_equal_levels(levels, drafter.slow_draft(3, 4))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_a_bound_drafter_looks_at_the_noise(token_ids: list[int] | None, temperature: float):
+    drafter = TinyDrafter(5, token_ids)
+    bound = BoundDrafter(drafter.network, drafter.embed, {})
+    plan, law = DraftPlan(beam_width=3, draft_length=4), Sampling(temperature)
+    for seed in range(3):
+        noise = np.random.default_rng(seed).gumbel(size=(4, 9)).astype(np.float32)
+        start = mx.array(drafter.hidden), mx.array([ROOT])
+        levels = bound.draft(*start, plan, law, mx.array(noise))
+        assert_equal_levels(levels, drafter.slow_draft(3, 4, noise, temperature))
+
+
+@pytest.mark.parametrize("law", [{"top_k": 1}, {"top_p": 0.3}, {"min_p": 0.5}])
+def test_tokens_that_a_filter_drops_rank_behind_their_parents(law: dict[str, Any]):
+    drafter = TinyDrafter(5)
+    bound = BoundDrafter(drafter.network, drafter.embed, {})
+    noise = mx.random.gumbel((4, 9), key=mx.random.key(1))
+    start = mx.array(drafter.hidden), mx.array([ROOT])
+    levels = bound.draft(*start, DraftPlan(3, 4), Sampling(1.0, **law), noise)
+    assert mx.isfinite(levels.scores).all().item()
+    for num_nodes in range(2, 13):
+        tree = levels.best_first(mx.array([ROOT]), num_nodes)
+        paths = [tuple(tree.tokens[mx.array(path)].tolist()) for path in tree.paths()]
+        assert len(set(paths)) == num_nodes
+        assert {path[:-1] for path in paths[1:]} <= set(paths)
 
 
 def test_a_bound_drafter_needs_no_table(monkeypatch: pytest.MonkeyPatch):
@@ -196,4 +242,4 @@ def test_a_bound_drafter_needs_no_table(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("mlx_distill.drafters.recurrent.TABLE_BYTES", 0)
     bound = BoundDrafter(drafter.network, drafter.embed, {})
     levels = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), DraftPlan(2, 3))
-    assert_equal_levels(levels, drafter.slow_search(2, 3))
+    assert_equal_levels(levels, drafter.slow_draft(2, 3))

@@ -94,7 +94,7 @@ class KnowingDrafter:
         self.vocab_size = target.vocab_size
         self.hide = hide
 
-    def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan) -> BeamLevels:
+    def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan, *law: Any) -> BeamLevels:
         width, length = plan.beam_width, plan.draft_length
         at = mx.argmin(mx.square(self.states - hidden[None]).sum(axis=-1))
         places = mx.minimum(at + mx.arange(1, length + 1), self.tokens.size - 1)
@@ -287,7 +287,7 @@ def test_checkpoint_of_another_layout(shared: Path, pair: tuple[Any, Any]) -> No
             drafter,
             DraftPlan(),
             Sampling(),
-            mx.random.key(0),
+            None,
             CacheConfig(),
             make_prompt_cache(model),
         )
@@ -694,6 +694,61 @@ def test_seed_repeats(pair: tuple[Any, Any], drafters: dict[str, list[Any]], nam
     assert seen(ours(pair, PROMPTS[0], seed=3, **options)) == runs[0]
 
 
+LAWS: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.6, "top_p": 0.9},
+    {"temperature": 1.4, "top_k": 40, "min_p": 0.02},
+)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=str)
+def test_text_of_a_seed_is_the_same_whatever_drafts(
+    pair: tuple[Any, Any], drafters: dict[str, list[Any]], law: dict[str, Any]
+) -> None:
+    """The n-th token is decided by the model and the n-th row of noise, not by the drafts.
+
+    That is exactness at any temperature: the plain loop draws from the model's distribution.
+    """
+    bundled_drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    every = [bundled_drafter, *(drafters[name][0] for name in DRAFTERS)]
+    for seed in (3, 4):
+        expected = seen(ours(pair, PROMPTS[0], seed=seed, max_tokens=80, **law))
+        for drafter in every:
+            for plan in (DraftPlan(), DraftPlan(3, 6, 5), DraftPlan(4, 3, tree="beam")):
+                options: dict[str, Any] = {"drafter": drafter, "plan": plan, **law}
+                assert seen(ours(pair, PROMPTS[0], seed=seed, max_tokens=80, **options)) == expected
+
+
+def test_processors_leave_the_text_of_a_seed_alone(
+    pair: tuple[Any, Any], drafters: dict[str, list[Any]]
+) -> None:
+    """Then the host walks, node by node."""
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 40}
+    expected = seen(ours(pair, PROMPTS[1], **options))
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    options["logits_processors"] = [lambda tokens, logits: logits]
+    for one in (None, drafter, drafters["hiding"][1]):
+        assert seen(ours(pair, PROMPTS[1], drafter=one, **options)) == expected
+
+
+def test_drafts_in_sight_of_the_noise_are_accepted_more_often(pair: tuple[Any, Any]) -> None:
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+
+    class Blind:
+        def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan, *law: Any) -> BeamLevels:
+            return drafter.draft(hidden, root, plan)
+
+    def accepted(drafter: Any) -> int:
+        total = 0
+        for seed, prompt in enumerate(PROMPTS):
+            options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 100}
+            *_, last = ours(pair, prompt, drafter=drafter, **options)
+            total += last.accepted_tokens
+        return total
+
+    assert accepted(drafter) > 1.1 * accepted(Blind())
+
+
 def test_without_seed_runs_differ(pair: tuple[Any, Any], drafters: dict[str, list[Any]]) -> None:
     options = {"drafter": drafters["random"][0], "temperature": 1.0, "max_tokens": 24}
     assert seen(ours(pair, PROMPTS[0], **options)) != seen(ours(pair, PROMPTS[0], **options))
@@ -741,7 +796,7 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
     pair: tuple[Any, Any], plain_answers: list[Any]
 ) -> None:
     class Refusing:
-        def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan) -> BeamLevels:
+        def draft(self, *args: Any) -> BeamLevels:
             raise AssertionError("one node leaves no room for a draft")
 
     found = list(ours(pair, PROMPTS[0], drafter=Refusing(), plan=DraftPlan(nodes=1), max_tokens=32))

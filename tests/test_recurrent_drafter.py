@@ -14,6 +14,7 @@ from oracles.sampling import softmax
 
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import (
+    SHARPNESS,
     BoundDrafter,
     RecurrentDrafter,
     RecurrentDrafterConfig,
@@ -175,7 +176,7 @@ def test_the_first_drafted_tokens_are_the_networks_best():
     embed = nn.Embedding(11, 5)
     hidden = random_inputs(network)[0]
     read = np.array(embed.weight)[[6]]
-    probs = softmax(slow_logits_after_each(network, hidden, read)[0])
+    probs = softmax(SHARPNESS * slow_logits_after_each(network, hidden, read)[0])
     drafter = BoundDrafter(network, embed, {"hidden_size": 5})
     levels = drafter.draft(mx.array(hidden), mx.array([6]), DraftPlan(2, 1))
     best = np.argsort(-probs)[:2]

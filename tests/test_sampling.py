@@ -8,10 +8,18 @@ import mlx_lm.sample_utils
 import numpy as np
 import pytest
 from oracles.sampling import sampling_law, softmax
-from scipy.stats import chi2
+from scipy.stats import chi2, kstest
 
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.sampling import Sampling, log_probs, sample, shaped_logits
+from mlx_distill.speculation.sampling import (
+    Sampling,
+    TextNoise,
+    log_probs,
+    sample,
+    shaped_logits,
+)
+
+NUM = 200_000
 
 SHAPINGS = [
     {"temperature": 1.0},
@@ -140,8 +148,8 @@ def test_temperature_zero_takes_the_most_probable_token():
 @pytest.mark.parametrize("shaping", SHAPINGS, ids=str)
 def test_draws_follow_the_law(shaping: dict[str, Any]):
     logits = random_logits(6)
-    rows = mx.broadcast_to(mx.array(logits), (200_000, 6))
-    drawn = np.array(sample(rows, Sampling(**shaping), mx.random.key(3)))
+    rows = mx.broadcast_to(mx.array(logits), (NUM, 6))
+    drawn = np.array(sample(rows, Sampling(**shaping), TextNoise(mx.random.key(3), 6).rows(0, NUM)))
     expected = sampling_law(logits, **shaping) * len(drawn)
     observed = np.bincount(drawn, minlength=6)
     kept = expected > 0
@@ -150,11 +158,46 @@ def test_draws_follow_the_law(shaping: dict[str, Any]):
     assert kept.sum() == 1 or chi2.sf(distance, kept.sum() - 1) > 1e-3
 
 
-def test_a_key_repeats_its_draws_and_another_does_not():
-    rows = mx.zeros((100, 9))
-    sampling = Sampling(temperature=1.0)
+# The noise of a text
+
+
+def test_the_noise_is_gumbel_noise():
+    rows = np.array(TextNoise(mx.random.key(8), 500).rows(0, 2000))
+    assert kstest(rows.ravel()[::5], "gumbel_r").pvalue > 1e-3
+
+
+def test_rows_are_independent():
+    """Within a block and across the border of two."""
+    noise = TextNoise(mx.random.key(2), 50_000)
+    assert noise.block_rows < 20
+    rows = np.array(noise.rows(0, 40))
+    correlation = np.corrcoef(rows) - np.eye(40)
+    assert np.abs(correlation).max() < 5 / np.sqrt(50_000)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 20_000])
+def test_a_row_does_not_depend_on_what_was_asked_before(vocab_size: int):
+    whole = np.array(TextNoise(mx.random.key(4), vocab_size).rows(0, 120))
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        noise, start = TextNoise(mx.random.key(4), vocab_size), 0
+        while start < 100:
+            count = int(random.integers(1, 20))
+            np.testing.assert_array_equal(noise.rows(start, count), whole[start : start + count])
+            start += int(random.integers(0, 40))
+
+
+def test_rows_far_out_keep_no_rows_behind_them():
+    noise = TextNoise(mx.random.key(4), 50_000)
+    for start in range(0, 2000, 7):
+        noise.rows(start, 9)
+        assert len(noise._blocks) <= 2
+    assert len({row[0].item() for row in noise.rows(2000, 9)}) == 9
+
+
+def test_a_key_repeats_its_noise_and_another_does_not():
     first, again, other = (
-        sample(rows, sampling, mx.random.key(seed)).tolist() for seed in (1, 1, 2)
+        TextNoise(mx.random.key(seed), 9).rows(0, 100).tolist() for seed in (1, 1, 2)
     )
     assert first == again
     assert first != other
@@ -165,7 +208,7 @@ def test_draws_do_not_touch_mlxs_own_random_state():
     expected = mx.random.uniform(shape=(4,)).tolist()
     mx.random.seed(0)
     sampling = Sampling(temperature=1.0, top_p=0.9, min_p=0.1, top_k=2)
-    mx.eval(sample(mx.zeros((3, 5)), sampling, mx.random.key(1)))
+    mx.eval(sample(mx.zeros((3, 5)), sampling, TextNoise(mx.random.key(1), 5).rows(0, 3)))
     assert mx.random.uniform(shape=(4,)).tolist() == expected
 
 

@@ -18,7 +18,7 @@ from scipy.stats import chi2
 
 from mlx_distill.speculation.beam_search import beam_search
 from mlx_distill.speculation.prefix_tree import PrefixTree
-from mlx_distill.speculation.sampling import Sampling, sample, sample_nodes
+from mlx_distill.speculation.sampling import Sampling, sample
 from mlx_distill.speculation.verification import Walk, follow
 
 Path = tuple[int, ...]
@@ -310,8 +310,10 @@ def draws_at_all_nodes(
     """Return independent draws at all the nodes of a tree, one set of draws per row."""
     logits = mx.array(np.array([target.logits(path) for path in node_paths(tree)], np.float32))
     logits = mx.broadcast_to(logits, (NUM_DRAWS, *logits.shape))
-    max_depth = max(tree.depths.tolist())
-    return np.array(sample_nodes(logits, tree.depths, max_depth, sampling, key))
+    # As in the decoding loop: nodes of the same depth share their noise.
+    shape = (NUM_DRAWS, max(tree.depths.tolist()) + 1, target.vocab_size)
+    noise = mx.take(mx.random.gumbel(shape, key=key), tree.depths, axis=1)
+    return np.array(sample(logits, sampling, noise))
 
 
 def three_tokens(
@@ -323,7 +325,7 @@ def three_tokens(
     for place, key_here in enumerate(mx.random.split(key, 3)):
         logits = target.table(place)[tuple(text[:, :place].T)].astype(np.float32)
         logits = mx.broadcast_to(mx.array(logits), (len(text), target.vocab_size))
-        plain = np.array(sample(logits, sampling, key_here))
+        plain = np.array(sample(logits, sampling, mx.random.gumbel(logits.shape, key=key_here)))
         text[:, place] = np.where(count > place, text[:, place], plain)
     return text
 

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.prefix_tree import BeamLevels
+from mlx_distill.speculation.sampling import GREEDY, Sampling
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,12 @@ class Drafter(Protocol):
     """Predicts what the target will write after a token that is certain."""
 
     def draft(
-        self, hidden: Float[mx.array, " D"], root: Int[mx.array, " 1"], plan: DraftPlan
+        self,
+        hidden: Float[mx.array, " D"],
+        root: Int[mx.array, " 1"],
+        plan: DraftPlan,
+        sampling: Sampling = GREEDY,
+        noise: Float[mx.array, "L V"] | None = None,
     ) -> BeamLevels:
         """Return likely continuations of the root.
 
@@ -56,5 +62,8 @@ class Drafter(Protocol):
             hidden: What the target's head saw when it chose the root.
             root: The certain token.
             plan: How wide and how long to search.
+            sampling: How the target's tokens are drawn.
+            noise: What will be added to the target's shaped logits at each depth; None at
+                temperature 0. A drafter is free to look at it.
         """
         ...

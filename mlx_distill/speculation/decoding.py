@@ -21,7 +21,7 @@ from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
-from mlx_distill.speculation.sampling import Sampling, log_probs, sample, sample_nodes
+from mlx_distill.speculation.sampling import Sampling, TextNoise, log_probs, sample
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.verification import follow
 from mlx_distill.target.target import Target, TreeCall
@@ -105,7 +105,7 @@ class Decoding:
         drafter: Drafts.
         plan: The shape of the drafts; a target that takes chains only gets chains.
         sampling: How tokens are drawn.
-        key: Of the random numbers.
+        noise: The text's random numbers; None at temperature 0.
         cache: How keys and values are kept.
         caches: The prompt cache; it may hold earlier turns.
         logits_processors: As mlx-lm's: of the tokens so far and the logits of the next one.
@@ -116,7 +116,7 @@ class Decoding:
     drafter: Drafter
     plan: DraftPlan
     sampling: Sampling
-    key: mx.array
+    noise: TextNoise | None
     cache: CacheConfig
     caches: list[Any]
     logits_processors: Sequence[LogitsProcessor] = ()
@@ -125,16 +125,9 @@ class Decoding:
     def __post_init__(self) -> None:
         self.plan = self.plan.for_support(self.target.support)
 
-    def draw(self, logits: Float[mx.array, "1 V"]) -> Int[mx.array, " 1"]:
-        """Return a token, with fresh random numbers."""
-        return sample(logits, self.sampling, self.fresh_key())
-
-    def fresh_key(self) -> mx.array | None:
-        """Return a key that has not been used; greedy decoding needs none."""
-        if self.sampling.temperature == 0:
-            return None
-        self.key, key = mx.random.split(self.key)
-        return key
+    def rows(self, start: int, count: int) -> Float[mx.array, "N V"] | None:
+        """Return the noise of ``count`` tokens from the text's token ``start`` on."""
+        return None if self.noise is None else self.noise.rows(start, count)
 
     def process(
         self, history: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
@@ -144,11 +137,16 @@ class Decoding:
             logits = processor(history, logits)
         return logits
 
-    def draft(self, hidden: Float[mx.array, " D"], root: Int[mx.array, " 1"]) -> BeamLevels | None:
+    def draft(
+        self,
+        hidden: Float[mx.array, " D"],
+        root: Int[mx.array, " 1"],
+        noise: Float[mx.array, "L V"] | None,
+    ) -> BeamLevels | None:
         """Return continuations of the root, on their way; None if the plan has no room for any."""
         if self.plan.tree == "best-first" and self.plan.nodes == 1:
             return None
-        levels = self.drafter.draft(hidden, root, self.plan)
+        levels = self.drafter.draft(hidden, root, self.plan, self.sampling, noise)
         mx.async_eval(levels.tokens, levels.parents, levels.scores)
         return levels
 
@@ -213,19 +211,18 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
     with mx.stream(generation_stream):
         logits, hidden = prefill(decoding, prompt)
         logits = decoding.process(prompt, logits)
-        root = decoding.draw(logits)
+        root = sample(logits, decoding.sampling, decoding.rows(0, 1))
         failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
         report = mx.concatenate([root, failed])
         mx.async_eval(report)
-        draft = decoding.draft(hidden, root)
+        draft = decoding.draft(hidden, root, decoding.rows(1, decoding.plan.draft_length))
     token, failed = to_host(report)
-    num_tokens = 0
     if failed:
-        raise _not_numbers(num_tokens)
+        raise _not_numbers(0)
+    num_tokens = 1
     previous, outcome, handed_out = None, None, 0
-    cycle = launch(decoding, root, draft, prompt)
+    cycle = launch(decoding, root, draft, prompt, num_tokens)
     try:
-        num_tokens += 1
         yield Emitted(token, log_probs(logits[0]), False)
         while True:
             outcome = read(decoding, cycle, num_tokens)
@@ -237,7 +234,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
             decoding.counters.add(outcome.parents, len(outcome.path) - 1)
             previous.call.rebase(decoding.caches)
             assert previous.root is not None
-            cycle = launch(decoding, previous.root, previous.draft, previous.history)
+            cycle = launch(decoding, previous.root, previous.draft, previous.history, num_tokens)
             for token, row in zip(outcome.tokens, outcome.logits, strict=True):
                 handed_out += 1
                 yield Emitted(token, log_probs(row), handed_out < len(outcome.tokens))
@@ -270,10 +267,12 @@ def launch(
     root: Int[mx.array, " 1"],
     levels: BeamLevels | None,
     history: Int[mx.array, " T"],
+    num_tokens: int,
 ) -> Cycle:
     """Send a tree to the target, walk it and draft the next one, all on the device.
 
-    With logits processors the walk is the host's, so it waits for ``read``.
+    ``num_tokens`` counts the text's tokens up to the root. With logits processors the walk is the
+    host's, so it waits for ``read``.
     """
     with mx.stream(generation_stream):
         tree = decoding.tree(root, levels)
@@ -282,16 +281,19 @@ def launch(
         if decoding.logits_processors:
             mx.async_eval(call.logits, call.hidden)
             return Cycle(tree, call, None, mx.concatenate([history, root]))
-        drawn = sample_nodes(
-            call.logits, tree.depths, depth, decoding.sampling, decoding.fresh_key()
-        )
+        # A node at depth d draws token num_tokens + d; the next draft begins behind the last one.
+        noise = decoding.rows(num_tokens, 2 * depth + 1)
+        at_nodes = None if noise is None else noise[tree.depths]
+        drawn = sample(call.logits, decoding.sampling, at_nodes)
         walk = follow(tree, drawn)
         failed = mx.isnan(call.logits).any(axis=-1)
         rows = (tree.tokens, tree.parents, walk.accepted, drawn, failed)
         report = mx.stack([row.astype(mx.int32) for row in rows])
         mx.async_eval(report)
         root = walk.next_token[None]
-        draft = decoding.draft(call.hidden[walk.last], root)
+        if noise is not None:
+            noise = noise[tree.depths[walk.last] + mx.arange(1, depth + 1)]
+        draft = decoding.draft(call.hidden[walk.last], root, noise)
         return Cycle(tree, call, report, history, root, draft)
 
 
@@ -330,7 +332,8 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
             if mx.isnan(logits).any().item():
                 raise _not_numbers(num_tokens + len(drawn))
             rows.append(decoding.process(cycle.history, logits))
-            token = decoding.draw(rows[-1])
+            noise = decoding.rows(num_tokens + len(drawn), 1)
+            token = sample(rows[-1], decoding.sampling, noise)
             drawn.append(int(to_number(token)))
             child = children.get((path[-1], drawn[-1]))
             if child is None:
@@ -338,7 +341,8 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
             path.append(child)
             cycle.history = mx.concatenate([cycle.history, token])
         cycle.root = token
-        cycle.draft = decoding.draft(call.hidden[path[-1]], token)
+        noise = decoding.rows(num_tokens + len(drawn), decoding.plan.draft_length)
+        cycle.draft = decoding.draft(call.hidden[path[-1]], token, noise)
     return Outcome(path, drawn, [row[0] for row in rows], parents)
 
 

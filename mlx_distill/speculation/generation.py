@@ -5,6 +5,7 @@ they yield, with the counters of the drafting beside it. Without a drafter, mlx-
 decodes.
 """
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -31,7 +32,7 @@ from mlx_distill.speculation.decoding import (
     LogitsProcessor,
     decode,
 )
-from mlx_distill.speculation.sampling import Sampling, sample
+from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.target import Target, context_length
 from mlx_distill.target.tree_cache import cached_tokens
@@ -135,8 +136,9 @@ def stream_generate(
         target.require_drafting()
         _check_drafter(drafter, target, tokenizer)
         target.check_caches(caches)
+        noise = TextNoise(key, target.vocab_size) if temperature else None
         decoding = Decoding(
-            target, drafter, plan or DraftPlan(), sampling, key, cache, caches, processors
+            target, drafter, plan or DraftPlan(), sampling, noise, cache, caches, processors
         )
         counters = decoding.counters
         emitted = _decode_drafted(decoding, tokens, complete=prompt_cache is not None)
@@ -198,11 +200,14 @@ def _decode_plainly(
     counters: DraftCounters,
 ) -> Iterator[Emitted]:
     """Yield the tokens of mlx-lm's own loop."""
+    noise, places = None, itertools.count()
 
     def sampler(log_probs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        return sample(log_probs, sampling, now)
+        nonlocal noise
+        if sampling.temperature and noise is None:
+            noise = TextNoise(key, log_probs.shape[-1])
+        rows = None if noise is None else noise.rows(next(places), 1)
+        return sample(log_probs, sampling, rows)
 
     steps = generate_step(
         tokens,
@@ -217,11 +222,11 @@ def _decode_plainly(
         quantized_kv_start=cache.quantized_kv_start,
     )
     with closing(steps):
-        for count, (token, log_probs) in enumerate(steps):
+        for number, (token, log_probs) in enumerate(steps):
             # One entry tells: mlx-lm has normalised them.
             if mx.isnan(log_probs[0]).item():
-                raise not_numbers(f"after {count} tokens of its answer")
-            if count:
+                raise not_numbers(f"after {number} tokens of its answer")
+            if number:
                 counters.add([0], 0)
             yield Emitted(int(token), log_probs, False)
 

@@ -55,6 +55,9 @@ class Sampling:
             )
 
 
+GREEDY = Sampling()
+
+
 def log_probs(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
     """Return the normalised log-probabilities, in float32."""
     logits = logits.astype(mx.float32)
@@ -80,45 +83,70 @@ def shaped_logits(logits: Float[mx.array, "... V"], sampling: Sampling) -> mx.ar
 
 
 def sample(
-    logits: Float[mx.array, "... V"], sampling: Sampling, key: mx.array | None = None
+    logits: Float[mx.array, "... V"],
+    sampling: Sampling,
+    noise: Float[mx.array, "... V"] | None = None,
 ) -> Int[mx.array, "..."]:
-    """Return a token per row of logits.
+    """Return a token per row of logits: the best one after the noise is added.
+
+    The best of logits and independent Gumbel noise is a draw from their softmax.
 
     Args:
         logits: Not normalised.
         sampling: The law; at temperature 0 the most probable token is taken.
-        key: Of the random numbers; needed above temperature 0.
+        noise: Gumbel noise; needed above temperature 0.
     """
     if sampling.temperature == 0:
         if logits.dtype != mx.float32:
             # mlx-lm normalises before it takes the best, and in half precision that makes ties.
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    return mx.random.categorical(shaped_logits(logits, sampling), key=key).astype(mx.int32)
+    assert noise is not None
+    return mx.argmax(shaped_logits(logits, sampling) + noise, axis=-1).astype(mx.int32)
 
 
-def sample_nodes(
-    logits: Float[mx.array, "... N V"],
-    depths: Int[mx.array, " N"],
-    max_depth: int,
-    sampling: Sampling,
-    key: mx.array | None = None,
-) -> Int[mx.array, "... N"]:
-    """Return a token per node of a tree; nodes of the same depth share their random numbers.
+class TextNoise:
+    """The random numbers of one text: row n of Gumbel noise decides its n-th token.
 
-    A walk reaches one node of a depth at the most, and the numbers of that depth have no part in
-    how it got there. So it draws as if every node had numbers of its own, which would take twice
-    the time for 8 nodes of 4 depths.
+    The text is thereby a function of the model and the key alone: token n is the best of the
+    model's logits after the tokens before it and row n, however many calls that took and whatever
+    was drafted. So drafts may be made in sight of the noise: a drafter that adds the same rows to
+    its own logits guesses the draws themselves, not only their law.
 
     Args:
-        logits: Not normalised; leading axes are independent draws.
-        depths: Distance of each node from the root.
-        max_depth: No node is deeper than this.
-        sampling: The law.
-        key: Of the random numbers; needed above temperature 0.
+        key: Of the random numbers.
+        vocab_size: Length of a row.
+
+    Source:
+        Daliri, Musco and Suresh 2024, arXiv:2408.07978.
     """
-    if sampling.temperature == 0:
-        return sample(logits, sampling)
-    shape = (*logits.shape[:-2], max_depth + 1, logits.shape[-1])
-    noise = mx.take(mx.random.gumbel(shape, key=key), depths, axis=-2)
-    return mx.argmax(shaped_logits(logits, sampling) + noise, axis=-1).astype(mx.int32)
+
+    def __init__(self, key: mx.array, vocab_size: int):
+        self.vocab_size = vocab_size
+        # Blocks of about a megabyte; their size must not depend on who asks, or the rows would.
+        self.block_rows = max(16, 2**18 // vocab_size)
+        self._key = key
+        self._blocks: list[mx.array] = []
+        self._first = 0
+
+    def rows(self, start: int, count: int) -> Float[mx.array, "N V"]:
+        """Return ``count`` rows from row ``start`` on; a text never asks for earlier ones again."""
+        size = self.block_rows
+        self._extend(start + count)
+        while self._first + size <= start:
+            self._blocks.pop(0)
+            self._first += size
+        begin = start - self._first
+        parts = [
+            block[max(0, begin - place) : begin + count - place]
+            for place, block in zip(range(0, begin + count, size), self._blocks, strict=False)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _extend(self, end: int) -> None:
+        """Make the blocks before row ``end``."""
+        while self._first + len(self._blocks) * self.block_rows < end:
+            self._key, key = mx.random.split(self._key)
+            block = mx.random.gumbel((self.block_rows, self.vocab_size), key=key)
+            mx.async_eval(block)
+            self._blocks.append(block)
