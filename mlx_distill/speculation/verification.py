@@ -11,7 +11,10 @@ temperature 0 the draw is the most probable token.
         |  `- D             |  `- D                      |  `- D
         `- C                `- C                         `- C
 
-The draws at all nodes are made at once; the walk is a few gathers on the device.
+The draws at all nodes are made at once; the walk is a few gathers on the device. A draw takes its
+random numbers from its place in the text (``TextNoise``), not from the tree or the cycle. So the
+text would be the same, token for token, had nothing been drafted, and a drafter may look at the
+numbers: it then guesses the draws themselves.
 """
 
 from dataclasses import dataclass
