@@ -1,0 +1,111 @@
+"""The loss over a vocabulary in chunks: equal to the loss at once, in a fraction of its memory."""
+
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlx_distill.distillation.losses import response
+from mlx_distill.distillation.losses.chunked import chunked_loss
+
+LOSSES = {
+    "forward_kl": response.forward_kl,
+    "reverse_kl": partial(response.reverse_kl, temperature=2.0),
+    "jensen_shannon": response.jensen_shannon,
+    "total_variation": response.total_variation,
+}
+
+
+class Student(nn.Module):
+    def __init__(self, width: int, vocab_size: int, bias: bool):
+        super().__init__()
+        self.body = nn.Linear(width, width)
+        self.head = nn.Linear(width, vocab_size, bias=bias)
+
+
+def relative_difference(found: Any, expected: Any) -> float:
+    pairs = zip(tree_flatten(found), tree_flatten(expected), strict=True)
+    return max(
+        (mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-12)).item()  # pyright: ignore
+        for (_, a), (_, b) in pairs
+    )
+
+
+def gradients(
+    student: Student, loss: Any, x: mx.array, inputs: list[mx.array], chunk_size: int | None
+) -> tuple[float, Any]:
+    """Return the mean loss and its gradients; at once, or in chunks."""
+
+    def mean(x: mx.array) -> mx.array:
+        hidden = nn.silu(student.body(x))
+        if chunk_size is None:
+            total, count = loss(student.head(hidden), *inputs)
+        else:
+            total, count = chunked_loss(student.head, hidden, loss, inputs, chunk_size)
+        return total / count
+
+    value, grads = nn.value_and_grad(student, mean)(x)
+    mx.eval(value, grads)
+    return value.item(), grads  # pyright: ignore[reportReturnType]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 7, 100])
+@pytest.mark.parametrize("name", LOSSES)
+def test_chunks_equal_the_whole(name: str, chunk_size: int) -> None:
+    mx.random.seed(0)
+    student = Student(6, 11, bias=True)
+    x, teacher = mx.random.normal((13, 6)), mx.random.normal((13, 11))
+    mask = (mx.arange(13) % 3 > 0).astype(mx.float32)
+    expected = gradients(student, LOSSES[name], x, [teacher, mask], None)
+    found = gradients(student, LOSSES[name], x, [teacher, mask], chunk_size)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert relative_difference(found[1], expected[1]) < 1e-4
+
+
+def test_only_the_trainable_get_gradients() -> None:
+    student = Student(6, 11, bias=True)
+    student.head.freeze()
+    x, teacher, mask = mx.ones((5, 6)), mx.random.normal((5, 11)), mx.ones((5,))
+    expected = gradients(student, response.forward_kl, x, [teacher, mask], None)
+    found = gradients(student, response.forward_kl, x, [teacher, mask], 2)
+    assert "head" not in found[1] or not tree_flatten(found[1]["head"])
+    assert relative_difference(found[1], expected[1]) < 1e-4
+
+
+def test_the_head_keeps_its_parameters() -> None:
+    student = Student(6, 11, bias=False)
+    before = np.array(student.head.weight)
+    x, teacher, mask = mx.ones((5, 6)), mx.random.normal((5, 11)), mx.ones((5,))
+    for _ in range(2):
+        gradients(student, response.forward_kl, x, [teacher, mask], 2)
+        np.testing.assert_array_equal(student.head.weight, before)
+
+
+def test_memory_is_a_fraction() -> None:
+    """With a teacher whose logits are made chunk by chunk, too."""
+    mx.random.seed(0)
+    student = Student(16, 4000, bias=False)
+    teacher_head, teacher_hidden = nn.Linear(16, 4000, bias=False), mx.random.normal((1024, 16))
+    x, mask = mx.random.normal((1024, 16)), mx.ones((1024,))
+    mx.eval(student.parameters(), teacher_head.parameters(), teacher_hidden, x)
+
+    def loss(logits: mx.array, hidden: mx.array, mask: mx.array) -> response.Loss:
+        return response.forward_kl(logits, teacher_head(hidden), mask)
+
+    peaks = []
+    for chunk_size in (None, 64):
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        gradients(student, loss, x, [teacher_hidden, mask], chunk_size)
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.25 * peaks[0]
+
+
+def test_chunks_without_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        chunked_loss(nn.Linear(2, 3), mx.ones((4, 2)), response.forward_kl, [], 0)
