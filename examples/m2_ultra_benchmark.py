@@ -2,8 +2,9 @@
 
 python examples/m2_ultra_benchmark.py --model M --drafter D --data prompts.jsonl --output results
 
-The shapes are those of the published sweeps on the M1 Max, M2 and M2 Ultra. Close other programs
-and plug the machine in. Without --model it runs the bundled pair.
+Whole beams are verified, as in the published sweeps on the M1 Max, M2 and M2 Ultra; add --tree
+best-first for the default tree. Close other programs and plug the machine in. Without --model it
+runs the bundled pair.
 """
 
 import argparse
@@ -25,7 +26,7 @@ def main() -> int:
         name = folder / f"temperature-{temperature:g}"
         status = benchmark.main(
             [
-                *("--temp", str(temperature), "--sharing"),
+                *("--temp", str(temperature), "--tree", "beam", "--sharing"),
                 *("--sweep-prompts", "5", "--sweep-widths", "1", "2", "4", "8", "16"),
                 *("--sweep-lengths", "1", "2", "3", "4", "5", "6"),
                 *("--output", f"{name}.json", "--plot", f"{name}.png"),

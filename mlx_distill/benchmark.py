@@ -23,16 +23,15 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from mlx_distill import cli
 from mlx_distill.arrays import to_host
-from mlx_distill.checkpoint import bundled, load, load_drafter
-from mlx_distill.config import add_flags, from_flags
+from mlx_distill.checkpoint import bundled, load, load_drafter, tokenizer_hash
+from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
@@ -76,9 +75,12 @@ class BenchmarkConfig:
         for name in ("num_prompts", "prompt_tokens", "num_draft_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("sweep_prompts", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.sweep_prompts <= self.num_prompts:
+            raise InputError(
+                f"sweep_prompts must be between 0 and num_prompts {self.num_prompts}, "
+                f"got {self.sweep_prompts}"
+            )
+        check_seed("seed", self.seed)
         for name in ("sweep_widths", "sweep_lengths"):
             if min(getattr(self, name), default=0) < 1:
                 raise InputError(f"{name} must be at least 1, got {min(getattr(self, name))}")
@@ -136,7 +138,7 @@ class Bench:
     def arms(self, plan: DraftPlan) -> dict[str, Callable[[list[int], int], Iterator[Any]]]:
         """Return what decodes a prompt, by name; each takes the prompt and a seed."""
         law, limit = self.sampling, self.config.max_tokens
-        sampler = make_sampler(law.temperature, law.top_p, law.min_p, 1, law.top_k)
+        sampler = law.mlx_lm_sampler(Target.of(self.model).vocab_size)
 
         def plain(prompt: list[int], seed: int) -> Iterator[Any]:
             mx.random.seed(seed)
@@ -428,6 +430,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise InputError(f"the output {path} cannot be written: its folder does not exist")
     if arguments.long_run is not None and arguments.long_run < 1:
         raise InputError(f"long_run must be at least 1, got {arguments.long_run}")
+    if arguments.plot and Path(arguments.plot).suffix != ".png":
+        raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     if arguments.plot and not config.sweep_prompts:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
     model, tokenizer = cli.load_model(arguments)
@@ -435,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is None:
         raise InputError("a model of your own needs a drafter; name one with --drafter")
     drafter = load_drafter(path, model, tokenizer)
-    draft_model = load(arguments.draft_model)[0] if arguments.draft_model else None
+    draft_model = _draft_model(arguments, model, tokenizer)
     prompts = read_prompts(
         arguments.data or PROMPTS,
         tokenizer,
@@ -498,9 +502,9 @@ def show(result: dict[str, Any]) -> None:
             f"{row['peak_memory_bytes'] / 1e6:.0f} MB",
         )
     console.print(table)
-    prompts = result["arms"][0]["prompts"]
-    console.print(f"Medians over {prompts} prompts, quartiles in brackets.")
+    console.print(f"Medians over {result['arms'][0]['prompts']} prompts, quartiles in brackets.")
     if result["equal_texts"] is not None:
+        prompts = result["config"]["num_prompts"]
         console.print(f"Tokens equal mlx-lm's on {result['equal_texts']} of {prompts} prompts.")
     depths = " ".join(f"{share:.2f}" for share in result["acceptance_by_depth"])
     console.print(f"Acceptance by depth: {depths}")
@@ -561,6 +565,20 @@ def _too_short() -> InputError:
     return InputError("every answer ended with its first token, so there is no speed to measure")
 
 
+def _draft_model(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
+    """Return the model that mlx-lm drafts with, or None if none is named."""
+    if arguments.draft_model is None:
+        return None
+    draft_model, other = load(
+        arguments.draft_model, **cli.code_options(arguments.trust_remote_code)
+    )
+    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+        raise InputError("the draft model's tokenizer is not the model's")
+    if not all(can_trim_prompt_cache(make_prompt_cache(m)) for m in (model, draft_model)):
+        raise InputError("mlx-lm's own drafting needs caches that can be trimmed")
+    return draft_model
+
+
 def _timed(run: Callable[[], Any], repeats: int = 20, warm_up: int = 2) -> float:
     """Return the median time of a call, in milliseconds."""
     times = []
@@ -591,9 +609,14 @@ def _dtype(model: nn.Module) -> str:
 
 def _commit() -> str | None:
     """Return the commit of the checkout that is measured, None if it is none."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around us
+        return git("describe", "--always", "--dirty")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -78,11 +78,14 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model and the tokenizer that the flags ask for."""
     from mlx_distill.checkpoint import bundled, load
 
-    return load(
-        arguments.model or bundled("stories-14m"),
-        trust_remote_code=arguments.trust_remote_code,
-        tokenizer_config={"trust_remote_code": True} if arguments.trust_remote_code else None,
-    )
+    path = arguments.model or bundled("stories-14m")
+    return load(path, **code_options(arguments.trust_remote_code))
+
+
+def code_options(trust: bool) -> dict[str, Any]:
+    """Return the arguments of ``load`` that let a repository run its own code, or not."""
+    tokenizer_config = {"trust_remote_code": True} if trust else None
+    return {"trust_remote_code": trust, "tokenizer_config": tokenizer_config}
 
 
 def versions() -> dict[str, str]:

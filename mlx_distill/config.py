@@ -12,6 +12,8 @@ import types
 import typing
 from typing import Any, TypeVar
 
+from mlx_distill.errors import InputError
+
 T = TypeVar("T")
 
 
@@ -52,6 +54,12 @@ def from_flags(config: type[T], arguments: argparse.Namespace, **others: Any) ->
             value = getattr(arguments, item.name)
             values[item.name] = tuple(value) if isinstance(value, list) else value
     return config(**values, **others)
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise InputError if a number cannot seed the generators, NumPy's and MLX's alike."""
+    if not 0 <= seed < 2**32:
+        raise InputError(f"{name} must be between 0 and 2**32 - 1, got {seed}")
 
 
 def _scalar(kind: Any) -> tuple[type, bool]:

@@ -19,7 +19,6 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 from mlx import nn
-from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
 from rich.style import Style
 
@@ -33,6 +32,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
 from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
 from mlx_distill.speculation.sampling import Sampling
+from mlx_distill.target.target import Target
 
 DRAFTED = Style(color="green")
 
@@ -76,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _prompt(arguments),
         system_prompt=arguments.system_prompt,
         chat_template=not arguments.ignore_chat_template,
-        **template_config,
+        template_config=template_config,
     )
     options: dict[str, Any] = {"max_tokens": arguments.max_tokens, **asdict(sampling)}
     options |= {"seed": arguments.seed, "stop": arguments.stop}
     if arguments.compare:  # both arms warm: what is compiled and cached is so for both
         warm = options | {"max_tokens": 16, "plan": plan, "cache": cache}
         list(stream_generate(model, tokenizer, prompt, drafter=drafter, **warm))
-        plain(model, tokenizer, prompt, sampling, cache, 16)
+        list(plain(model, tokenizer, prompt, sampling, cache, 16))
         mx.reset_peak_memory()
     start = time.perf_counter()
     responses = stream_generate(
@@ -146,16 +146,16 @@ def compare(
 ) -> Comparison:
     """Decode the prompt with mlx-lm alone and compare speed and, when greedy, tokens."""
     assert run.last is not None
-    others = plain(model, tokenizer, prompt, sampling, cache, max_tokens)
-    result = Comparison(
-        others[-1].generation_tps, run.last.generation_tps / others[-1].generation_tps
-    )
-    if sampling.temperature == 0:
-        pairs = zip(run.tokens, others, strict=False)
-        different = (i for i, (token, other) in enumerate(pairs) if token != other.token)
-        result.first_difference = next(different, None)
-    if result.first_difference is not None:
-        best = mx.sort(others[result.first_difference].logprobs.astype(mx.float32))[-2:]
+    first_difference, differing = None, None
+    other = None
+    for place, other in enumerate(plain(model, tokenizer, prompt, sampling, cache, max_tokens)):
+        if first_difference is None and run.tokens[place : place + 1] != [other.token]:
+            first_difference, differing = place, other.logprobs
+    assert other is not None
+    result = Comparison(other.generation_tps, run.last.generation_tps / other.generation_tps)
+    if sampling.temperature == 0 and differing is not None:
+        best = mx.sort(differing.astype(mx.float32))[-2:]
+        result.first_difference = first_difference
         result.margin = to_number(best[1] - best[0])
     return result
 
@@ -167,13 +167,11 @@ def plain(
     sampling: Sampling,
     cache: CacheConfig,
     max_tokens: int,
-) -> list[Any]:
+) -> Iterator[Any]:
     """Return mlx-lm's responses, by its own loop."""
-    sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, 1, sampling.top_k)
-    return list(
-        mlx_lm.stream_generate(
-            model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
-        )
+    sampler = sampling.mlx_lm_sampler(Target.of(model).vocab_size)
+    return mlx_lm.stream_generate(
+        model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
     )
 
 
@@ -250,7 +248,12 @@ def _template_config(text: str | None) -> dict[str, Any]:
 
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt == "-":
-        return sys.stdin.read()
+        try:
+            return sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"stdin is not {error.encoding} text: {error.reason} at byte {error.start}"
+            ) from None
     return "Once upon a time" if arguments.prompt is None else arguments.prompt
 
 

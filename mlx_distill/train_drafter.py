@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mlx_distill import cli
 from mlx_distill.arrays import num_bytes, num_values, to_host
 from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter, weights_hash
-from mlx_distill.config import add_flags, from_flags
+from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.records import read_json, read_jsonl, write_whole
@@ -81,8 +81,7 @@ class DrafterTraining:
         for name in ("unroll", "batch_size", "held_out"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.seed < 0:
-            raise InputError(f"seed must be at least 0, got {self.seed}")
+        check_seed("seed", self.seed)
         if not 0 < self.decay <= 1:
             raise InputError(f"decay must be above 0 and at most 1, got {self.decay}")
 
@@ -163,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(memory_estimate(target, config, longest + config.unroll), file=sys.stderr)
     responses_path = Path(arguments.responses or output.with_name(output.name + ".responses.jsonl"))
     writer = {**known, "weights_hash": weights_hash(model)}
+    output.parent.mkdir(parents=True, exist_ok=True)
     open_responses(responses_path, prompts, config.responses, writer)
     work.mkdir(parents=True, exist_ok=True)
     write_whole(work / SETTINGS, json.dumps(settings, indent=1))

@@ -479,6 +479,7 @@ def test_prompt_beyond_the_context(refused: Run, flags: list[str]) -> None:
         ("--prefill-step-size 0", "prefill_step_size must be .*, got 0"),
         ("--seed -1", "seed must be .*-1"),
         ("--seed 99999999999999999999", "seed must be"),
+        ('--ignore-chat-template --chat-template-config {"a":1}', "needs a tokenizer with a chat"),
         ("--no-drafter --drafter x", "exclude each other"),
         ("--no-drafter --compare", "--compare needs a drafter"),
         ("--chat-template-config {", "--chat-template-config is not JSON"),
@@ -489,6 +490,21 @@ def test_prompt_beyond_the_context(refused: Run, flags: list[str]) -> None:
 def test_values_out_of_range(refused: Run, flags: str, message: str) -> None:
     sentence = refused(generate.main, *flags.split())
     assert re.search(message, sentence), sentence
+
+
+def test_prompt_that_is_no_text(refused: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte that is not UTF-8 reaches Python as half of a surrogate pair."""
+    assert "the prompt is not text" in refused(generate.main, "--prompt", "a\udcffb")
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert "stdin is not utf-8 text" in refused(generate.main, "--prompt", "-")
+
+
+def test_top_k_of_all_tokens_is_no_filter(capsys: pytest.CaptureFixture[str]) -> None:
+    """mlx-lm's own sampler would refuse it."""
+    flags = "--max-tokens 2 --temp 1 --top-k 4096 --compare"
+    assert generate.main(flags.split()) == 0
+    assert "mlx-lm alone" in capsys.readouterr().err
 
 
 def test_empty_stop_text(refused: Run) -> None:
@@ -526,6 +542,14 @@ def test_chat_template_that_fails(
     assert message in sentence
 
 
+@pytest.mark.parametrize("config", ['{"tokenize": false}', '{"conversation": []}'])
+def test_chat_template_config_that_cannot_be(refused: Run, tmp_path: Path, config: str) -> None:
+    edit = set_fields(chat_template="{{ messages[0]['content'] }}")
+    folder = changed(TARGET, tmp_path / "model", tokenizer_config__json=edit)
+    flags = ["--no-drafter", "--chat-template-config", config]
+    assert "chat template" in refused(generate.main, "--model", folder, *flags)
+
+
 # ------------------------------------------------------------------------------------------ JSONL
 
 
@@ -545,6 +569,7 @@ BAD_LINES: dict[str, tuple[str | bytes, str]] = {
     "chat without template": ('{"messages": [{"role": "user", "content": "hi"}]}\n', "template"),
     "no rows": ("\n\n", "prompts.jsonl holds no prompts"),
     "not UTF-8": (b'{"prompt": "caf\xe9"}\n', "prompts.jsonl is not UTF-8 text: .* at byte"),
+    "lone surrogate": (b'{"prompt": "\\ud800"}\n', "the prompt is not text"),
     "zero bytes": (b"\x00\x00", r"prompts.jsonl, line 1: not JSON"),
 }
 
@@ -612,8 +637,11 @@ def arguments(tmp_path: Path) -> list[str]:
         ("--max-tokens 0", "max_tokens must be .*, got 0"),
         ("--max-tokens 600", r"the model's context is 512; use a smaller"),
         ("--response-batch-size 0", "response_batch_size must be .*, got 0"),
-        ("--temperatures -1", "temperatures must be .*-1"),
-        ("--temperatures 0 nan", "temperatures must be .*nan"),
+        ("--temperatures -1", "temperature must be .*-1"),
+        ("--temperatures 0 nan", "temperature must be .*nan"),
+        ("--temperatures inf", "temperature must be .*inf"),
+        ("--response-seed -1", "response_seed must be .*-1"),
+        ("--response-seed 4294967296", "response_seed must be .*4294967296"),
         ("--prompt-tokens 0", "prompt.tokens must be .*, got 0"),
         ("--prompt-tokens -2", "prompt.tokens must be .*, got -2"),
         ("--max-prompts 0", "max.prompts must be .*, got 0|too few"),
@@ -899,6 +927,8 @@ def too_late(*arguments: Any) -> None:
         ("--max-tokens 0", "max_tokens must be .*, got 0"),
         ("--num-draft-tokens 0", "num_draft_tokens must be .*, got 0"),
         ("--sweep-prompts -1", "sweep_prompts must be .*, got -1"),
+        ("--sweep-prompts 4 --num-prompts 3", "sweep_prompts must be .*, got 4"),
+        ("--sweep-prompts 1 --plot sweep.foo", "end its name with .png, got sweep.foo"),
         ("--sweep-prompts 1 --sweep-widths 0", "must be at least 1, got 0"),
         ("--sweep-prompts 1 --sweep-lengths 2 0", "must be at least 1, got 0"),
         ("--temp -1", "temperature must be .*, got -1"),

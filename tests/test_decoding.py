@@ -7,6 +7,7 @@ not lie in a line.
 """
 
 import copy
+import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,12 @@ from tiny_models import tiny_model
 import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan, GenerationResponse
 from mlx_distill.checkpoint import bundled
-from mlx_distill.drafters.recurrent import BoundDrafter, RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent import (
+    MOST_COMPILED,
+    BoundDrafter,
+    RecurrentDrafter,
+    RecurrentDrafterConfig,
+)
 from mlx_distill.speculation import decoding as decoding_module
 from mlx_distill.speculation.decoding import Decoding, decode
 from mlx_distill.speculation.prefix_tree import BeamLevels
@@ -803,6 +809,38 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
     assert seen(iter(found)) == plain_answers[0]
     assert found[-1].drafted_tokens == 0
     assert found[-1].verified_tokens == found[-1].target_calls == 31
+
+
+def test_another_thread_generates_and_reads(
+    pair: tuple[Any, Any], plain_answers: list[Any]
+) -> None:
+    """MLX's default streams belong to threads; models, drafters and responses must not."""
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    here = list(ours(pair, PROMPTS[0], drafter=drafter, max_tokens=8))
+    cache = make_prompt_cache(pair[0])
+    found: dict[str, Any] = {}
+
+    def work() -> None:
+        options: dict[str, Any] = {"drafter": drafter, "max_tokens": 32}
+        found["text"] = seen(ours(pair, PROMPTS[0], prompt_cache=cache, **options))
+        found["sampled"] = seen(ours(pair, PROMPTS[0], temperature=1.0, seed=2, **options))
+        found["sums"] = [mx.exp(response.logprobs).sum().item() for response in here]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found["text"] == plain_answers[0]
+    options = {"drafter": drafter, "temperature": 1.0, "seed": 2, "max_tokens": 32}
+    assert found["sampled"] == seen(ours(pair, PROMPTS[0], **options))
+    np.testing.assert_allclose(found["sums"], 1, atol=1e-4)
+
+
+def test_a_drafter_keeps_few_compiled_searches(pair: tuple[Any, Any]) -> None:
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    for number in range(20):
+        options = {"drafter": drafter, "temperature": 1 + number / 100, "max_tokens": 3}
+        list(ours(pair, PROMPTS[0], seed=0, **options))
+    assert len(drafter._compiled) <= MOST_COMPILED
 
 
 def test_model_is_as_before(pair: tuple[Any, Any], drafters: dict[str, list[Any]]) -> None:

@@ -14,7 +14,7 @@ def encode_prompt(
     *,
     system_prompt: str | None = None,
     chat_template: bool = True,
-    **template_config: Any,
+    template_config: dict[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt, through the chat template where the tokenizer has one.
 
@@ -37,9 +37,9 @@ def encode_prompt(
         if system_prompt is not None:
             messages.insert(0, {"role": "system", "content": system_prompt})
         try:
-            return list(
+            ids = list(
                 tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, **template_config
+                    messages, **{"add_generation_prompt": True, **(template_config or {})}
                 )
             )
         except Exception as error:  # a template is a program of the model's; it can raise anything
@@ -47,10 +47,21 @@ def encode_prompt(
                 f"the tokenizer's chat template failed: {one_line(error)}; "
                 "--ignore-chat-template goes without"
             ) from error
-    if system_prompt is not None:
-        raise InputError("--system-prompt needs a tokenizer with a chat template; this has none")
+        if not all(isinstance(token, int) for token in ids):
+            raise InputError("the chat template gives no list of token ids; leave tokenize alone")
+        return ids
+    for flag, value in (
+        ("--system-prompt", system_prompt),
+        ("--chat-template-config", template_config),
+    ):
+        if value:
+            raise InputError(f"{flag} needs a tokenizer with a chat template; this has none")
     if not isinstance(prompt, str):
         raise InputError("a chat needs a tokenizer with a chat template; this has none")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt is not text: {error.reason} at {error.start}") from None
     # As in mlx-lm: BOS is added unless the text already begins with it.
     bos = tokenizer.bos_token
     return list(
@@ -84,6 +95,8 @@ def read_prompts(
         else:
             ids = encode_prompt(tokenizer, _prompt(row, place), chat_template=chat_template)
             ids = ids[:prompt_tokens]
+        if not ids:
+            raise InputError(f"{place}: the prompt has no tokens")
         prompts.append(ids)
     if not prompts:
         raise InputError(f"{path} holds no prompts")

@@ -16,8 +16,10 @@ from mlx import nn
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
+from mlx_distill.config import check_seed
 from mlx_distill.data.records import read_jsonl
 from mlx_distill.errors import InputError
+from mlx_distill.speculation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,11 @@ class ResponseConfig:
         for name in ("max_tokens", "response_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperatures or not all(value >= 0 for value in self.temperatures):
-            raise InputError(f"temperatures must be at least 0, got {self.temperatures}")
+        if not self.temperatures:
+            raise InputError("temperatures must name at least one")
+        for temperature in self.temperatures:
+            Sampling(temperature)  # its ranges
+        check_seed("response_seed", self.response_seed)
 
 
 def write_responses(

@@ -173,6 +173,8 @@ class RecurrentDrafter(nn.Module):
         """
         if "input_proj" in self:
             self._state_weight = mx.contiguous(self.input_proj.weight[:, self.config.hidden_size :])
+            # A compiled draft would copy it every time, and on the stream of this thread only.
+            mx.eval(self._state_weight)
 
 
 # The target's best token is likelier than the drafter's distribution says: that is softer than its
@@ -180,6 +182,8 @@ class RecurrentDrafter(nn.Module):
 SHARPNESS = 1.4
 # Tokens that a filter drops must still rank behind their parents, which -inf would not.
 FLOOR = -1e4
+# Searches that are kept compiled, one for each shape of draft and law of sampling.
+MOST_COMPILED = 16
 # Up to this size, what every token adds to the state is tabulated once.
 TABLE_BYTES = 64 * 2**20
 
@@ -220,8 +224,10 @@ class BoundDrafter:
     ) -> BeamLevels:
         """Return likely continuations of the root; see ``Drafter``."""
         # Shapes are static, so the search compiles: 200 microseconds less of small operations.
-        kind = (plan.beam_width, plan.draft_length, sampling)
+        kind = (plan.beam_width, plan.draft_length, GREEDY if noise is None else sampling)
         if kind not in self._compiled:
+            if len(self._compiled) == MOST_COMPILED:
+                self._compiled.pop(next(iter(self._compiled)))
             self._compiled[kind] = mx.compile(partial(self._search, *kind))
         arrays = (hidden, root) if noise is None else (hidden, root, noise)
         return BeamLevels(*self._compiled[kind](*arrays))

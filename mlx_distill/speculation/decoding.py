@@ -3,14 +3,16 @@
     device   ... verify k | walk | draft k+1 | verify k+1 ...
     host               read k, commit, build k+1 | hand out the tokens of k
 
-One host read per cycle fetches what was accepted; everything else is lazy. The draft for the next
-cycle is launched together with the walk, since it needs only what the device knows; the next call
-of the target is launched before the tokens are handed out, so that the device works while the
-caller prints.
+One host read per cycle fetches what was accepted; everything else is lazy. (Trees of whole beams
+are packed on the host, and logits processors are applied there token by token: those read more.)
+The draft for the next cycle is launched together with the walk, since it needs only what the device
+knows; the next call of the target is launched before the tokens are handed out, so that the device
+works while the caller prints.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -87,12 +89,12 @@ class Emitted:
 
     Args:
         token: Its id.
-        log_probs: The target's at this place; computed only if somebody looks.
+        log_probs: Returns the target's at this place, in any thread.
         from_draft: Whether it was drafted.
     """
 
     token: int
-    log_probs: Float[mx.array, " V"]
+    log_probs: Callable[[], mx.array]
     from_draft: bool
 
 
@@ -167,8 +169,8 @@ class Cycle:
     Args:
         tree: The tree.
         call: The target's word on it.
-        report: Per node its token, its parent, whether it was accepted, what was drawn there, and
-            whether its logits are numbers. None if logits processors have to walk on the host.
+        report: Per node its parent, whether it was accepted, what was drawn there, and whether its
+            logits are no numbers. None if logits processors have to walk on the host.
         history: The text up to the root, for the processors.
         root: The root of the next tree; None until the walk is done.
         draft: The draft of the next tree.
@@ -176,7 +178,7 @@ class Cycle:
 
     tree: PrefixTree
     call: TreeCall
-    report: Int[mx.array, "5 N"] | None
+    report: Int[mx.array, "4 N"] | None
     history: Int[mx.array, " T"]
     root: Int[mx.array, " 1"] | None = None
     draft: BeamLevels | None = None
@@ -189,13 +191,13 @@ class Outcome:
     Args:
         path: The accepted nodes, root first.
         tokens: What was drawn at each of them: the text that the cycle adds.
-        logits: What each of the tokens was drawn from, processed; normalised only if asked for.
+        log_probs: Returns, for each of the tokens, what it was drawn from.
         parents: Of the tree's nodes.
     """
 
     path: list[int]
     tokens: list[int]
-    logits: list[mx.array]
+    log_probs: list[Callable[[], mx.array]]
     parents: list[int]
 
 
@@ -210,9 +212,9 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
     """
     with mx.stream(generation_stream):
         logits, hidden = prefill(decoding, prompt)
+        failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
         logits = decoding.process(prompt, logits)
         root = sample(logits, decoding.sampling, decoding.rows(0, 1))
-        failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
         report = mx.concatenate([root, failed])
         mx.async_eval(report)
         draft = decoding.draft(hidden, root, decoding.rows(1, decoding.plan.draft_length))
@@ -223,7 +225,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
     previous, outcome, handed_out = None, None, 0
     cycle = launch(decoding, root, draft, prompt, num_tokens)
     try:
-        yield Emitted(token, log_probs(logits[0]), False)
+        yield Emitted(token, partial(_log_probs_at, logits, 0), False)
         while True:
             outcome = read(decoding, cycle, num_tokens)
             num_tokens += len(outcome.tokens)
@@ -235,9 +237,9 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
             previous.call.rebase(decoding.caches)
             assert previous.root is not None
             cycle = launch(decoding, previous.root, previous.draft, previous.history, num_tokens)
-            for token, row in zip(outcome.tokens, outcome.logits, strict=True):
+            for token, at in zip(outcome.tokens, outcome.log_probs, strict=True):
                 handed_out += 1
-                yield Emitted(token, log_probs(row), handed_out < len(outcome.tokens))
+                yield Emitted(token, at, handed_out < len(outcome.tokens))
     finally:
         with mx.stream(generation_stream):
             if cycle is not None:
@@ -287,7 +289,7 @@ def launch(
         drawn = sample(call.logits, decoding.sampling, at_nodes)
         walk = follow(tree, drawn)
         failed = mx.isnan(call.logits).any(axis=-1)
-        rows = (tree.tokens, tree.parents, walk.accepted, drawn, failed)
+        rows = (tree.parents, walk.accepted, drawn, failed)
         report = mx.stack([row.astype(mx.int32) for row in rows])
         mx.async_eval(report)
         root = walk.next_token[None]
@@ -305,14 +307,14 @@ def read(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
     """
     if cycle.report is None:
         return _walk_on_host(decoding, cycle, num_tokens)
-    _, parents, accepted, drawn, failed = to_host(cycle.report)
+    parents, accepted, drawn, failed = to_host(cycle.report)
     # Parents have smaller indices than their children, so the path is already in order.
     path = [node for node, on_path in enumerate(accepted) if on_path]
     for length, node in enumerate(path):
         if failed[node]:
             raise _not_numbers(num_tokens + length)
-    logits = [cycle.call.logits[node] for node in path]
-    return Outcome(path, [drawn[node] for node in path], logits, parents)
+    log_probs = [partial(_log_probs_at, cycle.call.logits, node) for node in path]
+    return Outcome(path, [drawn[node] for node in path], log_probs, parents)
 
 
 def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
@@ -343,7 +345,12 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
         cycle.root = token
         noise = decoding.rows(num_tokens + len(drawn), decoding.plan.draft_length)
         cycle.draft = decoding.draft(call.hidden[path[-1]], token, noise)
-    return Outcome(path, drawn, [row[0] for row in rows], parents)
+    return Outcome(path, drawn, [partial(_log_probs_at, row, 0) for row in rows], parents)
+
+
+def _log_probs_at(logits: Float[mx.array, "N V"], row: int) -> Float[mx.array, " V"]:
+    """Return the log-probabilities of one row; nothing is kept that belongs to a thread."""
+    return log_probs(logits[row])
 
 
 def _not_numbers(num_tokens: int) -> InputError:

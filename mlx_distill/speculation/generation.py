@@ -7,9 +7,10 @@ decodes.
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -42,8 +43,8 @@ from mlx_distill.target.tree_cache import cached_tokens
 class GenerationResponse(MlxLmResponse):
     """mlx-lm's response, one per token, and what drafting did so far.
 
-    ``logprobs`` is computed when it is first used. Until then it holds the logits of all nodes
-    that were verified with the token, so keep the numbers, not the responses, of a long text.
+    ``logprobs`` is computed whenever it is read; for that a response holds the logits of all nodes
+    that were verified with its token. Of a long text, keep what you need and not the responses.
 
     Args:
         target_calls: Forward passes of the target; prefill does not count.
@@ -62,6 +63,15 @@ class GenerationResponse(MlxLmResponse):
     verified_tokens: int = 0
     beam_tokens: int = 0
     acceptance_by_depth: tuple[float, ...] = ()
+
+    @property
+    def logprobs(self) -> mx.array:
+        """What the token was drawn from: normalised log-probabilities of all tokens."""
+        return self._log_probs()
+
+    @logprobs.setter  # pyright: ignore[reportIncompatibleVariableOverride]
+    def logprobs(self, log_probs: Callable[[], mx.array]) -> None:
+        self._log_probs = log_probs
 
 
 def stream_generate(
@@ -207,7 +217,7 @@ def _decode_plainly(
         if sampling.temperature and noise is None:
             noise = TextNoise(key, log_probs.shape[-1])
         rows = None if noise is None else noise.rows(next(places), 1)
-        return sample(log_probs, sampling, rows)
+        return sample(log_probs.astype(mx.float32), sampling, rows)
 
     steps = generate_step(
         tokens,
@@ -228,7 +238,11 @@ def _decode_plainly(
                 raise not_numbers(f"after {number} tokens of its answer")
             if number:
                 counters.add([0], 0)
-            yield Emitted(int(token), log_probs, False)
+            yield Emitted(int(token), partial(_itself, log_probs), False)
+
+
+def _itself(x: mx.array) -> mx.array:
+    return x
 
 
 def _responses(
@@ -265,7 +279,7 @@ def _responses(
             response = GenerationResponse(
                 text=text,
                 token=one.token,
-                logprobs=one.log_probs,
+                logprobs=one.log_probs,  # pyright: ignore[reportArgumentType]
                 from_draft=one.from_draft,
                 prompt_tokens=prompt.size,
                 prompt_tps=prompt_tps,

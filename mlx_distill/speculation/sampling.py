@@ -1,16 +1,17 @@
 """Logits to tokens: the only place where a distribution is shaped and drawn from.
 
 The order of the filters is mlx-lm's (top-p, min-p, top-k, each on the distribution at temperature
-1, then the temperature), and the filters are mlx-lm's own, so that a seed aside a text is drawn
-from the same law with and without drafting.
+1, then the temperature), and the filters are mlx-lm's own, so that a text is drawn from the law
+that mlx-lm draws it from.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
 from jaxtyping import Float, Int
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_sampler
 
 from mlx_distill.errors import InputError
 
@@ -54,6 +55,11 @@ class Sampling:
                 f"top_k must be at most the vocabulary's {vocab_size} tokens, got {self.top_k}"
             )
 
+    def mlx_lm_sampler(self, vocab_size: int) -> Callable[[mx.array], mx.array]:
+        """Return mlx-lm's own sampler of this law; it refuses a top_k of all tokens."""
+        top_k = self.top_k if self.top_k < vocab_size else 0
+        return make_sampler(self.temperature, self.top_p, self.min_p, 1, top_k)
+
 
 GREEDY = Sampling()
 
@@ -96,10 +102,10 @@ def sample(
         sampling: The law; at temperature 0 the most probable token is taken.
         noise: Gumbel noise; needed above temperature 0.
     """
+    if logits.dtype != mx.float32:
+        # mlx-lm normalises first, and in half precision that rounds: it makes ties, for example.
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if sampling.temperature == 0:
-        if logits.dtype != mx.float32:
-            # mlx-lm normalises before it takes the best, and in half precision that makes ties.
-            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     assert noise is not None
     return mx.argmax(shaped_logits(logits, sampling) + noise, axis=-1).astype(mx.int32)
@@ -123,7 +129,7 @@ class TextNoise:
 
     def __init__(self, key: mx.array, vocab_size: int):
         self.vocab_size = vocab_size
-        # Blocks of about a megabyte; their size must not depend on who asks, or the rows would.
+        # About a megabyte, or 16 rows. It must not depend on who asks, or the rows would.
         self.block_rows = max(16, 2**18 // vocab_size)
         self._key = key
         self._blocks: list[mx.array] = []

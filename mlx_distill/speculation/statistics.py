@@ -10,7 +10,6 @@ class DraftCounters:
     Args:
         target_calls: Forward passes of the target, prefill not counted.
         drafted_tokens: Tokens that the drafter proposed for verification.
-        accepted_tokens: Of those, the ones that became text.
         verified_tokens: Tree nodes sent to the target, the certain ones included.
         beam_tokens: What the paths of the same trees would have cost without sharing prefixes.
         accepted_depths: Number of cycles that accepted at least so many tokens; index 0 is one.
@@ -18,7 +17,6 @@ class DraftCounters:
 
     target_calls: int = 0
     drafted_tokens: int = 0
-    accepted_tokens: int = 0
     verified_tokens: int = 0
     beam_tokens: int = 0
     accepted_depths: list[int] = field(default_factory=list)
@@ -31,7 +29,6 @@ class DraftCounters:
         leaves = set(range(len(parents))) - set(parents[1:])
         self.target_calls += 1
         self.drafted_tokens += len(parents) - 1
-        self.accepted_tokens += num_accepted
         self.verified_tokens += len(parents)
         self.beam_tokens += sum(depths[leaf] + 1 for leaf in leaves)
         missing = max(depths) - len(self.accepted_depths)
@@ -43,8 +40,3 @@ class DraftCounters:
     def acceptance_by_depth(self) -> list[float]:
         """Share of the cycles that accepted at least 1, 2, ... drafted tokens."""
         return [count / self.target_calls for count in self.accepted_depths]
-
-    @property
-    def saved_share(self) -> float:
-        """Share of tokens that prefix sharing saved; 0 where nothing was verified."""
-        return 1 - self.verified_tokens / self.beam_tokens if self.beam_tokens else 0.0

@@ -13,6 +13,7 @@ wrongly.
 """
 
 import math
+import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -47,6 +48,12 @@ _CONTEXT_NAMES = (
     "seq_length",
     "max_context_length",
 )
+
+
+class _Seen(threading.local):
+    """What the head was given last; texts may be written in several threads."""
+
+    hidden: mx.array | None = None
 
 
 @dataclass
@@ -105,7 +112,7 @@ class Target:
         self.hidden_size = 0
         self.vocab_size = 0
         self.context = context_length(model)
-        self._seen: list[mx.array] = []
+        self._seen = _Seen()
         wrap_ropes(model)
         self.support, self.reason = self._open()
 
@@ -138,7 +145,7 @@ class Target:
         self, tokens: Int[mx.array, " T"], caches: list[Any]
     ) -> tuple[Float[mx.array, "T V"], Float[mx.array, "T D"]]:
         """Return logits and hidden states of consecutive tokens, which the caches then hold."""
-        self._seen.clear()
+        self._seen.hidden = None
         logits = self.model(tokens[None], cache=caches)[0]
         return logits, self._hidden(tokens.size)
 
@@ -146,11 +153,11 @@ class Target:
         self, texts: Int[mx.array, "B T"]
     ) -> tuple[Float[mx.array, "B T V"], Float[mx.array, "B T D"]]:
         """Return logits and hidden states of whole texts, right-padded; nothing is cached."""
-        self._seen.clear()
+        self._seen.hidden = None
         # With a cache, though a fresh one: some models share keys and values between layers
         # through it, and compute something else without.
         logits = self.model(texts, cache=make_prompt_cache(self.model))
-        return logits, self._seen[-1].reshape(*texts.shape, -1)
+        return logits, self._hidden(texts.size).reshape(*texts.shape, -1)
 
     def verify(
         self,
@@ -174,7 +181,7 @@ class Target:
         if self.support == "chain":
             logits, hidden = self.forward(tokens, caches)
             return TreeCall(logits, hidden, views)
-        self._seen.clear()
+        self._seen.hidden = None
         nodes = tokens.size
         inputs = tokens[:, None] if layout.batched else tokens[None]
         span = tree_span.set(TreeSpan(layout.start, max_depth))
@@ -185,9 +192,9 @@ class Target:
         return TreeCall(logits.reshape(nodes, -1), self._hidden(nodes), views)
 
     def _hidden(self, num_tokens: int) -> Float[mx.array, "T D"]:
-        if not self._seen:
+        if self._seen.hidden is None:
             raise RuntimeError("the head's input was not seen; was the model changed after load?")
-        return self._seen[-1].reshape(num_tokens, -1)
+        return self._seen.hidden.reshape(num_tokens, -1)
 
     def _open(self) -> tuple[Support, str]:
         if getattr(self.model, "model_type", None) in NOT_CAUSAL:
@@ -203,9 +210,9 @@ class Target:
         self.vocab_size = logits.shape[-1]
         if to_number(mx.isnan(logits).any()):
             raise not_numbers("after a few tokens")
-        if not self._seen or self.embed is None:
+        if self._seen.hidden is None or self.embed is None:
             return "none", "its head or its embedding was not found, so it gives no hidden state"
-        self.hidden_size = self._seen[-1].shape[-1]
+        self.hidden_size = self._seen.hidden.shape[-1]
         for support in ("row", "batch", "chain"):
             self.support = support
             if support == "chain" and not all(can_trim(cache) for cache in caches):
@@ -227,7 +234,7 @@ class Target:
             _unwatch(module)
         for module, seen, _ in last:
             _watch_head(module, self._seen)
-            self._seen.append(seen)
+            self._seen.hidden = seen
         return logits
 
     def _agrees(self, prefix: mx.array) -> bool:
@@ -336,13 +343,13 @@ def _unwatch(module: nn.Module) -> None:
         module.__class__ = kind
 
 
-def _watch_head(module: nn.Module, seen: list[mx.array]) -> None:
-    """Append what a head is given to ``seen``, at every call from now on."""
+def _watch_head(module: nn.Module, seen: _Seen) -> None:
+    """Put what a head is given into ``seen``, at every call from now on."""
     kind = type(module)
     name = "as_linear" if hasattr(kind, "as_linear") else "__call__"
 
     def call(self: Any, x: mx.array) -> mx.array:
-        seen[:] = [x]  # the latest only: plain decoding passes through here too
+        seen.hidden = x
         return getattr(kind, name)(self, x)
 
     module.__class__ = type(kind.__name__, (kind,), {name: call, "watched_class": kind})

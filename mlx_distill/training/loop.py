@@ -123,9 +123,9 @@ def train(
         last = step + 1 == config.steps
         if last or (step + 1) % config.evaluate_every == 0:
             progress.evaluation = evaluate()
+        yield progress  # what the caller keeps of a step is there before its checkpoint is
         if last or (step + 1) % config.checkpoint_every == 0:
             save(folder, step + 1, network, optimizer)
-        yield progress
 
 
 def schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:
