@@ -315,7 +315,7 @@ def _record(
     counters = {}
     if run.last is not None:
         counters = {f.name: getattr(run.last, f.name) for f in fields(run.last)}
-        for name in ("text", "token", "logprobs", "from_draft"):
+        for name in ("text", "token", "logprobs", "logits_row", "from_draft"):
             del counters[name]
     return {
         "text": run.text,

@@ -12,7 +12,6 @@ works while the caller prints.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -23,7 +22,7 @@ from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
-from mlx_distill.speculation.sampling import Sampling, TextNoise, log_probs, sample
+from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.verification import follow
 from mlx_distill.target.target import Target, TreeCall
@@ -89,12 +88,15 @@ class Emitted:
 
     Args:
         token: Its id.
-        log_probs: Returns the target's at this place, in any thread.
+        logits: What the token was drawn from, in row ``row``: not normalised, but processed. The
+            rows are neither taken nor normalised here, since hardly anybody looks at them.
+        row: None if these are the log-probabilities themselves.
         from_draft: Whether it was drafted.
     """
 
     token: int
-    log_probs: Callable[[], mx.array]
+    logits: Float[mx.array, "..."]
+    row: int | None
     from_draft: bool
 
 
@@ -191,13 +193,13 @@ class Outcome:
     Args:
         path: The accepted nodes, root first.
         tokens: What was drawn at each of them: the text that the cycle adds.
-        log_probs: Returns, for each of the tokens, what it was drawn from.
+        rows: For each of the tokens the logits, and in which row of them it was drawn.
         parents: Of the tree's nodes.
     """
 
     path: list[int]
     tokens: list[int]
-    log_probs: list[Callable[[], mx.array]]
+    rows: list[tuple[mx.array, int]]
     parents: list[int]
 
 
@@ -225,7 +227,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
     previous, outcome, handed_out = None, None, 0
     cycle = launch(decoding, root, draft, prompt, num_tokens)
     try:
-        yield Emitted(token, partial(_log_probs_at, logits, 0), False)
+        yield Emitted(token, logits, 0, False)
         while True:
             outcome = read(decoding, cycle, num_tokens)
             num_tokens += len(outcome.tokens)
@@ -237,9 +239,9 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
             previous.call.rebase(decoding.caches)
             assert previous.root is not None
             cycle = launch(decoding, previous.root, previous.draft, previous.history, num_tokens)
-            for token, at in zip(outcome.tokens, outcome.log_probs, strict=True):
+            for token, at in zip(outcome.tokens, outcome.rows, strict=True):
                 handed_out += 1
-                yield Emitted(token, at, handed_out < len(outcome.tokens))
+                yield Emitted(token, *at, handed_out < len(outcome.tokens))
     finally:
         with mx.stream(generation_stream):
             if cycle is not None:
@@ -313,8 +315,8 @@ def read(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
     for length, node in enumerate(path):
         if failed[node]:
             raise _not_numbers(num_tokens + length)
-    log_probs = [partial(_log_probs_at, cycle.call.logits, node) for node in path]
-    return Outcome(path, [drawn[node] for node in path], log_probs, parents)
+    rows = [(cycle.call.logits, node) for node in path]
+    return Outcome(path, [drawn[node] for node in path], rows, parents)
 
 
 def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
@@ -345,12 +347,7 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
         cycle.root = token
         noise = decoding.rows(num_tokens + len(drawn), decoding.plan.draft_length)
         cycle.draft = decoding.draft(call.hidden[path[-1]], token, noise)
-    return Outcome(path, drawn, [partial(_log_probs_at, row, 0) for row in rows], parents)
-
-
-def _log_probs_at(logits: Float[mx.array, "N V"], row: int) -> Float[mx.array, " V"]:
-    """Return the log-probabilities of one row; nothing is kept that belongs to a thread."""
-    return log_probs(logits[row])
+    return Outcome(path, drawn, [(row, 0) for row in rows], parents)
 
 
 def _not_numbers(num_tokens: int) -> InputError:

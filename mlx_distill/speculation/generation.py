@@ -7,10 +7,9 @@ decodes.
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +32,7 @@ from mlx_distill.speculation.decoding import (
     LogitsProcessor,
     decode,
 )
-from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
+from mlx_distill.speculation.sampling import Sampling, TextNoise, log_probs, sample
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.target import Target, context_length
 from mlx_distill.target.tree_cache import cached_tokens
@@ -54,6 +53,8 @@ class GenerationResponse(MlxLmResponse):
         verified_tokens: Tree nodes sent to the target.
         beam_tokens: What the same beams would have cost without prefix sharing.
         acceptance_by_depth: Share of the calls that accepted at least 1, 2, ... drafted tokens.
+        logits_row: Which row of the logits that it holds the token was drawn from; None if it holds
+            the log-probabilities themselves.
     """
 
     target_calls: int = 0
@@ -64,14 +65,18 @@ class GenerationResponse(MlxLmResponse):
     beam_tokens: int = 0
     acceptance_by_depth: tuple[float, ...] = ()
 
+    logits_row: int | None = field(default=None, repr=False)
+
     @property
     def logprobs(self) -> mx.array:
         """What the token was drawn from: normalised log-probabilities of all tokens."""
-        return self._log_probs()
+        if self.logits_row is None:
+            return self._logits
+        return log_probs(self._logits[self.logits_row])
 
-    @logprobs.setter  # pyright: ignore[reportIncompatibleVariableOverride]
-    def logprobs(self, log_probs: Callable[[], mx.array]) -> None:
-        self._log_probs = log_probs
+    @logprobs.setter
+    def logprobs(self, logits: mx.array) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._logits = logits
 
 
 def stream_generate(
@@ -212,12 +217,12 @@ def _decode_plainly(
     """Yield the tokens of mlx-lm's own loop."""
     noise, places = None, itertools.count()
 
-    def sampler(log_probs: mx.array) -> mx.array:
+    def sampler(logits: mx.array) -> mx.array:
         nonlocal noise
         if sampling.temperature and noise is None:
-            noise = TextNoise(key, log_probs.shape[-1])
+            noise = TextNoise(key, logits.shape[-1])
         rows = None if noise is None else noise.rows(next(places), 1)
-        return sample(log_probs.astype(mx.float32), sampling, rows)
+        return sample(logits.astype(mx.float32), sampling, rows)  # normalised by mlx-lm
 
     steps = generate_step(
         tokens,
@@ -232,17 +237,13 @@ def _decode_plainly(
         quantized_kv_start=cache.quantized_kv_start,
     )
     with closing(steps):
-        for number, (token, log_probs) in enumerate(steps):
+        for number, (token, logits) in enumerate(steps):
             # One entry tells: mlx-lm has normalised them.
-            if mx.isnan(log_probs[0]).item():
+            if mx.isnan(logits[0]).item():
                 raise not_numbers(f"after {number} tokens of its answer")
             if number:
                 counters.add([0], 0)
-            yield Emitted(int(token), partial(_itself, log_probs), False)
-
-
-def _itself(x: mx.array) -> mx.array:
-    return x
+            yield Emitted(int(token), logits, None, False)
 
 
 def _responses(
@@ -279,7 +280,8 @@ def _responses(
             response = GenerationResponse(
                 text=text,
                 token=one.token,
-                logprobs=one.log_probs,  # pyright: ignore[reportArgumentType]
+                logprobs=one.logits,
+                logits_row=one.row,
                 from_draft=one.from_draft,
                 prompt_tokens=prompt.size,
                 prompt_tps=prompt_tps,
