@@ -256,9 +256,9 @@ def overhead(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dic
     """Return where a cycle's time goes, in milliseconds, and the overhead's share of a plain step.
 
     After each prompt's answer, whose cycles are timed, the calls of the target and of the drafter
-    are timed alone on the same text. What a cycle takes beyond them is overhead: walk, commit,
-    reading, building the tree and the graphs. All are medians over the prompts, so that a machine
-    whose speed drifts does not decide.
+    are timed by themselves on the same text. What a cycle takes beyond them is overhead: walk,
+    commit, reading, building the tree and the graphs. All are medians over the prompts, so that a
+    machine whose speed drifts does not decide.
     """
     decode = bench.arms(plan)[OURS]
     rows: list[dict[str, float]] = []
@@ -315,9 +315,12 @@ def _time_alone(bench: Bench, plan: DraftPlan, tokens: list[int]) -> dict[str, f
         mx.eval(call.logits, call.hidden)
         call.rewind(0)
 
+    # In turn, as a cycle calls them: by itself the drafter would find its weights in the cache of
+    # the processor, from where a call of the target drives them out.
     with drafting_threads():
-        verify_ms, draft_ms = _timed(verify), _timed(draft)
-    return {"plain_step_ms": _timed(plain), "verify_ms": verify_ms, "draft_ms": draft_ms}
+        verify_ms, draft_ms = _timed(verify, draft)
+    (plain_step_ms,) = _timed(plain)
+    return {"plain_step_ms": plain_step_ms, "verify_ms": verify_ms, "draft_ms": draft_ms}
 
 
 def sharing(bench: Bench, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -579,14 +582,15 @@ def _draft_model(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any
     return draft_model
 
 
-def _timed(run: Callable[[], Any], repeats: int = 20, warm_up: int = 2) -> float:
-    """Return the median time of a call, in milliseconds."""
-    times = []
+def _timed(*calls: Callable[[], Any], repeats: int = 20, warm_up: int = 2) -> list[float]:
+    """Return the median times of some calls that are made in turn, in milliseconds."""
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(warm_up + repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times[warm_up:])
+        for call, mine in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            mine.append(time.perf_counter() - start)
+    return [1e3 * statistics.median(mine[warm_up:]) for mine in times]
 
 
 def _mean_by_depth(samples: Sequence[Sample]) -> list[float]:

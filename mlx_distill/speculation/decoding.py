@@ -1,13 +1,13 @@
 """The decoding loop: draft, verify, walk, commit.
 
-    device   ... verify k | walk | draft k+1 | verify k+1 ...
-    host               read k, commit, build k+1 | hand out the tokens of k
+    device   draft k         | verify k, walk                | draft k+1        | verify k+1 ...
+    host     commit, build k | hand out k-1, build draft k+1 | read k, commit, build k+1 | ...
 
 One host read per cycle fetches what was accepted; everything else is lazy. (Trees of whole beams
 are packed on the host, and logits processors are applied there token by token: those read more.)
-The draft for the next cycle is launched together with the walk, since it needs only what the device
-knows; the next call of the target is launched before the tokens are handed out, so that the device
-works while the caller prints.
+The call of the target is launched before the tokens of the cycle before it are handed out, so that
+the device works while the caller prints; then the next draft, which needs only what the device
+knows, so that the device has it to do while the host reads, commits and builds the next call.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
 from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
 from mlx_distill.speculation.statistics import DraftCounters
-from mlx_distill.speculation.verification import follow
+from mlx_distill.speculation.verification import Walk, follow
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import cached_tokens
 
@@ -146,22 +146,31 @@ class Decoding:
         hidden: Float[mx.array, " D"],
         root: Int[mx.array, " 1"],
         noise: Float[mx.array, "L V"] | None,
-    ) -> BeamLevels | None:
-        """Return continuations of the root, on their way; None if the plan has no room for any."""
-        if self.plan.tree == "best-first" and self.plan.nodes == 1:
-            return None
-        levels = self.drafter.draft(hidden, root, self.plan, self.sampling, noise)
-        mx.async_eval(levels.tokens, levels.parents, levels.scores)
-        return levels
+    ) -> PrefixTree | BeamLevels | None:
+        """Return continuations of the root, on their way; None if the plan has no room for any.
 
-    def tree(self, root: Int[mx.array, " 1"], levels: BeamLevels | None) -> PrefixTree:
+        A best-first tree is on its way, too: the device makes it while the host builds the call of
+        the target. Whole beams have to be read first.
+        """
+        plan = self.plan
+        if plan.tree == "best-first" and plan.nodes == 1:
+            return None
+        levels = self.drafter.draft(hidden, root, plan, self.sampling, noise)
+        if plan.tree == "beam":
+            mx.async_eval(levels.tokens, levels.parents, levels.scores)
+            return levels
+        tree = levels.best_first(root, plan.nodes)
+        mx.async_eval(tree.tokens, tree.parents, tree.mask, tree.depths)
+        return tree
+
+    def tree(self, root: Int[mx.array, " 1"], draft: PrefixTree | BeamLevels | None) -> PrefixTree:
         """Return the tree to verify."""
         start = cached_tokens(self.caches)
-        if levels is None or self.cache.quantizes_within(start, self.plan.draft_length + 1):
+        if draft is None or self.cache.quantizes_within(start, self.plan.draft_length + 1):
             return PrefixTree.root(root)
-        if self.plan.tree == "beam":
-            return PrefixTree.from_beams(to_host(levels.beams(root)))
-        return levels.best_first(root, self.plan.nodes)
+        if isinstance(draft, BeamLevels):
+            return PrefixTree.from_beams(to_host(draft.beams(root)))
+        return draft
 
 
 @dataclass
@@ -174,7 +183,9 @@ class Cycle:
         report: Per node its parent, whether it was accepted, what was drawn there, and whether its
             logits are no numbers. None if logits processors have to walk on the host.
         history: The text up to the root, for the processors.
-        root: The root of the next tree; None until the walk is done.
+        walk: Where the draws led; None as the report is.
+        noise: From the root's draw on; None at temperature 0.
+        root: The root of the next tree; None until that is drafted.
         draft: The draft of the next tree.
     """
 
@@ -182,8 +193,10 @@ class Cycle:
     call: TreeCall
     report: Int[mx.array, "4 N"] | None
     history: Int[mx.array, " T"]
+    walk: Walk | None = None
+    noise: Float[mx.array, "M V"] | None = None
     root: Int[mx.array, " 1"] | None = None
-    draft: BeamLevels | None = None
+    draft: PrefixTree | BeamLevels | None = None
 
 
 @dataclass(frozen=True)
@@ -228,6 +241,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
     cycle = launch(decoding, root, draft, prompt, num_tokens)
     try:
         yield Emitted(token, logits, 0, False)
+        draft_next(decoding, cycle)
         while True:
             outcome = read(decoding, cycle, num_tokens)
             num_tokens += len(outcome.tokens)
@@ -242,6 +256,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[Emitted]
             for token, at in zip(outcome.tokens, outcome.rows, strict=True):
                 handed_out += 1
                 yield Emitted(token, *at, handed_out < len(outcome.tokens))
+            draft_next(decoding, cycle)
     finally:
         with mx.stream(generation_stream):
             if cycle is not None:
@@ -269,17 +284,17 @@ def prefill(
 def launch(
     decoding: Decoding,
     root: Int[mx.array, " 1"],
-    levels: BeamLevels | None,
+    draft: PrefixTree | BeamLevels | None,
     history: Int[mx.array, " T"],
     num_tokens: int,
 ) -> Cycle:
-    """Send a tree to the target, walk it and draft the next one, all on the device.
+    """Send a tree to the target and walk it, all on the device.
 
     ``num_tokens`` counts the text's tokens up to the root. With logits processors the walk is the
     host's, so it waits for ``read``.
     """
     with mx.stream(generation_stream):
-        tree = decoding.tree(root, levels)
+        tree = decoding.tree(root, draft)
         depth = decoding.plan.draft_length
         call = decoding.target.verify(tree.tokens, tree.mask, tree.depths, depth, decoding.caches)
         if decoding.logits_processors:
@@ -294,11 +309,20 @@ def launch(
         rows = (tree.parents, walk.accepted, drawn, failed)
         report = mx.stack([row.astype(mx.int32) for row in rows])
         mx.async_eval(report)
-        root = walk.next_token[None]
+        return Cycle(tree, call, report, history, walk, noise)
+
+
+def draft_next(decoding: Decoding, cycle: Cycle) -> None:
+    """Send the draft that follows a cycle after it; where the host walks, that drafts."""
+    if cycle.walk is None:
+        return
+    with mx.stream(generation_stream):
+        walk, noise = cycle.walk, cycle.noise
         if noise is not None:
-            noise = noise[tree.depths[walk.last] + mx.arange(1, depth + 1)]
-        draft = decoding.draft(call.hidden[walk.last], root, noise)
-        return Cycle(tree, call, report, history, root, draft)
+            places = mx.arange(1, decoding.plan.draft_length + 1)
+            noise = noise[cycle.tree.depths[walk.last] + places]
+        cycle.root = walk.next_token[None]
+        cycle.draft = decoding.draft(cycle.call.hidden[walk.last], cycle.root, noise)
 
 
 def read(decoding: Decoding, cycle: Cycle, num_tokens: int) -> Outcome:
