@@ -237,6 +237,7 @@ class DrafterTrainer:
     def run(self, folder: Path, quiet: bool = False) -> list[dict[str, Any]]:
         """Train, from the last checkpoint in ``folder`` if there is one; return the log."""
         config = self.config
+        folder.mkdir(parents=True, exist_ok=True)
         log_path = folder / "log.jsonl"
         done = checkpoints(folder)
         step = step_of(done[-1]) if done else 0

@@ -732,7 +732,7 @@ def resumed(arguments: list[str], tmp_path: Path) -> bytes:
 OBSTACLES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
     "no space for the arrays": (mx, "save_safetensors", lambda f: DiskFull(f, 3)),
     "no space for the first array": (mx, "save_safetensors", lambda f: DiskFull(f, 2)),
-    "no space for the name": (os, "replace", lambda f: DiskFull(f, 1)),
+    "no space for the name": (os, "replace", lambda f: DiskFull(f, 2)),  # the first: settings
     "half a file": (mx, "save_safetensors", lambda f: Truncating(f, 2, 500_000)),
     "the last bytes": (mx, "save_safetensors", lambda f: Truncating(f, 3, 8)),
     "the last bytes of the network": (mx, "save_safetensors", lambda f: Truncating(f, 2, 8)),

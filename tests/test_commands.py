@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -378,7 +379,7 @@ def png_size(path: Path) -> tuple[int, int]:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time calls only a few times."""
     timed = benchmark._timed
-    monkeypatch.setattr(benchmark, "_timed", lambda run: timed(run, 3, 1))
+    monkeypatch.setattr(benchmark, "_timed", partial(timed, repeats=3, warm_up=1))
 
 
 TINY = ["--num-prompts", "2", "--max-tokens", "10", "--prompt-tokens", "6"]

@@ -139,8 +139,9 @@ with module["drafting_threads"]():
 THREADS = """
 import os
 import mlx_distill
+from mlx_distill import openblas
 from mlx_distill.openblas import _openblas, drafting_threads
-cores = os.cpu_count() or 1
+openblas._fastest_threads = lambda library, threads: max(1, threads - 1)
 before = _openblas.openblas_get_num_threads()
 seen = [before]
 with drafting_threads():
@@ -154,7 +155,7 @@ try:
         raise KeyError
 except KeyError:
     seen.append(_openblas.openblas_get_num_threads())
-print(cores, *seen)
+print(*seen)
 """
 
 
@@ -168,15 +169,51 @@ def test_drafting_threads_restores_the_number_of_threads() -> None:
         check=True,
         env=environment,
     )
-    cores, before, inside, nested, outside, after, raised = map(int, done.stdout.split())
-    assert inside == nested == outside == max(1, min(before, cores - 1))
+    before, inside, nested, outside, after, raised = map(int, done.stdout.split())
+    assert inside == nested == outside == max(1, before - 1)
     assert before == after == raised
+
+
+@needs_openblas
+def test_contexts_that_overlap_restore_the_number_of_threads() -> None:
+    """Generators can end in any order."""
+    code = """
+from mlx_distill import openblas
+openblas._fastest_threads = lambda library, threads: threads + 1
+first, second = openblas.drafting_threads(), openblas.drafting_threads()
+seen = [openblas._openblas.openblas_get_num_threads()]
+for step in (first.__enter__, second.__enter__):
+    step()
+    seen.append(openblas._openblas.openblas_get_num_threads())
+for context in (first, second):
+    context.__exit__(None, None, None)
+    seen.append(openblas._openblas.openblas_get_num_threads())
+print(*seen)
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    before, *seen = map(int, done.stdout.split())
+    assert seen == [before + 1, before + 1, before + 1, before]
+
+
+@needs_openblas
+def test_the_number_of_threads_is_measured() -> None:
+    code = """
+from mlx_distill import openblas
+library = openblas._openblas
+print(openblas._fastest_threads(library, 1), openblas._fastest_threads(library, 2))
+"""
+    one, two = map(int, run(code).stdout.split())
+    assert one == 1
+    assert two in (1, 2)
 
 
 @needs_openblas
 def test_threads_that_the_user_has_set_are_kept() -> None:
     done = run(THREADS, OPENBLAS_NUM_THREADS="2")
-    seen = done.stdout.split()[1:]
+    seen = done.stdout.split()
     assert len(set(seen)) == 1
 
 

@@ -127,7 +127,7 @@ def test_loop_resumes_with_the_same_bits(tmp_path: Path, stop_at: int) -> None:
     whole, expected = run(tmp_path / "whole", CONFIG)
     run(tmp_path / "parts", CONFIG, stop_at=stop_at)
     resumed, progress = run(tmp_path / "parts", CONFIG)
-    assert progress[0].step == stop_at // 4 * 4 + 1
+    assert progress[0].step == (stop_at - 1) // 4 * 4 + 1  # left before that step's checkpoint
     assert bits(resumed) == bits(whole)
     losses = {state.step: state.loss for state in expected}
     assert all(state.loss == losses[state.step] for state in progress)
@@ -149,11 +149,12 @@ def test_two_checkpoints_are_kept(tmp_path: Path) -> None:
     )
     for _ in steps:
         seen.append([path.name for path in checkpoints(tmp_path)])
-    assert seen[0] == []
-    assert seen[1] == ["step-0000002"]
-    assert seen[3] == ["step-0000002", "step-0000004"]
-    assert seen[5] == ["step-0000004", "step-0000006"]
-    assert seen[10] == ["step-0000010", "step-0000011"]
+    assert seen[1] == []
+    assert seen[2] == ["step-0000002"]
+    assert seen[4] == ["step-0000002", "step-0000004"]
+    assert seen[6] == ["step-0000004", "step-0000006"]
+    kept = [path.name for path in checkpoints(tmp_path)]
+    assert kept == ["step-0000010", "step-0000011"]
     assert not (tmp_path / "writing").exists()
 
 

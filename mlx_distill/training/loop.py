@@ -88,6 +88,8 @@ def train(
 ) -> Iterator[Progress]:
     """Train a network, from its last checkpoint if there is one; yield after every step.
 
+    A step is yielded before its checkpoint is written.
+
     Args:
         network: Its trainable parameters are updated in place.
         loss: Returns ``(sum, count)`` of the network's loss on a batch.
