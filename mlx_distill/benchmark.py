@@ -29,16 +29,25 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mlx_distill import cli
-from mlx_distill.arrays import to_host
 from mlx_distill.checkpoint import bundled, load, load_drafter, tokenizer_hash
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.openblas import drafting_threads
+from mlx_distill.speculation.decoding import (
+    CacheConfig,
+    Cycle,
+    Decoding,
+    Outcome,
+    draft_next,
+    launch,
+    prefill,
+    read,
+)
 from mlx_distill.speculation.generation import stream_generate
-from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
-from mlx_distill.speculation.sampling import Sampling
+from mlx_distill.speculation.prefix_tree import PrefixTree
+from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
 from mlx_distill.target.target import Target
 
 PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
@@ -56,6 +65,7 @@ class BenchmarkConfig:
         max_tokens: Longest answer, in tokens.
         seed: Of the draws above temperature 0; every prompt has its own.
         num_draft_tokens: Of the draft model, if one is named.
+        timed_cycles: Cycles per prompt whose parts are timed, over the first ten prompts.
         sweep_prompts: Prompts per cell of the sweep over beam widths and draft lengths; 0 leaves
             the sweep out.
         sweep_widths: Beam widths of the sweep.
@@ -67,12 +77,13 @@ class BenchmarkConfig:
     max_tokens: int = 128
     seed: int = 0
     num_draft_tokens: int = 3
+    timed_cycles: int = 20
     sweep_prompts: int = 0
     sweep_widths: tuple[int, ...] = (1, 2, 4, 8)
     sweep_lengths: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "prompt_tokens", "num_draft_tokens"):
+        for name in ("num_prompts", "prompt_tokens", "num_draft_tokens", "timed_cycles"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.sweep_prompts <= self.num_prompts:
@@ -227,7 +238,7 @@ def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     rows = []
     timed = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
     if not any(timed):
-        raise _too_short()
+        raise InputError("every answer ended with its first token, so there is no speed to measure")
     for name, whole in samples.items():
         mine, plain = (list(compress(part, timed)) for part in (whole, samples[PLAIN]))
         pairs = zip(mine, plain, strict=True)
@@ -252,75 +263,81 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "quartile_1": low, "quartile_3": high}
 
 
-def overhead(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, float]:
+def overhead(
+    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan, num_cycles: int = 20
+) -> dict[str, float]:
     """Return where a cycle's time goes, in milliseconds, and the overhead's share of a plain step.
 
-    After each prompt's answer, whose cycles are timed, the calls of the target and of the drafter
-    are timed by themselves on the same text. What a cycle takes beyond them is overhead: walk,
-    commit, reading, building the tree and the graphs. All are medians over the prompts, so that a
-    machine whose speed drifts does not decide.
+    Before each cycle of the decoding loop, its calls of the target and of the drafter are made by
+    themselves, and a plain step: in turn, so that all meet the same caches of the processor and the
+    same speed of the machine. What the cycle takes beyond the two calls is overhead: noise, draws
+    and walk, reading, commit, tree. Turning tokens into text is not part of it; mlx-lm does the
+    same. All are medians over the cycles.
     """
-    decode = bench.arms(plan)[OURS]
     rows: list[dict[str, float]] = []
-    for number, prompt in enumerate(prompts):
-        sample = measure(decode, prompt, bench.config.seed + number)
-        if len(sample.tokens) < 2:
-            continue
-        # The first token came with the prompt.
-        cycle_s = (len(sample.tokens) - 1) / sample.target_calls / sample.tokens_per_s
-        parts = _time_alone(bench, plan, prompt + sample.tokens[: len(sample.tokens) // 2])
-        host_ms = 1e3 * cycle_s - parts["verify_ms"] - parts["draft_ms"]
-        share = host_ms / parts["plain_step_ms"]
-        rows.append(
-            {
-                "cycle_ms": 1e3 * cycle_s,
-                **parts,
-                "overhead_ms": host_ms,
-                "overhead_share_of_step": share,
-            }
-        )
-    if not rows:
-        raise _too_short()
+    with drafting_threads():
+        for number, prompt in enumerate(prompts):
+            rows += _timed_cycles(bench, prompt, bench.config.seed + number, plan, num_cycles)
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
-def _time_alone(bench: Bench, plan: DraftPlan, tokens: list[int]) -> dict[str, float]:
-    """Return the milliseconds of a plain step, a verification and a draft after some text."""
+def _timed_cycles(
+    bench: Bench, prompt: list[int], seed: int, plan: DraftPlan, num_cycles: int
+) -> list[dict[str, float]]:
+    """Return the milliseconds of some cycles after a prompt, and of their parts."""
     target = Target.of(bench.model)
-    plan = plan.for_support(target.support)
+    law = bench.sampling
+    noise = TextNoise(mx.random.key(seed), target.vocab_size) if law.temperature else None
     caches = make_prompt_cache(bench.model)
-    logits, hidden = target.forward(mx.array(tokens), caches)
-    hidden, root = hidden[-1], mx.argmax(logits[-1:], axis=-1).astype(mx.int32)
-    mx.eval(hidden, root)
+    state = Decoding(target, bench.drafter, plan, law, noise, CacheConfig(), caches)
+    length, num_tokens = state.plan.draft_length, 1
+    text = mx.array(prompt)
+    logits, hidden = prefill(state, text)
+    root = sample(logits, law, state.rows(0, 1))
+    draft = state.draft(hidden, root, state.rows(1, length))
+    rows = []
+    for _ in range(num_cycles):
+        tree = state.tree(root, draft)
+        known = state.rows(num_tokens, length)
+        mx.eval(tree.tokens, tree.parents, tree.mask, tree.depths, root, hidden)
 
-    def plain() -> None:
-        logits, _ = target.forward(root, caches)
-        mx.eval(logits)
-        for cache in caches:
-            cache.trim(1)
+        def verify(tree: PrefixTree) -> None:
+            call = target.verify(tree.tokens, tree.mask, tree.depths, length, caches)
+            mx.eval(call.logits, call.hidden)
+            call.rewind(0)
 
-    def draft() -> BeamLevels:
-        levels = bench.drafter.draft(hidden, root, plan)
-        mx.eval(levels.tokens, levels.parents, levels.scores)
-        return levels
+        def search(hidden: mx.array, root: mx.array, known: mx.array | None) -> None:
+            levels = bench.drafter.draft(hidden, root, state.plan, law, known)
+            mx.eval(levels.tokens, levels.parents, levels.scores)
 
-    levels = draft()
-    tree = levels.best_first(root, plan.nodes)
-    if plan.tree == "beam":
-        tree = PrefixTree.from_beams(to_host(levels.beams(root)))
-    mx.eval(tree.tokens, tree.parents, tree.mask, tree.depths)
+        def whole(root: mx.array, draft: Any, num_tokens: int) -> tuple[Cycle, Outcome]:
+            cycle = launch(state, root, draft, text, num_tokens)
+            draft_next(state, cycle)
+            outcome = read(state, cycle, num_tokens)
+            cycle.call.commit(outcome.path)
+            after = cycle.draft
+            mx.eval(vars(after) if after is not None else cycle.root)
+            return cycle, outcome
 
-    def verify() -> None:
-        call = target.verify(tree.tokens, tree.mask, tree.depths, plan.draft_length, caches)
-        mx.eval(call.logits, call.hidden)
-        call.rewind(0)
-
-    # In turn, as a cycle calls them: by itself the drafter would find its weights in the cache of
-    # the processor, from where a call of the target drives them out.
-    with drafting_threads():
-        verify_ms, draft_ms = _timed(verify, draft)
-    (plain_step_ms,) = _timed(plain)
-    return {"plain_step_ms": plain_step_ms, "verify_ms": verify_ms, "draft_ms": draft_ms}
+        plain_ms, _ = _timed(verify, PrefixTree.root(root))
+        verify_ms, _ = _timed(verify, tree)
+        draft_ms, _ = _timed(search, hidden, root, known) if draft is not None else (0.0, None)
+        cycle_ms, (cycle, outcome) = _timed(whole, root, draft, num_tokens)
+        num_tokens += len(outcome.tokens)
+        assert cycle.root is not None
+        hidden, root, draft = cycle.call.hidden[outcome.path[-1]], cycle.root, cycle.draft
+        overhead_ms = cycle_ms - verify_ms - draft_ms
+        rows.append(
+            {
+                "plain_step_ms": plain_ms,
+                "cycle_ms": cycle_ms,
+                "verify_ms": verify_ms,
+                "draft_ms": draft_ms,
+                "overhead_ms": overhead_ms,
+                "overhead_share_of_step": overhead_ms / plain_ms,
+            }
+        )
+    return rows[len(rows) // 5 :]  # the first ones compile and warm up
 
 
 def sharing(bench: Bench, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -459,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "arms": summary(samples),
         "equal_texts": equal_texts(samples) if sampling.temperature == 0 else None,
         "acceptance_by_depth": _mean_by_depth(samples[OURS]),
-        "overhead": overhead(bench, prompts[:10], plan),
+        "overhead": overhead(bench, prompts[:10], plan, config.timed_cycles),
         "config": vars(arguments),
         "dtype": _dtype(model),
         "commit": _commit(),
@@ -564,10 +581,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _too_short() -> InputError:
-    return InputError("every answer ended with its first token, so there is no speed to measure")
-
-
 def _draft_model(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
     """Return the model that mlx-lm drafts with, or None if none is named."""
     if arguments.draft_model is None:
@@ -582,15 +595,11 @@ def _draft_model(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any
     return draft_model
 
 
-def _timed(*calls: Callable[[], Any], repeats: int = 20, warm_up: int = 2) -> list[float]:
-    """Return the median times of some calls that are made in turn, in milliseconds."""
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(warm_up + repeats):
-        for call, mine in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            mine.append(time.perf_counter() - start)
-    return [1e3 * statistics.median(mine[warm_up:]) for mine in times]
+def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    """Return the milliseconds of a call, and its result."""
+    start = time.perf_counter()
+    result = call(*arguments)
+    return 1e3 * (time.perf_counter() - start), result
 
 
 def _mean_by_depth(samples: Sequence[Sample]) -> list[float]:

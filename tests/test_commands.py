@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -375,17 +374,9 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", header[16:24])
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time calls only a few times."""
-    timed = benchmark._timed
-    monkeypatch.setattr(benchmark, "_timed", partial(timed, repeats=3, warm_up=1))
+TINY = ["--num-prompts", "2", "--max-tokens", "10", "--prompt-tokens", "6", "--timed-cycles", "2"]
 
 
-TINY = ["--num-prompts", "2", "--max-tokens", "10", "--prompt-tokens", "6"]
-
-
-@pytest.mark.usefixtures("quick")
 def test_benchmark_writes_json_and_png(
     tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -416,7 +407,6 @@ def test_benchmark_writes_json_and_png(
     assert "A cycle takes" in table
 
 
-@pytest.mark.usefixtures("quick")
 def test_benchmark_sampling_sharing_and_draft_model(
     tmp_path: Path,
     prompts: Path,
@@ -455,7 +445,6 @@ def test_long_run_reports_every_thousand_tokens(monkeypatch: pytest.MonkeyPatch)
     assert len(seeds) == len(set(seeds)) == 9
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "flags", [["--nodes", "1"], ["--max-tokens", "1"], ["--long-run", "20"], ["--num-prompts", "1"]]
 )
