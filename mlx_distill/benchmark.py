@@ -269,16 +269,39 @@ def overhead(
     """Return where a cycle's time goes, in milliseconds, and the overhead's share of a plain step.
 
     Before each cycle of the decoding loop, its calls of the target and of the drafter are made by
-    themselves, and a plain step: in turn, so that all meet the same caches of the processor and the
-    same speed of the machine. What the cycle takes beyond the two calls is overhead: noise, draws
-    and walk, reading, commit, tree. Turning tokens into text is not part of it; mlx-lm does the
-    same. All are medians over the cycles.
+    themselves, and one on a single node, which stands for a plain step: in turn, so that all meet
+    the same caches of the processor and the same speed of the machine. What the cycle takes beyond
+    the two calls is overhead: noise, draws and walk, reading, commit, tree. Turning tokens into
+    text is left out, and so is what the loop's own concurrency costs; ``loop_overhead`` has both.
+    All are medians over the cycles.
     """
     rows: list[dict[str, float]] = []
     with drafting_threads():
         for number, prompt in enumerate(prompts):
             rows += _timed_cycles(bench, prompt, bench.config.seed + number, plan, num_cycles)
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def loop_overhead(
+    samples: dict[str, list[Sample]], verify_ms: float, draft_ms: float
+) -> dict[str, float]:
+    """Return what a cycle of whole texts takes beyond its two calls, everything included.
+
+    The step that it is a share of is mlx-lm's, on the same prompts. The calls were timed at another
+    moment, so on a machine whose speed drifts this is rough.
+    """
+    # The first token came with the prompt.
+    cycle_s = statistics.median(
+        (len(s.tokens) - 1) / s.target_calls / s.tokens_per_s for s in samples[OURS]
+    )
+    step_ms = 1e3 / statistics.median(s.tokens_per_s for s in samples[PLAIN])
+    overhead_ms = 1e3 * cycle_s - verify_ms - draft_ms
+    return {
+        "loop_cycle_ms": 1e3 * cycle_s,
+        "loop_step_ms": step_ms,
+        "loop_overhead_ms": overhead_ms,
+        "loop_overhead_share_of_step": overhead_ms / step_ms,
+    }
 
 
 def _timed_cycles(
@@ -472,11 +495,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling.check_vocabulary(Target.of(model).vocab_size)
     bench = Bench(model, tokenizer, drafter, draft_model, sampling, config)
     samples = bench.run(prompts, plan, "benchmark")
+    cost = overhead(bench, prompts[:10], plan, config.timed_cycles)
+    timed = {name: [s for s in part if len(s.tokens) > 1] for name, part in samples.items()}
+    cost |= loop_overhead(timed, cost["verify_ms"], cost["draft_ms"])
     result: dict[str, Any] = {
         "arms": summary(samples),
         "equal_texts": equal_texts(samples) if sampling.temperature == 0 else None,
         "acceptance_by_depth": _mean_by_depth(samples[OURS]),
-        "overhead": overhead(bench, prompts[:10], plan, config.timed_cycles),
+        "overhead": cost,
         "config": vars(arguments),
         "dtype": _dtype(model),
         "commit": _commit(),
@@ -533,6 +559,12 @@ def show(result: dict[str, Any]) -> None:
         f"A cycle takes {cost['cycle_ms']:.2f} ms: target {cost['verify_ms']:.2f}, drafter "
         f"{cost['draft_ms']:.2f}, overhead {cost['overhead_ms']:.2f} "
         f"({cost['overhead_share_of_step']:.0%} of a plain step of {cost['plain_step_ms']:.2f})."
+    )
+    console.print(
+        f"In whole texts it takes {cost['loop_cycle_ms']:.2f} ms, "
+        f"{cost['loop_overhead_ms']:.2f} beyond the two calls "
+        f"({cost['loop_overhead_share_of_step']:.0%} of mlx-lm's step of "
+        f"{cost['loop_step_ms']:.2f})."
     )
     for row in result.get("sharing", ()):
         console.print(

@@ -179,7 +179,8 @@ class RecurrentDrafter(nn.Module):
 
 # The target's best token is likelier to be the drafter's than the drafter's distribution says. The
 # bundled pair takes 3.07 tokens per call at temperature 0 and 2.52 at 1 with a factor of 1.0, 3.22
-# and 2.53 with 1.4, 3.18 and 2.46 with 2.5 (12 held-out prompts, default draft).
+# and 2.53 with 1.4, 3.18 and 2.46 with 2.5 (12 prompts of the split that the README's results are
+# measured on, default draft).
 SHARPNESS = 1.4
 # Tokens that a filter drops must still rank behind their parents, which -inf would not.
 FLOOR = -1e4
