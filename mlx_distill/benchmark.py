@@ -34,20 +34,9 @@ from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
-from mlx_distill.openblas import drafting_threads
-from mlx_distill.speculation.decoding import (
-    CacheConfig,
-    Cycle,
-    Decoding,
-    Outcome,
-    draft_next,
-    launch,
-    prefill,
-    read,
-)
 from mlx_distill.speculation.generation import stream_generate
-from mlx_distill.speculation.prefix_tree import PrefixTree
-from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
+from mlx_distill.speculation.sampling import Sampling
+from mlx_distill.speculation.timing import CycleClock, TimedDrafter
 from mlx_distill.target.target import Target
 
 PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
@@ -65,7 +54,7 @@ class BenchmarkConfig:
         max_tokens: Longest answer, in tokens.
         seed: Of the draws above temperature 0; every prompt has its own.
         num_draft_tokens: Of the draft model, if one is named.
-        timed_cycles: Cycles per prompt whose parts are timed, over the first ten prompts.
+        timed_prompts: Prompts over which the parts of a cycle are timed.
         sweep_prompts: Prompts per cell of the sweep over beam widths and draft lengths; 0 leaves
             the sweep out.
         sweep_widths: Beam widths of the sweep.
@@ -77,13 +66,13 @@ class BenchmarkConfig:
     max_tokens: int = 128
     seed: int = 0
     num_draft_tokens: int = 3
-    timed_cycles: int = 20
+    timed_prompts: int = 20
     sweep_prompts: int = 0
     sweep_widths: tuple[int, ...] = (1, 2, 4, 8)
     sweep_lengths: tuple[int, ...] = (1, 2, 3, 4, 5)
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "prompt_tokens", "num_draft_tokens", "timed_cycles"):
+        for name in ("num_prompts", "prompt_tokens", "num_draft_tokens", "timed_prompts"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.sweep_prompts <= self.num_prompts:
@@ -263,104 +252,43 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "quartile_1": low, "quartile_3": high}
 
 
-def overhead(
-    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan, num_cycles: int = 20
-) -> dict[str, float]:
+def overhead(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, float]:
     """Return where a cycle's time goes, in milliseconds, and the overhead's share of a plain step.
 
-    Before each cycle of the decoding loop, its calls of the target and of the drafter are made by
-    themselves, and one on a single node, which stands for a plain step: in turn, so that all meet
-    the same caches of the processor and the same speed of the machine. What the cycle takes beyond
-    the two calls is overhead: noise, draws and walk, reading, commit, tree. Turning tokens into
-    text is left out, and so is what the loop's own concurrency costs; ``loop_overhead`` has both.
-    All are medians over the cycles.
+    Every prompt is decoded by mlx-lm alone and then by drafting with a clock at its two calls; the
+    overhead is all that whole texts take beyond them. Medians over the prompts.
     """
-    rows: list[dict[str, float]] = []
-    with drafting_threads():
-        for number, prompt in enumerate(prompts):
-            rows += _timed_cycles(bench, prompt, bench.config.seed + number, plan, num_cycles)
-    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-
-
-def loop_overhead(
-    samples: dict[str, list[Sample]], verify_ms: float, draft_ms: float
-) -> dict[str, float]:
-    """Return what a cycle of whole texts takes beyond its two calls, everything included.
-
-    The step that it is a share of is mlx-lm's, on the same prompts. The calls were timed at another
-    moment, so on a machine whose speed drifts this is rough.
-    """
-    # The first token came with the prompt.
-    cycle_s = statistics.median(
-        (len(s.tokens) - 1) / s.target_calls / s.tokens_per_s for s in samples[OURS]
-    )
-    step_ms = 1e3 / statistics.median(s.tokens_per_s for s in samples[PLAIN])
-    overhead_ms = 1e3 * cycle_s - verify_ms - draft_ms
-    return {
-        "loop_cycle_ms": 1e3 * cycle_s,
-        "loop_step_ms": step_ms,
-        "loop_overhead_ms": overhead_ms,
-        "loop_overhead_share_of_step": overhead_ms / step_ms,
-    }
-
-
-def _timed_cycles(
-    bench: Bench, prompt: list[int], seed: int, plan: DraftPlan, num_cycles: int
-) -> list[dict[str, float]]:
-    """Return the milliseconds of some cycles after a prompt, and of their parts."""
-    target = Target.of(bench.model)
-    law = bench.sampling
-    noise = TextNoise(mx.random.key(seed), target.vocab_size) if law.temperature else None
-    caches = make_prompt_cache(bench.model)
-    state = Decoding(target, bench.drafter, plan, law, noise, CacheConfig(), caches)
-    length, num_tokens = state.plan.draft_length, 1
-    text = mx.array(prompt)
-    logits, hidden = prefill(state, text)
-    root = sample(logits, law, state.rows(0, 1))
-    draft = state.draft(hidden, root, state.rows(1, length))
+    clock = CycleClock()
+    plain = bench.arms(plan)[PLAIN]
+    ours = replace(bench, drafter=TimedDrafter(bench.drafter, clock)).arms(plan)[OURS]
     rows = []
-    for _ in range(num_cycles):
-        tree = state.tree(root, draft)
-        known = state.rows(num_tokens, length)
-        mx.eval(tree.tokens, tree.parents, tree.mask, tree.depths, root, hidden)
-
-        def verify(tree: PrefixTree) -> None:
-            call = target.verify(tree.tokens, tree.mask, tree.depths, length, caches)
-            mx.eval(call.logits, call.hidden)
-            call.rewind(0)
-
-        def search(hidden: mx.array, root: mx.array, known: mx.array | None) -> None:
-            levels = bench.drafter.draft(hidden, root, state.plan, law, known)
-            mx.eval(levels.tokens, levels.parents, levels.scores)
-
-        def whole(root: mx.array, draft: Any, num_tokens: int) -> tuple[Cycle, Outcome]:
-            cycle = launch(state, root, draft, text, num_tokens)
-            draft_next(state, cycle)
-            outcome = read(state, cycle, num_tokens)
-            cycle.call.commit(outcome.path)
-            after = cycle.draft
-            mx.eval(vars(after) if after is not None else cycle.root)
-            return cycle, outcome
-
-        plain_ms, _ = _timed(verify, PrefixTree.root(root))
-        verify_ms, _ = _timed(verify, tree)
-        draft_ms, _ = _timed(search, hidden, root, known) if draft is not None else (0.0, None)
-        cycle_ms, (cycle, outcome) = _timed(whole, root, draft, num_tokens)
-        num_tokens += len(outcome.tokens)
-        assert cycle.root is not None
-        hidden, root, draft = cycle.call.hidden[outcome.path[-1]], cycle.root, cycle.draft
-        overhead_ms = cycle_ms - verify_ms - draft_ms
+    for number, prompt in enumerate(tqdm(prompts, desc="cycles", unit="prompt", leave=False)):
+        seed = bench.config.seed + number
+        step_ms = 1e3 / max(measure(plain, prompt, seed).tokens_per_s, 1e-9)
+        with clock.watching(Target.of(bench.model)):
+            steps = ours(prompt, seed)
+            next(steps)
+            clock.reset()
+            start = time.perf_counter()
+            for _ in steps:
+                pass
+            whole_s = time.perf_counter() - start
+        if clock.cycles == 0:
+            continue  # the first token was the last one
+        parts_s = (whole_s, clock.target_s, clock.drafter_s)
+        whole_ms, target_ms, draft_ms = (1e3 * part / clock.cycles for part in parts_s)
+        overhead_ms = whole_ms - target_ms - draft_ms
         rows.append(
             {
-                "plain_step_ms": plain_ms,
-                "cycle_ms": cycle_ms,
-                "verify_ms": verify_ms,
+                "plain_step_ms": step_ms,
+                "cycle_ms": whole_ms,
+                "verify_ms": target_ms,
                 "draft_ms": draft_ms,
                 "overhead_ms": overhead_ms,
-                "overhead_share_of_step": overhead_ms / plain_ms,
+                "overhead_share_of_step": overhead_ms / step_ms,
             }
         )
-    return rows[len(rows) // 5 :]  # the first ones compile and warm up
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def sharing(bench: Bench, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -495,14 +423,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling.check_vocabulary(Target.of(model).vocab_size)
     bench = Bench(model, tokenizer, drafter, draft_model, sampling, config)
     samples = bench.run(prompts, plan, "benchmark")
-    cost = overhead(bench, prompts[:10], plan, config.timed_cycles)
-    timed = {name: [s for s in part if len(s.tokens) > 1] for name, part in samples.items()}
-    cost |= loop_overhead(timed, cost["verify_ms"], cost["draft_ms"])
     result: dict[str, Any] = {
         "arms": summary(samples),
         "equal_texts": equal_texts(samples) if sampling.temperature == 0 else None,
         "acceptance_by_depth": _mean_by_depth(samples[OURS]),
-        "overhead": cost,
+        "overhead": overhead(bench, prompts[: config.timed_prompts], plan),
         "config": vars(arguments),
         "dtype": _dtype(model),
         "commit": _commit(),
@@ -559,12 +484,6 @@ def show(result: dict[str, Any]) -> None:
         f"A cycle takes {cost['cycle_ms']:.2f} ms: target {cost['verify_ms']:.2f}, drafter "
         f"{cost['draft_ms']:.2f}, overhead {cost['overhead_ms']:.2f} "
         f"({cost['overhead_share_of_step']:.0%} of a plain step of {cost['plain_step_ms']:.2f})."
-    )
-    console.print(
-        f"In whole texts it takes {cost['loop_cycle_ms']:.2f} ms, "
-        f"{cost['loop_overhead_ms']:.2f} beyond the two calls "
-        f"({cost['loop_overhead_share_of_step']:.0%} of mlx-lm's step of "
-        f"{cost['loop_step_ms']:.2f})."
     )
     for row in result.get("sharing", ()):
         console.print(
@@ -625,13 +544,6 @@ def _draft_model(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any
     if not all(can_trim_prompt_cache(make_prompt_cache(m)) for m in (model, draft_model)):
         raise InputError("mlx-lm's own drafting needs caches that can be trimmed")
     return draft_model
-
-
-def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Return the milliseconds of a call, and its result."""
-    start = time.perf_counter()
-    result = call(*arguments)
-    return 1e3 * (time.perf_counter() - start), result
 
 
 def _mean_by_depth(samples: Sequence[Sample]) -> list[float]:

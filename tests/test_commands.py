@@ -374,7 +374,7 @@ def png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", header[16:24])
 
 
-TINY = ["--num-prompts", "2", "--max-tokens", "10", "--prompt-tokens", "6", "--timed-cycles", "2"]
+TINY = ["--num-prompts", "2", "--max-tokens", "10", "--prompt-tokens", "6", "--timed-prompts", "2"]
 
 
 def test_benchmark_writes_json_and_png(
