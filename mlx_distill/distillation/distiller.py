@@ -1,0 +1,343 @@
+"""A student that learns from a teacher: the loss of a batch, and the judgement of held-out ones.
+
+Language models and classifiers are one case: a batch has inputs, labels, and a mask over the
+labels; a network makes logits with the labels' leading axes.
+
+    batch --> teacher: lesson (rows, features)
+          \\-> student: hidden, features --> head --> response losses, chunk by chunk
+                                   \\--> projections --> feature and relation losses
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_distill.distillation.features import Layer, find_layer, uniform_map
+from mlx_distill.distillation.losses import relation
+from mlx_distill.distillation.losses.chunked import chunked_loss
+from mlx_distill.distillation.objective import (
+    LOSSES,
+    PROJECTED,
+    RESPONSE,
+    LossTerm,
+    response_losses,
+)
+from mlx_distill.distillation.teachers import Answers, Lesson, Teacher
+from mlx_distill.errors import InputError
+
+CHUNK_VALUES = 2**23  # logits of a chunk: 32 MB in float32, and a loss holds several such arrays
+RELATION_TOKENS = 128  # of a batch of texts, that relation losses compare
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of a classifier; also a batch of them.
+
+    Args:
+        inputs: One per example.
+        labels: Their classes, (B,).
+        mask: Weight of every example.
+        rows: Which examples they are.
+    """
+
+    inputs: mx.array
+    labels: mx.array
+    mask: mx.array
+    rows: list[int]
+
+    @classmethod
+    def of(cls, inputs: mx.array, labels: mx.array) -> "Examples":
+        """Return examples of equal weight."""
+        if inputs.shape[0] != labels.shape[0]:
+            raise InputError(f"{inputs.shape[0]} inputs do not fit {labels.shape[0]} labels")
+        if labels.size == 0:
+            raise InputError("there are no examples")
+        return cls(inputs, labels, mx.ones(labels.shape), list(range(labels.shape[0])))
+
+    def take(self, rows: Sequence[int]) -> "Examples":
+        """Return some of the examples."""
+        at = mx.array(list(rows))
+        return Examples(self.inputs[at], self.labels[at], self.mask[at], list(rows))
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A batch and what the teacher says about it."""
+
+    batch: Any
+    lesson: Lesson
+
+    @property
+    def rows(self) -> list[int]:
+        """Which rows of the data it is made of."""
+        return self.batch.rows
+
+
+class Trainee(nn.Module):
+    """What is trained: the student, and projections that are never exported."""
+
+    def __init__(self, student: nn.Module, projections: dict[str, nn.Module]):
+        super().__init__()
+        self.student = student
+        self.projections = projections
+
+
+class Distiller:
+    """A student, its teacher, and what is minimised.
+
+    Args:
+        student: Its trainable parameters are trained.
+        teacher: Teaches.
+        terms: The objective.
+        batch: Any batch, from which widths are read.
+        num_examples: Size of the training set; the contrastive loss asks for it.
+        seed: Of the projections' first weights.
+
+    Raises:
+        InputError: If the networks do not fit each other, or a layer does not exist.
+
+    Attributes:
+        network: What to train.
+        notes: What the user should know, in sentences.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: Teacher,
+        terms: Sequence[LossTerm],
+        batch: Any,
+        num_examples: int = 1,
+        seed: int = 0,
+    ):
+        if not terms:
+            raise InputError("there is no loss; name at least one")
+        self.texts = batch.mask.ndim == 2
+        self.teacher = teacher
+        self.response = [term for term in terms if term.name in RESPONSE]
+        self.others = [term for term in terms if term.name not in RESPONSE]
+        self.num_examples = num_examples
+        self.notes: list[str] = []
+        self.answers = Answers(student, self.texts)
+        first = _teaching_network(teacher)
+        if self.others and first is None:
+            raise InputError(
+                f"{self.others[0].name} compares features, so it needs a live teacher"
+            )
+        self.pairs = {
+            place: _pairs(term, student, first) for place, term in enumerate(self.others)
+        }
+        every = [pair for pairs in self.pairs.values() for pair in pairs]
+        self.student_layers = list(dict.fromkeys(ours for ours, _ in every))
+        self.teacher_layers = list(dict.fromkeys(theirs for _, theirs in every))
+        self.network = Trainee(student, self._open(batch, seed))
+
+    def teach(self, batch: Any) -> "Taught":
+        """Return a batch and the teacher's lesson on it."""
+        return Taught(batch, self.teacher.lesson(batch, self.teacher_layers))
+
+    def loss(self, taught: "Taught") -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+        """Return the objective's sum, the number of labels, and every term's mean."""
+        batch, lesson = taught.batch, taught.lesson
+        hidden, features = self.answers.read(batch.inputs, self.student_layers)
+        count = batch.mask.sum()
+        total, parts = mx.array(0.0), {}
+        if self.response:
+            total, sums = self._response(hidden, batch, lesson)
+            parts = {
+                term.name: value / mx.maximum(count, 1)
+                for term, value in zip(self.response, sums, strict=True)
+            }
+        for place, term in enumerate(self.others):
+            value, number = self._compare(place, term, features, lesson.features, batch)
+            mean = value / mx.maximum(number, 1)
+            total = total + term.weight * count * mean
+            parts[term.name] = mx.stop_gradient(mean)
+        return total, count, parts
+
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Return the student's held-out figures, per label.
+
+        ``nats`` is the negative log-probability of the labels. With a teacher's logits there is
+        ``kl``, KL(teacher || student), and ``agreement``, of the best classes; of classifiers there
+        is the ``accuracy``.
+        """
+        from mlx_distill.distillation.judgement import judge
+
+        student = self.network.student
+        student.eval()
+        try:
+            return judge(self.answers, self.teacher, batches, with_accuracy=not self.texts)
+        finally:
+            student.train()
+
+    def _response(
+        self, hidden: mx.array, batch: Any, lesson: Lesson
+    ) -> tuple[mx.array, list[mx.array]]:
+        """Return the response losses' weighted sum, and each one's sum."""
+        body, terms, num_rows = self.answers.body, self.response, len(lesson.rows)
+
+        def on_rows(logits: mx.array, *given: mx.array) -> tuple[mx.array, mx.array]:
+            labels, mask, rows = given[0], given[1], given[2:]
+            goal = lesson.spell(*rows) if num_rows else None
+            total, sums = response_losses(terms, logits, goal, labels, mask)
+            return total, mx.stack(sums)
+
+        depth = batch.labels.ndim
+        inputs = [
+            array.reshape(-1, *array.shape[depth:])
+            for array in (batch.labels, batch.mask, *lesson.rows)
+        ]
+        hidden = hidden.reshape(-1, *hidden.shape[depth:])
+        if body is None:
+            total, sums = on_rows(hidden, *inputs)
+        else:
+            size = max(16, CHUNK_VALUES // _width(body.head))
+            total, sums = chunked_loss(body.head, hidden, on_rows, inputs, size)
+        return total, list(sums)
+
+    def _compare(
+        self,
+        place: int,
+        term: LossTerm,
+        features: dict[Layer, mx.array],
+        goals: dict[Layer, mx.array],
+        batch: Any,
+    ) -> tuple[mx.array, mx.array]:
+        """Return the sum and the count of a feature or relation loss over its pairs of layers."""
+        projections = self.network.projections
+        pairs = []
+        for number, (ours, theirs) in enumerate(self.pairs[place]):
+            project = projections.get(f"{place}_{number}", lambda x: x)
+            pairs.append((project(features[ours]), goals[theirs]))
+        mask = batch.mask if self.texts else None
+        if term.name == "flow_of_solution":
+            flows = [
+                ((a, c), (b, d))
+                for (a, b), (c, d) in zip(pairs[:-1], pairs[1:], strict=True)
+            ]
+            values = [
+                relation.flow_of_solution(
+                    _masked_all(ours, mask), _masked_all(theirs, mask), **term.options
+                )
+                for ours, theirs in flows
+            ]
+        else:
+            values = [self._of_pair(term, ours, theirs, mask) for ours, theirs in pairs]
+        return sum((v for v, _ in values), mx.array(0.0)), sum(
+            (n for _, n in values), mx.array(0.0)
+        )
+
+    def _of_pair(
+        self, term: LossTerm, ours: mx.array, theirs: mx.array, mask: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        loss, options = LOSSES[term.name], term.options
+        ours, theirs = same_places(ours, theirs)
+        if term.name in ("hidden_mse", "hidden_cosine", "patient_kd"):
+            return loss(ours, theirs, mask, **options)
+        if term.name in ("attention_transfer", "neuron_selectivity"):
+            if mask is not None:
+                ours, theirs = ours * mask[..., None], theirs * mask[..., None]
+            return loss(ours, theirs, **options)
+        if mask is not None:
+            ours, theirs = _spread(ours, mask), _spread(theirs, mask)
+        if term.name == "contrastive":
+            ours, theirs = (x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs))
+            return loss(ours, theirs, self.num_examples, **options)
+        return loss(ours, theirs, **options)
+
+    def _open(self, batch: Any, seed: int) -> dict[str, nn.Module]:
+        """Try a batch, check that widths fit, and return the projections."""
+        hidden, features = self.answers.read(batch.inputs, self.student_layers)
+        lesson = self.teacher.lesson(batch, self.teacher_layers)
+        depth = batch.labels.ndim
+        first = hidden.reshape(-1, *hidden.shape[depth:])[:1]
+        ours = self.answers.logits(first).shape[-1]
+        if lesson.rows:
+            goal = lesson.spell(*(row.reshape(-1, *row.shape[depth:])[:1] for row in lesson.rows))
+            self._check_widths(ours, goal.logits)
+        if not self.texts and int(batch.labels.max().item()) >= ours:
+            raise InputError(f"a label is {int(batch.labels.max().item())}, the student has {ours} classes")
+        mx.random.seed(seed)
+        projections: dict[str, nn.Module] = {}
+        for place, term in enumerate(self.others):
+            for number, (mine, their) in enumerate(self.pairs[place]):
+                width, goal_width = features[mine].shape[-1], lesson.features[their].shape[-1]
+                if term.name in PROJECTED and width != goal_width:
+                    projections[f"{place}_{number}"] = nn.Linear(width, goal_width, bias=False)
+        mx.eval([module.parameters() for module in projections.values()])
+        return projections
+
+    def _check_widths(self, ours: int, goal: mx.array | None) -> None:
+        theirs = ours if goal is None else goal.shape[-1]
+        if theirs == ours or all(term.name in ("hard", "sorted_l1") for term in self.response):
+            return
+        if not self.texts:
+            raise InputError(f"the teacher has {theirs} classes, the student {ours}")
+        self.notes.append(
+            f"the teacher's head has {theirs} entries, the student's {ours}: only the first "
+            f"{min(ours, theirs)} are compared"
+        )
+
+
+def same_places(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
+    """Return two images' features with the same height and width: the larger one is averaged.
+
+    Raises:
+        InputError: If neither is a whole multiple of the other.
+    """
+    if ours.ndim != 4 or theirs.ndim != 4 or ours.shape[1:3] == theirs.shape[1:3]:
+        return ours, theirs
+    height, width = (min(a, b) for a, b in zip(ours.shape[1:3], theirs.shape[1:3], strict=True))
+    if any(x.shape[1] % height or x.shape[2] % width for x in (ours, theirs)):
+        raise InputError(
+            f"features of {ours.shape[1:3]} and {theirs.shape[1:3]} places do not fit each other"
+        )
+
+    def shrunk(x: mx.array) -> mx.array:
+        batch, tall, wide, channels = x.shape
+        parts = x.reshape(batch, height, tall // height, width, wide // width, channels)
+        return parts.mean(axis=(2, 4))
+
+    return shrunk(ours), shrunk(theirs)
+
+
+def _pairs(term: LossTerm, student: nn.Module, teacher: Any) -> list[tuple[Layer, Layer]]:
+    """Return the layers that a term compares."""
+    if not isinstance(term.layers, str):
+        pairs = list(term.layers)
+    else:
+        find_layer(student, 0), find_layer(teacher, 0)  # that there are numbered layers
+        pairs = uniform_map(len(student.layers), len(teacher.layers))  # pyright: ignore
+        if term.layers == "last" and term.name != "flow_of_solution":
+            pairs = pairs[-1:]
+    for ours, theirs in pairs:
+        find_layer(student, ours), find_layer(teacher, theirs)
+    if term.name == "flow_of_solution" and len(pairs) < 2:
+        raise InputError("flow_of_solution needs at least two pairs of layers")
+    return pairs
+
+
+def _teaching_network(teacher: Teacher) -> nn.Module | None:
+    answers = getattr(teacher, "answers", None)
+    return answers[0].network if answers else None
+
+
+def _spread(x: mx.array, mask: mx.array) -> mx.array:
+    """Return features of evenly spaced tokens of a batch of texts; padding is zero."""
+    rows = (x * mask[..., None]).reshape(-1, x.shape[-1])
+    return rows[:: max(1, rows.shape[0] // RELATION_TOKENS)]
+
+
+def _masked_all(parts: tuple[mx.array, mx.array], mask: mx.array | None) -> Any:
+    return parts if mask is None else tuple(part * mask[..., None] for part in parts)
+
+
+def _width(head: nn.Module) -> int:
+    """Return the number of a head's logits."""
+    weight = head.get("weight")
+    module = head.get("embed") if weight is None else head
+    return module["weight"].shape[0]  # pyright: ignore

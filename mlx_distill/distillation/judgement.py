@@ -1,0 +1,70 @@
+"""How good a student is on held-out data, while it learns."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distill.arrays import to_host
+from mlx_distill.distillation.losses.response import entropy, kl_divergence
+from mlx_distill.distillation.teachers import Answers, Teacher
+
+CHUNK_VALUES = 2**23
+
+
+def judge(
+    answers: Answers, teacher: Teacher, batches: Iterable[Any], with_accuracy: bool = False
+) -> dict[str, float]:
+    """Return the negative log-probability of the labels, and what the teacher thinks of it.
+
+    The sums of a few rows at a time are added up in double precision.
+    """
+    sums: dict[str, float] = {}
+    count = 0.0
+    for batch in batches:
+        hidden, _ = answers.read(batch.inputs)
+        lesson = teacher.lesson(batch)
+        depth = batch.labels.ndim
+        flat = [
+            array.reshape(-1, *array.shape[depth:])
+            for array in (hidden, batch.labels, batch.mask, *lesson.rows)
+        ]
+        width = answers.logits(flat[0][:1]).shape[-1]
+        size = max(16, CHUNK_VALUES // width)
+        for start in range(0, flat[0].shape[0], size):
+            here, labels, mask, *rows = (array[start : start + size] for array in flat)
+            goal = lesson.spell(*rows) if rows else None
+            found = _figures(answers.logits(here), labels, mask, goal and goal.logits)
+            if not with_accuracy:
+                found.pop("accuracy")
+            for name, value in zip(found, to_host(mx.stack(list(found.values()))), strict=True):
+                sums[name] = sums.get(name, 0.0) + value
+            count += float(mask.sum().item())
+    return {name: value / max(count, 1) for name, value in sums.items()}
+
+
+def _figures(
+    logits: mx.array, labels: mx.array, mask: mx.array, goal: mx.array | None
+) -> dict[str, mx.array]:
+    logits = logits.astype(mx.float32)
+    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    at_label = mx.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    best = mx.argmax(logits, axis=-1)
+    found = {
+        "nats": -(at_label * mask).sum(),
+        "accuracy": ((best == labels) * mask).sum(),
+    }
+    if goal is not None:
+        width = min(logits.shape[-1], goal.shape[-1])
+        goal = goal[..., :width].astype(mx.float32)
+        goal = goal - mx.logsumexp(goal, axis=-1, keepdims=True)
+        total, _ = kl_divergence(mx.exp(goal), entropy(goal), logits[..., :width], mask)
+        found["kl"] = total
+        found["agreement"] = ((best == mx.argmax(goal, axis=-1)) * mask).sum()
+    return found
+
+
+def perplexity(nats: float) -> float:
+    """Return the perplexity of nats per token."""
+    return float(np.exp(nats))

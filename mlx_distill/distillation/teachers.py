@@ -1,0 +1,169 @@
+"""Who teaches: live networks, one or several, or their answers on disk.
+
+A teacher gives a ``Lesson`` per batch: rows from which its word on any position can be spelled out
+later, a few tokens at a time, and the features that were asked for.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_distill.distillation.features import Body, Layer, tapped
+from mlx_distill.distillation.objective import Goal
+from mlx_distill.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_distill.data.teacher_cache import TeacherCache
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher says about a batch.
+
+    Args:
+        rows: Arrays whose leading axes are the labels'.
+        spell: Makes the goal of some rows of ``rows``, (N, ...) each.
+        features: Outputs of layers of the first teacher.
+    """
+
+    rows: tuple[mx.array, ...]
+    spell: Callable[..., Goal]
+    features: dict[Layer, mx.array] = field(default_factory=dict)
+
+
+class Teacher(Protocol):
+    """Teaches."""
+
+    def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
+        """Return what the teacher says about a batch."""
+        ...
+
+
+class Answers:
+    """A network's logits, made a few positions at a time where that is possible.
+
+    Args:
+        network: Called with a batch's inputs.
+        texts: Whether it reads texts; only then a head is looked for.
+    """
+
+    def __init__(self, network: nn.Module, texts: bool):
+        self.network = network
+        self.body = Body.of(network) if texts else None
+
+    def read(
+        self, inputs: mx.array, layers: Sequence[Layer] = ()
+    ) -> tuple[mx.array, dict[Layer, mx.array]]:
+        """Return the hidden states that ``logits`` makes logits of, and outputs of layers."""
+        with tapped(self.network, layers) as features:
+            hidden = self.body(inputs) if self.body else self.network(inputs)
+        return hidden, dict(features)
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return the logits of what ``read`` returned."""
+        return self.body.head(hidden) if self.body else hidden
+
+
+class LiveTeacher:
+    """One network or several that teach while the student learns.
+
+    Args:
+        networks: The teachers; they are frozen and put in evaluation mode.
+        texts: Whether they read texts.
+        weights: Of each, in the mean; None for equal ones.
+        mean: Of what several teachers' mean is taken: "probs" or "logits".
+
+    Raises:
+        InputError: If weights and teachers do not fit each other.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        texts: bool = True,
+        weights: Sequence[float] | None = None,
+        mean: str = "probs",
+    ):
+        if not networks:
+            raise InputError("there is no teacher; name at least one")
+        weights = [1.0] * len(networks) if weights is None else list(weights)
+        if len(weights) != len(networks):
+            raise InputError(f"{len(weights)} weights do not fit {len(networks)} teachers")
+        if min(weights) <= 0 or not math.isfinite(sum(weights)):
+            raise InputError(f"teachers' weights must be above 0, got {weights}")
+        if mean not in ("probs", "logits"):
+            raise InputError(f"the teachers' mean must be of probs or logits, got {mean}")
+        for network in networks:
+            network.freeze()
+            network.eval()
+        self.answers = [Answers(network, texts) for network in networks]
+        self.weights = [weight / sum(weights) for weight in weights]
+        self.mean = mean
+
+    def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
+        """Return what the teachers say about a batch; features are the first one's."""
+        rows, features = [], {}
+        for place, answers in enumerate(self.answers):
+            hidden, found = answers.read(batch.inputs, layers if place == 0 else ())
+            rows.append(mx.stop_gradient(hidden))
+            if place == 0:
+                features = {layer: mx.stop_gradient(output) for layer, output in found.items()}
+        return Lesson(tuple(rows), self._spell, features)
+
+    def _spell(self, *rows: mx.array) -> Goal:
+        every = [answers.logits(row) for answers, row in zip(self.answers, rows, strict=True)]
+        return Goal(mean_logits(every, self.weights, self.mean))
+
+
+def mean_logits(logits: Sequence[mx.array], weights: Sequence[float], mean: str) -> mx.array:
+    """Return the logits of several networks' weighted mean.
+
+    Args:
+        logits: Of every network; where they differ in width, the shared part counts.
+        weights: They sum to one.
+        mean: "probs" mixes the distributions (the log of the mixture is returned), "logits" takes
+            their geometric mean.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    width = min(one.shape[-1] for one in logits)
+    every = [one[..., :width].astype(mx.float32) for one in logits]
+    if mean == "logits":
+        return mx.stack([w * one for w, one in zip(weights, every, strict=True)]).sum(axis=0)
+    log_probs = [
+        one - mx.logsumexp(one, axis=-1, keepdims=True) + math.log(weight)
+        for weight, one in zip(weights, every, strict=True)
+    ]
+    return mx.logsumexp(mx.stack(log_probs), axis=0)
+
+
+class CachedTeacher:
+    """A teacher whose top tokens lie on disk.
+
+    Args:
+        cache: Of the very texts that are learned, in their order.
+    """
+
+    def __init__(self, cache: "TeacherCache"):
+        self.cache = cache
+
+    def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
+        """Return what the cache holds of a batch."""
+        if layers:
+            raise InputError("a cache holds no features; losses on features need a live teacher")
+        ids, log_probs = self.cache.batch(batch.rows, batch.inputs.shape[1])
+        return Lesson((ids, log_probs), lambda a, b: Goal(None, a, b))
+
+
+class TextTeacher:
+    """A teacher of whom there is only text: nothing but the hard labels is known."""
+
+    def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
+        """Return nothing."""
+        if layers:
+            raise InputError("text alone holds no features; losses on features need a teacher")
+        return Lesson((), lambda: Goal())
