@@ -1,4 +1,4 @@
-"""Faster generation for any mlx-lm model: draft with a small network, verify with the model."""
+"""Make language models faster with drafters of their own, and smaller by distillation."""
 
 # ruff: noqa: E402
 from mlx_distill.openblas import load_openblas
@@ -6,16 +6,23 @@ from mlx_distill.openblas import load_openblas
 load_openblas()  # has to come before the first import of mlx.core
 
 from mlx_distill.checkpoint import load, load_drafter
+from mlx_distill.distillation.distiller import Examples
+from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
 from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
+from mlx_distill.training.loop import TrainingConfig
 
 __all__ = [
     "CacheConfig",
+    "Distilled",
     "DraftPlan",
+    "Examples",
     "GenerationResponse",
     "InputError",
+    "TrainingConfig",
+    "distill",
     "generate",
     "load",
     "load_drafter",

@@ -10,7 +10,6 @@ that a machine whose speed drifts does not decide. Nothing else should run meanw
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -430,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overhead": overhead(bench, prompts[: config.timed_prompts], plan),
         "config": vars(arguments),
         "dtype": _dtype(model),
-        "commit": _commit(),
+        "commit": cli.commit(),
         "machine": cli.machine(),
         "versions": cli.versions(),
     }
@@ -562,20 +561,6 @@ def _dtype(model: nn.Module) -> str:
     embed = Target.of(model).embed
     assert embed is not None
     return str(embed(mx.array([0])).dtype).rpartition(".")[2]
-
-
-def _commit() -> str | None:
-    """Return the commit of the checkout that is measured, None if it is none."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around us
-        return git("describe", "--always", "--dirty")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def load(path_or_repo: str | Path, **options: Any) -> tuple[nn.Module, Any]:
     Raises:
         InputError: If the model is not there, is incomplete or damaged, or is of an unknown kind.
     """
-    path = _local(path_or_repo)
+    path = local_folder(path_or_repo)
     _check_model(path)
     try:
         model, tokenizer = mlx_lm.load(str(path), **options)[:2]
@@ -82,7 +82,7 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
     Raises:
         InputError: If the drafter is not there, is damaged, or was made for another target.
     """
-    path = _local(path_or_repo)
+    path = local_folder(path_or_repo)
     config = _read_config(path)
     if config.get("model_type") != MODEL_TYPE:
         raise InputError(f"{path} holds a {config.get('model_type')}, not a {MODEL_TYPE}")
@@ -236,7 +236,7 @@ def check_safetensors(path: Path) -> None:
         )
 
 
-def _local(path_or_repo: str | Path) -> Path:
+def local_folder(path_or_repo: str | Path) -> Path:
     """Return the folder of a model, fetched from the hub if the name is not a folder here."""
     path = Path(path_or_repo).expanduser()
     if path.is_dir():

@@ -6,9 +6,11 @@ import importlib
 import os
 import platform
 import resource
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +21,8 @@ from mlx_distill.errors import InputError
 VERBS = {
     "generate": "write text with a model, faster with a drafter",
     "train_drafter": "train a recurrent drafter for a model",
+    "distill": "teach a small model what a large one knows",
+    "evaluate": "compare a teacher and its students on held-out text",
     "benchmark": "measure drafting against mlx-lm on this machine",
 }
 
@@ -27,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mlx-distill VERB ...``, which is ``python -m mlx_distill.VERB ...``."""
     parser = argparse.ArgumentParser(
         prog="mlx-distill",
-        description="Make language models faster with drafters of their own.",
+        description="Make language models faster, and smaller, by distillation.",
         epilog="verbs: " + "; ".join(f"{verb}: {text}" for verb, text in VERBS.items()),
     )
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=", ".join(VERBS))
@@ -105,6 +109,20 @@ def machine() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "device": str(device.type).rpartition(".")[2],
     }
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that runs, None if it is none."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around us
+        return git("describe", "--always", "--dirty")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def memory_bytes() -> int:

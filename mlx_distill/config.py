@@ -41,6 +41,10 @@ def add_flags(
             options["nargs"] = "+"
         default = "" if item.default is None else f" (default: {_show(item.default)})"
         text = helps.get(item.name, "").rstrip(".").replace("%", "%%") + default
+        if scalar is bool:
+            action = argparse.BooleanOptionalAction
+            group.add_argument(f"--{name}", action=action, help=text, **options)
+            continue
         group.add_argument(
             f"--{name}", type=scalar, help=text, metavar=scalar.__name__.upper(), **options
         )

@@ -26,7 +26,7 @@ from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter, weig
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
-from mlx_distill.data.records import read_json, read_jsonl, write_whole
+from mlx_distill.data.records import read_jsonl, write_whole
 from mlx_distill.data.responses import (
     Response,
     ResponseConfig,
@@ -44,8 +44,7 @@ from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterCon
 from mlx_distill.errors import InputError
 from mlx_distill.target.target import Target
 from mlx_distill.training.loop import TrainingConfig, checkpoints, step_of, train
-
-SETTINGS = "settings.json"
+from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
     output = Path(arguments.output)
-    work = output.with_name(output.name + ".partial")
-    _check_output(output, work, arguments.resume)
+    work = partial_folder(output)
+    check_output(output, arguments.resume)
     model, tokenizer = cli.load_model(arguments)
     target = Target.of(model)
     target.require_drafting()
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "start_from": arguments.start_from and Path(arguments.start_from).name,
     }
     if arguments.resume:
-        _check_settings(work / SETTINGS, settings)
+        check_settings(work / SETTINGS, settings)
     start = arguments.start_from and load_drafter(arguments.start_from, model, tokenizer).network
     prompts = [
         prompt
@@ -337,33 +336,6 @@ def _parser() -> argparse.ArgumentParser:
     for config in (DrafterTraining, ResponseConfig, TrainingConfig):
         add_flags(parser, config)
     return parser
-
-
-def _check_output(output: Path, work: Path, resume: bool) -> None:
-    """Refuse to write over anything, before any work is done."""
-    if output.exists():
-        raise InputError(f"the output {output} exists; name another, or remove it")
-    if work.exists() and not resume:
-        raise InputError(f"{work} holds an unfinished training; add --resume, or remove it")
-    if resume and not work.exists():
-        raise InputError(f"there is nothing to resume: {work} does not exist")
-
-
-def _check_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Raise InputError if the training to resume is not the one that is asked for."""
-    changed = sorted(_differences(read_json(path), json.loads(json.dumps(settings))))
-    if changed:
-        raise InputError(f"cannot resume with other settings: {'; '.join(changed)}")
-
-
-def _differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Return what differs between two nested settings, a line per value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = old.keys() | new.keys()
-        return [
-            d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}.{k}".strip("."))
-        ]
-    return [] if old == new else [f"{name} was {old}, is {new}"]
 
 
 def _responses(

@@ -81,7 +81,7 @@ def write_responses(
     done = open_responses(path, prompts, config, target)
     for start in range(done, len(prompts), config.response_batch_size):
         batch = prompts[start : start + config.response_batch_size]
-        responses = _answer(model, eos_token_ids, batch, start, config)
+        responses = answer(model, eos_token_ids, batch, start, config)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"prompt": p, "response": r}, separators=(",", ":")) + "\n"
@@ -148,7 +148,7 @@ def _is_tokens(value: Any) -> bool:
     return isinstance(value, list) and all(type(token) is int for token in value)
 
 
-def _answer(
+def answer(
     model: nn.Module,
     eos_token_ids: set[int],
     prompts: Sequence[list[int]],

@@ -106,8 +106,9 @@ def encode_row(row: dict[str, Any], tokenizer: Any, place: str, learn_prompts: b
         question, answer = (_string(row[name], place) for name in ("prompt", "completion"))
         messages = [{"role": "user", "content": question}]
         if getattr(tokenizer, "has_chat_template", False):
-            return _chat([*messages, {"role": "assistant", "content": answer}], tokenizer, place)
-        prompt = encode_prompt(tokenizer, question, chat_template=False)
+            messages.append({"role": "assistant", "content": answer})
+            return encode_row({"messages": messages}, tokenizer, place, learn_prompts)
+        prompt = _prompt(tokenizer, question, place, chat_template=False)
         tokens = [*prompt, *tokenizer.encode(answer, add_special_tokens=False)]
         start = 1 if learn_prompts else len(prompt)
     elif "messages" in row:
@@ -162,7 +163,8 @@ def fit(
 def pack(texts: Sequence[Text], length: int) -> list[Text]:
     """Return the texts end to end, cut into rows of ``length`` tokens; only the last is shorter.
 
-    Nothing is padded, and a text sees the end of the one before it. Prompts are learned, too.
+    Nothing is padded, and a text sees the end of the one before it. Prompts are learned, too. A
+    single token that is left over has nothing to learn and is dropped.
     """
     stream = [token for text in texts for token in text.tokens]
     rows = [stream[at : at + length] for at in range(0, len(stream), length)]
@@ -217,16 +219,42 @@ def _epoch(
 
 
 def _chat(messages: Any, tokenizer: Any, place: str) -> Text:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise InputError(f"{place}: messages must be a list of role and content")
     if not messages or messages[-1].get("role") != "assistant":
         raise InputError(f"{place}: the last message must be the assistant's, to learn from")
-    whole = encode_prompt(tokenizer, messages, template_config={"add_generation_prompt": False})
-    start = len(encode_prompt(tokenizer, messages[:-1])) if len(messages) > 1 else 1
+    if not getattr(tokenizer, "has_chat_template", False):
+        raise InputError(f"{place}: a chat needs a tokenizer with a chat template; this has none")
+    whole = _prompt(tokenizer, messages, place, template_config={"add_generation_prompt": False})
+    asked = _prompt(tokenizer, messages[:-1], place) if len(messages) > 1 else []
+    # Where a template opens an answer to be written otherwise than a written one, such as with a
+    # mark for thinking, the answer begins where the two part.
+    pairs = enumerate(zip(whole, asked, strict=False))
+    start = next((at for at, (one, other) in pairs if one != other), min(len(whole), len(asked)))
     return Text(whole, max(1, start))
+
+
+def _prompt(tokenizer: Any, prompt: Any, place: str, **options: Any) -> list[int]:
+    try:
+        return encode_prompt(tokenizer, prompt, **options)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error.__cause__
+
+
+def _is_message(value: Any) -> bool:
+    """Return whether a template can write it; some would write a missing content as "None"."""
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("role"), str)
+        and (value.get("content") is not None or "tool_calls" in value)
+    )
 
 
 def _string(value: Any, place: str) -> str:
     if not isinstance(value, str) or not value:
         raise InputError(f"{place}: expected a non-empty text, got {value!r:.40}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{place}: not text: {error.reason} at {error.start}") from None
     return value

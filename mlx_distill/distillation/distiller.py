@@ -1,21 +1,23 @@
-"""A student that learns from a teacher: the loss of a batch, and the judgement of held-out ones.
+r"""A student that learns from a teacher: the loss of a batch, and the judgement of held-out ones.
 
 Language models and classifiers are one case: a batch has inputs, labels, and a mask over the
 labels; a network makes logits with the labels' leading axes.
 
     batch --> teacher: lesson (rows, features)
-          \\-> student: hidden, features --> head --> response losses, chunk by chunk
-                                   \\--> projections --> feature and relation losses
+          \-> student: hidden, features --> head --> response losses, chunk by chunk
+                                   \--> projections --> feature and relation losses
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
 
 from mlx_distill.distillation.features import Layer, find_layer, uniform_map
+from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.losses import relation
 from mlx_distill.distillation.losses.chunked import chunked_loss
 from mlx_distill.distillation.objective import (
@@ -124,12 +126,8 @@ class Distiller:
         self.answers = Answers(student, self.texts)
         first = _teaching_network(teacher)
         if self.others and first is None:
-            raise InputError(
-                f"{self.others[0].name} compares features, so it needs a live teacher"
-            )
-        self.pairs = {
-            place: _pairs(term, student, first) for place, term in enumerate(self.others)
-        }
+            raise InputError(f"{self.others[0].name} compares features, so it needs a live teacher")
+        self.pairs = {place: _pairs(term, student, first) for place, term in enumerate(self.others)}
         every = [pair for pairs in self.pairs.values() for pair in pairs]
         self.student_layers = list(dict.fromkeys(ours for ours, _ in every))
         self.teacher_layers = list(dict.fromkeys(theirs for _, theirs in every))
@@ -158,19 +156,19 @@ class Distiller:
             parts[term.name] = mx.stop_gradient(mean)
         return total, count, parts
 
-    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
-        """Return the student's held-out figures, per label.
+    def evaluate(self, batches: Iterable[Any], teacher: Teacher | None = None) -> dict[str, float]:
+        """Return the student's held-out figures, per label; ``teacher`` judges instead of its own.
 
         ``nats`` is the negative log-probability of the labels. With a teacher's logits there is
         ``kl``, KL(teacher || student), and ``agreement``, of the best classes; of classifiers there
         is the ``accuracy``.
         """
-        from mlx_distill.distillation.judgement import judge
-
         student = self.network.student
         student.eval()
         try:
-            return judge(self.answers, self.teacher, batches, with_accuracy=not self.texts)
+            return judge(
+                self.answers, teacher or self.teacher, batches, with_accuracy=not self.texts
+            )
         finally:
             student.train()
 
@@ -215,10 +213,7 @@ class Distiller:
             pairs.append((project(features[ours]), goals[theirs]))
         mask = batch.mask if self.texts else None
         if term.name == "flow_of_solution":
-            flows = [
-                ((a, c), (b, d))
-                for (a, b), (c, d) in zip(pairs[:-1], pairs[1:], strict=True)
-            ]
+            flows = [((a, c), (b, d)) for (a, b), (c, d) in pairwise(pairs)]
             values = [
                 relation.flow_of_solution(
                     _masked_all(ours, mask), _masked_all(theirs, mask), **term.options
@@ -245,7 +240,9 @@ class Distiller:
         if mask is not None:
             ours, theirs = _spread(ours, mask), _spread(theirs, mask)
         if term.name == "contrastive":
-            ours, theirs = (x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs))
+            ours, theirs = (
+                x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs)
+            )
             return loss(ours, theirs, self.num_examples, **options)
         return loss(ours, theirs, **options)
 
@@ -260,7 +257,9 @@ class Distiller:
             goal = lesson.spell(*(row.reshape(-1, *row.shape[depth:])[:1] for row in lesson.rows))
             self._check_widths(ours, goal.logits)
         if not self.texts and int(batch.labels.max().item()) >= ours:
-            raise InputError(f"a label is {int(batch.labels.max().item())}, the student has {ours} classes")
+            raise InputError(
+                f"a label is {int(batch.labels.max().item())}, the student has {ours} classes"
+            )
         mx.random.seed(seed)
         projections: dict[str, nn.Module] = {}
         for place, term in enumerate(self.others):
@@ -307,11 +306,12 @@ def same_places(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
 
 def _pairs(term: LossTerm, student: nn.Module, teacher: Any) -> list[tuple[Layer, Layer]]:
     """Return the layers that a term compares."""
+    pairs: list[tuple[Layer, Layer]]
     if not isinstance(term.layers, str):
         pairs = list(term.layers)
     else:
         find_layer(student, 0), find_layer(teacher, 0)  # that there are numbered layers
-        pairs = uniform_map(len(student.layers), len(teacher.layers))  # pyright: ignore
+        pairs = [*uniform_map(len(student.layers), len(teacher.layers))]  # pyright: ignore
         if term.layers == "last" and term.name != "flow_of_solution":
             pairs = pairs[-1:]
     for ours, theirs in pairs:

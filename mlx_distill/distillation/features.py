@@ -89,7 +89,7 @@ class TiedHead(nn.Module):
         return self.embed.as_linear(hidden)  # pyright: ignore
 
 
-class _Reached(Exception):  # noqa: N818
+class _Reached(Exception):
     """The forward has come to the head; nothing behind it is needed."""
 
     def __init__(self, hidden: mx.array):
@@ -152,7 +152,7 @@ class Body:
         raise _NotReached
 
 
-class _NotReached(Exception):  # noqa: N818
+class _NotReached(Exception):
     """A module that looked like the head was not called as one."""
 
 

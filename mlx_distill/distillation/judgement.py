@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_distill.arrays import to_host
+from mlx_distill.arrays import to_host, to_number
 from mlx_distill.distillation.losses.response import entropy, kl_divergence
 from mlx_distill.distillation.teachers import Answers, Teacher
 
@@ -35,12 +34,13 @@ def judge(
         for start in range(0, flat[0].shape[0], size):
             here, labels, mask, *rows = (array[start : start + size] for array in flat)
             goal = lesson.spell(*rows) if rows else None
-            found = _figures(answers.logits(here), labels, mask, goal and goal.logits)
+            theirs = goal.logits if goal is not None and goal.known is None else None
+            found = _figures(answers.logits(here), labels, mask, theirs)
             if not with_accuracy:
                 found.pop("accuracy")
             for name, value in zip(found, to_host(mx.stack(list(found.values()))), strict=True):
                 sums[name] = sums.get(name, 0.0) + value
-            count += float(mask.sum().item())
+            count += to_number(mask.sum())
     return {name: value / max(count, 1) for name, value in sums.items()}
 
 
@@ -63,8 +63,3 @@ def _figures(
         found["kl"] = total
         found["agreement"] = ((best == mx.argmax(goal, axis=-1)) * mask).sum()
     return found
-
-
-def perplexity(nats: float) -> float:
-    """Return the perplexity of nats per token."""
-    return float(np.exp(nats))

@@ -138,11 +138,13 @@ class Goal:
         logits: (N, V), or None if only the top tokens are known.
         top_ids: (N, K), where only those are known.
         top_log_probs: Normalised over the whole vocabulary.
+        known: (N,), 0 where the teacher says nothing; None if it always does.
     """
 
     logits: mx.array | None = None
     top_ids: mx.array | None = None
     top_log_probs: mx.array | None = None
+    known: mx.array | None = None
 
 
 def response_losses(
@@ -166,7 +168,7 @@ def _response(
 ) -> response.Loss:
     if term.name == "hard":
         return response.hard_labels(logits, labels, mask, **term.options)
-    if goal is None:
+    if goal is None or (goal.logits is None and goal.top_ids is None):
         raise InputError(f"{term.name} needs a teacher")
     if term.name == "sparse_kl":
         options = {key: value for key, value in term.options.items() if key != "k"}
@@ -178,6 +180,8 @@ def _response(
             "use sparse_kl"
         )
     theirs = goal.logits
+    if goal.known is not None:
+        mask = mask * goal.known
     if term.name != "sorted_l1":  # padded heads: what only one of them has is never a token
         width = min(logits.shape[-1], theirs.shape[-1])
         logits, theirs = logits[..., :width], theirs[..., :width]

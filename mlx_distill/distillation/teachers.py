@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import mlx.core as mx
 from mlx import nn
 
+from mlx_distill.arrays import to_host
 from mlx_distill.distillation.features import Body, Layer, tapped
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
@@ -167,3 +168,71 @@ class TextTeacher:
         if layers:
             raise InputError("text alone holds no features; losses on features need a teacher")
         return Lesson((), lambda: Goal())
+
+
+class RetokenizedTeacher(LiveTeacher):
+    """A teacher with a tokenizer of its own: it reads the same text in its own tokens.
+
+    The i-th token that the student learns is compared with the i-th that the teacher would have,
+    so only losses between sorted distributions make sense; where the teacher has fewer tokens, it
+    says nothing.
+
+    Args:
+        network: The teacher.
+        student_tokenizer: Of the texts' tokens.
+        tokenizer: The teacher's.
+
+    Source:
+        Boizard et al. 2024 (universal logit distillation), arXiv:2402.12030, section 3.
+    """
+
+    def __init__(self, network: nn.Module, student_tokenizer: Any, tokenizer: Any):
+        super().__init__([network])
+        self.student_tokenizer = student_tokenizer
+        self.tokenizer = tokenizer
+
+    def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
+        """Return what the teacher says, in the places of the student's learned tokens."""
+        if layers:
+            raise InputError(
+                "features of another tokenizer's tokens cannot be compared; use sorted_l1"
+            )
+        texts, learned = to_host(batch.tokens), to_host(batch.mask)
+        own, starts = [], []
+        for tokens, mask in zip(texts, learned, strict=True):
+            places = [place for place, one in enumerate(mask) if one] or [0]
+            first, end = places[0] + 1, places[-1] + 2
+            prompt = self._encode(tokens[:first], True)
+            own.append(prompt + self._encode(tokens[first:end], False))
+            starts.append(len(prompt))
+        width = max(map(len, own))
+        inputs = mx.array([tokens + [0] * (width - len(tokens)) for tokens in own])
+        hidden, _ = self.answers[0].read(inputs)
+        at, known = self._places(learned, own, starts)
+        rows = mx.take_along_axis(hidden, at[..., None], axis=1)
+        return Lesson((mx.stop_gradient(rows), known), self._spell_known)
+
+    def _encode(self, tokens: list[int], special: bool) -> list[int]:
+        text = self.student_tokenizer.decode(tokens, skip_special_tokens=True)
+        return list(self.tokenizer.encode(text, add_special_tokens=special))
+
+    def _places(
+        self, learned: list[list[float]], own: list[list[int]], starts: list[int]
+    ) -> tuple[mx.array, mx.array]:
+        """Return where the teacher predicts the token of each place, and whether it does."""
+        at, known = [], []
+        for mask, tokens, start in zip(learned, own, starts, strict=True):
+            number = 0
+            places, says = [], []
+            for one in mask:
+                place = max(start, 1) - 1 + number
+                there = bool(one) and place < len(tokens) - 1
+                places.append(place if there else 0)
+                says.append(float(there))
+                number += bool(one)
+            at.append(places)
+            known.append(says)
+        return mx.array(at), mx.array(known)
+
+    def _spell_known(self, hidden: mx.array, known: mx.array) -> Goal:
+        return Goal(self.answers[0].logits(hidden), known=known)

@@ -82,6 +82,7 @@ class Progress:
         learning_rate: Of this step.
         parts: The terms that the loss is made of, if it names them.
         evaluation: What ``evaluate`` said, on the steps where it was asked.
+        saves: Whether a checkpoint is written after this step.
         stopped: Whether the training ends here because it was asked to.
     """
 
@@ -92,6 +93,7 @@ class Progress:
     learning_rate: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
+    saves: bool = False
     stopped: bool = False
 
 
@@ -139,10 +141,12 @@ def train(
         progress.learning_rate = float(to_number(optimizer.learning_rate))
         progress.stopped = stop()
         last = step + 1 == config.steps
+        due = (step + 1) % config.checkpoint_every == 0
+        progress.saves = last or due or progress.stopped
         if last or (step + 1) % config.evaluate_every == 0:
             progress.evaluation = evaluate()
         yield progress  # what the caller keeps of a step is there before its checkpoint is
-        if last or progress.stopped or (step + 1) % config.checkpoint_every == 0:
+        if progress.saves:
             save(folder, step + 1, network, optimizer)
         if progress.stopped:
             return

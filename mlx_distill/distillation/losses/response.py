@@ -294,6 +294,8 @@ def sparse_kl(
     if tail == "teacher":
         values = _kl(_log_softmax(known / temperature), student)
         return _total(values, mask, _scale(temperature, scaled))
+    if top_ids.shape[-1] == logits.shape[-1]:  # no token is left for the bucket
+        return _total(_kl(known, student), mask)
     rest = mx.put_along_axis(logits, top_ids, mx.array(-mx.inf), axis=-1)
     student_tail = mx.logsumexp(rest, axis=-1) - normaliser[..., 0]
     teacher_tail = mx.maximum(1 - mx.exp(known).sum(axis=-1), 0)

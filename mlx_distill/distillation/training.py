@@ -1,0 +1,199 @@
+"""``distill``: a student, its teachers and data in; a trained student and its log out."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx import nn
+from tqdm import tqdm
+
+from mlx_distill.data.batches import shuffled_rows
+from mlx_distill.data.texts import Text, batch_order, text_batch
+from mlx_distill.distillation.distiller import Distiller, Examples
+from mlx_distill.distillation.objective import LossTerm
+from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts
+from mlx_distill.distillation.teachers import LiveTeacher, Teacher, TextTeacher
+from mlx_distill.errors import InputError
+from mlx_distill.training.journal import Journal
+from mlx_distill.training.loop import (
+    Progress,
+    TrainingConfig,
+    checkpoints,
+    step_of,
+    stopping,
+    train,
+)
+
+Data = Sequence[Text] | Examples
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a training has come to.
+
+    Args:
+        log: A row per step: the loss, its parts, and on some steps what was held out.
+        notes: What the user should know, in sentences.
+        finished: False if Ctrl-C ended it; calling again with the same folder goes on.
+    """
+
+    log: list[dict[str, Any]]
+    notes: list[str]
+    finished: bool
+
+
+def distill(
+    student: nn.Module,
+    teachers: nn.Module | Sequence[nn.Module] | Teacher | None,
+    data: Data,
+    *,
+    folder: str | Path,
+    losses: Sequence[str | LossTerm] = ("forward_kl",),
+    valid: Data | None = None,
+    valid_teacher: Teacher | None = None,
+    training: TrainingConfig | None = None,
+    batch_size: int = 8,
+    weights: Sequence[float] | None = None,
+    mean: str = "probs",
+    on_policy: OnPolicyConfig | None = None,
+    eos_token_ids: Sequence[int] = (),
+    augment: Callable[[Examples, int], Examples] | None = None,
+    seed: int = 0,
+    callback: Any = None,
+    quiet: bool = False,
+) -> Distilled:
+    """Train a student, in place, on what teachers say about data.
+
+    A run that was killed goes on from the last checkpoint in ``folder`` when it is called again,
+    and ends with the same bits.
+
+    Args:
+        student: A language model of mlx-lm, or any network from inputs to logits (B, C).
+        teachers: One network, several, a ``Teacher`` (a cache, for example), or None: then the data
+            are all there is, and only hard labels can be learned.
+        data: Texts, or examples of a classifier.
+        folder: Checkpoints and the log.
+        losses: Terms of a weighted sum, as ``"forward_kl:weight=0.9,temperature=2"``.
+        valid: Held out, of the same kind; None judges nothing.
+        valid_teacher: Judges there instead; for a cache, which knows its own texts only.
+        training: Steps, learning rate and so on.
+        batch_size: Texts or examples per batch.
+        weights: Of several teachers; None for equal ones.
+        mean: Of several teachers: "probs" or "logits".
+        on_policy: Lets the student write a share of the batches.
+        eos_token_ids: What ends a text that the student writes.
+        augment: Changes a batch of examples before anybody sees it; it is given the batch's number,
+            on which alone its randomness may depend.
+        seed: Of the order of the data, and of everything that is drawn.
+        callback: An mlx-lm ``TrainingCallback``.
+        quiet: Draw no progress bar.
+
+    Raises:
+        InputError: If the parts do not fit each other, or the loss is not a number.
+    """
+    training = training or TrainingConfig()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    terms = [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
+    texts = not isinstance(data, Examples)
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if texts and not data:
+        raise InputError("there are no texts")
+    teacher = _teacher(teachers, texts, weights, mean)
+    batches = _batches(student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed)
+    size = len(data) if texts else data.labels.size
+    distiller = Distiller(student, teacher, terms, _batch(data, range(min(2, size))), size, seed)
+    judge = Distiller.evaluate
+    done = checkpoints(folder)
+    journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
+    student.train()
+    with stopping("finishing this step, then saving; Ctrl-C again ends at once") as stop:
+        steps = train(
+            distiller.network,
+            distiller.loss,
+            lambda number: distiller.teach(batches(number)),
+            lambda: (
+                {} if valid is None else judge(distiller, _slices(valid, batch_size), valid_teacher)
+            ),
+            training,
+            folder,
+            stop,
+        )
+        finished = _follow(steps, journal, training.steps, quiet)
+    student.eval()
+    return Distilled(journal.rows, distiller.notes, finished)
+
+
+def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool) -> bool:
+    """Draw the bar and keep the log; return whether the training came to its end."""
+    stopped = False
+    done = journal.rows[-1]["step"] if journal.rows else 0
+    with tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stderr) as bar:
+        for progress in steps:
+            journal.add(progress)
+            stopped = progress.stopped
+            bar.update()
+            parts = " ".join(f"{name} {value:.3f}" for name, value in progress.parts.items())
+            bar.set_description(parts or f"loss {progress.loss:.3f}")
+            if progress.evaluation:
+                found = " ".join(f"{k} {v:.3f}" for k, v in progress.evaluation.items())
+                bar.set_postfix_str(f"held out: {found}")
+            if progress.evaluation or progress.saves:
+                journal.write()
+    return not stopped
+
+
+def _teacher(teachers: Any, texts: bool, weights: Sequence[float] | None, mean: str) -> Teacher:
+    if teachers is None:
+        return TextTeacher()
+    if isinstance(teachers, nn.Module):
+        teachers = [teachers]
+    if isinstance(teachers, list | tuple):
+        return LiveTeacher(teachers, texts, weights, mean)
+    return teachers
+
+
+def _batch(data: Data, rows: Sequence[int]) -> Any:
+    return data.take(rows) if isinstance(data, Examples) else text_batch(data, rows)
+
+
+def _slices(data: Data, batch_size: int) -> Iterator[Any]:
+    size = data.labels.size if isinstance(data, Examples) else len(data)
+    if not isinstance(data, Examples):
+        data = sorted(data, key=lambda text: len(text.tokens))
+    for start in range(0, size, 4 * batch_size):
+        yield _batch(data, range(start, min(start + 4 * batch_size, size)))
+
+
+def _batches(
+    student: nn.Module,
+    data: Data,
+    batch_size: int,
+    on_policy: OnPolicyConfig | None,
+    eos_token_ids: Sequence[int],
+    folder: Path,
+    augment: Callable[[Examples, int], Examples] | None,
+    seed: int,
+) -> Callable[[int], Any]:
+    """Return the training's batches as a function of their number."""
+    drawing = on_policy is not None and on_policy.on_policy > 0
+    if isinstance(data, Examples):
+        if drawing:
+            raise InputError("only language models can write what they learn from")
+        size = data.labels.size
+
+        def examples(number: int) -> Examples:
+            batch = data.take(shuffled_rows(size, min(batch_size, size), number, seed).tolist())
+            return augment(batch, number) if augment else batch
+
+        return examples
+    order = batch_order([len(text.tokens) for text in data], batch_size, seed)
+    if not drawing:
+        return lambda number: text_batch(data, order(number))
+    assert on_policy is not None
+    return Rollouts(
+        student, data, order, batch_size, set(eos_token_ids), on_policy, folder, seed
+    ).batch

@@ -1,0 +1,204 @@
+"""Figures of language models: logits to scores per token, to sums per text, to intervals.
+
+Arrays and strings only; no model, no file. Everything is kept as sums over a text's tokens, so that
+texts can be drawn anew without computing anything again::
+
+    logits (T, V) -> token_scores (T,) -> text_sums -> resampled (R, ...) -> figures (R,)
+"""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Int
+
+from mlx_distill.speculation.sampling import log_probs
+
+NUM_BINS = 15
+Sums = dict[str, Any]  # NumPy arrays, or its numbers where no axis is left
+
+
+def token_scores(
+    logits: Float[mx.array, "T V"],
+    labels: Int[mx.array, " T"],
+    teacher_logits: Float[mx.array, "T V"] | None = None,
+) -> dict[str, mx.array]:
+    """Return what is known of every token's prediction.
+
+    Args:
+        logits: Before the token; not normalised.
+        labels: The token.
+        teacher_logits: Of another model at the same places.
+
+    Returns:
+        ``nats``, the token's negative log-probability; ``confidence``, the best token's
+        probability; ``right``, whether the best one is the token. With a teacher also ``kl``,
+        KL(teacher || model) in nats, and ``agree``, whether both have the same best token.
+    """
+    log_probs_TV = log_probs(logits)
+    best = mx.argmax(log_probs_TV, axis=-1)
+    scores = {
+        "nats": -mx.take_along_axis(log_probs_TV, labels[:, None], axis=-1)[:, 0],
+        "confidence": mx.exp(log_probs_TV.max(axis=-1)),
+        "right": best == labels,
+    }
+    if teacher_logits is not None:
+        teacher_TV = log_probs(teacher_logits)
+        probs = mx.exp(teacher_TV)
+        # Not the losses' form, cross entropy less entropy: that leaves 1e-6 of rounding where the
+        # two are equal. Where the teacher has no mass the student does not matter.
+        scores["kl"] = mx.where(probs > 0, probs * (teacher_TV - log_probs_TV), 0).sum(axis=-1)
+        scores["agree"] = mx.argmax(teacher_TV, axis=-1) == best
+    return scores
+
+
+def text_sums(scores: Sums) -> Sums:
+    """Return the sums of a text's scores over its tokens, in float64.
+
+    Confidences and right predictions are summed by confidence, in bins of equal width.
+    """
+    scores = {name: values.astype(np.float64) for name, values in scores.items()}
+    confidence, right = scores.pop("confidence"), scores.pop("right")
+    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+    return {
+        "tokens": float(len(confidence)),
+        "bin_confidence": np.bincount(bins, confidence, NUM_BINS),
+        "bin_right": np.bincount(bins, right, NUM_BINS),
+        **{name: values.sum() for name, values in scores.items()},
+    }
+
+
+def report(
+    sums: dict[str, Sums], teacher: str | None = None, num_samples: int = 1000, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Return every model's figures with intervals, from their sums per text.
+
+    Each is ``{"value", "interval"}``; see ``figures``. With a teacher and at least two other models
+    these have ``gap_closed``: which share of the gap in nats per token between the first of them
+    and the teacher they close, None where there is no such gap.
+
+    Args:
+        sums: By model, as ``evaluate`` returns them.
+        teacher: The one that ``evaluate`` was told.
+        num_samples: How often the texts are drawn anew. One text has no intervals.
+        seed: Of the draws; they are the same for all models.
+    """
+    whole = {
+        name: figures({key: values.sum(axis=0) for key, values in one.items()})
+        for name, one in sums.items()
+    }
+    drawn = {
+        name: figures({key: resampled(values, num_samples, seed) for key, values in one.items()})
+        for name, one in sums.items()
+    }
+    students = [name for name in sums if name != teacher]
+    if teacher is not None and len(students) > 1:
+        for some in (whole, drawn):
+            nats = {name: some[name]["nats_per_token"] for name in sums}
+            for name in students:
+                some[name]["gap_closed"] = share_closed(
+                    nats[students[0]], nats[name], nats[teacher]
+                )
+    return {
+        name: {
+            "texts": len(one["tokens"]),
+            "tokens": int(one["tokens"].sum()),
+            **{key: with_interval(value, drawn[name][key]) for key, value in whole[name].items()},
+        }
+        for name, one in sums.items()
+    }
+
+
+def figures(sums: Sums) -> Sums:
+    """Return the figures of some sums over texts; leading axes are kept.
+
+    The calibration error is the mean distance of confidence and share of right predictions, over
+    bins weighted by their tokens. An absolute value does not average out: of few tokens it comes
+    out too high, and of texts drawn anew higher still.
+
+    Source:
+        Guo et al. 2017, arXiv:1706.04599, equation 3.
+    """
+    tokens = sums["tokens"]
+    nats = sums["nats"] / tokens
+    distance = np.abs(sums["bin_confidence"] - sums["bin_right"]).sum(axis=-1)
+    with np.errstate(over="ignore"):  # an infinite perplexity is one
+        found = {"perplexity": np.exp(nats), "nats_per_token": nats}
+    found["calibration_error"] = distance / tokens
+    if "kl" in sums:
+        found |= {"kl": sums["kl"] / tokens, "agreement": sums["agree"] / tokens}
+    return found
+
+
+def resampled(sums: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Return sums over texts drawn with replacement, one row per sample.
+
+    The same number of texts and the same seed draw the same texts, so that figures of several
+    models are paired. A single text has no samples: it could not be drawn otherwise.
+
+    Args:
+        sums: One row per text.
+        num_samples: How often to draw as many texts as there are.
+        seed: Of the draws.
+    """
+    random = np.random.default_rng(seed)
+    num_texts = len(sums)
+    drawn = np.empty((num_samples if num_texts > 1 else 0, *sums.shape[1:]))
+    for row in range(len(drawn)):
+        counts = np.bincount(random.integers(num_texts, size=num_texts), minlength=num_texts)
+        drawn[row] = np.tensordot(counts, sums, axes=1)
+    return drawn
+
+
+def with_interval(value: Any, samples: np.ndarray) -> dict[str, Any]:
+    """Return a figure and its 95 % interval, the percentiles of its bootstrap samples.
+
+    Without samples, or with one that is not a number, the interval is None.
+
+    Source:
+        Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13.
+    """
+    known = samples.size > 0 and bool(np.isfinite(samples).all())
+    interval = np.percentile(samples, [2.5, 97.5]).tolist() if known else None
+    return {"value": float(value), "interval": interval}
+
+
+def share_closed(first: Any, this: Any, teacher: Any) -> Any:
+    """Return which share of the gap between a first student and the teacher another one closes.
+
+    NaN where the first student is no worse than the teacher: there is no gap.
+    """
+    gap = first - teacher
+    return (first - this) / np.where(gap > 0, gap, np.nan)
+
+
+def exact_match(answer: str, references: Sequence[str]) -> float:
+    """Return 1 if a normalised answer is one of the references, else 0."""
+    return float(any(normalised(answer) == normalised(one) for one in references))
+
+
+def f1(answer: str, references: Sequence[str]) -> float:
+    """Return the harmonic mean of precision and recall of an answer's words; the best reference's.
+
+    Source:
+        Rajpurkar et al. 2016 (SQuAD), arXiv:1606.05250, section 6.1; where nothing is left of one
+        of the two, as in version 2.0: 1 if nothing is left of both, else 0.
+    """
+    return max(_f1(normalised(answer).split(), normalised(one).split()) for one in references)
+
+
+def normalised(answer: str) -> str:
+    """Return an answer in lower case, without punctuation, articles and superfluous spaces."""
+    letters = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
+
+
+def _f1(answer: list[str], reference: list[str]) -> float:
+    if not answer or not reference:
+        return float(answer == reference)
+    shared = (Counter(answer) & Counter(reference)).total()
+    return 2 * shared / (len(answer) + len(reference))

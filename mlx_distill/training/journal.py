@@ -1,0 +1,122 @@
+"""What a training leaves to be read: a log, curves, and calls to mlx-lm's reporting callbacks.
+
+``log.jsonl`` has a row per step and is written whole every time, so that a kill leaves complete
+rows; ``log.csv`` and ``curves.png`` are made of it at the end.
+"""
+
+import csv
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_distill.data.records import read_jsonl, write_whole
+from mlx_distill.training.loop import Progress
+
+LOG, TABLE, CURVES = "log.jsonl", "log.csv", "curves.png"
+
+
+class Journal:
+    """The log of a training.
+
+    Args:
+        folder: Where it lies; what an earlier run wrote of the steps before is kept.
+        step: Steps that are done.
+        callback: An mlx-lm ``TrainingCallback``, or None.
+    """
+
+    def __init__(self, folder: Path, step: int, callback: Any = None):
+        self.folder = folder
+        self.callback = callback
+        path = folder / LOG
+        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
+        self.rows = [row for row in rows if row["step"] <= step]
+        self.count = sum(row["count"] for row in self.rows)
+        self._time = time.perf_counter()
+
+    def add(self, progress: Progress) -> dict[str, Any]:
+        """Note a step, and tell the callback."""
+        now = time.perf_counter()
+        seconds, self._time = now - self._time, now
+        self.count += progress.count
+        row = {
+            "step": progress.step,
+            "loss": progress.loss,
+            "count": progress.count,
+            "learning_rate": progress.learning_rate,
+            **progress.parts,
+        }
+        if progress.evaluation:
+            row["held_out"] = progress.evaluation
+        self.rows.append(row)
+        if self.callback is not None:
+            self._report(progress, seconds)
+        return row
+
+    def write(self) -> None:
+        """Write the log; complete, or as it was."""
+        write_whole(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _report(self, progress: Progress, seconds: float) -> None:
+        """Call back as mlx-lm's own trainer does, with its names."""
+        self.callback.on_train_loss_report(
+            {
+                "iteration": progress.step,
+                "train_loss": progress.loss,
+                "learning_rate": progress.learning_rate,
+                "iterations_per_second": 1 / max(seconds, 1e-9),
+                "tokens_per_second": progress.count / max(seconds, 1e-9),
+                "trained_tokens": int(self.count),
+                "peak_memory": mx.get_peak_memory() / 1e9,
+                **progress.parts,
+            }
+        )
+        if progress.evaluation:
+            found = progress.evaluation
+            self.callback.on_val_loss_report(
+                {"iteration": progress.step, "val_loss": found.get("nats"), **found}
+            )
+
+
+def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write a log as CSV; what was not measured on a step is left empty."""
+    flat = [_flat(row) for row in rows]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(flat)
+
+
+def draw_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw the loss, its parts and the held-out figures over the steps, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    known = ("step", "count", "learning_rate", "held_out")
+    names = [name for name in rows[-1] if name not in known]
+    for name in names[:1] if len(names) == 2 else names:  # of one part, the loss says it
+        left.plot([r["step"] for r in rows], [r.get(name) for r in rows], label=name, linewidth=1)
+    left.set(title="training", xlabel="step", ylabel="loss", yscale="symlog")
+    left.legend()
+    judged = [row for row in rows if "held_out" in row]
+    for name in judged[-1]["held_out"] if judged else ():
+        values = [row["held_out"].get(name) for row in judged]
+        right.plot([row["step"] for row in judged], values, marker="o", label=name)
+    right.set(title="held out", xlabel="step")
+    if judged:
+        right.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    held_out = {f"held_out_{k}": v for k, v in row.get("held_out", {}).items()}
+    return {k: v for k, v in row.items() if k != "held_out"} | held_out

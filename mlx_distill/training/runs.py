@@ -1,0 +1,47 @@
+"""A run's folder: refused if it exists, partial while it is made, and resumed only as it began."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.data.records import read_json
+from mlx_distill.errors import InputError
+
+SETTINGS = "settings.json"
+
+
+def partial_folder(output: Path) -> Path:
+    """Return where a result is made, until it is whole."""
+    return output.with_name(output.name + ".partial")
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse to write over anything, before any work is done.
+
+    Raises:
+        InputError: If the output exists, or an unfinished run is in the way or missing.
+    """
+    work = partial_folder(output)
+    if output.exists():
+        raise InputError(f"the output {output} exists; name another, or remove it")
+    if work.exists() and not resume:
+        raise InputError(f"{work} holds an unfinished training; add --resume, or remove it")
+    if resume and not work.exists():
+        raise InputError(f"there is nothing to resume: {work} does not exist")
+
+
+def check_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Raise InputError if the training to resume is not the one that is asked for."""
+    changed = sorted(_differences(read_json(path), json.loads(json.dumps(settings))))
+    if changed:
+        raise InputError(f"cannot resume with other settings: {'; '.join(changed)}")
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Return what differs between two nested settings, a line per value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = old.keys() | new.keys()
+        return [
+            d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}.{k}".strip("."))
+        ]
+    return [] if old == new else [f"{name} was {old}, is {new}"]

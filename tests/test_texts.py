@@ -1,0 +1,425 @@
+"""Texts to learn from: what is read, what is learned of it, and in which order."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import mlx_lm
+import numpy as np
+import pytest
+
+from mlx_distill.checkpoint import bundled
+from mlx_distill.data.texts import (
+    Text,
+    batch_order,
+    encode_row,
+    fit,
+    local_file,
+    pack,
+    read_texts,
+    text_batch,
+)
+from mlx_distill.errors import InputError
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# Opens an answer with a mark that a finished answer has no longer, as templates for thinking do.
+THINKING = TEMPLATE.replace("[assistant]{%", "[assistant] <think>{%")
+FAILING = "{{ raise_exception('roles must alternate') }}"
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello, Lily!"},
+]
+PAIR = {"prompt": "Once upon a time", "completion": "there was a dog."}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # The hub's client reads the environment only once, when it is imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+
+
+def templated(template: str) -> Any:
+    return mlx_lm.utils.load_tokenizer(
+        bundled("stories-14m"), tokenizer_config_extra={"chat_template": template}
+    )
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer() -> Any:
+    return templated(TEMPLATE)
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def learned(text: Text) -> list[int]:
+    return text.tokens[text.start :]
+
+
+# --------------------------------------------------------------------------------------- the rows
+
+
+def test_text(tokenizer: Any) -> None:
+    text = encode_row({"text": "A dog ran."}, tokenizer, "here", False)
+    assert text == Text([*tokenizer.encode("A dog ran."), tokenizer.eos_token_id], 1)
+    assert text.tokens[0] == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_prompt_and_completion(tokenizer: Any, learn_prompts: bool) -> None:
+    text = encode_row(PAIR, tokenizer, "here", learn_prompts)
+    prompt = tokenizer.encode("Once upon a time")
+    answer = tokenizer.encode("there was a dog.", add_special_tokens=False)
+    assert text.tokens == [*prompt, *answer, tokenizer.eos_token_id]
+    assert text.start == (1 if learn_prompts else len(prompt))
+    if not learn_prompts:
+        assert learned(text) == [*answer, tokenizer.eos_token_id]
+
+
+def test_eos_is_appended_once(tokenizer: Any) -> None:
+    """A text that ends with it keeps its own."""
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token
+    rows = [
+        {"text": "A dog.</s>"},
+        {"text": "A dog."},
+        {"prompt": "A", "completion": "dog.</s>"},
+        {"prompt": f"{bos}A", "completion": "dog."},
+    ]
+    for row in rows:
+        tokens = encode_row(row, tokenizer, "here", False).tokens
+        assert tokens[-1] == eos
+        assert tokens.count(eos) == 1
+        assert tokens.count(tokenizer.bos_token_id) == 1
+
+
+class NoEnd:
+    """A tokenizer that has no token for the end."""
+
+    bos_token = eos_token_id = None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [ord(character) for character in text]
+
+
+def test_tokenizer_without_eos() -> None:
+    assert encode_row({"text": "ab"}, NoEnd(), "here", False) == Text([97, 98], 1)
+    row = {"prompt": "ab", "completion": "c"}
+    assert encode_row(row, NoEnd(), "here", False) == Text([97, 98, 99], 2)
+
+
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_chat(chat_tokenizer: Any, learn_prompts: bool) -> None:
+    """The template decides how a chat ends; the last answer is learned."""
+    text = encode_row({"messages": CHAT}, chat_tokenizer, "here", learn_prompts)
+    assert text.tokens == chat_tokenizer.apply_chat_template(CHAT)
+    asked = chat_tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True)
+    assert text.start == (1 if learn_prompts else len(asked))
+    if not learn_prompts:
+        assert chat_tokenizer.decode(learned(text)) == "Hello, Lily!\n"
+
+
+@pytest.mark.parametrize("learn_prompts", [False, True])
+def test_prompt_goes_through_the_template(chat_tokenizer: Any, learn_prompts: bool) -> None:
+    chat = [
+        {"role": "user", "content": PAIR["prompt"]},
+        {"role": "assistant", "content": PAIR["completion"]},
+    ]
+    text = encode_row(PAIR, chat_tokenizer, "here", learn_prompts)
+    assert text == encode_row({"messages": chat}, chat_tokenizer, "here", learn_prompts)
+    assert (text.start == 1) == learn_prompts
+
+
+def test_answer_begins_where_it_differs_from_the_template_for_writing() -> None:
+    """Not after as many tokens as that has: they would be the answer's."""
+    tokenizer = templated(THINKING)
+    text = encode_row({"messages": CHAT}, tokenizer, "here", False)
+    assert tokenizer.decode(learned(text)) == "Hello, Lily!\n"
+
+
+def test_answer_to_nothing(chat_tokenizer: Any) -> None:
+    text = encode_row({"messages": CHAT[-1:]}, chat_tokenizer, "here", False)
+    assert text == Text(chat_tokenizer.apply_chat_template(CHAT[-1:]), 1)
+
+
+def test_layout_with_both_keys_is_a_pair(tokenizer: Any) -> None:
+    row = {**PAIR, "text": "Other.", "messages": CHAT}
+    assert encode_row(row, tokenizer, "here", False) == encode_row(PAIR, tokenizer, "here", False)
+
+
+BAD_ROWS = [
+    ({"prompt": "Hi"}, "expected text, prompt and completion, or messages, got ['prompt']"),
+    ({}, "expected text, prompt and completion, or messages, got []"),
+    ({"text": ""}, "expected a non-empty text, got ''"),
+    ({"text": 3}, "expected a non-empty text, got 3"),
+    ({"text": None}, "expected a non-empty text, got None"),
+    ({"text": "\ud800"}, "not text: surrogates not allowed at 0"),
+    ({"prompt": "Hi", "completion": ""}, "expected a non-empty text, got ''"),
+    ({"prompt": "", "completion": "Hi"}, "expected a non-empty text, got ''"),
+    ({"prompt": "Hi", "completion": "a\ud800"}, "not text: surrogates not allowed at 1"),
+    ({"messages": "Hi"}, "messages must be a list of role and content"),
+    ({"messages": ["Hi"]}, "messages must be a list of role and content"),
+    ({"messages": [{"content": "Hi"}]}, "messages must be a list of role and content"),
+    ({"messages": [{"role": "user"}]}, "messages must be a list of role and content"),
+    (
+        {"messages": [{"role": "user", "content": None}, CHAT[-1]]},
+        "messages must be a list of role and content",
+    ),
+    ({"messages": []}, "the last message must be the assistant's, to learn from"),
+    ({"messages": CHAT[:-1]}, "the last message must be the assistant's, to learn from"),
+    ({"messages": CHAT}, "a chat needs a tokenizer with a chat template; this has none"),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_ROWS)
+def test_bad_row_is_named_by_its_line(
+    tmp_path: Path, tokenizer: Any, row: dict[str, Any], reason: str
+) -> None:
+    path = write(tmp_path / "bad.jsonl", {"text": "Fine."}, PAIR, row)
+    with pytest.raises(InputError, match=re.escape(f"{path}, line 3: {reason}")):
+        read_texts(path, tokenizer)
+
+
+def test_failing_template_is_named_by_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "bad.jsonl", {"text": "Fine."}, {"messages": CHAT})
+    with pytest.raises(InputError, match=r"bad.jsonl, line 2: .*failed: roles must alternate"):
+        read_texts(path, templated(FAILING))
+
+
+def test_bad_line_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "Fine."}\n\n{oops\n')
+    with pytest.raises(InputError, match=r"bad.jsonl, line 3: not JSON"):
+        read_texts(path, tokenizer)
+
+
+# ------------------------------------------------------------------------------------ the sources
+
+
+def test_rows_of_several_layouts(tmp_path: Path, chat_tokenizer: Any) -> None:
+    rows = [{"text": "A dog."}, PAIR, {"messages": CHAT}]
+    path = write(tmp_path / "mixed.jsonl", *rows)
+    for learn_prompts in (False, True):
+        texts = read_texts(path, chat_tokenizer, learn_prompts=learn_prompts)
+        assert texts == [encode_row(row, chat_tokenizer, "here", learn_prompts) for row in rows]
+        assert all(text.start == 1 for text in texts[1:]) == learn_prompts
+
+
+def test_folder_and_its_splits(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "train.jsonl", {"text": "A dog."}, {"text": "A cat."})
+    write(tmp_path / "valid.jsonl", {"text": "A bird."})
+    assert len(read_texts(tmp_path, tokenizer)) == 2
+    assert len(read_texts(str(tmp_path), tokenizer, split="valid")) == 1
+    assert local_file(tmp_path, "valid") == tmp_path / "valid.jsonl"
+    with pytest.raises(InputError, match=r"there is no file .*test\.jsonl"):
+        read_texts(tmp_path, tokenizer, split="test")
+
+
+def test_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = write(tmp_path / "mine.jsonl", {"text": "A dog."})
+    assert local_file("~/mine.jsonl", "train") == path
+
+
+@pytest.mark.parametrize(
+    "name", ["none.jsonl", "a/none.jsonl", "./a/b", "/a/b", "a/b/c", "plain", "~/none"]
+)
+def test_missing_file_is_not_looked_up_on_the_hub(name: str) -> None:
+    with pytest.raises(InputError, match=r"^there is no file [^,]*$"):
+        local_file(name, "train")
+
+
+def test_hub_dataset_without_network(tokenizer: Any) -> None:
+    with pytest.raises(InputError, match="could not be fetched from the hub") as error:
+        read_texts("someone/stories", tokenizer, split="valid")
+    message = str(error.value)
+    assert "there is no file someone/stories, and valid.jsonl of a dataset" in message
+    assert "\n" not in message
+
+
+def test_hub_dataset(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(*names: str, **options: str) -> str:
+        asked.append((names, options))
+        return str(write(tmp_path / "fetched.jsonl", {"text": "A dog."}))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert len(read_texts("someone/stories", tokenizer, split="valid")) == 1
+    assert asked == [(("someone/stories", "valid.jsonl"), {"repo_type": "dataset"})]
+
+
+def test_empty_file(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n\n")
+    with pytest.raises(InputError, match=r"empty\.jsonl holds no texts"):
+        read_texts(path, tokenizer)
+
+
+# --------------------------------------------------------------------------------- fitting, packing
+
+SIZES = [Text([*range(10)], 4), Text([*range(5)], 4), Text([*range(6)], 1), Text([7], 1)]
+
+
+def test_cutting_keeps_the_beginning() -> None:
+    kept, counts = fit(SIZES, 5)
+    assert kept == [Text([0, 1, 2, 3, 4], 4), SIZES[1], Text([0, 1, 2, 3, 4], 1)]
+    assert counts == {"texts": 4, "too_long": 2, "nothing_to_learn": 1}
+
+
+def test_cutting_into_a_prompt_leaves_nothing_to_learn() -> None:
+    kept, counts = fit(SIZES, 4)
+    assert kept == [Text([0, 1, 2, 3], 1)]
+    assert counts == {"texts": 4, "too_long": 3, "nothing_to_learn": 3}
+
+
+def test_dropping_keeps_whole_texts() -> None:
+    kept, counts = fit(SIZES, 6, "drop")
+    assert kept == SIZES[1:3]
+    assert counts == {"texts": 4, "too_long": 1, "nothing_to_learn": 1}
+
+
+def test_refusing() -> None:
+    with pytest.raises(InputError, match="2 of 4 texts are longer than 5 tokens; cut or drop"):
+        fit(SIZES, 5, "refuse")
+    kept, counts = fit(SIZES, 10, "refuse")
+    assert kept == SIZES[:3]
+    assert counts == {"texts": 4, "too_long": 0, "nothing_to_learn": 1}
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(InputError, match=r"none of 4 texts has anything to learn.*'too_long': 3"):
+        fit(SIZES, 1)
+    with pytest.raises(InputError, match="none of 4 texts has anything to learn"):
+        fit(SIZES, 3, "drop")
+    with pytest.raises(InputError, match="long must be one of cut, drop, refuse, got bend"):
+        fit(SIZES, 3, "bend")
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 11, 100])
+def test_packing_loses_nothing(length: int) -> None:
+    texts = [Text([*range(100 * row, 100 * row + 3 + 2 * row)], 2) for row in range(6)]
+    stream = [token for text in texts for token in text.tokens]
+    assert len(stream) == 48
+    rows = pack(texts, length)
+    left_over = 1 if len(stream) % length == 1 else 0  # has nothing before it to be learned from
+    assert [token for row in rows for token in row.tokens] == stream[: len(stream) - left_over]
+    assert all(len(row.tokens) == length for row in rows[:-1])
+    assert 1 < len(rows[-1].tokens) <= length
+    assert all(row.start == 1 for row in rows)
+
+
+def test_packing_drops_a_single_token_left_over() -> None:
+    assert pack([Text([1, 2, 3]), Text([4, 5, 6, 7])], 3) == [Text([1, 2, 3]), Text([4, 5, 6])]
+
+
+# ------------------------------------------------------------------------------------- the batches
+
+
+def test_batch_learns_exactly_what_follows_start() -> None:
+    """The mask's position t is on if token t + 1 is a real one, and not of the prompt."""
+    random = np.random.default_rng(0)
+    texts = []
+    for _ in range(40):
+        length = int(random.integers(2, 70))
+        tokens = random.integers(1, 500, length).tolist()
+        texts.append(Text(tokens, int(random.integers(1, length))))
+    rows = random.permutation(40)[:17].tolist()
+    batch = text_batch(texts, rows, multiple=8)
+    inputs, labels, mask = (np.array(x) for x in (batch.inputs, batch.labels, batch.mask))
+    assert batch.rows == rows
+    assert inputs.shape == labels.shape == mask.shape
+    assert inputs.shape[0] == 17
+    assert inputs.shape[1] % 8 == 0
+    assert set(mask.flatten().tolist()) == {0.0, 1.0}
+    for place, row in enumerate(rows):
+        text = texts[row]
+        for t in range(inputs.shape[1]):
+            is_learned = text.start <= t + 1 < len(text.tokens)
+            assert mask[place, t] == is_learned
+            if t < len(text.tokens):
+                assert inputs[place, t] == text.tokens[t]
+            if t + 1 < len(text.tokens):
+                assert labels[place, t] == text.tokens[t + 1]
+            else:
+                assert labels[place, t] == 0
+        assert mask[place].sum() == len(learned(text))
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(2, 32), (33, 32), (34, 64), (65, 64)])
+def test_batch_is_padded_to_a_multiple_of_inputs(tokens: int, width: int) -> None:
+    batch = text_batch([Text([5] * tokens), Text([5, 5])], [0, 1])
+    assert batch.inputs.shape == (2, width)
+    assert batch.mask.sum().item() == tokens - 1 + 1
+
+
+def test_no_wider_than_needed() -> None:
+    texts = [Text([1] * 9), Text([1] * 100)]
+    assert text_batch(texts, [0], multiple=8).inputs.shape == (1, 8)
+    assert text_batch(texts, [0, 1, 0], multiple=1).inputs.shape == (3, 99)
+
+
+LENGTHS = np.random.default_rng(3).integers(2, 200, 203).tolist()
+PER_EPOCH = 51
+
+
+def epoch(number: int, seed: int = 5) -> list[list[int]]:
+    rows = batch_order(LENGTHS, 4, seed)
+    return [rows(number * PER_EPOCH + step) for step in range(PER_EPOCH)]
+
+
+def test_every_row_comes_once_per_epoch() -> None:
+    for number in range(3):
+        batches = epoch(number)
+        assert sorted(row for batch in batches for row in batch) == [*range(203)]
+        assert sorted(map(len, batches)) == [3, *[4] * 50]
+
+
+def test_every_epoch_and_seed_is_a_new_order() -> None:
+    orders = [epoch(0), epoch(1), epoch(2), epoch(0, seed=6)]
+    assert all(a != b for place, a in enumerate(orders) for b in orders[:place])
+    # Other batches, too, not only the same ones in another order.
+    kinds = [{frozenset(batch) for batch in order} for order in orders]
+    assert len(kinds[0] & kinds[1]) < 10
+
+
+def test_order_is_a_function_of_the_step() -> None:
+    """As a resumed run needs it: whatever was asked before, and by a fresh closure."""
+    steps = [*range(3 * PER_EPOCH)]
+    rows = batch_order(LENGTHS, 4, 5)
+    expected = [rows(step) for step in steps]
+    shuffled = np.random.default_rng(0).permutation(steps).tolist()
+    assert [rows(step) for step in shuffled] == [expected[step] for step in shuffled]
+    for step in (0, 50, 51, 117):
+        assert batch_order(LENGTHS, 4, 5)(step) == expected[step]
+
+
+def test_similar_lengths_come_together() -> None:
+    def padded(batches: list[list[int]]) -> int:
+        return sum(max(LENGTHS[row] for row in batch) * len(batch) for batch in batches)
+
+    shuffled = np.random.default_rng(0).permutation(203).tolist()
+    plain = [shuffled[at : at + 4] for at in range(0, 203, 4)]
+    assert padded(epoch(0)) < 1.2 * sum(LENGTHS) < padded(plain)
+    # Short ones do not all come first: the batches are shuffled.
+    longest = [max(LENGTHS[row] for row in batch) for batch in epoch(0)]
+    assert longest != sorted(longest)
+
+
+def test_batch_larger_than_the_data() -> None:
+    rows = batch_order([3, 1, 2], 8, 0)
+    assert [sorted(rows(step)) for step in range(3)] == [[0, 1, 2]] * 3
+    assert rows(0) == [1, 2, 0]
