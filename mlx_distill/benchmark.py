@@ -31,6 +31,7 @@ from mlx_distill import cli
 from mlx_distill.checkpoint import bundled, load, load_drafter, tokenizer_hash
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import read_prompts
+from mlx_distill.distillation.loss_memory import loss_memory
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.generation import stream_generate
@@ -404,6 +405,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     if arguments.plot and not config.sweep_prompts:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
+    if arguments.loss_memory:
+        return _loss_memory(arguments)
     model, tokenizer = cli.load_model(arguments)
     path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
     if path is None:
@@ -445,6 +448,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.plot:
         title = f"{result['machine']['processor']}, temperature {sampling.temperature:g}"
         plot(result["sweep"], title, Path(arguments.plot))
+    return 0
+
+
+def _loss_memory(arguments: argparse.Namespace) -> int:
+    """Measure a loss over a vocabulary, and nothing else."""
+    num_tokens, num_entries = arguments.loss_memory
+    if min(num_tokens, num_entries) < 1:
+        raise InputError(f"loss_memory must be at least 1, got {min(num_tokens, num_entries)}")
+    found = loss_memory(num_tokens, num_entries)
+    print(
+        f"KL over {num_tokens:,} tokens x {num_entries:,} entries with its gradients: "
+        f"{found['whole_bytes'] / 1e6:.0f} MB at once, {found['chunked_bytes'] / 1e6:.0f} MB in "
+        f"chunks ({found['share']:.0%}); gradients differ by {found['gradient_difference']:.0e}"
+    )
+    if arguments.output:
+        known = {"commit": cli.commit(), "machine": cli.machine(), "versions": cli.versions()}
+        Path(arguments.output).write_text(json.dumps(found | known, indent=1) + "\n")
     return 0
 
 
@@ -525,6 +545,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--long-run", type=int, metavar="TOKENS", help="also write so many tokens, for the memory"
+    )
+    parser.add_argument(
+        "--loss-memory",
+        type=int,
+        nargs=2,
+        metavar=("TOKENS", "ENTRIES"),
+        help="measure only the memory of a distillation loss over so large a vocabulary",
     )
     parser.add_argument("--output", help="write the results to this JSON file")
     parser.add_argument("--plot", help="draw the sweep to this PNG file")

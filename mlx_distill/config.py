@@ -5,6 +5,7 @@ its default is the field's.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
 import re
@@ -58,6 +59,30 @@ def from_flags(config: type[T], arguments: argparse.Namespace, **others: Any) ->
             value = getattr(arguments, item.name)
             values[item.name] = tuple(value) if isinstance(value, list) else value
     return config(**values, **others)
+
+
+def from_file(kind: Any, value: Any) -> Any:
+    """Return a configuration file's value as a field of some type holds it.
+
+    Raises:
+        TypeError: If it is of another kind; the text says what is expected.
+    """
+    scalar, many = _scalar(kind)
+    if value is None and type(None) in typing.get_args(kind):
+        return None
+    if many:
+        values = value if isinstance(value, list) else [value]
+        return [_from_file(scalar, one) for one in values]
+    return _from_file(scalar, value)
+
+
+def _from_file(kind: type, value: Any) -> Any:
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)  # YAML takes 1e-3 for a text
+    if type(value) is not kind:
+        raise TypeError(f"{value!r}, expected {kind.__name__}")
+    return value
 
 
 def check_seed(name: str, seed: int) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import mlx.core as mx
 import yaml
@@ -27,14 +27,14 @@ from tqdm import tqdm
 from mlx_distill import cli
 from mlx_distill.arrays import num_values
 from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_hash
-from mlx_distill.config import add_flags, check_seed, from_flags
+from mlx_distill.config import add_flags, check_seed, from_file, from_flags
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
 from mlx_distill.data.records import write_whole
 from mlx_distill.data.teacher_cache import TeacherCache, write_cache
-from mlx_distill.data.texts import LONG, Text, fit, pack, read_texts
+from mlx_distill.data.texts import LONG, Text, fit, local_file, pack, read_texts
 from mlx_distill.distillation.features import checkpoint_layers
 from mlx_distill.distillation.memory import memory_estimate
-from mlx_distill.distillation.objective import LossTerm
+from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.students import (
     DTYPES,
@@ -42,6 +42,7 @@ from mlx_distill.distillation.students import (
     export,
     from_config,
     from_layers,
+    merge_adapters,
     read_config,
 )
 from mlx_distill.distillation.teachers import (
@@ -54,7 +55,7 @@ from mlx_distill.distillation.teachers import (
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
-from mlx_distill.training.loop import TrainingConfig
+from mlx_distill.training.loop import TrainingConfig, checkpoints
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
 
 OTHER_TOKENIZER = (
@@ -163,6 +164,11 @@ class DistillConfig:
                 raise InputError(
                     f"{term.name} needs a teacher; name one with --teacher, or use --loss hard"
                 )
+            if self.use_cache and term.name in RESPONSE and term.name not in CACHED:
+                raise InputError(
+                    f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
+                    "use sparse_kl"
+                )
 
     @property
     def terms(self) -> list[LossTerm]:
@@ -202,22 +208,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_whole(work / SETTINGS, json.dumps(settings, indent=1) + "\n")
     if config.grad_checkpoint:
         checkpoint_layers(parts.student)
-    done = distill(
-        parts.student,
-        parts.teacher,
-        texts,
-        folder=work,
-        losses=config.terms,
-        valid=valid,
-        valid_teacher=parts.valid_teacher,
-        training=config.training,
-        batch_size=config.batch_size,
-        on_policy=config.rollouts,
-        eos_token_ids=sorted(parts.tokenizer.eos_token_ids),
-        seed=config.seed,
-        callback=_callback(arguments, config, work),
-        quiet=arguments.quiet,
-    )
+    try:
+        done = distill(
+            parts.student,
+            parts.teacher,
+            texts,
+            folder=work,
+            losses=config.terms,
+            valid=valid,
+            valid_teacher=parts.valid_teacher,
+            training=config.training,
+            batch_size=config.batch_size,
+            on_policy=config.rollouts,
+            eos_token_ids=sorted(parts.tokenizer.eos_token_ids),
+            seed=config.seed,
+            callback=_callback(arguments, config, work),
+            quiet=arguments.quiet,
+        )
+    except InputError:
+        if not checkpoints(work):  # nothing to resume
+            shutil.rmtree(work)
+        raise
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     if not done.finished:
@@ -334,14 +345,7 @@ def _tokenizer(path: str) -> Any:
 
 def _texts(config: DistillConfig, tokenizer: Any) -> tuple[list[Text], list[Text], dict[str, int]]:
     """Return the texts to learn, those held out, and what was done to them."""
-    texts: list[Text] = []
-    for source in config.data:
-        if config.data_layout == "completions":
-            completions, report = read_completions(source, config.filter)
-            print("\n".join(report.lines()), file=sys.stderr)
-            texts += completion_texts(completions, tokenizer, config.learn_prompts)
-        else:
-            texts += read_texts(source, tokenizer, learn_prompts=config.learn_prompts)
+    texts = [text for source in config.data for text in _read(source, "train", config, tokenizer)]
     valid = _valid(config, tokenizer)
     if valid is None:
         if len(texts) <= config.held_out:
@@ -363,23 +367,26 @@ def _texts(config: DistillConfig, tokenizer: Any) -> tuple[list[Text], list[Text
 def _valid(config: DistillConfig, tokenizer: Any) -> list[Text] | None:
     """Return the held-out texts of a file of their own, None if there is none."""
     if config.valid:
-        texts = read_texts(
-            config.valid, tokenizer, learn_prompts=config.learn_prompts, split="valid"
-        )
-        return texts[: config.held_out]
-    first = Path(next(iter(config.data)))
+        return _read(config.valid, "valid", config, tokenizer)[: config.held_out]
+    first = Path(next(iter(config.data))).expanduser()
     if (first / "valid.jsonl").exists():
-        texts = read_texts(first, tokenizer, learn_prompts=config.learn_prompts, split="valid")
-        return texts[: config.held_out]
+        return _read(first, "valid", config, tokenizer)[: config.held_out]
     return None
+
+
+def _read(source: str | Path, split: str, config: DistillConfig, tokenizer: Any) -> list[Text]:
+    """Return the texts of a source, in the layout that is said; of completions, tell what went."""
+    if config.data_layout == "texts":
+        return read_texts(source, tokenizer, learn_prompts=config.learn_prompts, split=split)
+    completions, report = read_completions(local_file(source, split), config.filter)
+    print("\n".join(report.lines()), file=sys.stderr)
+    return completion_texts(completions, tokenizer, config.learn_prompts)
 
 
 def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -> int:
     """Write what the teacher says about the data to disk."""
-    if not config.teacher:
-        raise InputError("a cache needs a teacher; name one with --teacher")
-    if len(config.teacher) > 1:
-        raise InputError("a cache holds one teacher's answers; name one")
+    if len(config.teacher) != 1:
+        raise InputError("a cache holds one teacher's answers; name it with --teacher")
     teacher, tokenizer = load(config.teacher[0], **cli.code_options(arguments.trust_remote_code))
     if config.teacher_bits is not None:
         nn.quantize(teacher, bits=config.teacher_bits)
@@ -404,7 +411,10 @@ def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -
 
 def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done: Distilled) -> None:
     """Export the student with its log, settings and card, and clear the work away."""
+    merge_adapters(parts.student)
     parameters = num_values(parts.student.parameters())
+    write_table(done.log, work / TABLE)
+    draw_curves(done.log, work / CURVES, output.name)
     run = {
         "config": asdict(config),
         "seed": config.seed,
@@ -419,6 +429,7 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         "training.json": json.dumps(run, indent=1) + "\n",
         LOG: "".join(json.dumps(row) + "\n" for row in done.log),
         "README.md": _card(output.name, config, run, parameters),
+        **{name: (work / name).read_bytes() for name in (TABLE, CURVES)},
     }
     export(
         output,
@@ -429,8 +440,6 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         config.export_dtype,
         config.export_bits,
     )
-    write_table(done.log, output / TABLE)
-    draw_curves(done.log, output / CURVES, output.name)
     shutil.rmtree(work)
     found = " ".join(f"{name} {value:.4f}" for name, value in run["held_out"].items())
     print(f"{output}: {parameters:,} parameters; held out: {found}")
@@ -505,12 +514,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     first, _ = parser.parse_known_args(argv)
     if first.config:
-        parser.set_defaults(**_read_yaml(Path(first.config), vars(first)))
+        parser.set_defaults(**_read_yaml(Path(first.config), _kinds(parser)))
     return parser.parse_args(argv)
 
 
-def _read_yaml(path: Path, known: dict[str, Any]) -> dict[str, Any]:
+def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
     """Return the values of a configuration file.
+
+    Args:
+        path: The file.
+        kinds: The types of what it may hold, by name.
 
     Raises:
         InputError: If it cannot be read, or a key or a value is none of ours.
@@ -522,29 +535,26 @@ def _read_yaml(path: Path, known: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"the config {path} does not hold names and values")
     for name, value in values.items():
-        if name not in known or name == "config":
+        if name not in kinds:
             raise InputError(f"the config {path} has an unknown field {name}")
-        if name == "loss" and isinstance(value, list | str):
-            terms = [value] if isinstance(value, str) else value
-            values[name] = [
-                str(LossTerm.of(term)) if isinstance(term, dict) else str(term) for term in terms
-            ]
-        elif isinstance(known[name], tuple) and not isinstance(value, list):
-            values[name] = [value]
-        elif not isinstance(value, kinds := _kinds(known[name])) and kinds:
-            raise InputError(
-                f"the config {path}: {name} is {value!r}, expected {kinds[-1].__name__}"
-            )
+        if name == "loss":
+            terms = value if isinstance(value, list) else [value]
+            value = [str(LossTerm.of(term)) if isinstance(term, dict) else term for term in terms]
+        try:
+            values[name] = from_file(kinds[name], value)
+        except TypeError as error:
+            raise InputError(f"the config {path}: {name} is {error}") from None
     return values
 
 
-def _kinds(default: Any) -> tuple[type, ...]:
-    """Return which types may stand for a default."""
-    if isinstance(default, bool):
-        return (bool,)
-    if isinstance(default, float):
-        return (int, float)
-    return () if default is None else (type(default),)
+def _kinds(parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Return the types of all options, by name."""
+    defaults = vars(parser.parse_args([]))
+    kinds = {name: bool if value is False else str | None for name, value in defaults.items()}
+    for config in (DistillConfig, *PARTS.values()):
+        kinds |= {k: v for k, v in get_type_hints(config).items() if k in kinds}
+    del kinds["config"]
+    return kinds
 
 
 def _parser() -> argparse.ArgumentParser:

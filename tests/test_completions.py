@@ -146,6 +146,11 @@ LAYOUTS: dict[str, tuple[dict[str, Any], list[dict[str, Any]], str | None]] = {
         CHAT,
         "length",
     ),
+    "a chat with other keys": (
+        {"messages": CHAT, "prompt": "p", "input": "i", "custom_id": "1"},
+        CHAT,
+        None,
+    ),
     "prompts as messages": ({"prompt": [KIND, HI], "completion": [HELLO]}, KIND_CHAT, None),
     "OpenAI stored": (
         {"request": {"messages": [HI]}, "response": {"choices": [choice("Hello!")]}},
@@ -363,6 +368,7 @@ BATCH = {"custom_id": "1", "error": None}
         ({"messages": [IMAGE, HELLO]}, "not only text"),
         ({"messages": [HI, TOOL, HELLO]}, "not only text"),
         ({"messages": [HI, {**HELLO, "tool_calls": [{}]}]}, "not only text"),
+        ({"messages": [HI, {**HELLO, "function_call": {"name": "x"}}]}, "not only text"),
         ({"input": "Hi", "output": [{"type": "function_call"}]}, "not only text"),
         (
             log({"messages": [{"role": "user", "content": [{"image": {}}]}]}, CONVERSE),
@@ -519,6 +525,7 @@ def test_settings_that_cannot_be() -> None:
         CompletionFilter(min_answer_chars=0)
     with pytest.raises(InputError, match=r"max_answer_chars must be at least .* \(5\), got 4"):
         CompletionFilter(min_answer_chars=5, max_answer_chars=4)
+    assert CompletionFilter(min_answer_chars=5, max_answer_chars=5).max_answer_chars == 5
 
 
 def test_flags(capsys: pytest.CaptureFixture[str]) -> None:

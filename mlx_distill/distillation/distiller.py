@@ -16,10 +16,11 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlx_distill.arrays import to_host
 from mlx_distill.distillation.features import Layer, find_layer, uniform_map
 from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.losses import relation
-from mlx_distill.distillation.losses.chunked import chunked_loss
+from mlx_distill.distillation.losses.chunked import chunk_rows, chunked_loss
 from mlx_distill.distillation.objective import (
     LOSSES,
     PROJECTED,
@@ -30,7 +31,6 @@ from mlx_distill.distillation.objective import (
 from mlx_distill.distillation.teachers import Answers, Lesson, Teacher
 from mlx_distill.errors import InputError
 
-CHUNK_VALUES = 2**23  # logits of a chunk: 32 MB in float32, and a loss holds several such arrays
 RELATION_TOKENS = 128  # of a batch of texts, that relation losses compare
 
 
@@ -124,7 +124,10 @@ class Distiller:
         self.num_examples = num_examples
         self.notes: list[str] = []
         self.answers = Answers(student, self.texts)
+        self.names = _names([*self.response, *self.others])
         first = _teaching_network(teacher)
+        if any(answers.network is student for answers in getattr(teacher, "answers", ())):
+            raise InputError("the student is its own teacher; load the network twice")
         if self.others and first is None:
             raise InputError(f"{self.others[0].name} compares features, so it needs a live teacher")
         self.pairs = {place: _pairs(term, student, first) for place, term in enumerate(self.others)}
@@ -142,19 +145,16 @@ class Distiller:
         batch, lesson = taught.batch, taught.lesson
         hidden, features = self.answers.read(batch.inputs, self.student_layers)
         count = batch.mask.sum()
-        total, parts = mx.array(0.0), {}
+        total, means = mx.array(0.0), []
         if self.response:
             total, sums = self._response(hidden, batch, lesson)
-            parts = {
-                term.name: value / mx.maximum(count, 1)
-                for term, value in zip(self.response, sums, strict=True)
-            }
+            means = [value / mx.maximum(count, 1) for value in sums]
         for place, term in enumerate(self.others):
             value, number = self._compare(place, term, features, lesson.features, batch)
             mean = value / mx.maximum(number, 1)
             total = total + term.weight * count * mean
-            parts[term.name] = mx.stop_gradient(mean)
-        return total, count, parts
+            means.append(mx.stop_gradient(mean))
+        return total, count, dict(zip(self.names, means, strict=True))
 
     def evaluate(self, batches: Iterable[Any], teacher: Teacher | None = None) -> dict[str, float]:
         """Return the student's held-out figures, per label; ``teacher`` judges instead of its own.
@@ -193,7 +193,7 @@ class Distiller:
         if body is None:
             total, sums = on_rows(hidden, *inputs)
         else:
-            size = max(16, CHUNK_VALUES // _width(body.head))
+            size = chunk_rows(_width(body.head))
             total, sums = chunked_loss(body.head, hidden, on_rows, inputs, size)
         return total, list(sums)
 
@@ -234,11 +234,14 @@ class Distiller:
         if term.name in ("hidden_mse", "hidden_cosine", "patient_kd"):
             return loss(ours, theirs, mask, **options)
         if term.name in ("attention_transfer", "neuron_selectivity"):
-            if mask is not None:
-                ours, theirs = ours * mask[..., None], theirs * mask[..., None]
-            return loss(ours, theirs, **options)
+            if mask is None:
+                return loss(ours, theirs, **options)
+            total, count = loss(ours * mask[..., None], theirs * mask[..., None], **options)
+            # Maps have an entry per token, and padding is none.
+            return total, mask.sum() if term.name == "attention_transfer" else count
         if mask is not None:
-            ours, theirs = _spread(ours, mask), _spread(theirs, mask)
+            some = _some_places(mask)
+            ours, theirs = (x.reshape(-1, x.shape[-1])[some] for x in (ours, theirs))
         if term.name == "contrastive":
             ours, theirs = (
                 x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs)
@@ -251,11 +254,16 @@ class Distiller:
         hidden, features = self.answers.read(batch.inputs, self.student_layers)
         lesson = self.teacher.lesson(batch, self.teacher_layers)
         depth = batch.labels.ndim
-        first = hidden.reshape(-1, *hidden.shape[depth:])[:1]
-        ours = self.answers.logits(first).shape[-1]
-        if lesson.rows:
-            goal = lesson.spell(*(row.reshape(-1, *row.shape[depth:])[:1] for row in lesson.rows))
+        first, labels, mask, *rows = (
+            array.reshape(-1, *array.shape[depth:])[:1]
+            for array in (hidden, batch.labels, batch.mask, *lesson.rows)
+        )
+        logits = self.answers.logits(first)
+        ours = logits.shape[-1]
+        goal = lesson.spell(*rows) if rows else None
+        if goal is not None:
             self._check_widths(ours, goal.logits)
+        response_losses(self.response, logits, goal, labels, mask)  # a term may not know the goal
         if not self.texts and int(batch.labels.max().item()) >= ours:
             raise InputError(
                 f"a label is {int(batch.labels.max().item())}, the student has {ours} classes"
@@ -310,12 +318,14 @@ def _pairs(term: LossTerm, student: nn.Module, teacher: Any) -> list[tuple[Layer
     if not isinstance(term.layers, str):
         pairs = list(term.layers)
     else:
-        find_layer(student, 0), find_layer(teacher, 0)  # that there are numbered layers
+        for network in (student, teacher):
+            find_layer(network, 0)  # that there are numbered layers
         pairs = [*uniform_map(len(student.layers), len(teacher.layers))]  # pyright: ignore
         if term.layers == "last" and term.name != "flow_of_solution":
             pairs = pairs[-1:]
     for ours, theirs in pairs:
-        find_layer(student, ours), find_layer(teacher, theirs)
+        find_layer(student, ours)
+        find_layer(teacher, theirs)
     if term.name == "flow_of_solution" and len(pairs) < 2:
         raise InputError("flow_of_solution needs at least two pairs of layers")
     return pairs
@@ -326,14 +336,28 @@ def _teaching_network(teacher: Teacher) -> nn.Module | None:
     return answers[0].network if answers else None
 
 
-def _spread(x: mx.array, mask: mx.array) -> mx.array:
-    """Return features of evenly spaced tokens of a batch of texts; padding is zero."""
-    rows = (x * mask[..., None]).reshape(-1, x.shape[-1])
-    return rows[:: max(1, rows.shape[0] // RELATION_TOKENS)]
+def _some_places(mask: mx.array) -> mx.array:
+    """Return where evenly spaced learned tokens of a batch of texts are, in its flat order."""
+    learned = [place for place, one in enumerate(to_host(mask.reshape(-1))) if one]
+    return mx.array(learned[:: -(-len(learned) // RELATION_TOKENS) or 1], mx.int32)
 
 
 def _masked_all(parts: tuple[mx.array, mx.array], mask: mx.array | None) -> Any:
-    return parts if mask is None else tuple(part * mask[..., None] for part in parts)
+    """Return two layers' features such that the mean of their products is of learned tokens."""
+    if mask is None:
+        return parts
+    share = mask.sum(axis=1, keepdims=True) / mask.shape[1]
+    weights = mask * mx.rsqrt(mx.maximum(share, 1e-12))
+    return tuple(part * weights[..., None] for part in parts)
+
+
+def _names(terms: Sequence[LossTerm]) -> list[str]:
+    """Return the terms' names for the log; a second one of a name has a number."""
+    names: list[str] = []
+    for term in terms:
+        number = 1 + sum(before.name == term.name for before in terms[: len(names)])
+        names.append(term.name if number == 1 else f"{term.name}_{number}")
+    return names
 
 
 def _width(head: nn.Module) -> int:

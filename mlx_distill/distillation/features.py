@@ -158,9 +158,8 @@ class _NotReached(Exception):
 
 def uniform_map(num_student: int, num_teacher: int) -> list[tuple[int, int]]:
     """Return pairs (student layer, teacher layer), evenly spread; the last ones are a pair."""
-    return [
-        (layer, round((layer + 1) * num_teacher / num_student) - 1) for layer in range(num_student)
-    ]
+    share = num_teacher / num_student
+    return [(layer, max(0, round((layer + 1) * share) - 1)) for layer in range(num_student)]
 
 
 def checkpoint_layers(network: nn.Module) -> None:
@@ -171,6 +170,9 @@ def checkpoint_layers(network: nn.Module) -> None:
 
 def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
     def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not layer.training:  # judging or writing text, with a cache
+            return call(*args, **kwargs)
+
         def inner(parameters: dict[str, Any], *values: Any) -> Any:
             layer.update(parameters)
             return call(*values, **kwargs)

@@ -6,10 +6,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.arrays import to_host, to_number
+from mlx_distill.distillation.losses.chunked import chunk_rows
 from mlx_distill.distillation.losses.response import entropy, kl_divergence
 from mlx_distill.distillation.teachers import Answers, Teacher
-
-CHUNK_VALUES = 2**23
 
 
 def judge(
@@ -29,8 +28,7 @@ def judge(
             array.reshape(-1, *array.shape[depth:])
             for array in (hidden, batch.labels, batch.mask, *lesson.rows)
         ]
-        width = answers.logits(flat[0][:1]).shape[-1]
-        size = max(16, CHUNK_VALUES // width)
+        size = 8 * chunk_rows(answers.logits(flat[0][:1]).shape[-1])  # no gradients here
         for start in range(0, flat[0].shape[0], size):
             here, labels, mask, *rows = (array[start : start + size] for array in flat)
             goal = lesson.spell(*rows) if rows else None

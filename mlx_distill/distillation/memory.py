@@ -8,8 +8,11 @@ from mlx.utils import tree_flatten
 
 from mlx_distill import cli
 from mlx_distill.arrays import num_bytes, num_values
-from mlx_distill.distillation.distiller import CHUNK_VALUES
 from mlx_distill.errors import InputError
+
+CHUNK_BYTES = (
+    100e6  # of logits, goals and gradients of a chunk of the loss, over large vocabularies
+)
 
 
 def memory_estimate(
@@ -42,7 +45,7 @@ def memory_estimate(
     per_layer = [_outputs(layer, width) for layer in layers]
     kept = max(per_layer, default=0) if checkpointed else sum(per_layer)
     # The loss's chunk: logits, probabilities, goals and gradients.
-    activations = 4 * tokens * kept + 6 * 4 * CHUNK_VALUES
+    activations = 4 * tokens * kept + CHUNK_BYTES
     total = teaching + weights + trained + activations
     text = (
         f"memory: about {total / 1e9:.2f} GB (teachers {teaching / 1e9:.2f}, student "

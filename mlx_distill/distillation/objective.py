@@ -8,6 +8,8 @@ feature and relation losses are means over a batch.
 """
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +50,8 @@ RELATION: dict[str, Callable[..., response.Loss]] = {
     "contrastive": relation.contrastive,
 }
 LOSSES = RESPONSE | FEATURE | RELATION
+# Response losses that need no more of the teacher than its top tokens.
+CACHED = {"hard", "sparse_kl"}
 # Losses whose student features go through a learned projection where the widths differ.
 PROJECTED = {"hidden_mse", "hidden_cosine", "patient_kd", "contrastive", "flow_of_solution"}
 GIVEN = {
@@ -85,17 +89,23 @@ class LossTerm:
             raise InputError(f"there is no loss {self.name}; there are {', '.join(LOSSES)}")
         if not 0 <= self.weight < float("inf"):
             raise InputError(f"the weight of {self.name} must be at least 0, got {self.weight}")
-        known = set(inspect.signature(LOSSES[self.name]).parameters) - GIVEN
-        if self.name == "sparse_kl":
-            known.add("k")
-        wrong = sorted(set(self.options) - known)
+        known = _options(self.name)
+        wrong = sorted(set(self.options) - set(known))
         if wrong:
             options = ", ".join(sorted({"weight", *known}))
             raise InputError(f"{self.name} has no option {wrong[0]}; it has {options}")
+        checked = {k: _checked(self.name, k, v, known[k]) for k, v in self.options.items()}
+        object.__setattr__(self, "options", checked)
         if self.name in RESPONSE and self.layers != "uniform":
             raise InputError(f"{self.name} compares answers, not layers; leave layers out")
         if isinstance(self.layers, str) and self.layers not in ("uniform", "last"):
             raise InputError(f"layers must be pairs, uniform or last, got {self.layers}")
+        if self.name in RESPONSE:  # the loss itself knows the ranges of its options
+            goal, one = Goal(mx.zeros((1, 2))), mx.zeros((1,), mx.int32)
+            try:
+                _response(self, mx.zeros((1, 2)), goal, one, mx.ones((1,)))
+            except ValueError as error:
+                raise InputError(f"{self.name}: {error}") from None
 
     @classmethod
     def parse(cls, text: str) -> "LossTerm":
@@ -106,6 +116,8 @@ class LossTerm:
             key, equals, value = part.partition("=")
             if not equals:
                 raise InputError(f"{text}: expected option=value, got {part}")
+            if key.strip() in values:
+                raise InputError(f"{text}: {key.strip()} is given twice")
             values[key.strip()] = value.strip()
         return cls.of({"name": name.strip(), **values})
 
@@ -121,7 +133,7 @@ class LossTerm:
         return cls(name, weight, {key: _value(value) for key, value in rest.items()}, layers)
 
     def __str__(self) -> str:
-        parts = [f"weight={self.weight:g}", *(f"{k}={v}" for k, v in self.options.items())]
+        parts = [f"weight={self.weight}", *(f"{k}={v}" for k, v in self.options.items())]
         if self.name not in RESPONSE:
             pairs = self.layers
             if not isinstance(pairs, str):
@@ -137,13 +149,15 @@ class Goal:
     Args:
         logits: (N, V), or None if only the top tokens are known.
         top_ids: (N, K), where only those are known.
-        top_log_probs: Normalised over the whole vocabulary.
+        top_log_probs: Normalised over the whole vocabulary, most probable first.
+        vocab_size: Of the teacher, where only the top tokens are known.
         known: (N,), 0 where the teacher says nothing; None if it always does.
     """
 
     logits: mx.array | None = None
     top_ids: mx.array | None = None
     top_log_probs: mx.array | None = None
+    vocab_size: int = 0
     known: mx.array | None = None
 
 
@@ -170,18 +184,16 @@ def _response(
         return response.hard_labels(logits, labels, mask, **term.options)
     if goal is None or (goal.logits is None and goal.top_ids is None):
         raise InputError(f"{term.name} needs a teacher")
+    if goal.known is not None:
+        mask = mask * goal.known
     if term.name == "sparse_kl":
-        options = {key: value for key, value in term.options.items() if key != "k"}
-        ids, log_probs = _top(goal, term.options.get("k", 64))
-        return response.sparse_kl(logits, ids, log_probs, mask, **options)
+        return _sparse(term, logits, goal, mask)
     if goal.logits is None:
         raise InputError(
             f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
             "use sparse_kl"
         )
     theirs = goal.logits
-    if goal.known is not None:
-        mask = mask * goal.known
     if term.name != "sorted_l1":  # padded heads: what only one of them has is never a token
         width = min(logits.shape[-1], theirs.shape[-1])
         logits, theirs = logits[..., :width], theirs[..., :width]
@@ -190,16 +202,49 @@ def _response(
     return LOSSES[term.name](logits, theirs, mask, **term.options)
 
 
-def _top(goal: Goal, k: int) -> tuple[mx.array, mx.array]:
+def _sparse(term: LossTerm, logits: mx.array, goal: Goal, mask: mx.array) -> response.Loss:
+    options = {key: value for key, value in term.options.items() if key != "k"}
+    width = logits.shape[-1]
+    ids, log_probs = _top(goal, term.options.get("k"), width)
+    if goal.vocab_size > width:  # padded heads: one more entry stands for what is never a token
+        logits = mx.pad(logits, [(0, 0), (0, 1)], constant_values=-mx.inf)
+        log_probs = mx.where(ids < width, log_probs, -mx.inf)
+        ids = mx.minimum(ids, width)
+    return response.sparse_kl(logits, ids, log_probs, mask, **options)
+
+
+def _top(goal: Goal, k: int | None, width: int) -> tuple[mx.array, mx.array]:
     """Return the teacher's top tokens and their log-probabilities."""
     if goal.top_ids is not None and goal.top_log_probs is not None:
-        return goal.top_ids, goal.top_log_probs
+        known = goal.top_ids.shape[-1]
+        if k is not None and k > known:
+            raise InputError(f"sparse_kl asks for {k} tokens per position, the cache has {known}")
+        return goal.top_ids[..., :k], goal.top_log_probs[..., :k]
     assert goal.logits is not None
-    logits = goal.logits.astype(mx.float32)
+    logits = goal.logits[..., :width].astype(mx.float32)
     log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    k = min(k, logits.shape[-1])
+    k = min(64 if k is None else k, logits.shape[-1])
     ids = mx.argpartition(-log_probs, k - 1, axis=-1)[..., :k]
     return ids, mx.take_along_axis(log_probs, ids, axis=-1)
+
+
+def _options(name: str) -> dict[str, Any]:
+    """Return a loss's own options and their defaults."""
+    parameters = inspect.signature(LOSSES[name]).parameters
+    known = {key: item.default for key, item in parameters.items() if key not in GIVEN}
+    return known | {"k": 64} if name == "sparse_kl" else known
+
+
+def _checked(name: str, key: str, value: Any, default: Any) -> Any:
+    """Return an option, or raise InputError if it is unlike its default, or of no use."""
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+        raise InputError(f"the {key} of {name} must be like {default}, got {value}")
+    if isinstance(default, float) and not math.isfinite(value):
+        raise InputError(f"the {key} of {name} must be finite, got {value}")
+    if key in ("k", "temperature", "eps") and value <= 0:
+        raise InputError(f"the {key} of {name} must be above 0, got {value}")
+    return type(default)(value)
 
 
 def _layers(value: Any) -> str | tuple[tuple[Layer, Layer], ...]:
@@ -207,10 +252,16 @@ def _layers(value: Any) -> str | tuple[tuple[Layer, Layer], ...]:
         return value
     pairs = value.split("/") if isinstance(value, str) else value
     try:
-        split = [pair.rsplit("-", 1) if isinstance(pair, str) else pair for pair in pairs]
+        split = [_split(pair) if isinstance(pair, str) else pair for pair in pairs]
         return tuple((_layer(ours), _layer(theirs)) for ours, theirs in split)
     except (TypeError, ValueError):
         raise InputError(f"layers must be pairs as 0-3/1-7, uniform or last, got {value}") from None
+
+
+def _split(pair: str) -> Sequence[str]:
+    """Return both sides of a pair of layers; their numbers may be negative."""
+    found = re.fullmatch(r"(.*[^-])-(-?[^-]+)", pair.strip())
+    return found.groups() if found else ()
 
 
 def _layer(value: Any) -> Layer:

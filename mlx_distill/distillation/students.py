@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,12 +129,19 @@ def from_layers(
     return student, own
 
 
+def merge_adapters(student: nn.Module) -> None:
+    """Add what adapters have learned to the weights below them."""
+    merged = [(n, m.fuse()) for n, m in student.named_modules() if hasattr(m, "fuse")]
+    if merged:
+        student.update_modules(tree_unflatten(merged))
+
+
 def export(
     folder: Path,
     student: nn.Module,
     config: dict[str, Any],
     tokenizer: Any,
-    files: dict[str, str],
+    files: Mapping[str, str | bytes],
     dtype: str = "float16",
     bits: int | None = None,
 ) -> None:
@@ -147,16 +154,14 @@ def export(
         student: The model; adapters are merged.
         config: Its configuration.
         tokenizer: Goes with it.
-        files: Further text files by name, the model card among them.
+        files: Further files by name, the model card among them.
         dtype: Of the weights.
         bits: Quantise to so many.
 
     Raises:
         InputError: If it cannot be written; nothing is left behind.
     """
-    merged = [(n, m.fuse()) for n, m in student.named_modules() if hasattr(m, "fuse")]
-    if merged:
-        student.update_modules(tree_unflatten(merged))
+    merge_adapters(student)
     student.set_dtype(DTYPES[dtype])
     own = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
     own["dtype"] = dtype
@@ -169,8 +174,9 @@ def export(
         save_model(writing, student)
         save_config(own, writing / "config.json")
         tokenizer.save_pretrained(str(writing))
-        for name, text in files.items():
-            (writing / name).write_text(text, encoding="utf-8")
+        for name, content in files.items():
+            data = content.encode() if isinstance(content, str) else content
+            (writing / name).write_bytes(data)
         for weights in writing.glob("*.safetensors"):
             check_safetensors(weights)
         os.replace(writing, folder)

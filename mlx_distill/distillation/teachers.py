@@ -7,7 +7,7 @@ later, a few tokens at a time, and the features that were asked for.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 from mlx import nn
@@ -36,6 +36,7 @@ class Lesson:
     features: dict[Layer, mx.array] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """Teaches."""
 
@@ -157,7 +158,8 @@ class CachedTeacher:
         if layers:
             raise InputError("a cache holds no features; losses on features need a live teacher")
         ids, log_probs = self.cache.batch(batch.rows, batch.inputs.shape[1])
-        return Lesson((ids, log_probs), lambda a, b: Goal(None, a, b))
+        size = self.cache.vocab_size
+        return Lesson((ids, log_probs), lambda a, b: Goal(None, a, b, size))
 
 
 class TextTeacher:
@@ -202,8 +204,10 @@ class RetokenizedTeacher(LiveTeacher):
         for tokens, mask in zip(texts, learned, strict=True):
             places = [place for place, one in enumerate(mask) if one] or [0]
             first, end = places[0] + 1, places[-1] + 2
-            prompt = self._encode(tokens[:first], True)
-            own.append(prompt + self._encode(tokens[first:end], False))
+            asked, whole = self._decode(tokens[:first]), self._decode(tokens[:end])
+            prompt = self._encode(asked, True)
+            # Decoded by itself, an answer would lose the space it begins with.
+            own.append(prompt + self._encode(whole[len(asked) :], False))
             starts.append(len(prompt))
         width = max(map(len, own))
         inputs = mx.array([tokens + [0] * (width - len(tokens)) for tokens in own])
@@ -212,8 +216,10 @@ class RetokenizedTeacher(LiveTeacher):
         rows = mx.take_along_axis(hidden, at[..., None], axis=1)
         return Lesson((mx.stop_gradient(rows), known), self._spell_known)
 
-    def _encode(self, tokens: list[int], special: bool) -> list[int]:
-        text = self.student_tokenizer.decode(tokens, skip_special_tokens=True)
+    def _decode(self, tokens: list[int]) -> str:
+        return self.student_tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=special))
 
     def _places(
@@ -225,8 +231,8 @@ class RetokenizedTeacher(LiveTeacher):
             number = 0
             places, says = [], []
             for one in mask:
-                place = max(start, 1) - 1 + number
-                there = bool(one) and place < len(tokens) - 1
+                place = start - 1 + number  # of a text without any prompt, the first has none
+                there = bool(one) and 0 <= place < len(tokens) - 1
                 places.append(place if there else 0)
                 says.append(float(there))
                 number += bool(one)

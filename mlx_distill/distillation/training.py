@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
 from tqdm import tqdm
 
@@ -14,7 +15,7 @@ from mlx_distill.data.texts import Text, batch_order, text_batch
 from mlx_distill.distillation.distiller import Distiller, Examples
 from mlx_distill.distillation.objective import LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts
-from mlx_distill.distillation.teachers import LiveTeacher, Teacher, TextTeacher
+from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.errors import InputError
 from mlx_distill.training.journal import Journal
 from mlx_distill.training.loop import (
@@ -103,6 +104,12 @@ def distill(
     if texts and not data:
         raise InputError("there are no texts")
     teacher = _teacher(teachers, texts, weights, mean)
+    if texts:
+        _check_tokens(student, teacher, [*data, *(valid or ())])  # pyright: ignore
+    if isinstance(teacher, CachedTeacher):
+        if on_policy is not None and on_policy.on_policy > 0:
+            raise InputError("a cache does not know what the student will write; use a teacher")
+        valid_teacher = valid_teacher or TextTeacher()
     batches = _batches(student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed)
     size = len(data) if texts else data.labels.size
     distiller = Distiller(student, teacher, terms, _batch(data, range(min(2, size))), size, seed)
@@ -134,7 +141,7 @@ def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool
     with tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stderr) as bar:
         for progress in steps:
             journal.add(progress)
-            stopped = progress.stopped
+            stopped = progress.stopped and progress.step < total
             bar.update()
             parts = " ".join(f"{name} {value:.3f}" for name, value in progress.parts.items())
             bar.set_description(parts or f"loss {progress.loss:.3f}")
@@ -154,6 +161,21 @@ def _teacher(teachers: Any, texts: bool, weights: Sequence[float] | None, mean: 
     if isinstance(teachers, list | tuple):
         return LiveTeacher(teachers, texts, weights, mean)
     return teachers
+
+
+def _check_tokens(student: nn.Module, teacher: Teacher, texts: Sequence[Text]) -> None:
+    """Raise InputError if a text has tokens that a network's embedding does not: it would not."""
+    networks = [student]
+    if type(teacher) is LiveTeacher:  # others do not read these tokens
+        networks += [answers.network for answers in teacher.answers]
+    highest = max(max(text.tokens) for text in texts)
+    for network in networks:
+        width = network(mx.array([[0]])).shape[-1]
+        if highest >= width:
+            raise InputError(
+                f"the texts hold token {highest}, but a {type(network).__name__} of {width} tokens "
+                "is to read them; its vocab_size does not fit the tokenizer"
+            )
 
 
 def _batch(data: Data, rows: Sequence[int]) -> Any:

@@ -17,6 +17,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.distillation.losses.response import Loss
 
 
+def chunk_rows(num_entries: int) -> int:
+    """Return how many rows of logits a chunk has: 4 MB of them, but enough to keep a GPU busy."""
+    return max(32, 2**20 // num_entries)
+
+
 def chunked_loss(
     head: nn.Module,
     hidden: Float[mx.array, "N D"],

@@ -57,9 +57,13 @@ def forward_kl(
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
-    teacher = _teacher_log_probs(teacher_logits, temperature)
+    teacher = mx.stop_gradient(teacher_logits).astype(mx.float32) / temperature
     student = student_logits.astype(mx.float32) / temperature
-    total, count = kl_divergence(mx.exp(teacher), entropy(teacher), student, mask)
+    # One exponential per entry: the normaliser is read off the largest one.
+    probs = mx.softmax(teacher, axis=-1)
+    log_normaliser = teacher.max(axis=-1) - mx.log(probs.max(axis=-1))
+    uncertainty = log_normaliser - mx.where(probs > 0, probs * teacher, 0).sum(axis=-1)
+    total, count = kl_divergence(probs, uncertainty, student, mask)
     return _scale(temperature, scaled) * total, count
 
 

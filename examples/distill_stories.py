@@ -1,0 +1,286 @@
+"""Distil the bundled stories-14m into a student of less than a quarter of its parameters.
+
+    python examples/distill_stories.py --data stories/
+
+The student is the teacher's first layer between its embedding and its head. Every recipe starts
+from it, sees the same texts in the same order, and takes as many steps of the same optimizer:
+
+    plain         the texts alone, no teacher
+    response      KL(teacher || student) on the texts
+    feature       + cosine of the last layers' outputs
+    relation      + similarities between tokens, in the last layers
+    on-policy     half of the batches are written by the student, and judged by the teacher
+    teacher-text  hard labels on text that the teacher wrote (sequence-level distillation)
+    cached        the teacher's top 64 tokens, from disk
+
+Each run is kept in ``--runs``, so that a study that was stopped goes on; the table is made of all
+that is there. ``--keep RUN`` also exports a student.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
+from mlx_distill import cli
+from mlx_distill.arrays import num_values
+from mlx_distill.checkpoint import bundled, tokenizer_hash, weights_hash
+from mlx_distill.data.responses import ResponseConfig, read_responses, write_responses
+from mlx_distill.data.teacher_cache import TeacherCache, write_cache
+from mlx_distill.data.texts import Text, fit, read_texts
+from mlx_distill.distillation.on_policy import OnPolicyConfig
+from mlx_distill.distillation.students import export, from_layers, read_config
+from mlx_distill.distillation.teachers import CachedTeacher
+from mlx_distill.evaluate import evaluate, report
+
+LOSSES = {
+    "plain": ["hard"],
+    "response": ["forward_kl"],
+    "feature": ["forward_kl", "hidden_cosine:weight=0.5,layers=last"],
+    "relation": ["forward_kl", "similarity_preserving:weight=100,layers=last"],
+    "on-policy": ["forward_kl"],
+    "teacher-text": ["hard"],
+    "cached": ["sparse_kl"],
+}
+
+
+@dataclass
+class Study:
+    """What all recipes share.
+
+    Args:
+        teacher: Teaches.
+        tokenizer: The teacher's and the student's.
+        config: The teacher's configuration.
+        texts: To learn.
+        valid: Held out.
+        arguments: Of the command.
+    """
+
+    teacher: Any
+    tokenizer: Any
+    config: dict[str, Any]
+    texts: list[Text]
+    valid: list[Text]
+    arguments: argparse.Namespace
+
+    def run(self, recipe: str, seed: int) -> dict[str, Any]:
+        """Train and judge one student."""
+        arguments = self.arguments
+        name = f"{recipe}-{seed}"
+        work = arguments.runs / f"{name}.partial"
+        student, config = from_layers(self.teacher, self.config, [0])
+        texts, teacher = self.texts, self.teacher
+        if recipe == "teacher-text":
+            texts, teacher = self.written(), None
+        elif recipe == "cached":
+            teacher = CachedTeacher(self.cache())
+        start = time.perf_counter()
+        mlx_distill.distill(
+            student,
+            None if recipe == "plain" else teacher,
+            texts,
+            folder=work,
+            losses=LOSSES[recipe],
+            training=mlx_distill.TrainingConfig(
+                steps=arguments.steps,
+                learning_rate=arguments.learning_rate,
+                checkpoint_every=50,
+            ),
+            batch_size=arguments.batch_size,
+            on_policy=OnPolicyConfig(on_policy=0.5) if recipe == "on-policy" else None,
+            eos_token_ids=sorted(self.tokenizer.eos_token_ids),
+            seed=seed,
+        )
+        seconds = time.perf_counter() - start
+        models = {"teacher": self.teacher, "student": student}
+        found = report(evaluate(models, self.valid, "teacher", 16), "teacher", seed=seed)
+        if name == arguments.keep:
+            folder = arguments.runs / name
+            files = {"run.json": json.dumps(found, indent=1) + "\n"}
+            export(folder, student, config, self.tokenizer, files)
+        shutil.rmtree(work)
+        return {
+            "recipe": recipe,
+            "seed": seed,
+            "seconds": seconds,
+            "parameters": num_values(student.parameters()),
+            "teacher_parameters": num_values(self.teacher.parameters()),
+            "found": found,
+            "config": {key: str(value) for key, value in vars(arguments).items()},
+            "losses": LOSSES[recipe],
+            "versions": cli.versions(),
+            "machine": cli.machine(),
+            "commit": cli.commit(),
+        }
+
+    def written(self) -> list[Text]:
+        """Return as many texts, begun like those of the data and written by the teacher."""
+        prompts = [text.tokens[:8] for text in self.texts]
+        config = ResponseConfig(max_tokens=self.arguments.max_length - 8, temperatures=(1.0,))
+        path = self.arguments.runs / "written.jsonl"
+        known = {"weights_hash": weights_hash(self.teacher)}
+        stops = self.tokenizer.eos_token_ids
+        for count in write_responses(path, self.teacher, stops, prompts, config, known):
+            print(f"the teacher wrote {count} of {len(prompts)} texts", file=sys.stderr)
+        return [Text(one.prompt + one.response) for one in read_responses(path)]
+
+    def cache(self) -> TeacherCache:
+        """Return the teacher's answers to the texts, on disk."""
+        folder = self.arguments.runs / "cache"
+        known = tokenizer_hash(self.tokenizer)
+        header = {
+            "tokenizer_hash": known,
+            "weights_hash": weights_hash(self.teacher),
+            "vocab_size": self.config["vocab_size"],
+        }
+        for count in write_cache(folder, self.teacher, self.texts, header):
+            print(f"cached {count} of {len(self.texts)} texts", file=sys.stderr)
+        return TeacherCache.open(folder, known, self.texts)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the recipes that are not there yet, and print the table; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    path = bundled("stories-14m")
+    teacher, tokenizer = mlx_distill.load(path)
+    texts = [
+        t
+        for file in sorted(arguments.data.glob("train*.jsonl"))
+        for t in read_texts(file, tokenizer)
+    ]
+    texts, _ = fit(texts[: arguments.texts], arguments.max_length)
+    valid, _ = fit(read_texts(arguments.data / "valid.jsonl", tokenizer), 512)
+    study = Study(
+        teacher, tokenizer, read_config(path), texts, valid[: arguments.valid_texts], arguments
+    )
+    for seed in range(arguments.seeds):
+        for recipe in arguments.recipes:
+            file = arguments.runs / f"{recipe}-{seed}.json"
+            if not file.exists():
+                file.write_text(json.dumps(study.run(recipe, seed), indent=1) + "\n")
+    runs = [json.loads(file.read_text()) for file in sorted(arguments.runs.glob("*-?.json"))]
+    rows = summary(runs)
+    show(rows)
+    if arguments.json:
+        result = {"summary": rows, "runs": runs}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row per recipe: means over seeds, with the seeds' 95 % t interval."""
+    plain = {
+        run["seed"]: _value(run, "student", "nats_per_token")
+        for run in runs
+        if run["recipe"] == "plain"
+    }
+    plain_kl = {
+        run["seed"]: _value(run, "student", "kl") for run in runs if run["recipe"] == "plain"
+    }
+    rows = []
+    for recipe in LOSSES:
+        mine = [run for run in runs if run["recipe"] == recipe]
+        if not mine:
+            continue
+        paired = [run for run in mine if run["seed"] in plain]
+        gaps, cuts = [], []
+        for run in paired:
+            first, teacher = plain[run["seed"]], _value(run, "teacher", "nats_per_token")
+            gaps.append((first - _value(run, "student", "nats_per_token")) / (first - teacher))
+            cuts.append(1 - _value(run, "student", "kl") / plain_kl[run["seed"]])
+        rows.append(
+            {
+                "recipe": recipe,
+                "seeds": len(mine),
+                "nats": _interval([_value(run, "student", "nats_per_token") for run in mine]),
+                "kl": _interval([_value(run, "student", "kl") for run in mine]),
+                "agreement": _interval([_value(run, "student", "agreement") for run in mine]),
+                "gap_closed": _interval(gaps) if gaps else None,
+                "kl_cut": _interval(cuts) if cuts else None,
+                "seconds": statistics.mean(run["seconds"] for run in mine),
+                "teacher_nats": _value(mine[0], "teacher", "nats_per_token"),
+            }
+        )
+    return rows
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title=f"Teacher: {rows[0]['teacher_nats']:.3f} nats per token" if rows else "")
+    for name in ("recipe", "seeds", "nats/token", "KL", "agreement", "gap closed", "KL cut", "s"):
+        table.add_column(name, justify="left" if name == "recipe" else "right")
+    for row in rows:
+        table.add_row(
+            row["recipe"],
+            str(row["seeds"]),
+            *(_cell(row[name], ".3f") for name in ("nats", "kl", "agreement")),
+            *(_cell(row[name], ".0%") for name in ("gap_closed", "kl_cut")),
+            f"{row['seconds']:.0f}",
+        )
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)
+    console.print(table)
+    console.print(
+        "Means over seeds; 95 % t intervals over seeds in brackets. All on held-out texts."
+    )
+
+
+def _value(run: dict[str, Any], model: str, name: str) -> float:
+    return run["found"][model][name]["value"]
+
+
+def _interval(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean of a few values and half the width of its 95 % t interval."""
+    quantiles = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
+    count = len(values)
+    half = (
+        quantiles.get(count, 2.0) * statistics.stdev(values) / math.sqrt(count)
+        if count > 1
+        else 0.0
+    )
+    return {"mean": statistics.mean(values), "half_width": half}
+
+
+def _cell(value: dict[str, float] | None, form: str) -> str:
+    if value is None:
+        return ""
+    half = f" ±{value['half_width']:{form}}" if value["half_width"] else ""
+    return f"{value['mean']:{form}}{half}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder of train*.jsonl, valid.jsonl"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("stories-runs"), help="where runs are kept"
+    )
+    parser.add_argument("--recipes", nargs="+", choices=LOSSES, default=["plain", "response"])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=2000, help="texts to learn from")
+    parser.add_argument("--max-length", type=int, default=128, help="of a text to learn, in tokens")
+    parser.add_argument("--valid-texts", type=int, default=64)
+    parser.add_argument("--keep", metavar="RUN", help="export this run's student, e.g. response-0")
+    parser.add_argument("--json", type=Path, help="write all results to this file")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
