@@ -2,16 +2,17 @@
 
     python examples/distill_stories.py --data stories/
 
-The student is the teacher's first layer between its embedding and its head. Every recipe starts
-from it, sees the same texts in the same order, and takes as many steps of the same optimizer:
+Every recipe sees the same texts in the same order, and takes as many steps of the same optimizer:
 
-    plain         the texts alone, no teacher
-    response      KL(teacher || student) on the texts
+    plain         random weights, the texts alone: nothing of the teacher
+    plain-kl      random weights, KL(teacher || student)
+    layer         the teacher's first layer, embedding and head to start from; the texts alone
+    response      that start, KL(teacher || student)
     feature       + cosine of the last layers' outputs
     relation      + similarities between tokens, in the last layers
     on-policy     half of the batches are written by the student, and judged by the teacher
-    teacher-text  hard labels on text that the teacher wrote (sequence-level distillation)
-    cached        the teacher's top 64 tokens, from disk
+    teacher-text  that start, hard labels on text that the teacher wrote
+    cached        that start, the teacher's top 64 tokens, from disk
 
 Each run is kept in ``--runs``, so that a study that was stopped goes on; the table is made of all
 that is there. ``--keep RUN`` also exports a student.
@@ -40,12 +41,14 @@ from mlx_distill.data.responses import ResponseConfig, read_responses, write_res
 from mlx_distill.data.teacher_cache import TeacherCache, write_cache
 from mlx_distill.data.texts import Text, fit, read_texts
 from mlx_distill.distillation.on_policy import OnPolicyConfig
-from mlx_distill.distillation.students import export, from_layers, read_config
-from mlx_distill.distillation.teachers import CachedTeacher
+from mlx_distill.distillation.students import export, from_config, from_layers, read_config
+from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher
 from mlx_distill.evaluate import evaluate, report
 
 LOSSES = {
     "plain": ["hard"],
+    "plain-kl": ["forward_kl"],
+    "layer": ["hard"],
     "response": ["forward_kl"],
     "feature": ["forward_kl", "hidden_cosine:weight=0.5,layers=last"],
     "relation": ["forward_kl", "similarity_preserving:weight=100,layers=last"],
@@ -53,6 +56,9 @@ LOSSES = {
     "teacher-text": ["hard"],
     "cached": ["sparse_kl"],
 }
+# The best of some learning rates, each, on training texts that were not learned (see --tune).
+RATES = {"plain": 1e-3, "plain-kl": 1e-3, "layer": 2.5e-4, "teacher-text": 2.5e-4}
+RATE = 5e-4  # of all others
 
 
 @dataclass
@@ -81,25 +87,33 @@ class Study:
         name = f"{recipe}-{seed}"
         work = arguments.runs / f"{name}.partial"
         student, config = from_layers(self.teacher, self.config, [0])
+        if recipe.startswith("plain"):
+            student = from_config(config, seed)
         texts, teacher = self.texts, self.teacher
         if recipe == "teacher-text":
             texts, teacher = self.written(), None
         elif recipe == "cached":
             teacher = CachedTeacher(self.cache())
+        rollouts = OnPolicyConfig(
+            on_policy=0.5, rollout_prompt_tokens=8, rollout_max_tokens=arguments.max_length - 8
+        )
         start = time.perf_counter()
-        mlx_distill.distill(
+        done = mlx_distill.distill(
             student,
-            None if recipe == "plain" else teacher,
+            None if LOSSES[recipe] == ["hard"] else teacher,
             texts,
             folder=work,
             losses=LOSSES[recipe],
             training=mlx_distill.TrainingConfig(
                 steps=arguments.steps,
-                learning_rate=arguments.learning_rate,
-                checkpoint_every=50,
+                learning_rate=arguments.rate or RATES.get(recipe, RATE),
+                evaluate_every=max(1, arguments.steps // 4),
+                checkpoint_every=80,
             ),
+            valid=self.valid,
+            valid_teacher=LiveTeacher([self.teacher]),
             batch_size=arguments.batch_size,
-            on_policy=OnPolicyConfig(on_policy=0.5) if recipe == "on-policy" else None,
+            on_policy=rollouts if recipe == "on-policy" else None,
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             seed=seed,
         )
@@ -118,6 +132,7 @@ class Study:
             "parameters": num_values(student.parameters()),
             "teacher_parameters": num_values(self.teacher.parameters()),
             "found": found,
+            "best_nats": min(row["held_out"]["nats"] for row in done.log if "held_out" in row),
             "config": {key: str(value) for key, value in vars(arguments).items()},
             "losses": LOSSES[recipe],
             "versions": cli.versions(),
@@ -161,11 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for file in sorted(arguments.data.glob("train*.jsonl"))
         for t in read_texts(file, tokenizer)
     ]
+    valid = texts[-arguments.valid_texts :]
     texts, _ = fit(texts[: arguments.texts], arguments.max_length)
-    valid, _ = fit(read_texts(arguments.data / "valid.jsonl", tokenizer), 512)
-    study = Study(
-        teacher, tokenizer, read_config(path), texts, valid[: arguments.valid_texts], arguments
-    )
+    if not arguments.tune:
+        valid = read_texts(arguments.data / "valid.jsonl", tokenizer)[: arguments.valid_texts]
+    valid, _ = fit(valid, 192)
+    study = Study(teacher, tokenizer, read_config(path), texts, valid, arguments)
     for seed in range(arguments.seeds):
         for recipe in arguments.recipes:
             file = arguments.runs / f"{recipe}-{seed}.json"
@@ -210,6 +226,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "agreement": _interval([_value(run, "student", "agreement") for run in mine]),
                 "gap_closed": _interval(gaps) if gaps else None,
                 "kl_cut": _interval(cuts) if cuts else None,
+                "best_nats": _interval([run["best_nats"] for run in mine]),
                 "seconds": statistics.mean(run["seconds"] for run in mine),
                 "teacher_nats": _value(mine[0], "teacher", "nats_per_token"),
             }
@@ -220,13 +237,23 @@ def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title=f"Teacher: {rows[0]['teacher_nats']:.3f} nats per token" if rows else "")
-    for name in ("recipe", "seeds", "nats/token", "KL", "agreement", "gap closed", "KL cut", "s"):
+    for name in (
+        "recipe",
+        "seeds",
+        "nats/token",
+        "best step",
+        "KL",
+        "agreement",
+        "gap closed",
+        "KL cut",
+        "s",
+    ):
         table.add_column(name, justify="left" if name == "recipe" else "right")
     for row in rows:
         table.add_row(
             row["recipe"],
             str(row["seeds"]),
-            *(_cell(row[name], ".3f") for name in ("nats", "kl", "agreement")),
+            *(_cell(row[name], ".3f") for name in ("nats", "best_nats", "kl", "agreement")),
             *(_cell(row[name], ".0%") for name in ("gap_closed", "kl_cut")),
             f"{row['seconds']:.0f}",
         )
@@ -271,12 +298,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipes", nargs="+", choices=LOSSES, default=["plain", "response"])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--texts", type=int, default=2000, help="texts to learn from")
-    parser.add_argument("--max-length", type=int, default=128, help="of a text to learn, in tokens")
-    parser.add_argument("--valid-texts", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--rate", type=float, help="learning rate (default: each recipe's best)")
+    parser.add_argument(
+        "--tune", action="store_true", help="judge on training texts, to choose a rate"
+    )
+    parser.add_argument("--batch-size", type=int, default=2)
+    parser.add_argument("--texts", type=int, default=1000, help="texts to learn from")
+    parser.add_argument("--max-length", type=int, default=64, help="of a text to learn, in tokens")
+    parser.add_argument("--valid-texts", type=int, default=48)
     parser.add_argument("--keep", metavar="RUN", help="export this run's student, e.g. response-0")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser

@@ -283,9 +283,8 @@ def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
         raise InputError(OTHER_TOKENIZER)
     texts, valid, counts = _texts(config, tokenizer)
     for network in networks:
-        if config.teacher_bits is not None:
-            nn.quantize(network, bits=config.teacher_bits)
-    config.adapter.apply(student)
+        _quantize(network, config.teacher_bits)
+    config.adapter.apply(student, config.seed)
     teacher: Teacher | None = None
     valid_teacher: Teacher | None = None
     if networks:
@@ -308,6 +307,17 @@ def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
         valid,
         counts,
     )
+
+
+def _quantize(network: nn.Module, bits: int | None) -> None:
+    """Quantise what can be, in groups of 64 as mlx-lm does."""
+    if bits is None:
+        return
+
+    def fits(_: str, module: nn.Module) -> bool:
+        return hasattr(module, "to_quantized") and module["weight"].shape[-1] % 64 == 0
+
+    nn.quantize(network, bits=bits, class_predicate=fits)
 
 
 def _student(
@@ -388,8 +398,7 @@ def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -
     if len(config.teacher) != 1:
         raise InputError("a cache holds one teacher's answers; name it with --teacher")
     teacher, tokenizer = load(config.teacher[0], **cli.code_options(arguments.trust_remote_code))
-    if config.teacher_bits is not None:
-        nn.quantize(teacher, bits=config.teacher_bits)
+    _quantize(teacher, config.teacher_bits)
     texts, _, _ = _texts(config, tokenizer)
     vocab_size = teacher(mx.array([[1]])).shape[-1]
     header = {
@@ -497,13 +506,13 @@ def _config(arguments: argparse.Namespace) -> DistillConfig:
     return from_flags(DistillConfig, arguments, **parts)
 
 
-def _flat(config: DistillConfig) -> dict[str, Any]:
+def _flat(config: Any) -> dict[str, Any]:
     """Return a configuration as ``--config`` reads it."""
     values: dict[str, Any] = {}
     for item in fields(config):
         value = getattr(config, item.name)
         if is_dataclass(value):
-            values |= _flat(value)  # pyright: ignore
+            values |= _flat(value)
         else:
             values[item.name] = list(value) if isinstance(value, tuple) else value
     return values

@@ -657,19 +657,21 @@ def test_where_chooses_rows(tmp_path: Path) -> None:
 
 
 def test_report(tmp_path: Path) -> None:
-    rows = [pair("Hello!"), {"a": 1}, *[pair("")] * 4]
+    rows = [pair("Hello!"), {"a": 1}, *[pair("")] * 4, *[pair("Hello!")] * 3]
     _, report = read_completions(write(tmp_path, *rows), CompletionFilter())
     place = f"{tmp_path / 'stored.jsonl'}, line "
     assert report.lines() == [
-        "6 rows read, 1 completions kept, 5 dropped",
+        "9 rows read, 1 completions kept, 8 dropped",
         f"4 no answer: {place}3; {place}4; {place}5; ...",
+        f"3 duplicate: {place}7; {place}8; {place}9",
         f"1 unknown layout: {place}2",
     ]
     assert json.loads(json.dumps(report.to_dict())) == {
-        "rows": 6,
+        "rows": 9,
         "kept": 1,
         "dropped": {
             "no answer": {"count": 4, "places": [f"{place}{line}" for line in (3, 4, 5)]},
+            "duplicate": {"count": 3, "places": [f"{place}{line}" for line in (7, 8, 9)]},
             "unknown layout": {"count": 1, "places": [f"{place}2"]},
         },
     }

@@ -104,6 +104,7 @@ class Distiller:
     Attributes:
         network: What to train.
         notes: What the user should know, in sentences.
+        num_outputs: The student's tokens or classes.
     """
 
     def __init__(
@@ -209,7 +210,7 @@ class Distiller:
         projections = self.network.projections
         pairs = []
         for number, (ours, theirs) in enumerate(self.pairs[place]):
-            project = projections.get(f"{place}_{number}", lambda x: x)
+            project = projections.get(f"pair_{place}_{number}", lambda x: x)
             pairs.append((project(features[ours]), goals[theirs]))
         mask = batch.mask if self.texts else None
         if term.name == "flow_of_solution":
@@ -264,19 +265,27 @@ class Distiller:
         if goal is not None:
             self._check_widths(ours, goal.logits)
         response_losses(self.response, logits, goal, labels, mask)  # a term may not know the goal
-        if not self.texts and int(batch.labels.max().item()) >= ours:
-            raise InputError(
-                f"a label is {int(batch.labels.max().item())}, the student has {ours} classes"
-            )
+        self.num_outputs = ours
+        if not self.texts:
+            self.check_labels(batch)
         mx.random.seed(seed)
         projections: dict[str, nn.Module] = {}
         for place, term in enumerate(self.others):
             for number, (mine, their) in enumerate(self.pairs[place]):
                 width, goal_width = features[mine].shape[-1], lesson.features[their].shape[-1]
                 if term.name in PROJECTED and width != goal_width:
-                    projections[f"{place}_{number}"] = nn.Linear(width, goal_width, bias=False)
+                    # Nothing that int() takes: a checkpoint would be read as lists.
+                    projections[f"pair_{place}_{number}"] = nn.Linear(width, goal_width, bias=False)
         mx.eval([module.parameters() for module in projections.values()])
         return projections
+
+    def check_labels(self, examples: Examples) -> None:
+        """Raise InputError if a label is none of the student's classes."""
+        labels = mx.where(examples.mask > 0, examples.labels, 0)  # others may hold -100
+        low, high = to_host(mx.stack([labels.min(), labels.max()]))
+        if low < 0 or high >= self.num_outputs:
+            wrong = low if low < 0 else high
+            raise InputError(f"a label is {wrong}, the student has {self.num_outputs} classes")
 
     def _check_widths(self, ours: int, goal: mx.array | None) -> None:
         theirs = ours if goal is None else goal.shape[-1]

@@ -100,7 +100,7 @@ class Rollouts:
         # An earlier set may have been skipped: no batch asked for it while it was the last one.
         written = [text for place in range(first, last + 1) for text in self._set(place, last)]
         rows = draws.choice(len(written), min(self.batch_size, len(written)), replace=False)
-        batch = text_batch(written, rows)
+        batch = text_batch(written, rows.tolist())
         return TextBatch(batch.tokens, batch.mask, [])
 
     def _set(self, place: int, last: int) -> list[Text]:

@@ -23,7 +23,10 @@ from mlx_lm.utils import _get_classes, quantize_model, save_config, save_model
 from mlx_distill.checkpoint import check_safetensors
 from mlx_distill.errors import InputError, one_line
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers")
+LAYER_COUNTS = (
+    *("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
+    "num_transformer_layers",
+)
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 
 
@@ -51,10 +54,11 @@ class AdapterConfig:
         if self.lora_layers == 0 or self.lora_layers < -1:
             raise InputError(f"lora_layers must be -1 or at least 1, got {self.lora_layers}")
 
-    def apply(self, student: nn.Module) -> None:
-        """Freeze what is not trained, and put adapters where they are wanted."""
+    def apply(self, student: nn.Module, seed: int = 0) -> None:
+        """Freeze what is not trained, and put adapters, drawn anew, where they are wanted."""
         if self.fine_tune == "full":
             return
+        mx.random.seed(seed)
         student.freeze()
         num_layers = len(student.layers)  # pyright: ignore
         count = num_layers if self.lora_layers == -1 else self.lora_layers
@@ -95,7 +99,8 @@ def from_layers(
     """
     name = next((name for name in LAYER_COUNTS if name in config), None)
     if name is None:
-        raise InputError(f"the teacher's config says no number of layers ({LAYER_COUNTS})")
+        known = ", ".join(LAYER_COUNTS)
+        raise InputError(f"the teacher's config says no number of layers ({known})")
     count = config[name]
     for layer in layers:
         if not 0 <= layer < count:

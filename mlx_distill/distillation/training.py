@@ -113,6 +113,9 @@ def distill(
     batches = _batches(student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed)
     size = len(data) if texts else data.labels.size
     distiller = Distiller(student, teacher, terms, _batch(data, range(min(2, size))), size, seed)
+    for examples in (data, valid):
+        if isinstance(examples, Examples):
+            distiller.check_labels(examples)
     judge = Distiller.evaluate
     done = checkpoints(folder)
     journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
