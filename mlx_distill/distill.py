@@ -54,6 +54,7 @@ from mlx_distill.distillation.teachers import (
 )
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.target.target import context_length
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
 from mlx_distill.training.loop import TrainingConfig, checkpoints
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
@@ -282,6 +283,7 @@ def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
     if others and compared and (not uld or len(loaded) > 1):
         raise InputError(OTHER_TOKENIZER)
     texts, valid, counts = _texts(config, tokenizer)
+    _check_contexts([student, *networks], [*texts, *valid])
     for network in networks:
         _quantize(network, config.teacher_bits)
     config.adapter.apply(student, config.seed)
@@ -344,6 +346,17 @@ def _student(
         raise InputError("a new student without a teacher needs a tokenizer; use --tokenizer")
     own = read_config(Path(config.student_config))
     return from_config(own, config.seed), own, tokenizer
+
+
+def _check_contexts(networks: Sequence[nn.Module], texts: Sequence[Text]) -> None:
+    """Raise InputError if a text is longer than a model was made for."""
+    longest = max(len(text.tokens) for text in texts)
+    contexts = [context for network in networks if (context := context_length(network))]
+    if contexts and longest > min(contexts):
+        raise InputError(
+            f"the longest text has {longest} tokens, a model's context is {min(contexts)}; "
+            "use a smaller --max-length"
+        )
 
 
 def _tokenizer(path: str) -> Any:
