@@ -57,8 +57,8 @@ LOSSES = {
     "cached": ["sparse_kl"],
 }
 # The best of some learning rates, each, on training texts that were not learned (see --tune).
-RATES = {"plain": 1e-3, "plain-kl": 1e-3, "layer": 2.5e-4, "teacher-text": 2.5e-4}
-RATE = 5e-4  # of all others
+RATES = {"plain": 1e-3, "plain-kl": 1e-3, "layer": 1e-4, "teacher-text": 1e-4}
+RATE = 2.5e-4  # of all others
 
 
 @dataclass
@@ -298,7 +298,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipes", nargs="+", choices=LOSSES, default=["plain", "response"])
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, help="learning rate (default: each recipe's best)")
     parser.add_argument(
         "--tune", action="store_true", help="judge on training texts, to choose a rate"

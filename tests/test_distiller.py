@@ -963,15 +963,19 @@ def test_callbacks_are_told_what_mlx_lm_tells(tmp_path: Path) -> None:
     assert heard.val[-1]["val_loss"] == done.log[-1]["held_out"]["nats"]
 
 
-def test_killed_training_counts_on(tmp_path: Path) -> None:
-    """Neither the log nor the number of tokens begins again."""
-    whole = run(tmp_path / "whole", small(), tiny_model("llama"))
+@pytest.mark.parametrize("step", [4, 5])
+def test_killed_training_counts_on(tmp_path: Path, step: int) -> None:
+    """Neither the log nor the number of tokens begins again; step 3 was logged, and not kept."""
+    whole = run(tmp_path / "whole", small(), tiny_model("llama"), valid=TEXTS[:2])
     with pytest.raises(Killed):
-        run(tmp_path / "parts", small(), tiny_model("llama"), callback=KillAt(5))
+        run(
+            tmp_path / "parts", small(), tiny_model("llama"), valid=TEXTS[:2], callback=KillAt(step)
+        )
     heard = Recorder()
-    done = run(tmp_path / "parts", small(), tiny_model("llama"), callback=heard)
+    done = run(tmp_path / "parts", small(), tiny_model("llama"), valid=TEXTS[:2], callback=heard)
     assert done.log == whole.log
-    assert [info["iteration"] for info in heard.train] == [5, 6]
+    done_before = 2 if step == 4 else 4
+    assert [info["iteration"] for info in heard.train] == list(range(done_before + 1, 7))
     total = sum(row["count"] for row in whole.log)
     assert heard.train[-1]["trained_tokens"] == total
     assert rows_of(tmp_path / "parts" / "log.jsonl") == done.log

@@ -170,9 +170,6 @@ def checkpoint_layers(network: nn.Module) -> None:
 
 def _checkpointed(layer: nn.Module) -> Callable[..., Any]:
     def around(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not layer.training:  # judging or writing text, with a cache
-            return call(*args, **kwargs)
-
         def inner(parameters: dict[str, Any], *values: Any) -> Any:
             layer.update(parameters)
             return call(*values, **kwargs)
