@@ -3,9 +3,10 @@
     python examples/stored_completions.py --data stories/
 
 For lack of somebody else's log this writes one: the bundled stories-14m answers the beginnings of
-some stories, and its answers are stored as a chat service stores them, with a few that are no use
-(cut short, doubled, refused). A student then learns from that file alone: filtered, trained on hard
-labels, compared with the student it was before. No teacher is loaded for it.
+some stories, and its answers are stored as a chat service stores them, with two that are no use
+(doubled, refused). Stories that were cut off are kept: they are learned without an end. A student
+then learns from that file alone: filtered, trained on hard labels, compared with the student it was
+before. No teacher is loaded for it.
 """
 
 import argparse
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     teacher, tokenizer = mlx_distill.load(path)
     if not arguments.log.exists():
         store(arguments, teacher, tokenizer)
-    keep = CompletionFilter(min_answer_chars=40, where="temperature <= 1")
+    keep = CompletionFilter(min_answer_chars=40, drop_truncated=False, where="temperature <= 1")
     completions, found = read_completions(arguments.log, keep)
     print("\n".join(found.lines()))
     student, _ = from_layers(teacher, read_config(path), [0])

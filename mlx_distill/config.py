@@ -40,7 +40,7 @@ def add_flags(
         scalar, many = _scalar(kind)
         if many:
             options["nargs"] = "+"
-        default = "" if item.default is None else f" (default: {_show(item.default)})"
+        default = "" if item.default in (None, ()) else f" (default: {_show(item.default)})"
         text = helps.get(item.name, "").rstrip(".").replace("%", "%%") + default
         if scalar is bool:
             action = argparse.BooleanOptionalAction

@@ -30,7 +30,7 @@ from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_h
 from mlx_distill.config import add_flags, check_seed, from_file, from_flags
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
 from mlx_distill.data.records import write_whole
-from mlx_distill.data.teacher_cache import TeacherCache, write_cache
+from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
 from mlx_distill.data.texts import LONG, Text, fit, local_file, pack, read_texts
 from mlx_distill.distillation.features import checkpoint_layers
 from mlx_distill.distillation.memory import memory_estimate
@@ -91,7 +91,8 @@ class DistillConfig:
         max_length: The longest text, in tokens.
         long: Longer texts are cut, dropped, or refused: cut, drop or refuse.
         pack: Join texts into rows of max_length tokens, so that nothing is padded.
-        loss: Terms of the weighted sum, as forward_kl:weight=0.9,temperature=2.
+        loss: Terms of the weighted sum, as forward_kl:weight=0.9,temperature=2 (default:
+            forward_kl; sparse_kl of a cache; hard without a teacher).
         batch_size: Texts per batch.
         grad_checkpoint: Compute activations twice instead of keeping them.
         seed: Of first weights, order and draws.
@@ -122,7 +123,7 @@ class DistillConfig:
     max_length: int = 512
     long: str = "cut"
     pack: bool = False
-    loss: tuple[str, ...] = ("forward_kl",)
+    loss: tuple[str, ...] = ()
     batch_size: int = 8
     grad_checkpoint: bool = False
     seed: int = 0
@@ -174,7 +175,8 @@ class DistillConfig:
     @property
     def terms(self) -> list[LossTerm]:
         """The objective."""
-        return [LossTerm.parse(text) for text in self.loss]
+        known = "sparse_kl" if self.use_cache else "forward_kl" if self.teacher else "hard"
+        return [LossTerm.parse(text) for text in self.loss or (known,)]
 
 
 @cli.command
@@ -190,11 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = Path(arguments.output)
     work = partial_folder(output)
     check_output(output, arguments.resume)
-    settings = json.loads(json.dumps(asdict(config)))
-    if arguments.resume:
-        check_settings(work / SETTINGS, settings)
     parts = _open(config, arguments)
     texts, valid = parts.texts, parts.valid
+    settings = json.loads(json.dumps(asdict(config) | {"texts_hash": texts_hash(texts)}))
+    if arguments.resume:
+        check_settings(work / SETTINGS, settings)
     print(
         memory_estimate(
             parts.student,

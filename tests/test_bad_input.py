@@ -144,7 +144,7 @@ INDEX = "model__safetensors__index__json"
 INCOMPLETE: dict[str, tuple[dict[str, Edit], str]] = {
     "no config": ({"config__json": delete}, "holds no config.json"),
     "no weights": ({"model__safetensors": delete}, "holds no weights"),
-    "no tokenizer": ({"tokenizer__model": delete}, "tokenizer"),
+    "no tokenizer": ({"tokenizer__model": delete, "tokenizer__json": delete}, "tokenizer"),
     "missing shard": (
         {INDEX: write('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')},
         "model-00001-of-00002.safetensors is missing",
@@ -199,7 +199,11 @@ INCOMPLETE: dict[str, tuple[dict[str, Edit], str]] = {
         {"model__safetensors": edit_arrays(lambda a: a.update(spare=mx.zeros(3)))},
         "cannot be loaded: .*spare|cannot be loaded: Received",
     ),
-    "damaged tokenizer": ({"tokenizer__model": write("tokens" * 50)}, "cannot be loaded"),
+    "damaged tokenizer": (
+        {"tokenizer__model": write("tokens" * 50), "tokenizer__json": delete},
+        "cannot be loaded",
+    ),
+    "damaged tokenizer.json": ({"tokenizer__json": write("tokens" * 50)}, "cannot be loaded"),
     "broken tokenizer_config": ({"tokenizer_config__json": write("{")}, "cannot be loaded|JSON"),
 }
 

@@ -718,6 +718,18 @@ def test_texts_without_a_template(tmp_path: Path, tokenizer: Any) -> None:
     )
 
 
+@pytest.mark.parametrize(("reason", "ends"), [("stop", True), ("length", False), ("LENGTH", False)])
+def test_what_was_cut_off_is_learned_without_an_end(
+    tmp_path: Path, tokenizer: Any, reason: str, ends: bool
+) -> None:
+    row = {
+        "request": {"messages": [HI]},
+        "response": {"choices": [{"message": HELLO, "finish_reason": reason}]},
+    }
+    (text,) = completion_texts(read(tmp_path, row), tokenizer)
+    assert (text.tokens[-1] == tokenizer.eos_token_id) == ends
+
+
 def test_system_text_goes_in_front(tmp_path: Path, tokenizer: Any) -> None:
     (text,) = completion_texts(read(tmp_path, {"messages": KIND_CHAT}), tokenizer)
     assert text == encode_row(pair("Hello!", "Be kind.\n\nHi"), tokenizer, "here", False)

@@ -223,7 +223,13 @@ def completion_texts(
     """
     template = bool(getattr(tokenizer, "has_chat_template", False))
     return [
-        encode_row(_mlx_lm_row(completion, template), tokenizer, completion.place, learn_prompts)
+        encode_row(
+            _mlx_lm_row(completion, template),
+            tokenizer,
+            completion.place,
+            learn_prompts,
+            ended=(completion.finish_reason or "").lower() not in TRUNCATED,
+        )
         for completion in completions
     ]
 

@@ -99,9 +99,14 @@ def local_file(source: str | Path, split: str) -> Path:
         ) from None
 
 
-def encode_row(row: dict[str, Any], tokenizer: Any, place: str, learn_prompts: bool) -> Text:
-    """Return the text of one row; see ``read_texts``."""
-    ends = tokenizer.eos_token_id
+def encode_row(
+    row: dict[str, Any], tokenizer: Any, place: str, learn_prompts: bool, ended: bool = True
+) -> Text:
+    """Return the text of one row; see ``read_texts``.
+
+    A text that did not end, but was cut off, gets no end token; a chat template writes its own.
+    """
+    ends = tokenizer.eos_token_id if ended else None
     if "prompt" in row and "completion" in row:
         question, answer = (_string(row[name], place) for name in ("prompt", "completion"))
         messages = [{"role": "user", "content": question}]
