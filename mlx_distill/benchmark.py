@@ -28,7 +28,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mlx_distill import cli
-from mlx_distill.checkpoint import bundled, load, load_drafter, tokenizer_hash
+from mlx_distill.checkpoint import bundled, load_drafter
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.distillation.loss_memory import loss_memory
@@ -412,7 +412,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if path is None:
         raise InputError("a model of your own needs a drafter; name one with --drafter")
     drafter = load_drafter(path, model, tokenizer)
-    draft_model = _draft_model(arguments, model, tokenizer)
+    draft_model = cli.load_draft_model(arguments, tokenizer)
+    for one in (model, draft_model) if draft_model is not None else ():
+        if not can_trim_prompt_cache(make_prompt_cache(one)):
+            raise InputError("mlx-lm's own drafting needs caches that can be trimmed")
     prompts = read_prompts(
         arguments.data or PROMPTS,
         tokenizer,
@@ -556,20 +559,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help="write the results to this JSON file")
     parser.add_argument("--plot", help="draw the sweep to this PNG file")
     return parser
-
-
-def _draft_model(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
-    """Return the model that mlx-lm drafts with, or None if none is named."""
-    if arguments.draft_model is None:
-        return None
-    draft_model, other = load(
-        arguments.draft_model, **cli.code_options(arguments.trust_remote_code)
-    )
-    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
-        raise InputError("the draft model's tokenizer is not the model's")
-    if not all(can_trim_prompt_cache(make_prompt_cache(m)) for m in (model, draft_model)):
-        raise InputError("mlx-lm's own drafting needs caches that can be trimmed")
-    return draft_model
 
 
 def _mean_by_depth(samples: Sequence[Sample]) -> list[float]:

@@ -86,6 +86,22 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return load(path, **code_options(arguments.trust_remote_code))
 
 
+def load_draft_model(arguments: argparse.Namespace, tokenizer: Any) -> Any:
+    """Return the model that drafts by mlx-lm's own loop, or None if none is named.
+
+    Raises:
+        InputError: If its tokenizer is another one.
+    """
+    from mlx_distill.checkpoint import load, tokenizer_hash
+
+    if arguments.draft_model is None:
+        return None
+    draft_model, other = load(arguments.draft_model, **code_options(arguments.trust_remote_code))
+    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
+        raise InputError("the draft model's tokenizer is not the model's")
+    return draft_model
+
+
 def code_options(trust: bool) -> dict[str, Any]:
     """Return the arguments of ``load`` that let a repository run its own code, or not."""
     tokenizer_config = {"trust_remote_code": True} if trust else None

@@ -65,11 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     template_config = _template_config(arguments.chat_template_config)
     if arguments.max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, got {arguments.max_tokens}")
+    if arguments.num_draft_tokens < 1:
+        raise InputError(f"num_draft_tokens must be at least 1, got {arguments.num_draft_tokens}")
+    if arguments.draft_model and arguments.drafter:
+        raise InputError("--drafter and --draft-model exclude each other")
     if arguments.compare and arguments.no_drafter:
         raise InputError("--compare needs a drafter; leave --no-drafter out")
     model, tokenizer = cli.load_model(arguments)
     drafter = _drafter(arguments, model, tokenizer)
-    if arguments.compare and drafter is None:
+    draft_model = cli.load_draft_model(arguments, tokenizer)
+    if arguments.compare and drafter is None and draft_model is None:
         raise InputError("--compare needs a drafter; name one with --drafter")
     prompt = encode_prompt(
         tokenizer,
@@ -80,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options: dict[str, Any] = {"max_tokens": arguments.max_tokens, **asdict(sampling)}
     options |= {"seed": arguments.seed, "stop": arguments.stop}
+    options |= {"draft_model": draft_model, "num_draft_tokens": arguments.num_draft_tokens}
     if arguments.compare:  # both arms warm: what is compiled and cached is so for both
         warm = options | {"max_tokens": 16, "plan": plan, "cache": cache}
         list(stream_generate(model, tokenizer, prompt, drafter=drafter, **warm))
@@ -95,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.compare and run.last is not None and not run.interrupted:
         comparison = compare(model, tokenizer, prompt, run, sampling, cache, arguments.max_tokens)
     if arguments.verbose:
-        _print_statistics(run.last, drafter is not None, comparison)
+        _print_statistics(run.last, bool(drafter or draft_model), comparison)
     if arguments.json:
         print(json.dumps(_record(run, seconds, arguments, comparison)))
     return 130 if run.interrupted else 0
@@ -186,6 +192,12 @@ def _parser() -> argparse.ArgumentParser:
         help="the drafter's folder or hub repository (default: the bundled one with the bundled "
         "model, else none)",
     )
+    parser.add_argument(
+        "--draft-model", help="a small model that drafts instead, by mlx-lm's own loop"
+    )
+    parser.add_argument(
+        "--num-draft-tokens", type=int, default=3, help="tokens that it drafts (default: 3)"
+    )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
     parser.add_argument(
         "--prompt", "-p", help="the prompt; - reads stdin (default: Once upon a time)"
@@ -259,9 +271,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
     """Return the drafter that the flags ask for, or None."""
-    if arguments.no_drafter:
-        if arguments.drafter:
-            raise InputError("--drafter and --no-drafter exclude each other")
+    if arguments.no_drafter and arguments.drafter:
+        raise InputError("--drafter and --no-drafter exclude each other")
+    if arguments.no_drafter or arguments.draft_model:
         return None
     path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
     if path is None:

@@ -509,3 +509,33 @@ def test_example_runs() -> None:
     example = REPOSITORY / "examples" / "continue_story.py"
     run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=True)
     assert len(run.stdout) > 100
+
+
+def test_a_draft_model_drafts_by_mlx_lms_own_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that drafts for itself is always right."""
+    model = str(bundled("stories-14m"))
+    options = ["--max-tokens", "14", "--json", "--draft-model", model, "--num-draft-tokens", "3"]
+    assert generate.main([*options, "--compare"]) == 0
+    run = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert run["comparison"]["first_difference"] is None
+    assert run["generation_tokens"] == 14
+    assert run["target_calls"] == 4  # 4 + 4 + 4 tokens, and 2
+    assert run["accepted_tokens"] == run["drafted_tokens"] == 3 + 3 + 3 + 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--num-draft-tokens", "0"], "num_draft_tokens must be at least 1, got 0"),
+        (
+            ["--drafter", "a", "--draft-model", "b"],
+            "--drafter and --draft-model exclude each other",
+        ),
+        (["--draft-model", "nowhere"], "there is no folder nowhere"),
+    ],
+)
+def test_draft_models_that_cannot_be(
+    capsys: pytest.CaptureFixture[str], flags: list[str], sentence: str
+) -> None:
+    assert generate.main(flags) == 2
+    assert sentence in capsys.readouterr().err

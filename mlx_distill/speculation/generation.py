@@ -16,8 +16,13 @@ import mlx.core as mx
 from jaxtyping import Int
 from mlx import nn
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
-from mlx_lm.generate import generate_step, generation_stream, wired_limit
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.generate import (
+    generate_step,
+    generation_stream,
+    speculative_generate_step,
+    wired_limit,
+)
+from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.checkpoint import check_fingerprint, fingerprint
@@ -85,6 +90,8 @@ def stream_generate(
     prompt: str | Sequence[int] | mx.array,
     *,
     drafter: Drafter | None = None,
+    draft_model: nn.Module | None = None,
+    num_draft_tokens: int = 3,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -106,6 +113,9 @@ def stream_generate(
         tokenizer: Its tokenizer.
         prompt: A text, or token ids.
         drafter: From ``load_drafter``; None decodes plainly.
+        draft_model: A small model of the same tokenizer that drafts instead, by mlx-lm's own loop;
+            ``prompt_cache`` then holds the caches of both, as in mlx-lm.
+        num_draft_tokens: Tokens that it drafts at a time.
         max_tokens: The longest answer, in tokens.
         temperature: 0 takes the most probable token.
         top_p: Draw from the smallest set of tokens with this probability; 1 is all.
@@ -133,6 +143,12 @@ def stream_generate(
     tokens = prompt_tokens(tokenizer, prompt)
     cache = cache or CacheConfig()
     caches = make_prompt_cache(model, cache.max_kv_size) if prompt_cache is None else prompt_cache
+    if draft_model is not None:
+        _check_draft_model(drafter, num_draft_tokens)
+        if prompt_cache is None:
+            caches = [*caches, *make_prompt_cache(draft_model, cache.max_kv_size)]
+        if not can_trim_prompt_cache(caches):
+            raise InputError("a draft model needs caches that can be trimmed; use --drafter")
     _check_length(model, tokens, caches, cache)
     sampling.check_vocabulary(_vocab_size(model, tokenizer))
     if cache.kv_bits is not None:
@@ -141,7 +157,22 @@ def stream_generate(
         raise InputError(f"seed must be between 0 and 2**63, got {seed}")
     key = mx.random.key(time.time_ns() % 2**63 if seed is None else seed)
     processors = tuple(logits_processors or ())
-    if drafter is None:
+    if draft_model is not None:
+        counters = DraftCounters()
+        mx.random.seed(time.time_ns() % 2**63 if seed is None else seed)
+        emitted = _decode_with_model(
+            model,
+            draft_model,
+            num_draft_tokens,
+            tokens,
+            sampling,
+            cache,
+            caches,
+            processors,
+            max_tokens,
+            counters,
+        )
+    elif drafter is None:
         counters = DraftCounters()
         emitted = _decode_plainly(
             model, tokens, sampling, key, cache, caches, processors, max_tokens, counters
@@ -244,6 +275,63 @@ def _decode_plainly(
             if number:
                 counters.add([0], 0)
             yield Emitted(int(token), logits, None, False)
+
+
+def _decode_with_model(
+    model: nn.Module,
+    draft_model: nn.Module,
+    num_draft_tokens: int,
+    tokens: mx.array,
+    sampling: Sampling,
+    cache: CacheConfig,
+    caches: list[Any],
+    processors: tuple[LogitsProcessor, ...],
+    max_tokens: int,
+    counters: DraftCounters,
+) -> Iterator[Emitted]:
+    """Yield the tokens of mlx-lm's own loop with a draft model.
+
+    It draws at every drafted place from the model's distribution and accepts what is equal, so the
+    law is the model's.
+    """
+    steps = speculative_generate_step(
+        tokens,
+        model,
+        draft_model,
+        num_draft_tokens=num_draft_tokens,
+        max_tokens=max_tokens,
+        sampler=sampling.mlx_lm_sampler(_width(model)),
+        logits_processors=list(processors),
+        prompt_cache=caches,
+        prefill_step_size=cache.prefill_step_size,
+        kv_bits=cache.kv_bits,
+        kv_group_size=cache.kv_group_size,
+        quantized_kv_start=cache.quantized_kv_start,
+    )
+    accepted = 0
+    with closing(steps):
+        for number, (token, logits, from_draft) in enumerate(steps):
+            if mx.isnan(logits[0]).item():
+                raise not_numbers(f"after {number} tokens of its answer")
+            accepted += from_draft
+            done = number + 1
+            if not from_draft or done == max_tokens:  # a call ends with the model's own token
+                drafted = min(num_draft_tokens, max_tokens - done + accepted + (not from_draft))
+                counters.add([0, *range(drafted)], accepted)
+                accepted = 0
+            yield Emitted(int(token), logits, None, bool(from_draft))
+
+
+def _check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
+    if drafter is not None:
+        raise InputError("a drafter and a draft model exclude each other")
+    if num_draft_tokens < 1:
+        raise InputError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+
+
+def _width(model: nn.Module) -> int:
+    """Return the number of a model's logits."""
+    return model(mx.array([[0]])).shape[-1]
 
 
 def _responses(
