@@ -187,7 +187,7 @@ def _response(
     if goal.known is not None:
         mask = mask * goal.known
     if term.name == "sparse_kl":
-        return _sparse(term, logits, goal, mask)
+        return _sparse(term, logits, goal, labels, mask)
     if goal.logits is None:
         raise InputError(
             f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
@@ -202,7 +202,9 @@ def _response(
     return LOSSES[term.name](logits, theirs, mask, **term.options)
 
 
-def _sparse(term: LossTerm, logits: mx.array, goal: Goal, mask: mx.array) -> response.Loss:
+def _sparse(
+    term: LossTerm, logits: mx.array, goal: Goal, labels: mx.array, mask: mx.array
+) -> response.Loss:
     options = {key: value for key, value in term.options.items() if key != "k"}
     width = logits.shape[-1]
     ids, log_probs = _top(goal, term.options.get("k"), width)
@@ -210,7 +212,7 @@ def _sparse(term: LossTerm, logits: mx.array, goal: Goal, mask: mx.array) -> res
         logits = mx.pad(logits, [(0, 0), (0, 1)], constant_values=-mx.inf)
         log_probs = mx.where(ids < width, log_probs, -mx.inf)
         ids = mx.minimum(ids, width)
-    return response.sparse_kl(logits, ids, log_probs, mask, **options)
+    return response.sparse_kl(logits, ids, log_probs, mask, **options, labels=labels)
 
 
 def _top(goal: Goal, k: int | None, width: int) -> tuple[mx.array, mx.array]:
