@@ -7,7 +7,9 @@ import argparse
 import json
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -129,29 +131,30 @@ def jitter(shift: int, flip: bool = False) -> Callable[[Examples, int], Examples
     return augment
 
 
-def load_images(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the images, channels last, and labels of the split's ``.npz`` files.
+def load_images(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Return the images, their labels and the classes' names, from the split's ``.npz`` files.
 
     Raises:
-        InputError: If there are none, or one of them holds no ``x`` and ``y`` that fit.
+        InputError: If there are none, or one of them holds no ``x`` and ``y`` of the same length.
     """
     paths = sorted(Path(folder).glob(f"{split}*.npz"))
     if not paths:
         raise InputError(f"{folder} holds no {split}*.npz; name the folder that does with --data")
-    images, labels = [], []
+    images, labels, names = [], [], None
     for path in paths:
         with np.load(path) as arrays:
             if "x" not in arrays or "y" not in arrays or len(arrays["x"]) != len(arrays["y"]):
                 raise InputError(f"{path} must hold images x and as many labels y")
             images.append(arrays["x"])
             labels.append(arrays["y"].astype(np.int32))
+            names = arrays["classes"].tolist() if "classes" in arrays else names
     x, y = np.concatenate(images), np.concatenate(labels)
-    return (x if x.ndim == 4 else x[..., None]), y
+    return (x if x.ndim == 4 else x[..., None]), y, names or [str(n) for n in range(y.max() + 1)]
 
 
-def examples(images: np.ndarray, labels: np.ndarray, most: int | None = None) -> Examples:
-    """Return images and labels as examples, the first ``most`` of them."""
-    return Examples.of(mx.array(images[:most]), mx.array(labels[:most]))
+def as_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+    """Return images and labels as examples."""
+    return Examples.of(mx.array(images), mx.array(labels))
 
 
 def fit(
@@ -159,33 +162,119 @@ def fit(
     teachers: Sequence[nn.Module],
     data: Examples,
     losses: Sequence[str],
-    training: TrainingConfig,
+    settings: dict[str, Any],
     **options: Any,
 ) -> nn.Module:
-    """Return the student after a training; without teachers it learns the labels alone."""
+    """Return the student after a training; without teachers there are the labels alone.
+
+    Args:
+        student: It is trained in place.
+        teachers: They answer with the mean of their probabilities.
+        data: What is learned.
+        losses: As ``distill`` takes them.
+        settings: ``batch_size``, and what ``TrainingConfig`` takes.
+        options: Others of ``distill``.
+    """
+    config = dict(settings)
+    batch_size, steps = config.pop("batch_size"), config["steps"]
+    training = TrainingConfig(**config, evaluate_every=steps, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
         mlx_distill.distill(
             student,
-            list(teachers) or None,
+            teachers or None,
             data,
             folder=folder,
             losses=losses,
             training=training,
+            batch_size=batch_size,
             **options,
         )
     return student
 
 
-def figures(network: nn.Module, data: Examples, teachers: Sequence[nn.Module]) -> dict[str, float]:
-    """Return a network's ``accuracy`` and ``nats``, and its ``kl`` to the teachers' mean."""
-    slices = (
-        data.take(range(start, min(start + 500, data.labels.size)))
-        for start in range(0, data.labels.size, 500)
-    )
+def judged(network: nn.Module, data: Examples, teachers: Sequence[nn.Module]) -> dict[str, float]:
+    """Return a network's accuracy, nats, and KL(teachers || network), in nats."""
+    starts = range(0, data.labels.size, 500)
+    slices = (data.take(range(start, min(start + 500, data.labels.size))) for start in starts)
     network.eval()
     return judge(Answers(network, False), LiveTeacher(teachers, False), slices, with_accuracy=True)
 
 
-def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean, and the standard deviation over seeds (0 for a single one)."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+@dataclass(frozen=True)
+class Runs:
+    """A figure of the same training with several seeds."""
+
+    values: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over the seeds."""
+        return statistics.fmean(self.values)
+
+    @property
+    def spread(self) -> float | None:
+        """The standard deviation over the seeds; of a single one there is none."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+    def cell(self, form: str) -> str:
+        """Return mean and spread for a table; ``form`` as in ``format``."""
+        spread = "" if self.spread is None else f" ± {self.spread:{form}}"
+        return f"{self.mean:{form}}{spread}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return what JSON can hold."""
+        return {"mean": self.mean, "spread": self.spread, "values": self.values}
+
+
+def widest(*runs: Runs) -> float | None:
+    """Return the largest of the spreads; None if there was but one seed."""
+    spreads = [one.spread for one in runs if one.spread is not None]
+    return max(spreads, default=None)
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the flags of all these examples."""
+    flags = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    flags.add_argument("--data", required=True, help="folder of train*.npz and test*.npz")
+    flags.add_argument("--seeds", type=int, default=3, help="trainings per row (default: 3)")
+    flags.add_argument("--json", metavar="FILE", help="write everything to this file")
+    flags.add_argument("--steps", type=int, help="of every training, to try things out")
+    flags.add_argument("--train", type=int, help="most images to learn from")
+    flags.add_argument("--test", type=int, help="most images to judge by")
+    return flags
+
+
+def parsed(flags: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments.
+
+    Raises:
+        InputError: If a number is below 1, or the JSON file's folder does not exist.
+    """
+    arguments = flags.parse_args(argv)
+    for name in ("seeds", "steps", "train", "test"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if arguments.json and not Path(arguments.json).parent.is_dir():
+        raise InputError(f"{arguments.json} cannot be written: its folder does not exist")
+    return arguments
+
+
+def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table; all columns but the first are numbers."""
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False, soft_wrap=True, width=100).print(table)
+
+
+def keep(path: str | None, settings: dict[str, Any], **results: Any) -> None:
+    """Write results, and what they depend on, to a JSON file, if there is to be one."""
+    if path is None:
+        return
+    about = {"machine": machine(), "versions": versions(), "commit": commit()}
+    seconds = {"cpu_s": time.process_time()}
+    everything = {**about, **seconds, "settings": settings, **results}
+    Path(path).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")

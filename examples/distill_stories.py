@@ -135,7 +135,10 @@ class Study:
             "teacher_parameters": num_values(self.teacher.parameters()),
             "found": found,
             "best_nats": min(row["held_out"]["nats"] for row in done.log if "held_out" in row),
-            "config": {key: str(value) for key, value in vars(arguments).items()},
+            "config": {
+                key: value.name if isinstance(value, Path) else value
+                for key, value in vars(arguments).items()
+            },
             "losses": LOSSES[recipe],
             "versions": cli.versions(),
             "machine": cli.machine(),
@@ -250,7 +253,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
         "KL cut",
         "s",
     ):
-        table.add_column(name, justify="left" if name == "recipe" else "right")
+        table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["recipe"],
@@ -260,7 +263,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['seconds']:.0f}",
         )
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 130)  # a pipe has no width of its own
     console.print(table)
     console.print(
         "Means over seeds; 95 % t intervals over seeds in brackets. All on held-out texts."

@@ -433,7 +433,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "equal_texts": equal_texts(samples) if sampling.temperature == 0 else None,
         "acceptance_by_depth": _mean_by_depth(samples[OURS]),
         "overhead": overhead(bench, prompts[: config.timed_prompts], plan),
-        "config": vars(arguments),
+        "config": cli.settings(arguments),
         "dtype": _dtype(model),
         "commit": cli.commit(),
         "machine": cli.machine(),

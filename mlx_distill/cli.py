@@ -108,6 +108,18 @@ def code_options(trust: bool) -> dict[str, Any]:
     return {"trust_remote_code": trust, "tokenizer_config": tokenizer_config}
 
 
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result has to say about its command; of local files and folders the names."""
+    written = ("output", "plot")
+    read = ("model", "drafter", "draft_model", "teacher", "data", "qa")
+    return {
+        key: os.path.basename(os.path.normpath(value))
+        if isinstance(value, str) and (key in written or key in read and os.path.exists(value))
+        else value
+        for key, value in vars(arguments).items()
+    }
+
+
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     names = ("mlx-distill", "mlx", "mlx-lm", "numpy")

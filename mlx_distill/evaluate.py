@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows[name] |= _answers(name, one, questions, config) | _sizes(one)
     result = {
         "models": rows,
-        "config": vars(arguments),
+        "config": cli.settings(arguments),
         "versions": cli.versions(),
         "machine": cli.machine(),
     }

@@ -335,7 +335,7 @@ def _record(
         "interrupted": run.interrupted,
         "seconds": seconds,
         "comparison": asdict(comparison) if comparison else None,
-        "config": vars(arguments),
+        "config": cli.settings(arguments),
         "versions": cli.versions(),
         "machine": cli.machine(),
     }
