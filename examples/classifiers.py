@@ -6,10 +6,12 @@ Images are uint8, (N, height, width, channels); the networks scale them themselv
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, sizes: Sequence[int], dropout: float = 0.0):
         super().__init__()
-        self.layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+        self.layers = [nn.Linear(*pair) for pair in pairwise(sizes)]
         self.dropout = nn.Dropout(dropout)
 
     def __call__(self, images: mx.array) -> mx.array:
@@ -221,9 +223,18 @@ class Runs:
         spread = "" if self.spread is None else f" ± {self.spread:{form}}"
         return f"{self.mean:{form}}{spread}"
 
-    def plain(self) -> dict[str, Any]:
-        """Return what JSON can hold."""
+    def to_json(self) -> dict[str, Any]:
+        """Return what a JSON file holds of it."""
         return {"mean": self.mean, "spread": self.spread, "values": self.values}
+
+
+def over_seeds(name: str, seeds: int, run: Callable[[int], dict[str, float]]) -> dict[str, Runs]:
+    """Return the figures of a training that is run with several seeds."""
+    rows = []
+    for seed in range(seeds):
+        print(f"{name}, seed {seed}", file=sys.stderr)
+        rows.append(run(seed))
+    return {key: Runs([row[key] for row in rows]) for key in rows[0]}
 
 
 def widest(*runs: Runs) -> float | None:
@@ -260,6 +271,11 @@ def parsed(flags: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     return arguments
 
 
+def with_steps(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
+    """Return a training's settings; with another number of steps, if one was asked for."""
+    return settings if steps is None else settings | {"steps": steps}
+
+
 def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table; all columns but the first are numbers."""
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
@@ -270,11 +286,19 @@ def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Non
     Console(highlight=False, soft_wrap=True, width=100).print(table)
 
 
-def keep(path: str | None, settings: dict[str, Any], **results: Any) -> None:
-    """Write results, and what they depend on, to a JSON file, if there is to be one."""
+def keep(path: str | None, start_s: float, settings: dict[str, Any], **results: Any) -> None:
+    """Write results, and what they depend on, to a JSON file, if there is to be one.
+
+    Args:
+        path: The file; None writes nothing.
+        start_s: What ``time.perf_counter`` said at the start.
+        settings: Of the trainings.
+        results: What came out.
+    """
     if path is None:
         return
     about = {"machine": machine(), "versions": versions(), "commit": commit()}
-    seconds = {"cpu_s": time.process_time()}
+    seconds = {"wall_s": time.perf_counter() - start_s, "cpu_s": time.process_time()}
     everything = {**about, **seconds, "settings": settings, **results}
-    Path(path).write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+    text = json.dumps(everything, indent=1, default=Runs.to_json)
+    Path(path).write_text(text + "\n", encoding="utf-8")

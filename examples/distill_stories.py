@@ -13,7 +13,8 @@ Every recipe sees the same texts in the same order, and takes as many steps of t
     on-policy     half of the batches are written by the student, and judged by the teacher
     teacher-text  that start, hard labels on text that the teacher wrote
     cached        that start, the teacher's top 64 tokens, from disk
-    cached-label  + true tokens that are none of them
+    cached-prior  + the other tokens, as frequent as in the texts
+    cached-hard   + the true tokens, 0.7 to 0.3
 
 Each run is kept in ``--runs``, so that a study that was stopped goes on; the table is made of all
 that is there. ``--keep RUN`` also exports a student.
@@ -56,7 +57,8 @@ LOSSES = {
     "on-policy": ["forward_kl"],
     "teacher-text": ["hard"],
     "cached": ["sparse_kl"],
-    "cached-label": ["sparse_kl:tail=label"],
+    "cached-prior": ["sparse_kl:tail=prior"],
+    "cached-hard": ["sparse_kl:weight=0.7", "hard:weight=0.3"],
 }
 # The best of some learning rates, each, on training texts that were not learned (see --tune).
 RATES = {"plain": 1e-3, "plain-kl": 1e-3, "layer": 1e-4, "teacher-text": 1e-4}
@@ -95,7 +97,7 @@ class Study:
         if recipe == "teacher-text":
             texts, teacher = self.written(), None
         elif recipe.startswith("cached"):
-            teacher = CachedTeacher(self.cache())
+            teacher = CachedTeacher(self.cache(), texts)
         rollouts = OnPolicyConfig(
             on_policy=0.5, rollout_prompt_tokens=8, rollout_max_tokens=arguments.max_length - 8
         )

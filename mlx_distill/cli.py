@@ -114,7 +114,7 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     read = ("model", "drafter", "draft_model", "teacher", "data", "qa")
     return {
         key: os.path.basename(os.path.normpath(value))
-        if isinstance(value, str) and (key in written or key in read and os.path.exists(value))
+        if isinstance(value, str) and (key in written or (key in read and os.path.exists(value)))
         else value
         for key, value in vars(arguments).items()
     }

@@ -298,7 +298,8 @@ def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
             teacher = RetokenizedTeacher(networks[0], tokenizer, loaded[0][1])
     if config.use_cache:
         valid_teacher = teacher
-        teacher = CachedTeacher(TeacherCache.open(Path(config.use_cache), known, texts))
+        cache = TeacherCache.open(Path(config.use_cache), known, texts)
+        teacher = CachedTeacher(cache, texts)
         valid_teacher = valid_teacher or TextTeacher()
     return Parts(
         student,

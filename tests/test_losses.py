@@ -377,7 +377,7 @@ def test_contrastive_equals_its_definition() -> None:
         (lambda: response.skew_forward_kl(LOGITS, LOGITS, MASK, 1.0), "alpha must be at least 0"),
         (
             lambda: response.sparse_kl(LOGITS, TOP_IDS, TOP_LOG_PROBS, MASK, "none"),
-            "tail must be bucket, teacher, both or label, got none",
+            "tail must be bucket, teacher, both or prior, got none",
         ),
         (
             lambda: response.sparse_kl(
@@ -400,27 +400,18 @@ def test_what_is_refused(call: Callable[[], Loss], sentence: str) -> None:
         call()
 
 
-def test_a_tail_of_labels_is_the_whole_divergence_in_expectation() -> None:
-    """Over labels drawn from the teacher, and but for the entropy within its tail."""
+def test_a_tail_of_the_prior_is_the_divergence_from_both_together() -> None:
     mx.random.seed(5)
-    teacher, student = mx.random.normal((1, 7)), mx.random.normal((1, 7))
-    log_probs = teacher - mx.logsumexp(teacher, axis=-1, keepdims=True)
-    ids = mx.argsort(-log_probs, axis=-1)[:, :3]
-    top = mx.take_along_axis(log_probs, ids, axis=-1)
-
-    def expected(student: mx.array) -> mx.array:
-        losses = [
-            response.sparse_kl(
-                student, ids, top, mx.ones((1,)), tail="label", labels=mx.array([label])
-            )[0]
-            for label in range(7)
-        ]
-        return (mx.stack(losses) * mx.exp(log_probs[0])).sum()
-
-    def whole(student: mx.array) -> mx.array:
-        return response.forward_kl(student, teacher, mx.ones((1,)))[0]
-
-    np.testing.assert_allclose(mx.grad(expected)(student), mx.grad(whole)(student), atol=1e-5)
-    other = mx.random.normal((1, 7))
-    apart = expected(student) - whole(student)
-    assert apart.item() == pytest.approx((expected(other) - whole(other)).item(), abs=1e-5)
+    log_prior, student = mx.random.normal((7,)), mx.random.normal((2, 7))
+    ids = mx.array([[0, 2, 5], [6, 1, 4]])
+    top = mx.log(mx.array([[0.5, 0.2, 0.1], [0.3, 0.3, 0.3]]))
+    probs = np.tile(np.exp(np.array(log_prior, np.float64)), (2, 1))
+    np.put_along_axis(probs, np.array(ids), 0, axis=1)
+    probs *= (1 - np.exp(np.array(top, np.float64)).sum(1))[:, None] / probs.sum(1)[:, None]
+    np.put_along_axis(probs, np.array(ids), np.exp(np.array(top, np.float64)), axis=1)
+    logits = np.array(student, np.float64)
+    log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = (probs * (np.log(probs) - log_probs)).sum()
+    arguments = (student, ids, top, mx.ones((2,)))
+    found, _ = response.sparse_kl(*arguments, tail="prior", log_prior=log_prior)
+    assert found.item() == pytest.approx(expected, rel=1e-5)

@@ -174,7 +174,7 @@ def test_unknown_loss_lists_the_known_ones() -> None:
         ("probabilistic_transfer:eps=0", "the eps of probabilistic_transfer must be above 0"),
         ("sparse_kl:k=0", "the k of sparse_kl must be above 0, got 0"),
         ("sparse_kl:k=1.5", "the k of sparse_kl must be like 64, got 1.5"),
-        ("sparse_kl:tail=none", "tail must be bucket, teacher, both or label, got none"),
+        ("sparse_kl:tail=none", "tail must be bucket, teacher, both or prior, got none"),
         ("sparse_kl:temperature=2", "a tail bucket needs temperature 1, got 2"),
         ("jensen_shannon:beta=1", "jensen_shannon: beta must be between 0 and 1, got 1"),
         ("skew_reverse_kl:alpha=1", "skew_reverse_kl: alpha must be at least 0 and below 1"),

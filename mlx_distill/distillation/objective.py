@@ -64,6 +64,7 @@ GIVEN = {
     "top_ids",
     "top_log_probs",
     "num_examples",
+    "log_prior",
 }
 
 
@@ -152,6 +153,7 @@ class Goal:
         top_log_probs: Normalised over the whole vocabulary, most probable first.
         vocab_size: Of the teacher, where only the top tokens are known.
         known: (N,), 0 where the teacher says nothing; None if it always does.
+        log_prior: (V,), how probable tokens are on the whole; not normalised.
     """
 
     logits: mx.array | None = None
@@ -159,6 +161,7 @@ class Goal:
     top_log_probs: mx.array | None = None
     vocab_size: int = 0
     known: mx.array | None = None
+    log_prior: mx.array | None = None
 
 
 def response_losses(
@@ -187,7 +190,7 @@ def _response(
     if goal.known is not None:
         mask = mask * goal.known
     if term.name == "sparse_kl":
-        return _sparse(term, logits, goal, labels, mask)
+        return _sparse(term, logits, goal, mask)
     if goal.logits is None:
         raise InputError(
             f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
@@ -202,9 +205,7 @@ def _response(
     return LOSSES[term.name](logits, theirs, mask, **term.options)
 
 
-def _sparse(
-    term: LossTerm, logits: mx.array, goal: Goal, labels: mx.array, mask: mx.array
-) -> response.Loss:
+def _sparse(term: LossTerm, logits: mx.array, goal: Goal, mask: mx.array) -> response.Loss:
     options = {key: value for key, value in term.options.items() if key != "k"}
     width = logits.shape[-1]
     ids, log_probs = _top(goal, term.options.get("k"), width)
@@ -212,7 +213,16 @@ def _sparse(
         logits = mx.pad(logits, [(0, 0), (0, 1)], constant_values=-mx.inf)
         log_probs = mx.where(ids < width, log_probs, -mx.inf)
         ids = mx.minimum(ids, width)
-    return response.sparse_kl(logits, ids, log_probs, mask, **options, labels=labels)
+    return response.sparse_kl(
+        logits, ids, log_probs, mask, **options, log_prior=_prior(goal, logits)
+    )
+
+
+def _prior(goal: Goal, logits: mx.array) -> mx.array:
+    """Return how probable tokens are where a goal says nothing; equally, if it does not know."""
+    width = logits.shape[-1]
+    known = mx.zeros((0,)) if goal.log_prior is None else goal.log_prior[:width]
+    return mx.pad(known, (0, width - known.size))
 
 
 def _top(goal: Goal, k: int | None, width: int) -> tuple[mx.array, mx.array]:

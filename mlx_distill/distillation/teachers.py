@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from mlx_distill.arrays import to_host
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.features import Body, Layer, tapped
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
@@ -148,10 +150,15 @@ class CachedTeacher:
 
     Args:
         cache: Of the very texts that are learned, in their order.
+        texts: These texts; how frequent tokens are in them is what the tail "prior" goes by.
     """
 
-    def __init__(self, cache: "TeacherCache"):
+    def __init__(self, cache: "TeacherCache", texts: Sequence[Text] = ()):
         self.cache = cache
+        counts = np.full((cache.vocab_size,), 0.1)  # of tokens that are nowhere, too
+        for text in texts:
+            np.add.at(counts, text.tokens, 1)
+        self.log_prior = mx.array(np.log(counts).astype(np.float32))
 
     def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
         """Return what the cache holds of a batch."""
@@ -159,7 +166,8 @@ class CachedTeacher:
             raise InputError("a cache holds no features; losses on features need a live teacher")
         ids, log_probs = self.cache.batch(batch.rows, batch.inputs.shape[1])
         size = self.cache.vocab_size
-        return Lesson((ids, log_probs), lambda a, b: Goal(None, a, b, size))
+        prior = self.log_prior
+        return Lesson((ids, log_probs), lambda a, b: Goal(None, a, b, size, log_prior=prior))
 
 
 class TextTeacher:

@@ -260,7 +260,7 @@ def sparse_kl(
     tail: str = "bucket",
     temperature: float = 1.0,
     scaled: bool = True,
-    labels: Integer[mx.array, "..."] | None = None,
+    log_prior: Float[mx.array, " V"] | None = None,
 ) -> Loss:
     """Return the sum of KL(teacher || student) where only the teacher's top tokens are known.
 
@@ -272,19 +272,18 @@ def sparse_kl(
         mask: Weight of every position.
         tail: "bucket" makes one class of all other tokens, on both sides; "teacher" renormalises
             the teacher over its top tokens, and so teaches that the others are impossible; "both"
-            renormalises both, and so says nothing of the others; "label" is the bucket and, where
-            the true token is in it, that token's cross entropy within the bucket. On text as the
-            teacher would write it, that is the whole divergence in expectation, but for a constant.
+            renormalises both, and so says nothing of the others; "prior" is the bucket, with the
+            teacher's mass in it spread as the prior's.
         temperature: Other than 1 only without the bucket: how the tail would spread is not known.
         scaled: Multiply by the temperature's square.
-        labels: The true tokens, for the tail "label".
+        log_prior: How probable each token is where nothing is known, for the tail "prior".
 
     Raises:
         ValueError: If the kind of tail is unknown, or the bucket meets a temperature.
     """
-    if tail not in ("bucket", "teacher", "both", "label"):
-        raise ValueError(f"tail must be bucket, teacher, both or label, got {tail}")
-    if tail in ("bucket", "label") and temperature != 1:
+    if tail not in ("bucket", "teacher", "both", "prior"):
+        raise ValueError(f"tail must be bucket, teacher, both or prior, got {tail}")
+    if tail in ("bucket", "prior") and temperature != 1:
         raise ValueError(
             f"a tail bucket needs temperature 1, got {temperature}; use tail teacher or both"
         )
@@ -310,12 +309,14 @@ def sparse_kl(
     # A teacher without a tail says nothing of it; log 1 stands in, and is multiplied by zero.
     log_tail = mx.log(mx.where(teacher_tail > 0, teacher_tail, 1))
     values = _kl(known, student) + teacher_tail * (log_tail - student_tail)
-    if tail == "label":
-        assert labels is not None
-        places = mx.maximum(labels, 0)[..., None]  # what is masked may hold -100
-        at_label = mx.take_along_axis(logits, places, axis=-1) - normaliser
-        within = (top_ids != places).all(axis=-1)
-        values = values + mx.where(within, student_tail - at_label[..., 0], 0)
+    if tail == "prior":
+        assert log_prior is not None
+        shape = (*top_ids.shape[:-1], log_prior.size)
+        prior = mx.broadcast_to(mx.softmax(log_prior.astype(mx.float32)), shape)
+        within = mx.put_along_axis(prior, top_ids, mx.array(0.0), axis=-1)
+        within = within / mx.maximum(within.sum(axis=-1, keepdims=True), 1e-30)
+        inside = mx.where(within > 0, within * (mx.log(mx.maximum(within, 1e-30)) - rest), 0)
+        values = values + teacher_tail * (inside.sum(axis=-1) + mx.logsumexp(rest, axis=-1))
     return _total(values, mask)
 
 

@@ -1,0 +1,157 @@
+"""The classifiers' examples run end to end, tiny, on images that are made up."""
+
+import importlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
+FLAGS = ["--steps", "4", "--train", "64", "--test", "64"]
+
+
+def write_images(folder: Path, shape: tuple[int, ...], classes: list[str] | None) -> Path:
+    """Write noise around a pattern per class, with every class in every split."""
+    draw = np.random.default_rng(0)
+    num_classes = len(classes) if classes else 10
+    patterns = draw.integers(0, 200, (num_classes, *shape))
+    for name, count in (("train-00", 120), ("train-01", 80), ("test-00", 100)):
+        y = np.arange(count) % num_classes
+        x = patterns[y] + draw.integers(0, 56, (count, *shape))
+        names = {"classes": np.array(classes)} if classes else {}
+        np.savez(folder / f"{name}.npz", x=x.astype(np.uint8), y=y.astype(np.uint8), **names)
+    return folder
+
+
+@pytest.fixture
+def animals(tmp_path: Path) -> Path:
+    return write_images(tmp_path, (32, 32, 3), ANIMALS)
+
+
+@pytest.fixture
+def digits(tmp_path: Path) -> Path:
+    return write_images(tmp_path, (28, 28), None)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that imports an example as it is imported when it is run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return importlib.import_module
+
+
+def run(module: Any, data: Path, *flags: str) -> dict[str, Any]:
+    """Run an example; return its JSON, which says where it comes from."""
+    path = data / "results.json"
+    assert module.main(["--data", str(data), "--json", str(path), *FLAGS, *flags]) == 0
+    result = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert {"machine", "versions", "commit", "wall_s", "cpu_s", "settings"} <= result.keys()
+    assert result["settings"]["test"] == 64
+    return result
+
+
+def check_runs(runs: dict[str, Any], seeds: int) -> None:
+    assert len(runs["values"]) == seeds
+    assert all(map(math.isfinite, runs["values"]))
+    assert runs["mean"] == pytest.approx(sum(runs["values"]) / seeds)
+    assert (runs["spread"] is None) == (seeds == 1)
+
+
+def test_images_end_to_end(example: Any, animals: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(example("distill_images"), animals, "--seeds", "1")
+    assert list(result["students"]) == ["plain", "response", "feature", "relation"]
+    for one in result["students"].values():
+        check_runs(one["accuracy"], 1)
+        check_runs(one["kl"], 1)
+    large, small = result["settings"]["parameters"]
+    assert small <= large / 10
+    assert list(result["soft_targets"]["probs"]) == ["1", "4", "20"]
+    for probs in result["soft_targets"]["probs"].values():
+        assert sum(probs) == pytest.approx(1, abs=1e-5)
+    printed = capsys.readouterr().out
+    assert "cow-like" in printed
+    assert "one seed does not tell" in printed
+
+
+def test_images_of_two_classes_are_one_and_others_are_dropped(example: Any, animals: Path) -> None:
+    module = example("distill_images")
+    data = module.animals(str(animals), "train", None)
+    counts = np.bincount(np.array(data.labels), minlength=4)
+    per_class = 200 // 6
+    assert module.CLASSES[int(counts.argmax())] == "cow-like"
+    assert abs(counts[2] - 2 * per_class) <= 2
+    assert counts.sum() == 200 - sum(n % 6 == 4 for n in [*range(120), *range(80)])
+
+
+def test_ensemble_end_to_end(
+    example: Any, digits: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(example("ensemble_to_one"), digits, "--seeds", "2")
+    assert result["settings"]["labelled"] == 64
+    assert result["settings"]["unlabelled"] == 200 - 64
+    assert len(result["teachers"]) == 3
+    assert 0 <= result["ensemble"] <= 1
+    assert len(result["students"]) == 3
+    for one in result["students"].values():
+        check_runs(one["accuracy"], 2)
+        check_runs(one["kl"], 2)
+    assert "ensemble of 3" in capsys.readouterr().out
+
+
+def test_hinton_end_to_end(example: Any, digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = run(example("digits_hinton"), digits, "--seeds", "1")
+    settings = result["settings"]
+    assert settings["held_out"] == 64 - 53
+    assert settings["transfer"] == 53 - sum(n % 10 == 3 for n in range(53))
+    assert settings["test_3s"] == sum(n % 10 == 3 for n in range(64))
+    assert 0 <= result["teacher"]["on_3s"] <= result["teacher"]["errors"] <= 64
+    for one in result["students"].values():
+        for runs in one.values():
+            check_runs(runs, 1)
+    assert "no student ever saw" in capsys.readouterr().out
+
+
+def test_raised_bias_gives_the_class_its_frequency(example: Any) -> None:
+    module = example("digits_hinton")
+    draw = np.random.default_rng(1)
+    logits = draw.normal(size=(500, 10))
+    logits[:, 3] -= 7
+    labels = np.arange(500) % 10
+    assert (module.called(logits, 0) == 3).sum() == 0
+    bias = module.raised_bias(logits, labels)
+    assert (module.called(logits, bias) == 3).sum() == 50
+
+
+def test_jitter_depends_on_the_batch_number_alone(example: Any) -> None:
+    classifiers = example("classifiers")
+    images = np.random.default_rng(2).integers(0, 255, (8, 6, 6, 1), np.uint8)
+    batch = classifiers.as_examples(images, np.zeros(8, np.int32))
+    augment = classifiers.jitter(1, flip=True)
+    first, again, other = (np.array(augment(batch, number).inputs) for number in (3, 3, 4))
+    assert (first == again).all()
+    assert (first != other).any()
+    assert (np.array(classifiers.jitter(0)(batch, 3).inputs) == images).all()
+
+
+def test_errors_are_sentences(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("digits_hinton")
+    assert module.main(["--data", str(tmp_path)]) == 2
+    assert "holds no train*.npz" in capsys.readouterr().err
+    assert module.main(["--data", str(tmp_path), "--seeds", "0"]) == 2
+    assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+    assert module.main(["--data", str(tmp_path), "--json", str(tmp_path / "no" / "f")]) == 2
+    assert "its folder does not exist" in capsys.readouterr().err
+    np.savez(tmp_path / "train.npz", x=np.zeros((3, 28, 28), np.uint8))
+    assert module.main(["--data", str(tmp_path)]) == 2
+    assert "must hold images x and as many labels y" in capsys.readouterr().err
+    write_images(tmp_path, (8, 8, 3), ["frog", "toad"])
+    assert example("distill_images").main(["--data", str(tmp_path)]) == 2
+    (tmp_path / "train.npz").unlink()
+    assert example("distill_images").main(["--data", str(tmp_path)]) == 2
+    assert "has none of bird, cat, dog, deer, horse" in capsys.readouterr().err
