@@ -13,8 +13,7 @@ Every recipe sees the same texts in the same order, and takes as many steps of t
     on-policy     half of the batches are written by the student, and judged by the teacher
     teacher-text  that start, hard labels on text that the teacher wrote
     cached        that start, the teacher's top 64 tokens, from disk
-    cached-prior  + the other tokens, as frequent as in the texts
-    cached-hard   + the true tokens, 0.7 to 0.3
+    cached-draws  32 of them, and 32 draws from the others
 
 Each run is kept in ``--runs``, so that a study that was stopped goes on; the table is made of all
 that is there. ``--keep RUN`` also exports a student.
@@ -57,11 +56,10 @@ LOSSES = {
     "on-policy": ["forward_kl"],
     "teacher-text": ["hard"],
     "cached": ["sparse_kl"],
-    "cached-prior": ["sparse_kl:tail=prior"],
-    "cached-hard": ["sparse_kl:weight=0.7", "hard:weight=0.3"],
+    "cached-draws": ["sparse_kl"],
 }
 # The best of some learning rates, each, on training texts that were not learned (see --tune).
-RATES = {"plain": 1e-3, "plain-kl": 1e-3, "layer": 1e-4, "teacher-text": 1e-4}
+RATES = {"layer": 1e-4, "teacher-text": 1e-4}
 RATE = 2.5e-4  # of all others
 
 
@@ -97,7 +95,7 @@ class Study:
         if recipe == "teacher-text":
             texts, teacher = self.written(), None
         elif recipe.startswith("cached"):
-            teacher = CachedTeacher(self.cache(), texts)
+            teacher = CachedTeacher(self.cache(draws=recipe == "cached-draws"))
         rollouts = OnPolicyConfig(
             on_policy=0.5, rollout_prompt_tokens=8, rollout_max_tokens=arguments.max_length - 8
         )
@@ -158,16 +156,17 @@ class Study:
             print(f"the teacher wrote {count} of {len(prompts)} texts", file=sys.stderr)
         return [Text(one.prompt + one.response) for one in read_responses(path)]
 
-    def cache(self) -> TeacherCache:
+    def cache(self, draws: bool) -> TeacherCache:
         """Return the teacher's answers to the texts, on disk."""
-        folder = self.arguments.runs / "cache"
+        folder = self.arguments.runs / ("draws" if draws else "cache")
         known = tokenizer_hash(self.tokenizer)
         header = {
             "tokenizer_hash": known,
             "weights_hash": weights_hash(self.teacher),
             "vocab_size": self.config["vocab_size"],
         }
-        for count in write_cache(folder, self.teacher, self.texts, header):
+        tail = "draws" if draws else "bucket"
+        for count in write_cache(folder, self.teacher, self.texts, header, tail=tail):
             print(f"cached {count} of {len(self.texts)} texts", file=sys.stderr)
         return TeacherCache.open(folder, known, self.texts)
 

@@ -30,7 +30,7 @@ from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_h
 from mlx_distill.config import add_flags, check_seed, from_file, from_flags
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
 from mlx_distill.data.records import write_whole
-from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
+from mlx_distill.data.teacher_cache import TAILS, TeacherCache, texts_hash, write_cache
 from mlx_distill.data.texts import LONG, Text, fit, local_file, pack, read_texts
 from mlx_distill.distillation.features import checkpoint_layers
 from mlx_distill.distillation.memory import memory_estimate
@@ -77,6 +77,8 @@ class DistillConfig:
         teacher_bits: Quantise the teachers to so many bits.
         use_cache: Learn from this teacher cache instead of a live teacher.
         cache_k: Tokens per position that a new cache keeps.
+        cache_tail: What a new cache keeps of all other tokens: bucket, their mass, or draws, which
+            take the place of half of the most probable ones.
         student: The student's folder or hub repository.
         student_config: Make the student from this config.json, with random weights.
         student_layers: Make the student from these layers of the teacher.
@@ -110,6 +112,7 @@ class DistillConfig:
     teacher_bits: int | None = None
     use_cache: str | None = None
     cache_k: int = 64
+    cache_tail: str = "bucket"
     student: str | None = None
     student_config: str | None = None
     student_layers: tuple[int, ...] = ()
@@ -147,6 +150,7 @@ class DistillConfig:
             ("data_layout", ("texts", "completions")),
             ("teacher_mean", ("probs", "logits")),
             ("export_dtype", tuple(DTYPES)),
+            ("cache_tail", TAILS),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)}")
@@ -424,7 +428,13 @@ def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = write_cache(
-        folder, teacher, texts, header, config.cache_k, batch_size=config.batch_size
+        folder,
+        teacher,
+        texts,
+        header,
+        config.cache_k,
+        batch_size=config.batch_size,
+        tail=config.cache_tail,
     )
     with tqdm(total=len(texts), unit="text", disable=arguments.quiet) as bar:
         for count in written:

@@ -41,6 +41,7 @@ MADE = {
     "weights_hash": "from another teacher",
     "texts_hash": "of other texts, or of the same ones cut or ordered otherwise",
 }
+TAILS = ("bucket", "draws")
 DTYPES = {"U16": np.uint16, "U32": np.uint32, "F16": np.float16, "F32": np.float32, "I64": np.int64}
 
 
@@ -170,6 +171,7 @@ def write_cache(
     texts_per_shard: int = 256,
     batch_size: int = 8,
     verify: bool = True,
+    tail: str = "bucket",
 ) -> Iterator[int]:
     """Ask a teacher about all texts and yield how many are done, after each batch.
 
@@ -186,6 +188,8 @@ def write_cache(
         batch_size: How many texts the teacher reads at once.
         verify: Read the shards that are there and rebuild those whose content has changed; without
             it only those of a wrong size are found.
+        tail: "bucket" keeps the k most probable tokens and the mass of the others; "draws" keeps
+            half as many, and draws from the others (see ``tail_draws``).
 
     Raises:
         InputError: If the folder holds a cache that was made otherwise, it cannot be written, or
@@ -194,13 +198,18 @@ def write_cache(
     for name, value in (("k", k), ("texts_per_shard", texts_per_shard), ("batch_size", batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if tail not in TAILS:
+        raise InputError(f"tail must be {' or '.join(TAILS)}, got {tail}")
     k = min(k, header["vocab_size"])
+    if tail == "draws" and not 2 <= k < header["vocab_size"]:
+        raise InputError(f"draws need at least 2 tokens and fewer than all, got {k}")
     header = {
         "format_version": FORMAT_VERSION,
         **json.loads(json.dumps(header)),
         "texts_hash": texts_hash(texts),
         "num_texts": len(texts),
         "k": k,
+        "tail": tail,
         "texts_per_shard": texts_per_shard,
     }
     shards = _whole_shards(folder, header, verify)
@@ -218,7 +227,7 @@ def write_cache(
             if at:
                 yield done + at
             some = order[at : at + batch_size]
-            answers.update(_ask(logits_of, texts, some, k, header["vocab_size"]))
+            answers.update(_ask(logits_of, texts, some, header))
         shard = _write_shard(folder, name, [answers[row] for row in rows], first, header, shards)
         shards[name] = shard
         _write_manifest(folder, header, shards)
@@ -252,6 +261,30 @@ def top_tokens(
     return ids, top - mx.log(mass)[..., None], tail / mass
 
 
+def tail_draws(logits: Float[mx.array, "T V"], k: int, key: mx.array) -> Float32[mx.array, "T V"]:
+    """Return logits of which no more than ``k`` are finite, with the same softmax in expectation.
+
+    The ``k`` // 2 most probable tokens keep their probability. The mass of all others goes, in
+    equal parts, to the rest of ``k`` draws from them: systematic ones, so that a token gets
+    within one part of its share. A bucket says nothing of its tokens; draws do, on average.
+
+    Source:
+        Anshumann et al. 2025 (sparse logit sampling), arXiv:2503.16870, where all are draws.
+    """
+    logits = logits.astype(mx.float32)
+    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    num_top, num_draws = k // 2, k - k // 2
+    least = mx.partition(log_probs, -num_top, axis=-1)[..., -num_top, None]
+    tail = mx.where(log_probs < least, mx.exp(log_probs), 0)
+    upto = mx.cumsum(tail, axis=-1)
+    mass = upto[..., -1:]
+    start = mx.random.uniform(shape=mass.shape, key=key)
+    passed = mx.floor(upto / mx.maximum(mass, 1e-30) * num_draws + start)
+    counts = passed - mx.concatenate([mx.zeros_like(mass), passed[..., :-1]], axis=-1)
+    drawn = mx.where(counts > 0, mx.log(counts * mass / num_draws), -mx.inf)
+    return mx.where(log_probs < least, drawn, log_probs)
+
+
 def _sum_of_many(x: Float32[mx.array, "T V"]) -> Float32[mx.array, " T"]:
     """Return the sum of every row, in two steps.
 
@@ -265,17 +298,20 @@ def _ask(
     logits_of: Callable[[mx.array], mx.array],
     texts: Sequence[Text],
     rows: Sequence[int],
-    k: int,
-    vocab_size: int,
+    header: dict[str, Any],
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield ids, log-probabilities and tails of some texts, each behind its row."""
+    k, vocab_size = header["k"], header["vocab_size"]
     logits = logits_of(text_batch(texts, rows).inputs)
     if logits.shape[-1] != vocab_size:
         raise ValueError(f"the header's vocab_size is {vocab_size}, the logits' {logits.shape[-1]}")
     kinds = (np.uint16 if vocab_size <= 2**16 else np.uint32, np.float16, np.float32)
     for place, row in enumerate(rows):
         # One text at a time: in float32 a whole batch of a large vocabulary takes gigabytes.
-        arrays = top_tokens(logits[place, : len(texts[row].tokens) - 1], k)
+        said = logits[place, : len(texts[row].tokens) - 1]
+        if header["tail"] == "draws":
+            said = tail_draws(said, k, mx.random.key(row))
+        arrays = top_tokens(said, k)
         mx.eval(arrays)
         if mx.isnan(arrays[1]).any().item():
             raise not_numbers(f"in text {row}")
