@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_distill.data import teacher_cache
-from mlx_distill.data.teacher_cache import TeacherCache, top_tokens, write_cache
+from mlx_distill.data.teacher_cache import TeacherCache, tail_draws, top_tokens, write_cache
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.losses import response
 from mlx_distill.errors import InputError
@@ -188,6 +188,43 @@ def test_a_cache_of_all_tokens_is_the_teacher(tmp_path: Path, k: int, tail: str)
     found, count = response.sparse_kl(student, *top, batch.mask, tail)
     expected, _ = response.forward_kl(student, TEACHER(batch.inputs), batch.mask)
     assert (found / count).item() == pytest.approx((expected / count).item(), rel=1e-3)
+
+
+def test_draws_are_the_distribution_in_expectation() -> None:
+    logits = mx.array(np.random.default_rng(3).normal(0, 2, (2, 50)).astype(np.float32))
+    probs = np.array(mx.softmax(logits, axis=-1)).astype(np.float64)
+    mean, num_keys = np.zeros_like(probs), 2000
+    for key in range(num_keys):
+        drawn = np.exp(np.array(tail_draws(logits, 8, mx.random.key(key))))
+        assert ((drawn > 0).sum(axis=1) <= 8).all()
+        np.testing.assert_allclose(drawn.sum(axis=1), 1, rtol=1e-5)
+        mean += drawn / num_keys
+    top = np.argsort(-probs, axis=1)[:, :4]
+    for row in range(2):
+        np.testing.assert_allclose(mean[row, top[row]], probs[row, top[row]], rtol=1e-5)
+    # A draw carries a quarter of the tail's mass at the most: five standard errors of the mean.
+    assert np.abs(mean - probs).max() < 5 * 0.25 * (1 - probs.max()) / num_keys**0.5
+
+
+def test_a_cache_of_draws_is_repeatable_and_has_no_tail(tmp_path: Path, folder: Path) -> None:
+    for name in ("one", "other"):
+        write(tmp_path / name, tail="draws")
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    cache = open_cache(tmp_path / "one")
+    _, log_probs = cache.batch([1], 39)
+    np.testing.assert_allclose(np.exp(np.array(log_probs)).sum(axis=-1), 1, atol=1e-5)
+    with pytest.raises(InputError, match="tail"):
+        write(folder, tail="draws")
+
+
+@pytest.mark.parametrize("k", [1, V])
+def test_draws_need_a_tail(tmp_path: Path, k: int) -> None:
+    with pytest.raises(
+        InputError, match=f"draws need at least 2 tokens and fewer than all, got {k}"
+    ):
+        write(tmp_path, k=k, tail="draws")
+    with pytest.raises(InputError, match="tail must be bucket or draws, got none"):
+        write(tmp_path, tail="none")
 
 
 def test_k_is_at_most_the_vocabulary(tmp_path: Path) -> None:
