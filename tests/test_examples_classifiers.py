@@ -6,8 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+
+import mlx_distill
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
@@ -155,3 +159,39 @@ def test_errors_are_sentences(
     (tmp_path / "train.npz").unlink()
     assert example("distill_images").main(["--data", str(tmp_path)]) == 2
     assert "has none of bird, cat, dog, deer, horse" in capsys.readouterr().err
+
+
+def test_a_killed_run_with_dropout_ends_with_the_same_bits(example: Any, tmp_path: Path) -> None:
+    classifiers = example("classifiers")
+    draw = np.random.default_rng(4)
+    images = draw.integers(0, 255, (32, 4, 4, 1), np.uint8)
+    data = classifiers.as_examples(images, draw.integers(0, 3, 32).astype(np.int32))
+
+    class Killer:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            if info["iteration"] == 5:
+                raise RuntimeError("killed")
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None: ...
+
+    def trained(folder: str, callback: Any = None) -> dict[str, Any]:
+        mx.random.seed(5)
+        student = classifiers.Perceptron((16, 8, 3), 0.5)
+        mlx_distill.distill(
+            student,
+            None,
+            data,
+            folder=tmp_path / folder,
+            losses=["hard"],
+            training=mlx_distill.TrainingConfig(steps=8, checkpoint_every=3),
+            batch_size=8,
+            callback=callback,
+            quiet=True,
+        )
+        return dict(tree_flatten(student.parameters()))
+
+    whole = trained("whole")
+    with pytest.raises(RuntimeError, match="killed"):
+        trained("killed", Killer())
+    again = trained("killed")
+    assert all(mx.array_equal(again[name], array) for name, array in whole.items())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 from tqdm import tqdm
 
@@ -124,7 +125,7 @@ def distill(
         steps = train(
             distiller.network,
             distiller.loss,
-            lambda number: distiller.teach(batches(number)),
+            lambda number: distiller.teach(_seeded(batches(number), number, seed)),
             lambda: (
                 {} if valid is None else judge(distiller, _slices(valid, batch_size), valid_teacher)
             ),
@@ -191,6 +192,12 @@ def _slices(data: Data, batch_size: int) -> Iterator[Any]:
         data = sorted(data, key=lambda text: len(text.tokens))
     for start in range(0, size, 4 * batch_size):
         yield _batch(data, range(start, min(start + 4 * batch_size, size)))
+
+
+def _seeded(batch: Any, number: int, seed: int) -> Any:
+    """Return the batch; what dropout draws from MLX's own generator depends on its number too."""
+    mx.random.seed(int(np.random.default_rng([seed, 3, number]).integers(2**63)))
+    return batch
 
 
 def _batches(
