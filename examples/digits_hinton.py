@@ -38,8 +38,8 @@ from mlx_distill.cli import command
 
 OMITTED = 3
 TEACHER, STUDENT, DROPOUT = (800, 800), (100, 100), 0.3
-TEACHING = {"steps": 1500, "batch_size": 128, "learning_rate": 1e-3}
-LEARNING = {"steps": 600, "batch_size": 128, "learning_rate": 3e-3}
+TEACHING = {"steps": 2500, "batch_size": 128, "learning_rate": 1e-3}
+LEARNING = {"steps": 2000, "batch_size": 128, "learning_rate": 3e-3}
 SOFT, HARD = "soft targets", "hard labels"
 ARMS = {SOFT: ["forward_kl:temperature=4"], HARD: ["hard"]}
 COLUMNS = (
