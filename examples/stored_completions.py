@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     teacher, tokenizer = mlx_distill.load(path)
     if not arguments.log.exists():
         store(arguments, teacher, tokenizer)
-    keep = CompletionFilter(min_answer_chars=40, drop_truncated=False, where="temperature <= 1")
+    keep = CompletionFilter(min_answer_chars=20, drop_truncated=False, where="temperature <= 1")
     completions, found = read_completions(arguments.log, keep)
     print("\n".join(found.lines()))
     student, _ = from_layers(teacher, read_config(path), [0])

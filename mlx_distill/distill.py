@@ -138,6 +138,9 @@ class DistillConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
+        if not self.loss:
+            known = "sparse_kl" if self.use_cache else "forward_kl" if self.teacher else "hard"
+            object.__setattr__(self, "loss", (known,))
         for name in ("batch_size", "held_out", "cache_k"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -179,8 +182,7 @@ class DistillConfig:
     @property
     def terms(self) -> list[LossTerm]:
         """The objective."""
-        known = "sparse_kl" if self.use_cache else "forward_kl" if self.teacher else "hard"
-        return [LossTerm.parse(text) for text in self.loss or (known,)]
+        return [LossTerm.parse(text) for text in self.loss]
 
 
 @cli.command
