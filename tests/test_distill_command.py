@@ -659,7 +659,7 @@ def test_stored_completions(
     assert "3 rows read, 3 completions kept, 0 dropped" in err
     run = json.loads((tmp_path / "student" / "training.json").read_text())
     assert run["texts"]["texts"] == 12
-    assert set(run["held_out"]) == {"nats"}
+    assert set(run["held_out"]) == {"nats", "perplexity"}
     assert "Teacher: stored text only" in (tmp_path / "student" / "README.md").read_text()
 
 
@@ -796,7 +796,7 @@ def test_both_ways_out_of_another_tokenizer(world: Path, tmp_path: Path, losses:
     assert main(argv) == 0
     log = log_of(tmp_path / "student")
     assert all(math.isfinite(row["loss"]) for row in log)
-    assert set(log[-1]["held_out"]) == {"nats"}
+    assert set(log[-1]["held_out"]) == {"nats", "perplexity"}
 
 
 # ------------------------------------------------------------------------------ the teacher's cache
@@ -830,7 +830,12 @@ def test_cached_teacher(
     assert main(use(world, folder, tmp_path / "student")) == 0
     losses = [[row["loss"] for row in log_of(path)] for path in (tmp_path / "student", finished)]
     np.testing.assert_allclose(*losses, rtol=5e-3)  # all tokens, in half precision
-    assert set(log_of(tmp_path / "student")[-1]["held_out"]) == {"nats", "kl", "agreement"}
+    assert set(log_of(tmp_path / "student")[-1]["held_out"]) == {
+        "nats",
+        "kl",
+        "agreement",
+        "perplexity",
+    }
 
 
 def test_cache_without_its_teacher(world: Path, tmp_path: Path, cached: Path) -> None:
@@ -838,7 +843,7 @@ def test_cache_without_its_teacher(world: Path, tmp_path: Path, cached: Path) ->
     argv = use(world, cached, tmp_path / "student", "--tokenizer", world / "teacher")
     assert main(without(argv, "--teacher")) == 0
     log = log_of(tmp_path / "student")
-    assert set(log[-1]["held_out"]) == {"nats"}
+    assert set(log[-1]["held_out"]) == {"nats", "perplexity"}
     assert main(use(world, cached, tmp_path / "judged")) == 0
     assert weights_of(tmp_path / "judged") == weights_of(tmp_path / "student")
 

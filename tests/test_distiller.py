@@ -168,7 +168,7 @@ def test_parts_against_numpy() -> None:
     assert found["nats"] == pytest.approx((hard * mask).sum() / mask.sum(), rel=1e-4)
     agree = (ours.argmax(axis=-1) == theirs.argmax(axis=-1)) * mask
     assert found["agreement"] == pytest.approx(agree.sum() / mask.sum())
-    assert set(found) == {"nats", "kl", "agreement"}
+    assert set(found) == {"nats", "kl", "agreement", "perplexity"}
 
 
 ALL = [
@@ -500,7 +500,7 @@ def test_padded_heads_are_compared_in_their_shared_part(tmp_path: Path) -> None:
 
 def test_text_alone_teaches_the_labels(tmp_path: Path) -> None:
     done = run(tmp_path, small(), None, losses=["hard"], valid=TEXTS[:3])
-    assert set(done.log[-1]["held_out"]) == {"nats"}
+    assert set(done.log[-1]["held_out"]) == {"nats", "perplexity"}
     assert done.log[-1]["loss"] == done.log[-1]["hard"]
     with pytest.raises(InputError, match="text alone holds no features"):
         TextTeacher().lesson(text_batch(TEXTS, [0]), [1])
@@ -591,11 +591,11 @@ def test_cache_judges_nothing_but_its_own_texts(tmp_path: Path) -> None:
     cached = make_cache(tmp_path / "cache", tiny_model("llama"), TEXTS[:6], 8)
     held_out = make_texts(20, seed=9)  # more than the cache has rows
     done = run(tmp_path, small(), cached, TEXTS[:6], losses=["sparse_kl"], valid=held_out)
-    assert set(done.log[-1]["held_out"]) == {"nats"}
+    assert set(done.log[-1]["held_out"]) == {"nats", "perplexity"}
     judge = LiveTeacher([tiny_model("llama")])
     options = {"losses": ["sparse_kl"], "valid": held_out, "valid_teacher": judge}
     done = run(tmp_path / "judged", small(), cached, TEXTS[:6], **options)
-    assert set(done.log[-1]["held_out"]) == {"nats", "kl", "agreement"}
+    assert set(done.log[-1]["held_out"]) == {"nats", "kl", "agreement", "perplexity"}
 
 
 def test_cache_cannot_give_all_logits(tmp_path: Path) -> None:
@@ -728,7 +728,7 @@ def test_sorted_distributions_are_learned_from_another_tokenizer(
     )
     losses = [row["sorted_l1"] for row in done.log]
     assert all(0 <= loss <= 2 for loss in losses)
-    assert set(done.log[-1]["held_out"]) == {"nats"}
+    assert set(done.log[-1]["held_out"]) == {"nats", "perplexity"}
     # Against the loss by hand, of the first text.
     batch = text_batch(texts, [0])
     made = make(["sorted_l1"], batch, small(vocab_size=4096), teacher)
@@ -958,7 +958,8 @@ def test_callbacks_are_told_what_mlx_lm_tells(tmp_path: Path) -> None:
     assert [info["trained_tokens"] for info in heard.train] == counts.tolist()
     assert [info["iteration"] for info in heard.val] == [3, 6]
     assert all(
-        {"iteration", "val_loss", "nats", "kl", "agreement"} == set(info) for info in heard.val
+        {"iteration", "val_loss", "nats", "kl", "agreement", "perplexity"} == set(info)
+        for info in heard.val
     )
     assert heard.val[-1]["val_loss"] == done.log[-1]["held_out"]["nats"]
 

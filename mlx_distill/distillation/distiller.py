@@ -8,6 +8,7 @@ labels; a network makes logits with the labels' leading axes.
                                    \--> projections --> feature and relation losses
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -160,18 +161,21 @@ class Distiller:
     def evaluate(self, batches: Iterable[Any], teacher: Teacher | None = None) -> dict[str, float]:
         """Return the student's held-out figures, per label; ``teacher`` judges instead of its own.
 
-        ``nats`` is the negative log-probability of the labels. With a teacher's logits there is
-        ``kl``, KL(teacher || student), and ``agreement``, of the best classes; of classifiers there
-        is the ``accuracy``.
+        ``nats`` is the negative log-probability of the labels; of texts there is the ``perplexity``
+        too, of classifiers the ``accuracy``. With a teacher's logits there is ``kl``,
+        KL(teacher || student), and ``agreement``, of the best classes.
         """
         student = self.network.student
         student.eval()
         try:
-            return judge(
+            found = judge(
                 self.answers, teacher or self.teacher, batches, with_accuracy=not self.texts
             )
         finally:
             student.train()
+        if self.texts:
+            found["perplexity"] = math.exp(min(found["nats"], 700))  # beyond is no float
+        return found
 
     def _response(
         self, hidden: mx.array, batch: Any, lesson: Lesson

@@ -107,6 +107,8 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     left.legend()
     judged = [row for row in rows if "held_out" in row]
     for name in judged[-1]["held_out"] if judged else ():
+        if name == "perplexity":  # its scale is another, and nats say the same
+            continue
         values = [row["held_out"].get(name) for row in judged]
         right.plot([row["step"] for row in judged], values, marker="o", label=name)
     right.set(title="held out", xlabel="step")
