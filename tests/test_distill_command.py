@@ -223,7 +223,7 @@ def test_log_as_a_table_and_as_curves(finished: Path) -> None:
     with (finished / "log.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     columns = ["step", "loss", "count", "learning_rate", "forward_kl"]
-    held_out = ["held_out_nats", "held_out_kl", "held_out_agreement"]
+    held_out = ["held_out_nats", "held_out_kl", "held_out_agreement", "held_out_perplexity"]
     assert list(rows[0]) == [*columns, *held_out]
     assert [int(row["step"]) for row in rows] == [row["step"] for row in log]
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in log]
