@@ -54,7 +54,7 @@ from mlx_distill.target.target import context_length
 TEACHER = "teacher"
 ANSWER_TOKENS = 32
 SPEED_PROMPT, SPEED_RUNS = 32, 3
-COLUMNS = {
+FIGURES = {
     "perplexity": ("perplexity", ".3f"),
     "nats_per_token": ("nats/token", ".3f"),
     "kl": ("KL, nats/token", ".4f"),
@@ -296,30 +296,29 @@ def decoding_speeds(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print an evaluation's table; columns that no model has are left out."""
+    """Print an evaluation: a column per model, a row per figure that any model has."""
     # As wide as the table needs: a figure with its interval is not to be broken.
     console = Console(highlight=False, soft_wrap=True, width=1000)
     rows = result["models"]
     machine = result["machine"]
     title = f"{machine['processor']}, {machine['device']}"
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=0)
-    table.add_column("model")
-    used = [key for key in COLUMNS if any(key in row for row in rows.values())]
-    speed = any("tokens_per_s" in row for row in rows.values())
-    heads = [COLUMNS[key][0] for key in used] + ["tokens/s"] * speed
-    for head in (*heads, "parameters", "loaded", "on disk"):
-        table.add_column(head, justify="right")
-    for name, row in rows.items():
-        cells = [_cell(row.get(key), COLUMNS[key][1]) for key in used]
-        cells += [f"{row['tokens_per_s']:.0f}"] if speed else []
-        cells += [f"{row['parameters'] / 1e6:.1f} M"]
-        cells += [f"{row[key] / 1e6:.1f} MB" for key in ("weights_bytes", "file_bytes")]
-        table.add_row(name, *cells)
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
+    table.add_column("")
+    for name in rows:
+        table.add_column(name, justify="right")
+    for key, (label, form) in FIGURES.items():
+        if any(key in row for row in rows.values()):
+            table.add_row(label, *(_cell(row.get(key), form) for row in rows.values()))
+    if any("tokens_per_s" in row for row in rows.values()):
+        table.add_row("tokens/s", *(f"{row['tokens_per_s']:.0f}" for row in rows.values()))
+    table.add_row("parameters", *(f"{row['parameters'] / 1e6:.1f} M" for row in rows.values()))
+    for key, label in (("weights_bytes", "loaded"), ("file_bytes", "on disk")):
+        table.add_row(label, *(f"{row[key] / 1e6:.1f} MB" for row in rows.values()))
     console.print(table)
     tokens = sorted({row["tokens"] for row in rows.values()})
     console.print(
         f"{next(iter(rows.values()))['texts']} texts with {' or '.join(map(str, tokens))} tokens; "
-        "below a figure its 95 % interval over texts."
+        "in brackets the 95 % interval over texts."
     )
     if len(tokens) > 1:
         console.print("The tokenizers differ, so perplexity per token is not comparable.")
@@ -419,7 +418,7 @@ def _sizes(one: Loaded) -> dict[str, int]:
 
 
 def _cell(figure: dict[str, Any] | None, form: str) -> str:
-    """Return a figure above its interval."""
+    """Return a figure and its interval."""
     if figure is None:
         return ""
     low_high = figure["interval"]
@@ -427,7 +426,7 @@ def _cell(figure: dict[str, Any] | None, form: str) -> str:
     if low_high is None:
         return value
     low, high = (f"{bound:{form}}".removesuffix("%") for bound in low_high)
-    return f"{value}\n{low}..{high}"
+    return f"{value} ({low}..{high})"
 
 
 def _plain(value: Any) -> Any:

@@ -282,6 +282,14 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path: Path) -> None:
         assert first.parts[name] == pytest.approx(value, rel=1e-5)
 
 
+def test_contrastive_batch_of_one_learned_token() -> None:
+    """The rest of the epoch has more; this one has nothing to be told from."""
+    batch = text_batch([*TEXTS, Text([1, 2, 3], 2)], [12])
+    total, count, grads = value_and_grads(make(["contrastive:layers=last"], batch), batch)
+    assert (total, count) == (0, 1)
+    assert all(mx.all(gradient == 0).item() for gradient in grads.values())
+
+
 MIXTURES = {
     "response": MIXED,
     "feature": ["hidden_mse:weight=2,layers=0-1/1-2", "hidden_cosine:layers=1-2"],

@@ -150,6 +150,9 @@ def test_entries_of_layers_that_are_left_out_leave_the_configuration() -> None:
     _, own = from_layers(tiny_model("openelm"), config, [0, 2])
     for name in ("num_query_heads", "num_kv_heads", "ffn_multipliers"):
         assert own[name] == [config[name][0], config[name][2]]
+    ends = [5, 6, 7]  # as many as there are layers, and not of them
+    _, own = from_layers(tiny_model("llama"), tiny_config("llama") | {"eos_token_id": ends}, [0])
+    assert own["eos_token_id"] == ends
 
 
 @pytest.mark.parametrize(

@@ -150,6 +150,13 @@ def test_answer_begins_where_it_differs_from_the_template_for_writing() -> None:
     assert tokenizer.decode(learned(text)) == "Hello, Lily!\n"
 
 
+def test_template_that_fails_is_named_with_its_row() -> None:
+    tokenizer = templated("{{ raise_exception('no such role') }}")
+    message = r"^here: the tokenizer's chat template failed: no such role$"
+    with pytest.raises(InputError, match=message):
+        encode_row({"messages": CHAT}, tokenizer, "here", False)
+
+
 def test_answer_to_nothing(chat_tokenizer: Any) -> None:
     text = encode_row({"messages": CHAT[-1:]}, chat_tokenizer, "here", False)
     assert text == Text(chat_tokenizer.apply_chat_template(CHAT[-1:]), 1)

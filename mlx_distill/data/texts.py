@@ -243,7 +243,10 @@ def _prompt(tokenizer: Any, prompt: Any, place: str, **options: Any) -> list[int
     try:
         return encode_prompt(tokenizer, prompt, **options)
     except InputError as error:
-        raise InputError(f"{place}: {error}") from error.__cause__
+        reason = str(error)
+        if error.__cause__ is not None:  # the template's own words; here it cannot be left out
+            reason = f"the tokenizer's chat template failed: {one_line(error.__cause__)}"
+        raise InputError(f"{place}: {reason}") from error.__cause__
 
 
 def _is_message(value: Any) -> bool:

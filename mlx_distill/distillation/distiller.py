@@ -248,6 +248,8 @@ class Distiller:
             some = _some_places(mask)
             ours, theirs = (x.reshape(-1, x.shape[-1])[some] for x in (ours, theirs))
         if term.name == "contrastive":
+            if ours.shape[0] < 2:  # an epoch's last batch: there is nothing to tell it from
+                return mx.array(0.0), mx.array(0.0)
             ours, theirs = (
                 x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs)
             )

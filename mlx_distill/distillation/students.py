@@ -113,7 +113,10 @@ def from_layers(
         raise InputError("a student cannot be made of a quantised teacher's layers")
     own = copy.deepcopy(config) | {name: len(layers)}
     for key, value in config.items():  # one entry per layer: its kind, its window
-        if isinstance(value, list) and len(value) == count:
+        per_layer = isinstance(value, list) and len(value) == count
+        if (
+            per_layer and "token" not in key
+        ):  # several end tokens may be as many as there are layers
             own[key] = [value[layer] for layer in layers]
     student = from_config(own)
     weights: dict[str, Any] = dict(tree_flatten(teacher.parameters()))
