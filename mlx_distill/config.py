@@ -1,4 +1,4 @@
-"""Frozen dataclasses as command-line flags: every default, help text and check is written once.
+"""Frozen dataclasses as flags and YAML files: every default, help text and check is written once.
 
 The help of a flag is the field's entry in the ``Args`` section of the dataclass's docstring, and
 its default is the field's.
@@ -11,9 +11,13 @@ import inspect
 import re
 import types
 import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_distill.errors import InputError
+import yaml
+
+from mlx_distill.errors import InputError, one_line
 
 T = TypeVar("T")
 
@@ -76,6 +80,10 @@ def from_file(kind: Any, value: Any) -> Any:
     return _from_file(scalar, value)
 
 
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
 def _from_file(kind: type, value: Any) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
@@ -83,6 +91,47 @@ def _from_file(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         raise TypeError(f"{value!r}, expected {kind.__name__}")
     return value
+
+
+def read_yaml(
+    path: Path, kinds: Mapping[str, Any], forms: Mapping[str, Callable[[Any], Any]]
+) -> dict[str, Any]:
+    """Return the values of a configuration file.
+
+    Args:
+        path: The file.
+        kinds: The types of what it may hold, by name.
+        forms: What makes a flag's value of the form that a name may have in a file, by name.
+
+    Raises:
+        InputError: If it cannot be read, or a key or a value is none of ours.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"the config {path} cannot be read: {one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"the config {path} does not hold names and values")
+    for name, value in values.items():
+        if name not in kinds:
+            raise InputError(f"the config {path} has an unknown field {name}")
+        try:
+            values[name] = from_file(kinds[name], forms.get(name, _as_it_is)(value))
+        except TypeError as error:
+            raise InputError(f"the config {path}: {name} is {error}") from None
+    return values
+
+
+def flat(config: Any) -> dict[str, Any]:
+    """Return a configuration as ``--config`` reads it."""
+    values: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            values |= flat(value)
+        else:
+            values[item.name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def check_seed(name: str, seed: int) -> None:

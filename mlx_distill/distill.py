@@ -12,7 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -27,18 +27,16 @@ from tqdm import tqdm
 from mlx_distill import cli
 from mlx_distill.arrays import num_values
 from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_hash
-from mlx_distill.config import add_flags, check_seed, from_file, from_flags
-from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
+from mlx_distill.config import add_flags, flat, from_flags, read_yaml
+from mlx_distill.data.completions import completion_texts, read_completions
 from mlx_distill.data.records import write_whole
-from mlx_distill.data.teacher_cache import TAILS, TeacherCache, texts_hash, write_cache
-from mlx_distill.data.texts import LONG, Text, fit, local_file, pack, read_texts
+from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
+from mlx_distill.data.texts import Text, fit, local_file, pack, read_texts
+from mlx_distill.distillation.config import PARTS, DistillConfig
 from mlx_distill.distillation.features import checkpoint_layers
 from mlx_distill.distillation.memory import memory_estimate
-from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
-from mlx_distill.distillation.on_policy import OnPolicyConfig
+from mlx_distill.distillation.objective import LossTerm
 from mlx_distill.distillation.students import (
-    DTYPES,
-    AdapterConfig,
     export,
     from_config,
     from_layers,
@@ -56,7 +54,7 @@ from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.target.target import context_length
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
-from mlx_distill.training.loop import TrainingConfig, checkpoints
+from mlx_distill.training.loop import checkpoints
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
 
 OTHER_TOKENIZER = (
@@ -64,125 +62,6 @@ OTHER_TOKENIZER = (
     "compare sorted probabilities with --loss sorted_l1 (ULD), or learn from the teacher's text "
     "alone: --loss hard, on data that it wrote"
 )
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """Everything that decides what a distillation makes; kept with the result.
-
-    Args:
-        teacher: Folders or hub repositories; several make an ensemble. None: text only.
-        teacher_weights: Weights of several teachers.
-        teacher_mean: What of several teachers is averaged: probs or logits.
-        teacher_bits: Quantise the teachers to so many bits.
-        use_cache: Learn from this teacher cache instead of a live teacher.
-        cache_k: Tokens per position that a new cache keeps.
-        cache_tail: What a new cache keeps of all other tokens: bucket, their mass, or draws, which
-            take the place of half of the most probable ones.
-        student: The student's folder or hub repository.
-        student_config: Make the student from this config.json, with random weights.
-        student_layers: Make the student from these layers of the teacher.
-        tokenizer: Folder of a new student's tokenizer (default: the teacher's).
-        data: JSONL file, folder with train.jsonl and valid.jsonl, or hub dataset; several are
-            joined.
-        valid: Held-out texts (default: valid.jsonl of a folder, else the last --held-out texts).
-        held_out: Texts that are held out if there is no file of them.
-        data_layout: texts for mlx-lm's layouts, completions for a teacher's stored answers.
-        learn_prompts: Also learn the prompts.
-        max_texts: Use the first so many texts.
-        max_length: The longest text, in tokens.
-        long: Longer texts are cut, dropped, or refused: cut, drop or refuse.
-        pack: Join texts into rows of max_length tokens, so that nothing is padded.
-        loss: Terms of the weighted sum, as forward_kl:weight=0.9,temperature=2 (default:
-            forward_kl; sparse_kl of a cache; hard without a teacher).
-        batch_size: Texts per batch.
-        grad_checkpoint: Compute activations twice instead of keeping them.
-        seed: Of first weights, order and draws.
-        export_dtype: Of the exported weights: float16, bfloat16 or float32.
-        export_bits: Quantise the exported student to so many bits.
-        adapter: Which parameters are trained.
-        rollouts: What the student writes itself.
-        filter: Which stored completions are learned.
-        training: Steps, learning rate and so on.
-    """
-
-    teacher: tuple[str, ...] = ()
-    teacher_weights: tuple[float, ...] = ()
-    teacher_mean: str = "probs"
-    teacher_bits: int | None = None
-    use_cache: str | None = None
-    cache_k: int = 64
-    cache_tail: str = "bucket"
-    student: str | None = None
-    student_config: str | None = None
-    student_layers: tuple[int, ...] = ()
-    tokenizer: str | None = None
-    data: tuple[str, ...] = ()
-    valid: str | None = None
-    held_out: int = 64
-    data_layout: str = "texts"
-    learn_prompts: bool = False
-    max_texts: int | None = None
-    max_length: int = 512
-    long: str = "cut"
-    pack: bool = False
-    loss: tuple[str, ...] = ()
-    batch_size: int = 8
-    grad_checkpoint: bool = False
-    seed: int = 0
-    export_dtype: str = "float16"
-    export_bits: int | None = None
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    rollouts: OnPolicyConfig = field(default_factory=OnPolicyConfig)
-    filter: CompletionFilter = field(default_factory=CompletionFilter)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-
-    def __post_init__(self) -> None:
-        if not self.loss:
-            known = "sparse_kl" if self.use_cache else "forward_kl" if self.teacher else "hard"
-            object.__setattr__(self, "loss", (known,))
-        for name in ("batch_size", "held_out", "cache_k"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 2:
-            raise InputError(f"max_length must be at least 2, got {self.max_length}")
-        if self.max_texts is not None and self.max_texts < 1:
-            raise InputError(f"max_texts must be at least 1, got {self.max_texts}")
-        for name, known in (
-            ("long", LONG),
-            ("data_layout", ("texts", "completions")),
-            ("teacher_mean", ("probs", "logits")),
-            ("export_dtype", tuple(DTYPES)),
-            ("cache_tail", TAILS),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)}")
-        for name in ("teacher_bits", "export_bits"):
-            if getattr(self, name) not in (None, 2, 3, 4, 5, 6, 8):
-                raise InputError(f"{name} must be 2, 3, 4, 5, 6 or 8, got {getattr(self, name)}")
-        check_seed("seed", self.seed)
-        if not self.data:
-            raise InputError("there is no data; name it with --data")
-        ways = [bool(self.student), bool(self.student_config), bool(self.student_layers)]
-        if sum(ways) > 1:
-            raise InputError("student, student_config and student_layers exclude each other")
-        if self.use_cache and self.rollouts.on_policy:
-            raise InputError("a cache does not know what the student will write; use a teacher")
-        for term in self.terms:
-            if term.name != "hard" and not self.teacher and not self.use_cache:
-                raise InputError(
-                    f"{term.name} needs a teacher; name one with --teacher, or use --loss hard"
-                )
-            if self.use_cache and term.name in RESPONSE and term.name not in CACHED:
-                raise InputError(
-                    f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
-                    "use sparse_kl"
-                )
-
-    @property
-    def terms(self) -> list[LossTerm]:
-        """The objective."""
-        return [LossTerm.parse(text) for text in self.loss]
 
 
 @cli.command
@@ -462,7 +341,7 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         "commit": cli.commit(),
     }
     files = {
-        "config.yaml": yaml.safe_dump(_flat(config), sort_keys=False),
+        "config.yaml": yaml.safe_dump(flat(config), sort_keys=False),
         "training.json": json.dumps(run, indent=1) + "\n",
         LOG: "".join(json.dumps(row) + "\n" for row in done.log),
         "README.md": _card(output.name, config, run, parameters),
@@ -520,30 +399,10 @@ def _callback(arguments: argparse.Namespace, config: DistillConfig, folder: Path
         raise InputError(f"--report-to: {one_line(error)}") from None
 
 
-PARTS: dict[str, type] = {
-    "adapter": AdapterConfig,
-    "rollouts": OnPolicyConfig,
-    "filter": CompletionFilter,
-    "training": TrainingConfig,
-}
-
-
 def _config(arguments: argparse.Namespace) -> DistillConfig:
     """Return the configuration that flags and file describe."""
     parts = {name: from_flags(kind, arguments) for name, kind in PARTS.items()}
     return from_flags(DistillConfig, arguments, **parts)
-
-
-def _flat(config: Any) -> dict[str, Any]:
-    """Return a configuration as ``--config`` reads it."""
-    values: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            values |= _flat(value)
-        else:
-            values[item.name] = list(value) if isinstance(value, tuple) else value
-    return values
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -551,37 +410,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     first, _ = parser.parse_known_args(argv)
     if first.config:
-        parser.set_defaults(**_read_yaml(Path(first.config), _kinds(parser)))
+        parser.set_defaults(**read_yaml(Path(first.config), _kinds(parser), {"loss": _spelt}))
     return parser.parse_args(argv)
 
 
-def _read_yaml(path: Path, kinds: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a configuration file.
-
-    Args:
-        path: The file.
-        kinds: The types of what it may hold, by name.
-
-    Raises:
-        InputError: If it cannot be read, or a key or a value is none of ours.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"the config {path} cannot be read: {one_line(error)}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"the config {path} does not hold names and values")
-    for name, value in values.items():
-        if name not in kinds:
-            raise InputError(f"the config {path} has an unknown field {name}")
-        if name == "loss":
-            terms = value if isinstance(value, list) else [value]
-            value = [str(LossTerm.of(term)) if isinstance(term, dict) else term for term in terms]
-        try:
-            values[name] = from_file(kinds[name], value)
-        except TypeError as error:
-            raise InputError(f"the config {path}: {name} is {error}") from None
-    return values
+def _spelt(value: Any) -> list[Any]:
+    """Return losses as flags spell them; in a file they may be mappings."""
+    terms = value if isinstance(value, list) else [value]
+    return [str(LossTerm.of(term)) if isinstance(term, dict) else term for term in terms]
 
 
 def _kinds(parser: argparse.ArgumentParser) -> dict[str, Any]:

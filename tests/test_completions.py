@@ -10,16 +10,15 @@ import pytest
 
 from mlx_distill import config
 from mlx_distill.checkpoint import bundled
+from mlx_distill.data.completion_layouts import Completion
 from mlx_distill.data.completions import (
-    Completion,
     CompletionFilter,
-    Drop,
-    Report,
-    compile_where,
     completion_texts,
     is_refusal,
     read_completions,
 )
+from mlx_distill.data.condition import Undecided, compile_where
+from mlx_distill.data.report import Report
 from mlx_distill.data.texts import encode_row
 from mlx_distill.errors import InputError
 
@@ -640,9 +639,9 @@ def test_where_is_an_expression(where: str) -> None:
     ],
 )
 def test_where_drops_what_it_cannot_decide(where: str, reason: str) -> None:
-    with pytest.raises(Drop) as drop:
+    with pytest.raises(Undecided) as undecided:
         compile_where(where)(METADATA)
-    assert str(drop.value) == reason
+    assert str(undecided.value) == reason
 
 
 def test_where_chooses_rows(tmp_path: Path) -> None:
