@@ -61,6 +61,8 @@ LOSSES = {
 # The best of some learning rates, each, on training texts that were not learned (see --tune).
 RATES = {"layer": 1e-4, "teacher-text": 1e-4}
 RATE = 2.5e-4  # of all others
+# Students that learn the texts alone: from random weights, and from the teacher's layer.
+BASELINES = ("plain", "layer")
 
 
 @dataclass
@@ -109,7 +111,7 @@ class Study:
             training=mlx_distill.TrainingConfig(
                 steps=arguments.steps,
                 learning_rate=arguments.rate or RATES.get(recipe, RATE),
-                evaluate_every=max(1, arguments.steps // 4),
+                evaluate_every=max(1, arguments.steps // 8),
                 checkpoint_every=80,
             ),
             valid=self.valid,
@@ -134,7 +136,10 @@ class Study:
             "parameters": num_values(student.parameters()),
             "teacher_parameters": num_values(self.teacher.parameters()),
             "found": found,
-            "best_nats": min(row["held_out"]["nats"] for row in done.log if "held_out" in row),
+            "best": min(
+                (row["held_out"] | {"step": row["step"]} for row in done.log if "held_out" in row),
+                key=lambda found: found["nats"],
+            ),
             "config": {
                 key: value.name if isinstance(value, Path) else value
                 for key, value in vars(arguments).items()
@@ -188,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         valid = read_texts(arguments.data / "valid.jsonl", tokenizer)[: arguments.valid_texts]
     valid, _ = fit(valid, 192)
     study = Study(teacher, tokenizer, read_config(path), texts, valid, arguments)
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for recipe in arguments.recipes:
             file = arguments.runs / f"{recipe}-{seed}.json"
             if not file.exists():
@@ -203,71 +208,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a row per recipe: means over seeds, with the seeds' 95 % t interval."""
-    plain = {
-        run["seed"]: _value(run, "student", "nats_per_token")
-        for run in runs
-        if run["recipe"] == "plain"
-    }
-    plain_kl = {
-        run["seed"]: _value(run, "student", "kl") for run in runs if run["recipe"] == "plain"
-    }
+    """Return a row per recipe: means over seeds, with the seeds' 95 % t interval.
+
+    A recipe's last step is compared with the best step of a student of the same seed that learned
+    the texts alone: with one of random weights, and with one of the same start.
+    """
     rows = []
     for recipe in LOSSES:
         mine = [run for run in runs if run["recipe"] == recipe]
         if not mine:
             continue
-        paired = [run for run in mine if run["seed"] in plain]
-        gaps, cuts = [], []
-        for run in paired:
-            first, teacher = plain[run["seed"]], _value(run, "teacher", "nats_per_token")
-            gaps.append((first - _value(run, "student", "nats_per_token")) / (first - teacher))
-            cuts.append(1 - _value(run, "student", "kl") / plain_kl[run["seed"]])
-        rows.append(
-            {
-                "recipe": recipe,
-                "seeds": len(mine),
-                "nats": _interval([_value(run, "student", "nats_per_token") for run in mine]),
-                "kl": _interval([_value(run, "student", "kl") for run in mine]),
-                "agreement": _interval([_value(run, "student", "agreement") for run in mine]),
-                "gap_closed": _interval(gaps) if gaps else None,
-                "kl_cut": _interval(cuts) if cuts else None,
-                "best_nats": _interval([run["best_nats"] for run in mine]),
-                "seconds": statistics.mean(run["seconds"] for run in mine),
-                "teacher_nats": _value(mine[0], "teacher", "nats_per_token"),
-            }
-        )
+        row = {
+            "recipe": recipe,
+            "seeds": len(mine),
+            "nats": _interval([_value(run, "student", "nats_per_token") for run in mine]),
+            "kl": _interval([_value(run, "student", "kl") for run in mine]),
+            "agreement": _interval([_value(run, "student", "agreement") for run in mine]),
+            "best_nats": _interval([run["best"]["nats"] for run in mine]),
+            "best_kl": _interval([run["best"]["kl"] for run in mine]),
+            "seconds": statistics.mean(run["seconds"] for run in mine),
+            "teacher_nats": _value(mine[0], "teacher", "nats_per_token"),
+        }
+        for baseline in BASELINES:
+            best = {run["seed"]: run["best"] for run in runs if run["recipe"] == baseline}
+            gaps = [_gap_closed(run, best[run["seed"]]) for run in mine if run["seed"] in best]
+            if gaps and recipe not in BASELINES:
+                closed, cut = zip(*gaps, strict=True)
+                row |= {
+                    f"gap_closed_{baseline}": _interval(closed),
+                    f"kl_cut_{baseline}": _interval(cut),
+                }
+        rows.append(row)
     return rows
+
+
+def _gap_closed(run: dict[str, Any], best: dict[str, float]) -> tuple[float, float]:
+    """Return the shares of a baseline's distance to the teacher that are gone: nats, and KL."""
+    nats, teacher = (_value(run, name, "nats_per_token") for name in ("student", "teacher"))
+    closed = (best["nats"] - nats) / (best["nats"] - teacher)
+    return closed, 1 - _value(run, "student", "kl") / best["kl"]
 
 
 def show(rows: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title=f"Teacher: {rows[0]['teacher_nats']:.3f} nats per token" if rows else "")
-    for name in (
-        "recipe",
-        "seeds",
-        "nats/token",
-        "best step",
-        "KL",
-        "agreement",
-        "gap closed",
-        "KL cut",
-        "s",
-    ):
+    names = ["recipe", "seeds", "nats/token", "best step", "KL", "agreement"]
+    names += [f"{name}, {one}" for one in BASELINES for name in ("gap closed", "KL cut")]
+    for name in (*names, "s"):
         table.add_column(name, justify="left" if name == "recipe" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["recipe"],
             str(row["seeds"]),
             *(_cell(row[name], ".3f") for name in ("nats", "best_nats", "kl", "agreement")),
-            *(_cell(row[name], ".0%") for name in ("gap_closed", "kl_cut")),
+            *(
+                _cell(row.get(f"{name}_{one}"), ".0%")
+                for one in BASELINES
+                for name in ("gap_closed", "kl_cut")
+            ),
             f"{row['seconds']:.0f}",
         )
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 130)  # a pipe has no width of its own
+    console.width = max(console.width, 160)  # a pipe has no width of its own
     console.print(table)
     console.print(
-        "Means over seeds; 95 % t intervals over seeds in brackets. All on held-out texts."
+        "Means over seeds; 95 % t intervals over seeds in brackets. All on held-out texts. Gaps "
+        "are those of the baseline's best step, closed by the recipe's last."
     )
 
 
@@ -303,7 +309,7 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", type=Path, default=Path("stories-runs"), help="where runs are kept"
     )
     parser.add_argument("--recipes", nargs="+", choices=LOSSES, default=["plain", "response"])
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--rate", type=float, help="learning rate (default: each recipe's best)")
     parser.add_argument(

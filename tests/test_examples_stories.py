@@ -43,8 +43,14 @@ def test_every_recipe_of_the_study_runs_and_is_not_run_twice(
     assert stories.main([*options, *recipes]) == 0
     result = json.loads(found.read_text())
     assert [row["recipe"] for row in result["summary"]] == list(stories.LOSSES)
-    plain = result["summary"][0]
-    assert plain["gap_closed"]["mean"] == plain["kl_cut"]["mean"] == 0
+    rows = {row["recipe"]: row for row in result["summary"]}
+    for baseline in ("plain", "layer"):
+        gap = rows[baseline]["best_nats"]["mean"] - rows[baseline]["teacher_nats"]
+        closed = rows[baseline]["best_nats"]["mean"] - rows["response"]["nats"]["mean"]
+        row = rows["response"]
+        assert row[f"gap_closed_{baseline}"]["mean"] == pytest.approx(closed / gap)
+        kls = row["kl"]["mean"] / rows[baseline]["best_kl"]["mean"]
+        assert row[f"kl_cut_{baseline}"]["mean"] == pytest.approx(1 - kls)
     sizes = result["runs"][0]
     assert 4 * sizes["parameters"] <= sizes["teacher_parameters"]
     assert (runs / "response-0" / "model.safetensors").exists()
