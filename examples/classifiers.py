@@ -199,7 +199,7 @@ def judged(network: nn.Module, data: Examples, teachers: Sequence[nn.Module]) ->
     starts = range(0, data.labels.size, 500)
     slices = (data.take(range(start, min(start + 500, data.labels.size))) for start in starts)
     network.eval()
-    return judge(Answers(network, False), LiveTeacher(teachers, False), slices, with_accuracy=True)
+    return judge(Answers(network, False), LiveTeacher(teachers, False), slices, texts=False)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,13 @@ from mlx_distill.data.responses import ResponseConfig, read_responses, write_res
 from mlx_distill.data.teacher_cache import TeacherCache, write_cache
 from mlx_distill.data.texts import Text, fit, read_texts
 from mlx_distill.distillation.on_policy import OnPolicyConfig
-from mlx_distill.distillation.students import export, from_config, from_layers, read_config
+from mlx_distill.distillation.students import (
+    compact,
+    export,
+    from_config,
+    from_layers,
+    read_config,
+)
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher
 from mlx_distill.evaluate import evaluate, report
 
@@ -127,7 +133,7 @@ class Study:
         if name == arguments.keep:
             folder = arguments.runs / name
             files = {"run.json": json.dumps(found, indent=1) + "\n"}
-            export(folder, student, config, self.tokenizer, files)
+            export(folder, student, compact(student, config), self.tokenizer, files)
         shutil.rmtree(work)
         return {
             "recipe": recipe,

@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx.utils import tree_flatten
 
 
@@ -30,3 +31,14 @@ def num_values(tree: Any) -> int:
     """Return the number of values in all arrays of a tree."""
     leaves = (leaf for _, leaf in tree_flatten(tree))
     return sum(leaf.size for leaf in leaves if isinstance(leaf, mx.array))
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of a model's parameters, as many as before it was quantised."""
+    count = num_values(model.parameters())
+    for module in model.modules():
+        if "scales" in module and "bits" in vars(module):
+            packed, bits = module["weight"].size, module.bits
+            added = num_values([module["scales"], module.get("biases")])
+            count += packed * 32 // bits - packed - added
+    return count

@@ -527,7 +527,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m mlx_distill.benchmark",
         description="Measure drafting against mlx-lm on this machine.",
     )

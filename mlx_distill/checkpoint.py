@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx_lm
+import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
@@ -184,6 +186,15 @@ def weights_hash(model: nn.Module) -> str:
     for name, array in arrays.items():
         some = array.reshape(-1)[:256].view(mx.uint8)
         digest.update(name.encode() + bytes(to_host(some)))
+    return digest.hexdigest()[:16]
+
+
+def arrays_hash(arrays: Sequence[mx.array]) -> str:
+    """Return a hash of every value of some arrays, their shapes and types."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}".encode())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
     return digest.hexdigest()[:16]
 
 

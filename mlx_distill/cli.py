@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from transformers.utils import logging as transformers_logging
@@ -27,9 +27,17 @@ VERBS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one sentence: the usage is dozens of lines."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence on stderr; exit with status 2."""
+        self.exit(2, f"error: {message}; see --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mlx-distill VERB ...``, which is ``python -m mlx_distill.VERB ...``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="mlx-distill",
         description="Make language models faster, and smaller, by distillation.",
         epilog="verbs: " + "; ".join(f"{verb}: {text}" for verb, text in VERBS.items()),

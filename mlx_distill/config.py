@@ -44,7 +44,9 @@ def add_flags(
         scalar, many = _scalar(kind)
         if many:
             options["nargs"] = "+"
-        default = "" if item.default in (None, ()) else f" (default: {_show(item.default)})"
+        default = "" if item.default in (None, ()) else " (default: %(default)s)"
+        if isinstance(item.default, tuple):
+            default = default.replace("%(default)s", " ".join(map(str, item.default)))
         text = helps.get(item.name, "").rstrip(".").replace("%", "%%") + default
         if scalar is bool:
             action = argparse.BooleanOptionalAction
@@ -108,10 +110,14 @@ def read_yaml(
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise InputError(f"the config {path} cannot be read: {error.problem}{line}") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"the config {path} cannot be read: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise InputError(f"the config {path} does not hold names and values")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
     for name, value in values.items():
         if name not in kinds:
             raise InputError(f"the config {path} has an unknown field {name}")
@@ -160,7 +166,3 @@ def _field_helps(config: type) -> dict[str, str]:
 
 def _title(config: type) -> str:
     return (inspect.getdoc(config) or config.__name__).splitlines()[0].rstrip(".")
-
-
-def _show(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -25,43 +25,48 @@ from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
 from mlx_distill import cli
-from mlx_distill.arrays import num_values
+from mlx_distill.arrays import num_parameters
 from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_hash
 from mlx_distill.config import add_flags, flat, from_flags, read_yaml
 from mlx_distill.data.completions import completion_texts, read_completions
-from mlx_distill.data.records import write_whole
 from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
 from mlx_distill.data.texts import Text, fit, local_file, pack, read_texts
 from mlx_distill.distillation.config import PARTS, DistillConfig
 from mlx_distill.distillation.features import checkpoint_layers
+from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.memory import memory_estimate
 from mlx_distill.distillation.objective import LossTerm
 from mlx_distill.distillation.students import (
+    compact,
     export,
     from_config,
     from_layers,
-    merge_adapters,
     read_config,
 )
 from mlx_distill.distillation.teachers import (
+    Answers,
     CachedTeacher,
     LiveTeacher,
     RetokenizedTeacher,
     Teacher,
     TextTeacher,
 )
-from mlx_distill.distillation.training import Distilled, distill
+from mlx_distill.distillation.training import Distilled, distill, slices
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.target.target import context_length
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
 from mlx_distill.training.loop import checkpoints
-from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
+from mlx_distill.training.runs import check_output, partial_folder
 
 OTHER_TOKENIZER = (
     "the teacher's tokenizer is not the student's, so their tokens cannot be compared one by one; "
     "compare sorted probabilities with --loss sorted_l1 (ULD), or learn from the teacher's text "
     "alone: --loss hard, on data that it wrote"
 )
+
+
+# Where a student comes with weights, a drafter's 1e-3 would wash much of them out at first.
+LEARNING_RATE = 2.5e-4
 
 
 @cli.command
@@ -79,9 +84,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(output, arguments.resume)
     parts = _open(config, arguments)
     texts, valid = parts.texts, parts.valid
-    settings = json.loads(json.dumps(asdict(config) | {"texts_hash": texts_hash(texts)}))
-    if arguments.resume:
-        check_settings(work / SETTINGS, settings)
     print(
         memory_estimate(
             parts.student,
@@ -92,8 +94,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ),
         file=sys.stderr,
     )
-    work.mkdir(parents=True, exist_ok=True)
-    write_whole(work / SETTINGS, json.dumps(settings, indent=1) + "\n")
     if config.grad_checkpoint:
         checkpoint_layers(parts.student)
     try:
@@ -110,12 +110,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_policy=config.rollouts,
             eos_token_ids=sorted(parts.tokenizer.eos_token_ids),
             seed=config.seed,
+            settings=asdict(config) | {"texts_hash": texts_hash(texts)},
             callback=_callback(arguments, config, work),
             quiet=arguments.quiet,
         )
-    except InputError:
+    except (InputError, KeyboardInterrupt):
         if not checkpoints(work):  # nothing to resume
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)
         raise
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
@@ -327,15 +328,21 @@ def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -
 
 def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done: Distilled) -> None:
     """Export the student with its log, settings and card, and clear the work away."""
-    merge_adapters(parts.student)
-    parameters = num_values(parts.student.parameters())
+    figures = {"before": done.before, "after": done.log[-1]["held_out"]}
+    own = compact(parts.student, parts.student_config, config.export_dtype, config.export_bits)
+    if config.export_bits:  # it is another model now
+        batches = slices(parts.valid, config.batch_size)
+        judging = parts.valid_teacher or parts.teacher or TextTeacher()
+        quantised = judge(Answers(parts.student, True), judging, batches)
+        figures[f"with {config.export_bits} bits"] = quantised
+    parameters = num_parameters(parts.student)
     write_table(done.log, work / TABLE)
     draw_curves(done.log, work / CURVES, output.name)
     run = {
         "config": asdict(config),
         "seed": config.seed,
         "texts": parts.counts,
-        "held_out": done.log[-1].get("held_out"),
+        "held_out": figures,
         "versions": cli.versions(),
         "machine": cli.machine(),
         "commit": cli.commit(),
@@ -347,38 +354,45 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         "README.md": _card(output.name, config, run, parameters),
         **{name: (work / name).read_bytes() for name in (TABLE, CURVES)},
     }
-    export(
-        output,
-        parts.student,
-        parts.student_config,
-        parts.tokenizer,
-        files,
-        config.export_dtype,
-        config.export_bits,
-    )
+    export(output, parts.student, own, parts.tokenizer, files)
     shutil.rmtree(work)
-    found = " ".join(f"{name} {value:.4f}" for name, value in run["held_out"].items())
-    print(f"{output}: {parameters:,} parameters; held out: {found}")
+    print(f"{output}: {parameters:,} parameters; held out:")
+    for name, found in figures.items():
+        print(f"  {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+    key = "kl" if "kl" in done.before else "nats"
+    if figures["after"][key] > done.before[key]:
+        print(
+            f"note: its {key} is worse than before; a smaller --learning-rate or more --steps may "
+            "help",
+            file=sys.stderr,
+        )
 
 
 def _card(name: str, config: DistillConfig, run: dict[str, Any], parameters: int) -> str:
     """Return the model card: what the student is, how it was made, what was measured."""
     teachers = ", ".join(Path(path).name for path in config.teacher) or "stored text only"
-    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in run["held_out"].items())
     losses = ", ".join(str(term) for term in config.terms)
+    on_policy = config.rollouts.on_policy
+    written = f", {on_policy:.0%} of them written by the student" if on_policy else ""
+    figures = run["held_out"]
+    rows = "\n".join(
+        f"| {key} | {' | '.join(f'{found[key]:.4f}' for found in figures.values())} |"
+        for key in figures["after"]
+    )
     return f"""# {name}
 A language model of {parameters:,} parameters, distilled with `python -m mlx_distill.distill`.
 
 * Teacher: {teachers}
 * Loss: {losses}
 * Data: {", ".join(Path(path).name for path in config.data)}, {run["texts"]["texts"]:,} texts; \
-{config.training.steps:,} steps of {config.batch_size * config.training.accumulate} texts
+{config.training.steps:,} steps of {config.batch_size * config.training.accumulate} texts{written}
+* Trained: {config.adapter.fine_tune}, learning rate {config.training.learning_rate:g}
 
-Held out, per token (`nats`: negative log-probability of the text; `kl`: KL(teacher || student); \
-`agreement`: of the most probable tokens):
+Held out, per token, before and after (`nats`: negative log-probability of the text; `perplexity`: \
+its exponential; `kl`: KL(teacher || student); `agreement`: of the most probable tokens):
 
-| | |
-|---|---|
+| | {" | ".join(figures)} |
+|---|{"---|" * len(figures)}
 {rows}
 
 Settings: `config.yaml`, `training.json`; log: `log.jsonl`, `log.csv`, `curves.png`. The licence \
@@ -431,7 +445,7 @@ def _kinds(parser: argparse.ArgumentParser) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m mlx_distill.distill",
         description="Teach a small language model what a large one knows.",
     )
@@ -452,6 +466,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, DistillConfig)
     for kind in PARTS.values():
         add_flags(parser, kind)
+    parser.set_defaults(learning_rate=LEARNING_RATE)
     return parser
 
 

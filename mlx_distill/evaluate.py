@@ -31,7 +31,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mlx_distill import cli
-from mlx_distill.arrays import num_bytes, num_values
+from mlx_distill.arrays import num_bytes, num_parameters
 from mlx_distill.checkpoint import load, tokenizer_hash
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import encode_prompt
@@ -219,17 +219,6 @@ def vocabulary_widths(models: dict[str, nn.Module]) -> dict[str, int]:
     return {name: model(mx.array([[0]])).shape[-1] for name, model in models.items()}
 
 
-def num_parameters(model: nn.Module) -> int:
-    """Return the number of a model's parameters, as many as before it was quantised."""
-    count = num_values(model.parameters())
-    for module in model.modules():
-        if "scales" in module and "bits" in vars(module):
-            packed, bits = module["weight"].size, module.bits
-            added = num_values([module["scales"], module.get("biases")])
-            count += packed * 32 // bits - packed - added
-    return count
-
-
 def read_questions(path: str | Path) -> list[Question]:
     """Return the questions of a JSONL file.
 
@@ -316,9 +305,12 @@ def show(result: dict[str, Any]) -> None:
         table.add_row(label, *(f"{row[key] / 1e6:.1f} MB" for row in rows.values()))
     console.print(table)
     tokens = sorted({row["tokens"] for row in rows.values()})
+    intervals = (
+        "; in brackets the 95 % interval over texts" if result["config"]["bootstrap"] else ""
+    )
     console.print(
-        f"{next(iter(rows.values()))['texts']} texts with {' or '.join(map(str, tokens))} tokens; "
-        "in brackets the 95 % interval over texts."
+        f"{next(iter(rows.values()))['texts']} texts with {' or '.join(map(str, tokens))} tokens"
+        f"{intervals}."
     )
     if len(tokens) > 1:
         console.print("The tokenizers differ, so perplexity per token is not comparable.")
@@ -439,7 +431,7 @@ def _plain(value: Any) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m mlx_distill.evaluate",
         description="Measure how well a teacher and its students predict, answer and run.",
     )

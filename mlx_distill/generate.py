@@ -182,7 +182,7 @@ def plain(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m mlx_distill.generate",
         description="Write text with a model, faster with a drafter.",
     )

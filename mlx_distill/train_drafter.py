@@ -305,7 +305,7 @@ def memory_estimate(target: Target, config: DrafterTraining, width: int) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = cli.Parser(
         prog="python -m mlx_distill.train_drafter",
         description="Train a recurrent drafter for a model by distillation.",
     )

@@ -522,7 +522,9 @@ def test_argparse_refuses_what_is_no_number_or_no_flag(
     with pytest.raises(SystemExit) as end:
         generate.main(flags.split())
     assert end.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("see --help")
 
 
 def test_window_that_cannot_be_quantized(refused: Run, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_distill import cli
 from mlx_distill.checkpoint import bundled, tokenizer_hash
-from mlx_distill.distillation.students import export, from_config
+from mlx_distill.data.texts import fit, read_texts
+from mlx_distill.distillation.students import compact, export, from_config
+from mlx_distill.evaluate import evaluate
 
 # The package has a function of that name, too.
 command = importlib.import_module("mlx_distill.distill")
@@ -85,7 +87,7 @@ def save(folder: Path, config: dict[str, Any], seed: int, tokenizer: Any) -> Pat
     """Write a model of random weights that are wide enough for clear distributions."""
     model = from_config(config, seed)
     model.update(tree_map(lambda x: 3 * x if x.ndim > 1 else x, model.parameters()))
-    export(folder, model, config, tokenizer, {}, "float32")
+    export(folder, model, compact(model, config, "float32"), tokenizer, {})
     return folder
 
 
@@ -187,7 +189,8 @@ def test_student_of_flags(
     teacher = {path.name: path.read_bytes() for path in (world / "teacher").iterdir()}
     output = learn(world, tmp_path / "deep" / "student")
     out, err = capsys.readouterr()
-    assert re.search(r"student: [\d,]+ parameters; held out: nats \d.* kl \d.* agreement 0\.", out)
+    for when in ("before", "after"):
+        assert re.search(rf"  {when}: nats \d.*, kl \d.*, agreement 0\.\d+, perplexity \d", out)
     assert re.search(r"memory: about \d.* \(teachers .* student .* a batch of 3 x \d+ tokens", err)
     assert {path.name for path in output.iterdir()} >= FILES
     assert {path.name for path in output.parent.iterdir()} == {"student"}
@@ -202,7 +205,8 @@ def test_student_of_flags(
     assert [row["step"] for row in log if "held_out" in row] == [3, 6]
     assert all(row["loss"] == row["forward_kl"] for row in log)
     run = json.loads((output / "training.json").read_text())
-    assert run["held_out"] == log[-1]["held_out"]
+    assert run["held_out"]["after"] == log[-1]["held_out"]
+    assert run["held_out"]["before"]["kl"] > 1.1 * log[-1]["held_out"]["kl"]
     assert run["texts"] == {"texts": 12, "too_long": 0, "nothing_to_learn": 0}
     assert run["seed"] == 4
     assert {"python", "mlx", "mlx-lm", "mlx-distill"} <= set(run["versions"])
@@ -215,7 +219,7 @@ def test_student_of_flags(
         "Data: texts, 12 texts",
     ):
         assert part in card
-    assert f"| kl | {log[-1]['held_out']['kl']:.4f} |" in card
+    assert f" | {log[-1]['held_out']['kl']:.4f} |" in card
 
 
 def test_log_as_a_table_and_as_curves(finished: Path) -> None:
@@ -232,7 +236,7 @@ def test_log_as_a_table_and_as_curves(finished: Path) -> None:
     picture = (finished / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG\r\n\x1a\n")
     width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
-    assert (width, height) == (1200, 480)
+    assert (width, height) == (1800, 480)
 
 
 def test_student_learns_from_the_bundled_teacher(world: Path, tmp_path: Path) -> None:
@@ -659,7 +663,7 @@ def test_stored_completions(
     assert "3 rows read, 3 completions kept, 0 dropped" in err
     run = json.loads((tmp_path / "student" / "training.json").read_text())
     assert run["texts"]["texts"] == 12
-    assert set(run["held_out"]) == {"nats", "perplexity"}
+    assert set(run["held_out"]["after"]) == {"nats", "perplexity"}
     assert "Teacher: stored text only" in (tmp_path / "student" / "README.md").read_text()
 
 
@@ -747,8 +751,16 @@ def test_quantised_teacher_and_export(world: Path, tmp_path: Path) -> None:
     output = learn(world, tmp_path / "student", *more, "--student-config", tmp_path / "wide.json")
     config = json.loads((output / "config.json").read_text())
     assert config["quantization"]["bits"] == 4
-    model = mlx_lm.load(str(output))[0]
+    model, tokenizer = mlx_lm.load(str(output))[:2]
     assert isinstance(model.layers[0].self_attn.q_proj, nn.QuantizedLinear)
+    figures = json.loads((output / "training.json").read_text())["held_out"]
+    assert list(figures) == ["before", "after", "with 4 bits"]
+    assert "| | before | after | with 4 bits |" in (output / "README.md").read_text()
+    valid, _ = fit(read_texts(world / "texts" / "valid.jsonl", tokenizer), 512)
+    expected = evaluate({"student": model}, valid)["student"]
+    nats = expected["nats"].sum() / expected["tokens"].sum()
+    assert figures["with 4 bits"]["nats"] == pytest.approx(nats, rel=1e-3)
+    assert figures["with 4 bits"]["nats"] != figures["after"]["nats"]
 
 
 def test_several_teachers(world: Path, tmp_path: Path, finished: Path) -> None:
@@ -1164,7 +1176,7 @@ def test_poisoned_student_is_not_trained(
 ) -> None:
     poisoned = from_config(TINY)
     poisoned.model.norm.weight = mx.full((32,), mx.nan)  # pyright: ignore
-    export(tmp_path / "poisoned", poisoned, TINY, tokenizer, {}, "float32")
+    export(tmp_path / "poisoned", poisoned, compact(poisoned, TINY, "float32"), tokenizer, {})
     argv = without(arguments(world, tmp_path / "student"), "--student-config")
     sentence = refused([*argv, "--student", str(tmp_path / "poisoned")])
     found = re.match(

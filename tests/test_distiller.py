@@ -109,6 +109,81 @@ def run(folder: Path, student: Any, teacher: Any, texts: Any = None, **options: 
     return distill(student, teacher, texts, folder=folder, training=training, **options)
 
 
+# ----------------------------------------------------------------------------------- a run's folder
+
+
+def test_finished_run_returns_its_result(tmp_path: Path) -> None:
+    first, again = small(), small()
+    expected = run(tmp_path, first, tiny_model("llama"), valid=TEXTS[:2])
+    found = run(tmp_path, again, tiny_model("llama"), valid=TEXTS[:2])
+    assert found == expected
+    assert found.before["kl"] != found.log[-1]["held_out"]["kl"]
+    assert bits(again) == bits(first)
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"losses": "reverse_kl"}, "losses was"),
+        ({"seed": 6}, "seed was 5, is 6"),
+        ({"batch_size": 2}, "batch_size was 3, is 2"),
+        ({"training": {"learning_rate": 1e-3}}, "training.learning_rate was 0.01, is 0.001"),
+        ({"texts": TEXTS[1:]}, "data was"),
+        ({"on_policy": HALF}, "on_policy was None, is"),
+        ({"teacher": tiny_model("llama-tied")}, "teachers.networks was"),
+        ({"student": small(hidden_size=64)}, r"student.lm_head.weight was \[97, 32\], is"),
+    ],
+)
+def test_run_with_other_arguments_does_not_go_on(
+    tmp_path: Path, options: dict[str, Any], changed: str
+) -> None:
+    run(tmp_path, small(), tiny_model("llama"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    given = {"student": small(), "teacher": tiny_model("llama"), **options}
+    with pytest.raises(InputError, match=rf"cannot resume with other settings: .*{changed}"):
+        run(tmp_path, **given)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_other_examples_are_other_data(tmp_path: Path) -> None:
+    inputs, labels = mx.random.normal((8, 4)), mx.array([0, 1, 2, 0, 1, 2, 0, 1])
+    for name, change in (("inputs", inputs + 1), ("labels", labels[::-1])):
+        folder = tmp_path / name
+        run(folder, nn.Linear(4, 3), nn.Linear(4, 3), Examples.of(inputs, labels))
+        other = {"inputs": inputs, "labels": labels} | {name: change}
+        with pytest.raises(InputError, match="other settings: data was"):
+            run(folder, nn.Linear(4, 3), nn.Linear(4, 3), Examples.of(**other))
+
+
+def test_checkpoints_without_settings_are_not_gone_on_with(tmp_path: Path) -> None:
+    run(tmp_path, small(), tiny_model("llama"))
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(InputError, match=r"holds checkpoints and no settings\.json"):
+        run(tmp_path, small(), tiny_model("llama"))
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected, found = small(), small()
+    run(tmp_path, expected, tiny_model("llama"))
+    newest = tmp_path / "step-0000006" / "optimizer.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    run(tmp_path, found, tiny_model("llama"))
+    said = "step-0000006 is damaged; going on from step-0000004"
+    assert said in capsys.readouterr().err
+    assert bits(found) == bits(expected)
+
+
+def test_student_that_comes_to_nothing_on_held_out_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss is measured before a step: the last step's damage shows in held-out texts only."""
+    found = [{"nats": 3.0}, {"nats": 2.0}, {"nats": math.nan}]
+    monkeypatch.setattr(Distiller, "evaluate", lambda *_: found.pop(0))
+    message = r"held-out nats of step 6 is nan.* the last good checkpoint is .*step-0000004"
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, small(), tiny_model("llama"), valid=TEXTS[:2])
+
+
 # ------------------------------------------------------------------------------ the loss of a batch
 
 
@@ -290,6 +365,26 @@ def test_contrastive_batch_of_one_learned_token() -> None:
     assert all(mx.all(gradient == 0).item() for gradient in grads.values())
 
 
+def test_numpy_arrays_are_examples_too() -> None:
+    images, labels = np.ones((3, 4), np.float32), np.array([0, 1, 2])
+    found = Examples.of(images, labels).take([2, 0])
+    assert found.labels.tolist() == [2, 0]
+    assert mx.array_equal(found.inputs, mx.ones((2, 4))).item()
+
+
+@pytest.mark.parametrize("widths", [(3, 4), (4, 3)])
+def test_teachers_of_other_numbers_of_classes(widths: tuple[int, int], tmp_path: Path) -> None:
+    data = Examples.of(mx.random.normal((8, 4)), mx.array([0, 1, 2, 0, 1, 2, 0, 1]))
+    teachers = [nn.Linear(4, width) for width in widths]
+    with pytest.raises(InputError, match=f"the teachers have {widths[0]} and {widths[1]} classes"):
+        run(tmp_path, nn.Linear(4, 3), teachers, data)
+
+
+def test_objective_without_weight() -> None:
+    with pytest.raises(InputError, match="all losses have a weight of 0"):
+        make(["forward_kl:weight=0", "hard:weight=0"], text_batch(TEXTS, [0]))
+
+
 MIXTURES = {
     "response": MIXED,
     "feature": ["hidden_mse:weight=2,layers=0-1/1-2", "hidden_cosine:layers=1-2"],
@@ -433,12 +528,16 @@ def test_classes_must_be_the_teachers(tmp_path: Path) -> None:
     done = run(tmp_path, nn.Linear(4, 3), nn.Linear(4, 3), data, valid=data)
     assert set(done.log[-1]["held_out"]) == {"nats", "accuracy", "kl", "agreement"}
     with pytest.raises(InputError, match="only language models can write what they learn from"):
-        run(tmp_path, nn.Linear(4, 3), nn.Linear(4, 3), data, on_policy=HALF)
+        run(tmp_path / "own", nn.Linear(4, 3), nn.Linear(4, 3), data, on_policy=HALF)
 
 
 def test_examples_must_have_labels() -> None:
     with pytest.raises(InputError, match="8 inputs do not fit 3 labels"):
         Examples.of(mx.zeros((8, 4)), mx.array([0, 1, 2]))
+    with pytest.raises(InputError, match=r"labels must be the classes' numbers.*float32 of shape"):
+        Examples.of(mx.zeros((3, 4)), mx.array([0.0, 1.0, 2.0]))
+    with pytest.raises(InputError, match=r"labels must be .* of shape \(3, 1\)"):
+        Examples.of(mx.zeros((3, 4)), mx.array([[0], [1], [2]]))
     with pytest.raises(InputError, match="there are no examples"):
         Examples.of(mx.zeros((0, 4)), mx.zeros((0,), mx.int32))
 

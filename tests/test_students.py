@@ -22,6 +22,7 @@ from mlx_distill.data.texts import Text
 from mlx_distill.distillation.features import checkpoint_layers
 from mlx_distill.distillation.students import (
     AdapterConfig,
+    compact,
     export,
     from_config,
     from_layers,
@@ -292,7 +293,7 @@ def test_merged_adapters_answer_as_before(kind: str, tmp_path: Path, tokenizer: 
     adapted = student(TOKENS)
     assert mx.abs(adapted - plain).max().item() > 0.1  # pyright: ignore
     num_values = sum(x.size for x in arrays(from_config(config)).values())
-    export(tmp_path / "student", student, config, tokenizer, {}, "float32")
+    export(tmp_path / "student", student, compact(student, config, "float32"), tokenizer, {})
     model, _ = mlx_lm.load(str(tmp_path / "student"))[:2]
     np.testing.assert_allclose(model(TOKENS), adapted, atol=2e-3)
     assert sum(x.size for x in arrays(model).values()) == num_values
@@ -310,7 +311,7 @@ def test_adapters_on_a_quantised_base(tmp_path: Path, tokenizer: Any) -> None:
     assert all("lora" in name for name in trained(student))
     learn(tmp_path / "work", student, clear(from_config(tiny_config("llama"), seed=1)))
     adapted = student(TOKENS)
-    export(tmp_path / "student", student, config, tokenizer, {}, "float32")
+    export(tmp_path / "student", student, compact(student, config, "float32"), tokenizer, {})
     model, _ = mlx_lm.load(str(tmp_path / "student"))[:2]
     difference = mx.abs(nn.softmax(model(TOKENS)) - nn.softmax(adapted)).max().item()
     assert difference < 0.05  # pyright: ignore
@@ -324,7 +325,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     """Return the folder of a student."""
     folder = tmp_path_factory.mktemp("exported") / "student"
     files = {"README.md": "# Ä student\n", "curves.png": b"\x89PNG\xff"}
-    export(folder, clear(from_config(SMALL)), SMALL, tokenizer, files)
+    student = clear(from_config(SMALL))
+    export(folder, student, compact(student, SMALL), tokenizer, files)
     return folder
 
 
@@ -366,7 +368,8 @@ def test_exported_student_drafts_in_mlx_lm(exported: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_weights_are_of_the_type_that_is_said(dtype: str, tmp_path: Path, tokenizer: Any) -> None:
-    export(tmp_path / "student", from_config(SMALL), SMALL, tokenizer, {}, dtype)
+    student = from_config(SMALL)
+    export(tmp_path / "student", student, compact(student, SMALL, dtype), tokenizer, {})
     saved = mx.load(str(tmp_path / "student" / "model.safetensors"))
     assert isinstance(saved, dict)
     assert {str(x.dtype) for x in saved.values()} == {f"mlx.core.{dtype}"}
@@ -382,7 +385,7 @@ def test_quantised_export(bits: int, tmp_path: Path, tokenizer: Any) -> None:
 
     nn.quantize(expected, bits=bits, class_predicate=fits)
     student = clear(from_config(SMALL))
-    export(tmp_path / "student", student, SMALL, tokenizer, {}, "float32", bits)
+    export(tmp_path / "student", student, compact(student, SMALL, "float32", bits), tokenizer, {})
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     assert config["quantization"]["bits"] == bits
     model, _ = mlx_lm.load(str(tmp_path / "student"))[:2]
@@ -400,7 +403,7 @@ def test_student_that_computed_twice_is_exported_as_any(tmp_path: Path, tokenize
             checkpoint_layers(student)
         learn(tmp_path / f"work-{twice}", student, from_config(SMALL, seed=1))
         folder = tmp_path / f"student-{twice}"
-        export(folder, student, SMALL, tokenizer, {}, "float32")
+        export(folder, student, compact(student, SMALL, "float32"), tokenizer, {})
         model, _ = mlx_lm.load(str(folder))[:2]
         names.append(arrays(model))
     assert set(names[0]) == set(names[1])
@@ -427,6 +430,8 @@ def test_failing_export_leaves_nothing_behind(
             file.truncate(os.path.getsize(path) - 8)
 
     files = {"README.md": "card"}
+    student = from_config(SMALL)
+    config = compact(student, SMALL, "float32")
     with monkeypatch.context() as patch:
         if fails == "weights":
             patch.setattr(mx, "save_safetensors", broken)
@@ -438,13 +443,12 @@ def test_failing_export_leaves_nothing_behind(
             patch.setattr(type(tokenizer._tokenizer), "save_pretrained", full_disk)
         else:
             patch.setattr(Path, "write_bytes", full_disk)
-        student = from_config(SMALL)
         with pytest.raises(InputError, match="student could not be written: ") as error:
-            export(tmp_path / "student", student, SMALL, tokenizer, files, "float32")
+            export(tmp_path / "student", student, config, tokenizer, files)
         reasons = {"weights": "Failed to write", "short weights": "is damaged"}
         assert reasons.get(fails, "No space left on device") in str(error.value)
     assert not list(tmp_path.iterdir())
-    export(tmp_path / "student", student, SMALL, tokenizer, files, "float32")  # there is room again
+    export(tmp_path / "student", student, config, tokenizer, files)  # there is room again
     model, _ = mlx_lm.load(str(tmp_path / "student"))[:2]
     assert mx.array_equal(model(TOKENS), from_config(SMALL)(TOKENS)).item()
 

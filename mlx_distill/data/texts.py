@@ -161,7 +161,10 @@ def fit(
     kept = [text for text in kept if len(text.tokens) > text.start]
     counts = {"texts": len(texts), "too_long": too_long, "nothing_to_learn": whole - len(kept)}
     if not kept:
-        raise InputError(f"none of {len(texts)} texts has anything to learn: {counts}")
+        raise InputError(
+            f"none of {len(texts)} texts has anything to learn: {too_long} are longer than "
+            f"{max_length} tokens, and of {whole} that are kept nothing follows the prompt"
+        )
     return kept, counts
 
 
@@ -229,7 +232,10 @@ def _chat(messages: Any, tokenizer: Any, place: str) -> Text:
     if not messages or messages[-1].get("role") != "assistant":
         raise InputError(f"{place}: the last message must be the assistant's, to learn from")
     if not getattr(tokenizer, "has_chat_template", False):
-        raise InputError(f"{place}: a chat needs a tokenizer with a chat template; this has none")
+        raise InputError(
+            f"{place}: a chat needs a tokenizer with a chat template; this has none (rows "
+            "with prompt and completion need none)"
+        )
     whole = _prompt(tokenizer, messages, place, template_config={"add_generation_prompt": False})
     asked = _prompt(tokenizer, messages[:-1], place) if len(messages) > 1 else []
     # Where a template opens an answer to be written otherwise than a written one, such as with a

@@ -8,13 +8,13 @@ labels; a network makes logits with the labels' leading axes.
                                    \--> projections --> feature and relation losses
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from mlx_distill.arrays import to_host
@@ -52,8 +52,18 @@ class Examples:
     rows: list[int]
 
     @classmethod
-    def of(cls, inputs: mx.array, labels: mx.array) -> "Examples":
-        """Return examples of equal weight."""
+    def of(cls, inputs: mx.array | np.ndarray, labels: mx.array | np.ndarray) -> "Examples":
+        """Return examples of equal weight.
+
+        Raises:
+            InputError: If there are none, or the labels are no classes, one per example.
+        """
+        inputs, labels = mx.array(inputs), mx.array(labels)
+        if labels.ndim != 1 or not mx.issubdtype(labels.dtype, mx.integer):
+            raise InputError(
+                f"labels must be the classes' numbers, one per example, got {labels.dtype} of "
+                f"shape {labels.shape}"
+            )
         if inputs.shape[0] != labels.shape[0]:
             raise InputError(f"{inputs.shape[0]} inputs do not fit {labels.shape[0]} labels")
         if labels.size == 0:
@@ -119,6 +129,8 @@ class Distiller:
     ):
         if not terms:
             raise InputError("there is no loss; name at least one")
+        if not any(term.weight for term in terms):
+            raise InputError("all losses have a weight of 0, so nothing would be learned")
         self.texts = batch.mask.ndim == 2
         self.teacher = teacher
         self.response = [term for term in terms if term.name in RESPONSE]
@@ -159,23 +171,13 @@ class Distiller:
         return total, count, dict(zip(self.names, means, strict=True))
 
     def evaluate(self, batches: Iterable[Any], teacher: Teacher | None = None) -> dict[str, float]:
-        """Return the student's held-out figures, per label; ``teacher`` judges instead of its own.
-
-        ``nats`` is the negative log-probability of the labels; of texts there is the ``perplexity``
-        too, of classifiers the ``accuracy``. With a teacher's logits there is ``kl``,
-        KL(teacher || student), and ``agreement``, of the best classes.
-        """
+        """Return the student's held-out figures; ``teacher`` judges instead of its own."""
         student = self.network.student
         student.eval()
         try:
-            found = judge(
-                self.answers, teacher or self.teacher, batches, with_accuracy=not self.texts
-            )
+            return judge(self.answers, teacher or self.teacher, batches, self.texts)
         finally:
             student.train()
-        if self.texts:
-            found["perplexity"] = math.exp(min(found["nats"], 700))  # beyond is no float
-        return found
 
     def _response(
         self, hidden: mx.array, batch: Any, lesson: Lesson

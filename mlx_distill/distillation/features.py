@@ -34,8 +34,10 @@ def find_layer(network: nn.Module, layer: Layer) -> nn.Module:
         return layers[layer]
     found = dict(network.named_modules()).get(layer)
     if found is None or not layer:
-        names = ", ".join(sorted(name for name, _ in network.named_modules() if name)[:20])
-        raise InputError(f"{type(network).__name__} has no layer {layer}; it has {names}")
+        names = sorted((name for name, _ in network.named_modules() if name), key=len)
+        raise InputError(
+            f"{type(network).__name__} has no layer {layer}; it has {', '.join(names[:8])} ..."
+        )
     return found
 
 

@@ -1,5 +1,6 @@
 """How good a student is on held-out data, while it learns."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,11 +13,14 @@ from mlx_distill.distillation.teachers import Answers, Teacher
 
 
 def judge(
-    answers: Answers, teacher: Teacher, batches: Iterable[Any], with_accuracy: bool = False
+    answers: Answers, teacher: Teacher, batches: Iterable[Any], texts: bool = True
 ) -> dict[str, float]:
-    """Return the negative log-probability of the labels, and what the teacher thinks of it.
+    """Return a network's held-out figures, means over labels.
 
-    The sums of a few rows at a time are added up in double precision.
+    ``nats`` is the negative log-probability of the labels; of texts there is the ``perplexity``
+    too, of classifiers the ``accuracy``. With a teacher's logits there is ``kl``,
+    KL(teacher || network), and ``agreement``, of the best classes. The sums of a few rows at a time
+    are added up in double precision.
     """
     sums: dict[str, float] = {}
     count = 0.0
@@ -34,12 +38,15 @@ def judge(
             goal = lesson.spell(*rows) if rows else None
             theirs = goal.logits if goal is not None and goal.known is None else None
             found = _figures(answers.logits(here), labels, mask, theirs)
-            if not with_accuracy:
+            if texts:
                 found.pop("accuracy")
             for name, value in zip(found, to_host(mx.stack(list(found.values()))), strict=True):
                 sums[name] = sums.get(name, 0.0) + value
             count += to_number(mask.sum())
-    return {name: value / max(count, 1) for name, value in sums.items()}
+    means = {name: value / max(count, 1) for name, value in sums.items()}
+    if texts:
+        means["perplexity"] = math.exp(min(means["nats"], 700))  # beyond is no float
+    return means
 
 
 def _figures(

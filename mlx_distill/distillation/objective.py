@@ -251,7 +251,9 @@ def _checked(name: str, key: str, value: Any, default: Any) -> Any:
     """Return an option, or raise InputError if it is unlike its default, or of no use."""
     kinds = (int, float) if isinstance(default, float) else (type(default),)
     if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        raise InputError(f"the {key} of {name} must be like {default}, got {value}")
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}
+        wanted = kind.get(type(default), "a text")
+        raise InputError(f"the {key} of {name} must be {wanted}, got {value}")
     if isinstance(default, float) and not math.isfinite(value):
         raise InputError(f"the {key} of {name} must be finite, got {value}")
     if key in ("k", "temperature", "eps") and value <= 0:

@@ -4,11 +4,13 @@ A student is exported as a folder that ``mlx_lm.generate`` loads: adapters are m
 are left behind, weights may be quantised.
 """
 
+import contextlib
 import copy
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,43 +146,57 @@ def merge_adapters(student: nn.Module) -> None:
         student.update_modules(tree_unflatten(merged))
 
 
+def compact(
+    student: nn.Module, config: dict[str, Any], dtype: str = "float16", bits: int | None = None
+) -> dict[str, Any]:
+    """Make a student in place what is exported; return the configuration that goes with it.
+
+    Args:
+        student: Adapters are merged, and weights change their type.
+        config: The model's.
+        dtype: Of the weights.
+        bits: Quantise to so many.
+
+    Raises:
+        InputError: If it cannot be quantised.
+    """
+    merge_adapters(student)
+    student.set_dtype(DTYPES[dtype])
+    own = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")} | {"dtype": dtype}
+    if bits is None:
+        return own
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # mlx-lm tells how many bits it came to
+            return quantize_model(student, own, None, bits)[1]
+    except ValueError as error:
+        raise InputError(f"the student cannot be quantised: {one_line(error)}") from None
+
+
 def export(
     folder: Path,
     student: nn.Module,
     config: dict[str, Any],
     tokenizer: Any,
     files: Mapping[str, str | bytes],
-    dtype: str = "float16",
-    bits: int | None = None,
 ) -> None:
     """Write a student as an mlx-lm model's folder; it appears complete or not at all.
 
-    The student itself is used up: adapters are merged, and weights change their type.
-
     Args:
         folder: Must not exist.
-        student: The model; adapters are merged.
-        config: Its configuration.
+        student: The model, as ``compact`` made it.
+        config: What ``compact`` returned.
         tokenizer: Goes with it.
         files: Further files by name, the model card among them.
-        dtype: Of the weights.
-        bits: Quantise to so many.
 
     Raises:
         InputError: If it cannot be written; nothing is left behind.
     """
-    merge_adapters(student)
-    student.set_dtype(DTYPES[dtype])
-    own = {k: v for k, v in config.items() if k not in ("torch_dtype", "dtype")}
-    own["dtype"] = dtype
     writing = folder.with_name(folder.name + ".writing")
     shutil.rmtree(writing, ignore_errors=True)
     try:
-        if bits is not None:
-            student, own = quantize_model(student, own, None, bits)
         writing.mkdir(parents=True)
         save_model(writing, student)
-        save_config(own, writing / "config.json")
+        save_config(config, writing / "config.json")
         tokenizer.save_pretrained(str(writing))
         for name, content in files.items():
             data = content.encode() if isinstance(content, str) else content

@@ -82,7 +82,7 @@ class LiveTeacher:
         mean: Of what several teachers' mean is taken: "probs" or "logits".
 
     Raises:
-        InputError: If weights and teachers do not fit each other.
+        InputError: If weights and teachers, or the teachers' classes, do not fit each other.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class LiveTeacher:
         self.answers = [Answers(network, texts) for network in networks]
         self.weights = [weight / sum(weights) for weight in weights]
         self.mean = mean
+        self.texts = texts
 
     def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
         """Return what the teachers say about a batch; features are the first one's."""
@@ -120,6 +121,9 @@ class LiveTeacher:
 
     def _spell(self, *rows: mx.array) -> Goal:
         every = [answers.logits(row) for answers, row in zip(self.answers, rows, strict=True)]
+        widths = [logits.shape[-1] for logits in every]
+        if not self.texts and len(set(widths)) > 1:  # texts' heads may be padded, classes never
+            raise InputError(f"the teachers have {' and '.join(map(str, widths))} classes")
         return Goal(mean_logits(every, self.weights, self.mean))
 
 
@@ -185,7 +189,7 @@ class RetokenizedTeacher(LiveTeacher):
 
     The i-th token that the student learns is compared with the i-th that the teacher would have,
     so only losses between sorted distributions make sense; where the teacher has fewer tokens, it
-    says nothing.
+    says nothing and the loss is 0.
 
     Args:
         network: The teacher.

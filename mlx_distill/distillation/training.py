@@ -1,17 +1,20 @@
 """``distill``: a student, its teachers and data in; a trained student and its log out."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
+from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from mlx_distill.checkpoint import arrays_hash, weights_hash
 from mlx_distill.data.batches import shuffled_rows
+from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text, batch_order, text_batch
 from mlx_distill.distillation.distiller import Distiller, Examples
 from mlx_distill.distillation.objective import LossTerm
@@ -27,6 +30,7 @@ from mlx_distill.training.loop import (
     stopping,
     train,
 )
+from mlx_distill.training.runs import begin_or_resume
 
 Data = Sequence[Text] | Examples
 
@@ -36,11 +40,13 @@ class Distilled:
     """What a training has come to.
 
     Args:
+        before: What was held out said of the student that was handed in.
         log: A row per step: the loss, its parts, and on some steps what was held out.
         notes: What the user should know, in sentences.
         finished: False if Ctrl-C ended it; calling again with the same folder goes on.
     """
 
+    before: dict[str, float]
     log: list[dict[str, Any]]
     notes: list[str]
     finished: bool
@@ -52,7 +58,7 @@ def distill(
     data: Data,
     *,
     folder: str | Path,
-    losses: Sequence[str | LossTerm] = ("forward_kl",),
+    losses: str | Sequence[str | LossTerm] = ("forward_kl",),
     valid: Data | None = None,
     valid_teacher: Teacher | None = None,
     training: TrainingConfig | None = None,
@@ -63,13 +69,14 @@ def distill(
     eos_token_ids: Sequence[int] = (),
     augment: Callable[[Examples, int], Examples] | None = None,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     callback: Any = None,
     quiet: bool = False,
 ) -> Distilled:
     """Train a student, in place, on what teachers say about data.
 
-    A run that was killed goes on from the last checkpoint in ``folder`` when it is called again,
-    and ends with the same bits.
+    A run that was killed goes on from the last checkpoint in ``folder`` when it is called again
+    with the same arguments, and ends with the same bits; one that has ended returns its result.
 
     Args:
         student: A language model of mlx-lm, or any network from inputs to logits (B, C).
@@ -77,7 +84,7 @@ def distill(
             are all there is, and only hard labels can be learned.
         data: Texts, or examples of a classifier.
         folder: Checkpoints and the log.
-        losses: Terms of a weighted sum, as ``"forward_kl:weight=0.9,temperature=2"``.
+        losses: A term or several of a weighted sum, as ``"forward_kl:weight=0.9,temperature=2"``.
         valid: Held out, of the same kind; None judges nothing.
         valid_teacher: Judges there instead; for a cache, which knows its own texts only.
         training: Steps, learning rate and so on.
@@ -89,15 +96,17 @@ def distill(
         augment: Changes a batch of examples before anybody sees it; it is given the batch's number,
             on which alone its randomness may depend.
         seed: Of the order of the data, and of everything that is drawn.
+        settings: What must be the same for a run to go on, as JSON; None takes the arguments.
         callback: An mlx-lm ``TrainingCallback``.
         quiet: Draw no progress bar.
 
     Raises:
-        InputError: If the parts do not fit each other, or the loss is not a number.
+        InputError: If the parts do not fit each other, the loss is not a number, or ``folder``
+            holds a run with other settings.
     """
     training = training or TrainingConfig()
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    losses = [losses] if isinstance(losses, str) else losses
     terms = [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
     texts = not isinstance(data, Examples)
     if batch_size < 1:
@@ -111,13 +120,31 @@ def distill(
         if on_policy is not None and on_policy.on_policy > 0:
             raise InputError("a cache does not know what the student will write; use a teacher")
         valid_teacher = valid_teacher or TextTeacher()
+    settings = settings or {
+        "losses": [str(term) for term in terms],
+        "training": asdict(training),
+        "batch_size": batch_size,
+        "teachers": _teachers(teacher),
+        "on_policy": None if on_policy is None else asdict(on_policy),
+        "eos_token_ids": sorted(eos_token_ids),
+        "seed": seed,
+        "data": texts_hash(data) if texts else arrays_hash([data.inputs, data.labels, data.mask]),
+        "student": _shapes(student),
+    }
+    begin_or_resume(folder, settings)
     batches = _batches(student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed)
     size = len(data) if texts else data.labels.size
     distiller = Distiller(student, teacher, terms, _batch(data, range(min(2, size))), size, seed)
     for examples in (data, valid):
         if isinstance(examples, Examples):
             distiller.check_labels(examples)
-    judge = Distiller.evaluate
+
+    def evaluate() -> dict[str, float]:
+        if valid is None:
+            return {}
+        return distiller.evaluate(slices(valid, batch_size), valid_teacher)
+
+    before = evaluate()
     done = checkpoints(folder)
     journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
     student.train()
@@ -126,16 +153,14 @@ def distill(
             distiller.network,
             distiller.loss,
             lambda number: distiller.teach(_seeded(batches(number), number, seed)),
-            lambda: (
-                {} if valid is None else judge(distiller, _slices(valid, batch_size), valid_teacher)
-            ),
+            evaluate,
             training,
             folder,
             stop,
         )
         finished = _follow(steps, journal, training.steps, quiet)
     student.eval()
-    return Distilled(journal.rows, distiller.notes, finished)
+    return Distilled(before, journal.rows, distiller.notes, finished)
 
 
 def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool) -> bool:
@@ -167,6 +192,19 @@ def _teacher(teachers: Any, texts: bool, weights: Sequence[float] | None, mean: 
     return teachers
 
 
+def _teachers(teacher: Teacher) -> Any:
+    """Return what tells a teacher from another one."""
+    if isinstance(teacher, LiveTeacher):
+        networks = [weights_hash(answers.network) for answers in teacher.answers]
+        return {"networks": networks, "weights": teacher.weights, "mean": teacher.mean}
+    return type(teacher).__name__
+
+
+def _shapes(student: nn.Module) -> dict[str, list[int]]:
+    arrays: dict[str, Any] = dict(tree_flatten(student.trainable_parameters()))
+    return {name: list(array.shape) for name, array in arrays.items()}
+
+
 def _check_tokens(student: nn.Module, teacher: Teacher, texts: Sequence[Text]) -> None:
     """Raise InputError if a text has tokens that a network's embedding does not: it would not."""
     networks = [student]
@@ -186,7 +224,8 @@ def _batch(data: Data, rows: Sequence[int]) -> Any:
     return data.take(rows) if isinstance(data, Examples) else text_batch(data, rows)
 
 
-def _slices(data: Data, batch_size: int) -> Iterator[Any]:
+def slices(data: Data, batch_size: int) -> Iterator[Any]:
+    """Yield all of the data in batches, of four times the size: nothing is learned from them."""
     size = data.labels.size if isinstance(data, Examples) else len(data)
     if not isinstance(data, Examples):
         data = sorted(data, key=lambda text: len(text.tokens))

@@ -97,23 +97,34 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [row["step"] for row in rows]
     known = ("step", "count", "learning_rate", "held_out")
     names = [name for name in rows[-1] if name not in known]
-    for name in names[:1] if len(names) == 2 else names:  # of one part, the loss says it
-        left.plot([r["step"] for r in rows], [r.get(name) for r in rows], label=name, linewidth=1)
-    left.set(title="training", xlabel="step", ylabel="loss", yscale="symlog")
-    left.legend()
+    names = names[:1] if len(names) == 2 else names  # of one part, the loss says it
+    panels = {"training loss": [(name, steps, [row.get(name) for row in rows]) for name in names]}
     judged = [row for row in rows if "held_out" in row]
-    for name in judged[-1]["held_out"] if judged else ():
-        if name == "perplexity":  # its scale is another, and nats say the same
-            continue
-        values = [row["held_out"].get(name) for row in judged]
-        right.plot([row["step"] for row in judged], values, marker="o", label=name)
-    right.set(title="held out", xlabel="step")
-    if judged:
-        right.legend()
+    for names in (("nats", "kl"), ("accuracy", "agreement")):
+        lines = [
+            (name, [row["step"] for row in judged], [row["held_out"][name] for row in judged])
+            for name in names
+            if judged and name in judged[-1]["held_out"]
+        ]
+        if lines:
+            panels[f"held out: {', '.join(name for name, _, _ in lines)}"] = lines
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False
+    )
+    for axis, (label, lines) in zip(axes[0], panels.items(), strict=True):
+        for name, at, values in lines:
+            axis.plot(at, values, label=name, linewidth=1, marker="o" if len(at) < 50 else None)
+        values = [value for _, _, every in lines for value in every if value is not None]
+        if min(values) > 0 and max(values) > 30 * min(values):  # parts of different scales
+            axis.set_yscale("log")
+        axis.set(title=label, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -131,11 +131,7 @@ def train(
         grads, norm = optim.clip_grad_norm(grads, config.max_grad_norm)
         for name, number in (("loss", progress.loss), ("gradient", to_number(norm))):
             if not math.isfinite(number):
-                rows = f", on rows {progress.rows} of the data" if progress.rows else ""
-                raise InputError(
-                    f"the {name} of step {step + 1} is {number}{rows}; {_last_good(folder)}; "
-                    "a smaller learning rate may help"
-                )
+                raise _no_number(name, number, progress, folder)
         optimizer.update(network, grads)
         mx.eval(network.parameters(), optimizer.state)
         progress.learning_rate = float(to_number(optimizer.learning_rate))
@@ -145,11 +141,22 @@ def train(
         progress.saves = last or due or progress.stopped
         if last or (step + 1) % config.evaluate_every == 0:
             progress.evaluation = evaluate()
+            for name, number in progress.evaluation.items():
+                if isinstance(number, float) and math.isnan(number):
+                    raise _no_number(f"held-out {name}", number, progress, folder)
         yield progress  # what the caller keeps of a step is there before its checkpoint is
         if progress.saves:
             save(folder, step + 1, network, optimizer)
         if progress.stopped:
             return
+
+
+def _no_number(name: str, number: float, progress: Progress, folder: Path) -> InputError:
+    rows = f", on rows {progress.rows} of the data" if progress.rows else ""
+    return InputError(
+        f"the {name} of step {progress.step} is {number}{rows}; {_last_good(folder)}; "
+        "a smaller learning rate may help"
+    )
 
 
 def _gradients(
@@ -243,8 +250,14 @@ def save(folder: Path, step: int, network: nn.Module, optimizer: optim.Optimizer
 
 
 def restore(folder: Path, network: nn.Module, optimizer: optim.Optimizer) -> int:
-    """Load the last checkpoint into a network and its optimizer; return its step, 0 if none."""
+    """Load the last checkpoint into a network and its optimizer; return its step, 0 if none.
+
+    That newer ones are damaged is said on stderr.
+    """
     found = checkpoints(folder)
+    last = found[-1].name if found else ""
+    for name in sorted(path.name for path in folder.glob("step-*") if path.name > last):
+        print(f"{name} is damaged; going on from {last or 'the beginning'}", file=sys.stderr)
     if not found:
         return 0
     network.load_weights(str(found[-1] / NETWORK), strict=False)

@@ -1,11 +1,13 @@
 """A run's folder: refused if it exists, partial while it is made, and resumed only as it began."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.records import read_json
+from mlx_distill.data.records import read_json, write_whole
 from mlx_distill.errors import InputError
+from mlx_distill.training.loop import checkpoints
 
 SETTINGS = "settings.json"
 
@@ -30,7 +32,22 @@ def check_output(output: Path, resume: bool) -> None:
         raise InputError(f"there is nothing to resume: {work} does not exist")
 
 
-def check_settings(path: Path, settings: dict[str, Any]) -> None:
+def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note what a run is made with; refuse to go on with one that was made with anything else.
+
+    Raises:
+        InputError: If the folder holds checkpoints of a run with other settings, or of none known.
+    """
+    path = folder / SETTINGS
+    if checkpoints(folder):
+        if not path.exists():
+            raise InputError(f"{folder} holds checkpoints and no {SETTINGS}; name another folder")
+        check_settings(path, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=1) + "\n")
+
+
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raise InputError if the training to resume is not the one that is asked for."""
     changed = sorted(_differences(read_json(path), json.loads(json.dumps(settings))))
     if changed:
