@@ -333,7 +333,7 @@ BATCH = {"custom_id": "1", "error": None}
         ({"input": "Hi", "response": "Hello!"}, "unknown layout"),
         (
             {**BATCH, "response": {"status_code": 200, "body": {"choices": [choice("Hello!")]}}},
-            "no prompt",
+            "answer of a batch without its request, which a row may hold as request",
         ),
         ({"object": "chat.completion", "choices": [choice("Hello!")]}, "no prompt"),
         ({"messages": [HELLO]}, "no prompt"),

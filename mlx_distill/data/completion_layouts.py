@@ -78,6 +78,8 @@ def _bodies(row: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
     if isinstance(row.get("response"), dict) or ("custom_id" in row and "response" in row):
         response = _object(row["response"])
         _refuse_failed({**response, **row})
+        if not row.keys() & {"request", "body", "messages"}:
+            raise Drop("answer of a batch without its request, which a row may hold as request")
         request = _object(row.get("request", row))
         return _object(request.get("body", request)), response.get("body", response)
     # With an instruction it is Alpaca's layout, in which the input is no question.
