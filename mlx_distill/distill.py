@@ -337,7 +337,7 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         figures[f"with {config.export_bits} bits"] = quantised
     parameters = num_parameters(parts.student)
     write_table(done.log, work / TABLE)
-    draw_curves(done.log, work / CURVES, output.name)
+    draw_curves([{"step": 0, "held_out": done.before}, *done.log], work / CURVES, output.name)
     run = {
         "config": asdict(config),
         "seed": config.seed,

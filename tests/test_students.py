@@ -277,6 +277,17 @@ def test_adapters_that_mean_nothing(fields: dict[str, Any], sentence: str) -> No
         AdapterConfig(**fields)
 
 
+def test_quantised_student_learns_by_adapters_alone() -> None:
+    student = from_config(SMALL)
+    compact(student, SMALL, bits=4)
+    with pytest.raises(InputError, match="a quantised student cannot be trained; train adapters"):
+        AdapterConfig().apply(student)
+    AdapterConfig("lora").apply(student)
+    names = [name for name, _ in tree_flatten(student.trainable_parameters())]
+    assert names
+    assert all("lora" in name for name in names)
+
+
 def test_more_adapters_than_layers() -> None:
     with pytest.raises(InputError, match="lora_layers is 4, the student has 3"):
         AdapterConfig("lora", lora_layers=4).apply(tiny_model("llama"))

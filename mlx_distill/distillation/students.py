@@ -57,8 +57,17 @@ class AdapterConfig:
             raise InputError(f"lora_layers must be -1 or at least 1, got {self.lora_layers}")
 
     def apply(self, student: nn.Module, seed: int = 0) -> None:
-        """Freeze what is not trained, and put adapters, drawn anew, where they are wanted."""
+        """Freeze what is not trained, and put adapters, drawn anew, where they are wanted.
+
+        Raises:
+            InputError: If all of a quantised student is to be trained, or there are too few layers.
+        """
         if self.fine_tune == "full":
+            if any("scales" in module for module in student.modules()):
+                raise InputError(
+                    "the weights of a quantised student cannot be trained; train adapters with "
+                    "--fine-tune lora, or take a student that is not quantised"
+                )
             return
         mx.random.seed(seed)
         student.freeze()
