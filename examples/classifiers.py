@@ -181,7 +181,7 @@ def fit(
     batch_size, steps = config.pop("batch_size"), config["steps"]
     training = TrainingConfig(**config, evaluate_every=steps, checkpoint_every=steps)
     with tempfile.TemporaryDirectory() as folder:
-        mlx_distill.distill(
+        done = mlx_distill.distill(
             student,
             teachers or None,
             data,
@@ -191,6 +191,8 @@ def fit(
             batch_size=batch_size,
             **options,
         )
+    if not done.finished:
+        raise KeyboardInterrupt
     return student
 
 

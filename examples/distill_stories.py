@@ -128,6 +128,8 @@ class Study:
             seed=seed,
         )
         seconds = time.perf_counter() - start
+        if not done.finished:
+            raise KeyboardInterrupt
         models = {"teacher": self.teacher, "student": student}
         found = report(evaluate(models, self.valid, "teacher", 16), "teacher", seed=seed)
         if name == arguments.keep:
@@ -182,6 +184,7 @@ class Study:
         return TeacherCache.open(folder, known, self.texts)
 
 
+@cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipes that are not there yet, and print the table; return the exit status."""
     arguments = _parser().parse_args(argv)

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts, _ = fit(completion_texts(completions, tokenizer), 160)
     valid = read_texts(arguments.data / "valid.jsonl", tokenizer)[: arguments.valid_texts]
     valid, _ = fit(valid, 256)
-    mlx_distill.distill(
+    done = mlx_distill.distill(
         student,
         None,
         texts,
@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         losses=["hard"],
         training=mlx_distill.TrainingConfig(steps=arguments.steps, checkpoint_every=50),
     )
+    if not done.finished:
+        raise KeyboardInterrupt
     figures = report(evaluate({"before": before, "after": student}, valid))
     for name, figure in figures.items():
         value, (low, high) = figure["perplexity"]["value"], figure["perplexity"]["interval"]
