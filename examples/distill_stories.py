@@ -278,7 +278,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
             f"{row['seconds']:.0f}",
         )
     console = Console(highlight=False, soft_wrap=True)
-    console.width = max(console.width, 160)  # a pipe has no width of its own
+    console.width = max(console.width, 190)  # a pipe has no width of its own
     console.print(table)
     console.print(
         "Means over seeds; 95 % t intervals over seeds in brackets. All on held-out texts. Gaps "
