@@ -117,7 +117,7 @@ class Study:
             training=mlx_distill.TrainingConfig(
                 steps=arguments.steps,
                 learning_rate=arguments.rate or RATES.get(recipe, RATE),
-                evaluate_every=max(1, arguments.steps // 8),
+                evaluate_every=max(1, min(arguments.steps // 4, 125)),
                 checkpoint_every=80,
             ),
             valid=self.valid,
