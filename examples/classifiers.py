@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_distill import Examples, InputError, TrainingConfig
-from mlx_distill.cli import commit, machine, versions
 from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.teachers import Answers, LiveTeacher
+from mlx_distill.machine import provenance
 
 
 class Block(nn.Module):
@@ -299,8 +299,7 @@ def keep(path: str | None, start_s: float, settings: dict[str, Any], **results: 
     """
     if path is None:
         return
-    about = {"machine": machine(), "versions": versions(), "commit": commit()}
     seconds = {"wall_s": time.perf_counter() - start_s, "cpu_s": time.process_time()}
-    everything = {**about, **seconds, "settings": settings, **results}
+    everything = {**provenance(), **seconds, "settings": settings, **results}
     text = json.dumps(everything, indent=1, default=Runs.to_json)
     Path(path).write_text(text + "\n", encoding="utf-8")

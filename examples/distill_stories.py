@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.arrays import num_values
 from mlx_distill.checkpoint import bundled, tokenizer_hash, weights_hash
 from mlx_distill.data.responses import ResponseConfig, read_responses, write_responses
@@ -153,9 +153,7 @@ class Study:
                 for key, value in vars(arguments).items()
             },
             "losses": LOSSES[recipe],
-            "versions": cli.versions(),
-            "machine": cli.machine(),
-            "commit": cli.commit(),
+            **machine.provenance(),
         }
 
     def written(self) -> list[Text]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
 from mlx_distill.data.prompts import read_prompts
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{name:7} perplexity {value:8.2f} ({low:.2f}-{high:.2f}), {len(valid)} texts held out"
         )
     if arguments.json:
-        run = {"figures": figures, "texts": len(texts), "machine": cli.machine()}
-        arguments.json.write_text(json.dumps(run | {"versions": cli.versions()}, indent=1) + "\n")
+        run = {"figures": figures, "texts": len(texts), **machine.provenance()}
+        arguments.json.write_text(json.dumps(run, indent=1) + "\n")
     return 0
 
 

@@ -27,15 +27,15 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.checkpoint import bundled, load_drafter
 from mlx_distill.config import add_flags, check_seed, from_flags
+from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.distillation.loss_memory import loss_memory
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.generation import stream_generate
-from mlx_distill.speculation.sampling import Sampling
 from mlx_distill.speculation.timing import CycleClock, TimedDrafter
 from mlx_distill.target.target import Target
 
@@ -334,7 +334,7 @@ def long_run(
                     rows.append(
                         {
                             "tokens": written,
-                            "resident_bytes": cli.peak_resident_bytes(),
+                            "resident_bytes": machine.peak_resident_bytes(),
                             "array_bytes": mx.get_peak_memory(),
                         }
                     )
@@ -435,9 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overhead": overhead(bench, prompts[: config.timed_prompts], plan),
         "config": cli.settings(arguments),
         "dtype": _dtype(model),
-        "commit": cli.commit(),
-        "machine": cli.machine(),
-        "versions": cli.versions(),
+        **machine.provenance(),
     }
     if arguments.sharing:
         result["sharing"] = sharing(bench, prompts[:4])
@@ -466,7 +464,7 @@ def _loss_memory(arguments: argparse.Namespace) -> int:
         f"chunks ({found['share']:.0%}); gradients differ by {found['gradient_difference']:.0e}"
     )
     if arguments.output:
-        known = {"commit": cli.commit(), "machine": cli.machine(), "versions": cli.versions()}
+        known = machine.provenance()
         Path(arguments.output).write_text(json.dumps(found | known, indent=1) + "\n")
     return 0
 
@@ -481,8 +479,8 @@ def show(result: dict[str, Any]) -> None:
     """Print a benchmark's tables."""
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 110)  # a pipe has no width of its own
-    machine = result["machine"]
-    table = Table(title=f"{machine['processor']}, {result['dtype']}", title_justify="left")
+    found = result["machine"]
+    table = Table(title=f"{found['processor']}, {result['dtype']}", title_justify="left")
     for name in ("arm", "tokens/s", "speed-up", "tokens/call", "first token", "peak memory"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for row in result["arms"]:

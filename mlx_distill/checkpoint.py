@@ -8,20 +8,16 @@ import hashlib
 import json
 import os
 import shutil
-import struct
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx_lm
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill.arrays import to_host
-from mlx_distill.data.records import read_json
 from mlx_distill.drafters.recurrent import (
     FORMAT_VERSION,
     MODEL_TYPE,
@@ -30,6 +26,7 @@ from mlx_distill.drafters.recurrent import (
     RecurrentDrafterConfig,
 )
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import check_safetensors, read_json
 from mlx_distill.target.target import Target
 
 # One of these holds the tokens; without any, the loader makes an empty tokenizer of its own.
@@ -189,15 +186,6 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def arrays_hash(arrays: Sequence[mx.array]) -> str:
-    """Return a hash of every value of some arrays, their shapes and types."""
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.shape} {array.dtype}".encode())
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def check_fingerprint(made_for: dict[str, Any], found: dict[str, Any]) -> None:
     """Raise InputError if a drafter's target differs from the one it meets."""
     for name, value in found.items():
@@ -217,34 +205,6 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 _hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise InputError if a safetensors file is missing, cut short or not one.
-
-    The file begins with the header's length, eight bytes, and the header, which says where each
-    array lies; only the header is read.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise InputError(f"{path} is damaged: its header is longer than the file")
-            header = json.loads(file.read(length))
-        end = max(
-            (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
-        )
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged: its header cannot be read") from None
-    if 8 + length + end != size:
-        raise InputError(
-            f"{path} is damaged: it has {size} bytes, its header speaks of {8 + length + end}"
-        )
 
 
 def local_folder(path_or_repo: str | Path) -> Path:

@@ -24,7 +24,7 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.utils import load_tokenizer
 from tqdm import tqdm
 
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.arrays import num_parameters
 from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_hash
 from mlx_distill.config import add_flags, flat, from_flags, read_yaml
@@ -343,9 +343,7 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         "seed": config.seed,
         "texts": parts.counts,
         "held_out": figures,
-        "versions": cli.versions(),
-        "machine": cli.machine(),
-        "commit": cli.commit(),
+        **machine.provenance(),
     }
     files = {
         "config.yaml": yaml.safe_dump(flat(config), sort_keys=False),

@@ -30,12 +30,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.arrays import num_bytes, num_parameters
 from mlx_distill.checkpoint import load, tokenizer_hash
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.prompts import encode_prompt
-from mlx_distill.data.records import read_jsonl
 from mlx_distill.data.texts import Text, fit, local_file, read_texts, text_batch
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.metrics import (
@@ -48,6 +47,7 @@ from mlx_distill.evaluation.metrics import (
     token_scores,
     with_interval,
 )
+from mlx_distill.files import read_jsonl
 from mlx_distill.speculation.generation import generate
 from mlx_distill.target.target import context_length
 
@@ -145,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "models": rows,
         "config": cli.settings(arguments),
-        "versions": cli.versions(),
-        "machine": cli.machine(),
+        **machine.provenance(),
     }
     show(result)
     if arguments.output:
@@ -289,8 +288,8 @@ def show(result: dict[str, Any]) -> None:
     # As wide as the table needs: a figure with its interval is not to be broken.
     console = Console(highlight=False, soft_wrap=True, width=1000)
     rows = result["models"]
-    machine = result["machine"]
-    title = f"{machine['processor']}, {machine['device']}"
+    found = result["machine"]
+    title = f"{found['processor']}, {found['device']}"
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1))
     table.add_column("")
     for name in rows:

@@ -22,16 +22,16 @@ from mlx import nn
 from rich.console import Console
 from rich.style import Style
 
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.arrays import to_number
 from mlx_distill.checkpoint import bundled, load_drafter
 from mlx_distill.config import add_flags, from_flags
+from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
 from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
-from mlx_distill.speculation.sampling import Sampling
 from mlx_distill.target.target import Target
 
 DRAFTED = Style(color="green")
@@ -336,8 +336,7 @@ def _record(
         "seconds": seconds,
         "comparison": asdict(comparison) if comparison else None,
         "config": cli.settings(arguments),
-        "versions": cli.versions(),
-        "machine": cli.machine(),
+        **machine.provenance(),
     }
 
 

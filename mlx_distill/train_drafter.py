@@ -20,13 +20,12 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.arrays import num_bytes, num_values, to_host
 from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter, weights_hash
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
-from mlx_distill.data.records import read_jsonl, write_whole
 from mlx_distill.data.responses import (
     Response,
     ResponseConfig,
@@ -42,6 +41,7 @@ from mlx_distill.distillation.drafter import (
 )
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.errors import InputError
+from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.target.target import Target
 from mlx_distill.training.loop import TrainingConfig, checkpoints, step_of, train
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
@@ -169,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer = DrafterTrainer(target, responses, config, start or None)
     log = trainer.run(work, quiet=arguments.quiet)
     files = {
-        "training.json": json.dumps({**settings, "log": log, "versions": cli.versions()}, indent=1),
+        "training.json": json.dumps({**settings, "log": log, **machine.provenance()}, indent=1),
         "README.md": _card(output.name, trainer, settings, log),
     }
     save_drafter(output, trainer.network, known, files)
@@ -296,9 +296,9 @@ def memory_estimate(target: Target, config: DrafterTraining, width: int) -> str:
         f"{4 * network / 1e9:.2f}, a batch of {config.batch_size} x {width} tokens "
         f"{(view + unrolled) / 1e9:.1f})"
     )
-    if total > cli.memory_bytes():
+    if total > machine.memory_bytes():
         raise InputError(
-            f"{text}, but this machine has {cli.memory_bytes() / 1e9:.1f} GB; "
+            f"{text}, but this machine has {machine.memory_bytes() / 1e9:.1f} GB; "
             "use a smaller --batch-size, --max-tokens or --draft-vocab-size"
         )
     return text

@@ -10,7 +10,7 @@ from conftest import REPOSITORY
 from mlx_lm.models.cache import CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
 from tiny_models import NOT_BUILT, TINY_CONFIGS, tiny_model
 
-from mlx_distill.speculation.prefix_tree import PrefixTree
+from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import _tail, _temporal
 

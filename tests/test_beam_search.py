@@ -13,6 +13,9 @@ from oracles.beam_search import Path, slow_beam_search
 from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
+from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.prefix_tree import BeamLevels
+from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import (
     SHARPNESS,
@@ -20,9 +23,6 @@ from mlx_distill.drafters.recurrent import (
     RecurrentDrafter,
     RecurrentDrafterConfig,
 )
-from mlx_distill.speculation.beam_search import beam_search
-from mlx_distill.speculation.prefix_tree import BeamLevels
-from mlx_distill.speculation.sampling import Sampling
 
 ROOT = 3
 TRIMMED = [1, 4, 5, 8]

@@ -9,8 +9,8 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_distill.distillation.losses import response
-from mlx_distill.distillation.losses.chunked import chunked_loss
+from mlx_distill.losses import response
+from mlx_distill.losses.chunked import chunked_loss
 
 LOSSES = {
     "forward_kl": response.forward_kl,

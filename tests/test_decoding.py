@@ -32,6 +32,8 @@ from tiny_models import tiny_model
 import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan, GenerationResponse
 from mlx_distill.checkpoint import bundled
+from mlx_distill.core.prefix_tree import BeamLevels
+from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.recurrent import (
     MOST_COMPILED,
     BoundDrafter,
@@ -40,8 +42,6 @@ from mlx_distill.drafters.recurrent import (
 )
 from mlx_distill.speculation import decoding as decoding_module
 from mlx_distill.speculation.decoding import Decoding, decode
-from mlx_distill.speculation.prefix_tree import BeamLevels
-from mlx_distill.speculation.sampling import Sampling
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import _tail, _temporal
 

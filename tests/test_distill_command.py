@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_map
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_distill import cli
+from mlx_distill import cli, machine
 from mlx_distill.checkpoint import bundled, tokenizer_hash
 from mlx_distill.data.texts import fit, read_texts
 from mlx_distill.distillation.students import compact, export, from_config
@@ -525,7 +525,7 @@ def test_output_that_exists(world: Path, tmp_path: Path, refused: Refuse) -> Non
 def test_memory_is_estimated_before_anything_is_written(
     world: Path, tmp_path: Path, refused: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "memory_bytes", lambda: 50_000_000)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 50_000_000)
     sentence = refused(arguments(world, tmp_path / "student"))
     assert re.match(
         r"memory: about 0\.\d\d GB \(teachers 0\.\d\d, student 0\.\d\d, gradients and optimizer "

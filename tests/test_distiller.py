@@ -25,7 +25,6 @@ from mlx_distill.data.teacher_cache import TeacherCache, write_cache
 from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation import distiller as module
 from mlx_distill.distillation.distiller import Distiller, same_places
-from mlx_distill.distillation.losses import response
 from mlx_distill.distillation.objective import (
     FEATURE,
     RELATION,
@@ -44,6 +43,7 @@ from mlx_distill.distillation.teachers import (
     mean_logits,
 )
 from mlx_distill.distillation.training import Distilled, distill
+from mlx_distill.losses import response
 from mlx_distill.training.loop import TrainingConfig, checkpoints, train
 
 V = 97

@@ -19,8 +19,8 @@ from mlx_distill.distillation.drafter import (
     unroll,
     view_of_target,
 )
-from mlx_distill.distillation.losses.response import entropy, kl_divergence
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.losses.response import entropy, kl_divergence
 
 # The divergence
 

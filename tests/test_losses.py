@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_distill.distillation.losses import feature, relation, response
-from mlx_distill.distillation.losses.response import Loss
+from mlx_distill.losses import feature, relation, response
+from mlx_distill.losses.response import Loss
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from mlx_distill.distillation.features import (
     tapped,
     uniform_map,
 )
-from mlx_distill.distillation.losses import response
 from mlx_distill.distillation.objective import (
     FEATURE,
     LOSSES,
@@ -33,6 +32,7 @@ from mlx_distill.distillation.objective import (
     response_losses,
 )
 from mlx_distill.errors import InputError
+from mlx_distill.losses import response
 
 N, V = 6, 11
 

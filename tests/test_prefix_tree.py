@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree, ancestors
+from mlx_distill.core.prefix_tree import BeamLevels, PrefixTree, ancestors
 from mlx_distill.speculation.statistics import DraftCounters
 
 FORKED = [[91, 92, 93], [91, 92, 94]]

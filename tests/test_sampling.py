@@ -10,14 +10,14 @@ import pytest
 from oracles.sampling import sampling_law, softmax
 from scipy.stats import chi2, kstest
 
-from mlx_distill.errors import InputError
-from mlx_distill.speculation.sampling import (
+from mlx_distill.core.sampling import (
     Sampling,
     TextNoise,
     log_probs,
     sample,
     shaped_logits,
 )
+from mlx_distill.errors import InputError
 
 NUM = 200_000
 

@@ -13,8 +13,8 @@ import pytest
 from mlx_distill.data import teacher_cache
 from mlx_distill.data.teacher_cache import TeacherCache, tail_draws, top_tokens, write_cache
 from mlx_distill.data.texts import Text, text_batch
-from mlx_distill.distillation.losses import response
 from mlx_distill.errors import InputError
+from mlx_distill.losses import response
 
 V = 300
 HEADER = {"tokenizer_hash": "abc", "weights_hash": "def", "vocab_size": V}

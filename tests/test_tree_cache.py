@@ -4,7 +4,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
-from mlx_distill.speculation.prefix_tree import PrefixTree
+from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.target.target import Target
 
 

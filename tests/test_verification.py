@@ -16,10 +16,10 @@ from oracles.beam_search import slow_beam_search
 from oracles.sampling import sampling_law, softmax
 from scipy.stats import chi2
 
-from mlx_distill.speculation.beam_search import beam_search
-from mlx_distill.speculation.prefix_tree import PrefixTree
-from mlx_distill.speculation.sampling import Sampling, sample
-from mlx_distill.speculation.verification import Walk, follow
+from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.core.sampling import Sampling, sample
+from mlx_distill.core.verification import Walk, follow
 
 Path = tuple[int, ...]
 

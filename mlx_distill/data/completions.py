@@ -20,10 +20,10 @@ from typing import Any
 
 from mlx_distill.data.completion_layouts import UNKNOWN, Completion, row_completions
 from mlx_distill.data.condition import Undecided, compile_where
-from mlx_distill.data.records import read_jsonl
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.texts import Text, encode_row
 from mlx_distill.errors import InputError
+from mlx_distill.files import read_jsonl
 
 REFUSAL_CHARS = 200
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.records import read_jsonl
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import read_jsonl
 
 
 def encode_prompt(

@@ -17,9 +17,9 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_distill.config import check_seed
-from mlx_distill.data.records import read_jsonl
+from mlx_distill.core.sampling import Sampling
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.sampling import Sampling
+from mlx_distill.files import read_jsonl
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,9 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Float32, Int32, UInt32
 
-from mlx_distill.checkpoint import check_safetensors
-from mlx_distill.data.records import read_json, write_whole
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.errors import InputError, not_numbers, one_line
+from mlx_distill.files import check_safetensors, read_json, write_whole
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -13,8 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.data.prompts import encode_prompt
-from mlx_distill.data.records import read_jsonl
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import read_jsonl
 
 LONG = ("cut", "drop", "refuse")
 

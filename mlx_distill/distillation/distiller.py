@@ -20,8 +20,6 @@ from mlx import nn
 from mlx_distill.arrays import to_host
 from mlx_distill.distillation.features import Layer, find_layer, uniform_map
 from mlx_distill.distillation.judgement import judge
-from mlx_distill.distillation.losses import relation
-from mlx_distill.distillation.losses.chunked import chunk_rows, chunked_loss
 from mlx_distill.distillation.objective import (
     LOSSES,
     PROJECTED,
@@ -31,6 +29,8 @@ from mlx_distill.distillation.objective import (
 )
 from mlx_distill.distillation.teachers import Answers, Lesson, Teacher
 from mlx_distill.errors import InputError
+from mlx_distill.losses import relation
+from mlx_distill.losses.chunked import chunk_rows, chunked_loss
 
 RELATION_TOKENS = 128  # of a batch of texts, that relation losses compare
 

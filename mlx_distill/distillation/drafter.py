@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from mlx_distill.distillation.losses.response import entropy, kl_divergence
 from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.losses.response import entropy, kl_divergence
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.arrays import to_host, to_number
-from mlx_distill.distillation.losses.chunked import chunk_rows
-from mlx_distill.distillation.losses.response import entropy, kl_divergence
 from mlx_distill.distillation.teachers import Answers, Teacher
+from mlx_distill.losses.chunked import chunk_rows
+from mlx_distill.losses.response import entropy, kl_divergence
 
 
 def judge(

@@ -8,8 +8,8 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten
 
 from mlx_distill.arrays import to_number
-from mlx_distill.distillation.losses.chunked import chunk_rows, chunked_loss
-from mlx_distill.distillation.losses.response import Loss, forward_kl
+from mlx_distill.losses.chunked import chunk_rows, chunked_loss
+from mlx_distill.losses.response import Loss, forward_kl
 
 
 class _Head(nn.Module):

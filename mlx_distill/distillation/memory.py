@@ -6,7 +6,7 @@ from typing import Any
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_distill import cli
+from mlx_distill import machine
 from mlx_distill.arrays import num_bytes, num_values
 from mlx_distill.errors import InputError
 
@@ -52,9 +52,9 @@ def memory_estimate(
         f"{weights / 1e9:.2f}, gradients and optimizer {trained / 1e9:.2f}, a batch of "
         f"{batch_size} x {width} tokens {activations / 1e9:.2f})"
     )
-    if total > cli.memory_bytes():
+    if total > machine.memory_bytes():
         raise InputError(
-            f"{text}, but this machine has {cli.memory_bytes() / 1e9:.1f} GB; use a smaller "
+            f"{text}, but this machine has {machine.memory_bytes() / 1e9:.1f} GB; use a smaller "
             "--batch-size with --accumulate, --grad-checkpoint, or adapters (--fine-tune lora)"
         )
     return text

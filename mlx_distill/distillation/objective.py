@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.distillation.features import Layer
-from mlx_distill.distillation.losses import feature, relation, response
 from mlx_distill.errors import InputError
+from mlx_distill.losses import feature, relation, response
 
 RESPONSE: dict[str, Callable[..., response.Loss]] = {
     "hard": response.hard_labels,

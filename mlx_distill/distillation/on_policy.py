@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from mlx import nn
 
-from mlx_distill.data.records import read_jsonl, write_whole
 from mlx_distill.data.responses import ResponseConfig, answer
 from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.errors import InputError
+from mlx_distill.files import read_jsonl, write_whole
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
-from mlx_lm.utils import _get_classes, quantize_model, save_config, save_model
+from mlx_lm.utils import quantize_model, save_config, save_model
 
-from mlx_distill.checkpoint import check_safetensors
+from mlx_distill.compat import model_classes
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import check_safetensors
 
 LAYER_COUNTS = (
     *("num_hidden_layers", "n_layers", "n_layer", "num_layers"),
@@ -87,7 +88,7 @@ def from_config(config: dict[str, Any], seed: int = 0) -> nn.Module:
     """
     mx.random.seed(seed)
     try:
-        model_class, arguments = _get_classes(config)
+        model_class, arguments = model_classes(config)
         model = model_class(arguments.from_dict(config))
         mx.eval(model.parameters())
     except Exception as error:  # the model's own code meets a configuration it did not expect

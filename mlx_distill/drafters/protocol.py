@@ -6,9 +6,9 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 from jaxtyping import Float, Int
 
+from mlx_distill.core.prefix_tree import BeamLevels
+from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.prefix_tree import BeamLevels
-from mlx_distill.speculation.sampling import GREEDY, Sampling
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
+from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.prefix_tree import BeamLevels
+from mlx_distill.core.sampling import GREEDY, Sampling, log_probs, shaped_logits
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.beam_search import beam_search
-from mlx_distill.speculation.prefix_tree import BeamLevels
-from mlx_distill.speculation.sampling import GREEDY, Sampling, log_probs, shaped_logits
 
 MODEL_TYPE = "recurrent_drafter"
 FORMAT_VERSION = 1

@@ -19,12 +19,12 @@ from jaxtyping import Float, Int
 from mlx_lm.generate import generation_stream, maybe_quantize_kv_cache
 
 from mlx_distill.arrays import to_host, to_number
+from mlx_distill.core.prefix_tree import BeamLevels, PrefixTree
+from mlx_distill.core.sampling import Sampling, TextNoise, sample
+from mlx_distill.core.verification import Walk, follow
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError, not_numbers
-from mlx_distill.speculation.prefix_tree import BeamLevels, PrefixTree
-from mlx_distill.speculation.sampling import Sampling, TextNoise, sample
 from mlx_distill.speculation.statistics import DraftCounters
-from mlx_distill.speculation.verification import Walk, follow
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import cached_tokens
 

@@ -26,6 +26,7 @@ from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_pro
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.checkpoint import check_fingerprint, fingerprint
+from mlx_distill.core.sampling import Sampling, TextNoise, log_probs, sample
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError, not_numbers
@@ -37,7 +38,6 @@ from mlx_distill.speculation.decoding import (
     LogitsProcessor,
     decode,
 )
-from mlx_distill.speculation.sampling import Sampling, TextNoise, log_probs, sample
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.target import Target, context_length
 from mlx_distill.target.tree_cache import cached_tokens

@@ -27,6 +27,8 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
+from mlx_distill.compat import ring_index
+
 APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
 BRANCHING = (*APPENDING, RotatingKVCache)
 
@@ -280,9 +282,9 @@ def _to_sequence(x: mx.array) -> mx.array:
 def _temporal(base: RotatingKVCache, x: mx.array) -> mx.array:
     """Return the ring's content in the order of the text.
 
-    The ring is full up to its length once it has turned; ``_idx`` is where the next token goes.
+    The ring is full up to its length once it has turned.
     """
-    index = base._idx
+    index = ring_index(base)
     if index == x.shape[2] or index >= base.offset:
         return x[..., :index, :]
     keep = base.keep

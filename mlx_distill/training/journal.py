@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.data.records import read_jsonl, write_whole
+from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.training.loop import Progress
 
 LOG, TABLE, CURVES = "log.jsonl", "log.csv", "curves.png"

@@ -24,8 +24,8 @@ from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_distill.arrays import to_number
-from mlx_distill.checkpoint import check_safetensors
 from mlx_distill.errors import InputError
+from mlx_distill.files import check_safetensors
 
 NETWORK, OPTIMIZER = "network.safetensors", "optimizer.safetensors"
 

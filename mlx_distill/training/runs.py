@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.records import read_json, write_whole
 from mlx_distill.errors import InputError
+from mlx_distill.files import read_json, write_whole
 from mlx_distill.training.loop import checkpoints
 
 SETTINGS = "settings.json"

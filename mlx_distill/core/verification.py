@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from jaxtyping import Bool, Int
 
-from mlx_distill.speculation.prefix_tree import PrefixTree
+from mlx_distill.core.prefix_tree import PrefixTree
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx.utils import tree_map
 
-from mlx_distill.speculation.prefix_tree import BeamLevels
+from mlx_distill.core.prefix_tree import BeamLevels
 
 Step = Callable[[Int[mx.array, " W"], Any], tuple[Float[mx.array, "W V"], Any]]
 

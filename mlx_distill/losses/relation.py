@@ -7,8 +7,8 @@ the number of examples in a batch. The gradient reaches the student only.
 import mlx.core as mx
 from jaxtyping import Float
 
-from mlx_distill.distillation.losses.feature import normalise
-from mlx_distill.distillation.losses.response import Loss
+from mlx_distill.losses.feature import normalise
+from mlx_distill.losses.response import Loss
 
 
 def flow_of_solution(

@@ -7,7 +7,7 @@ projection comes first (see ``Hints``). The gradient reaches the student only.
 import mlx.core as mx
 from jaxtyping import Float, Shaped
 
-from mlx_distill.distillation.losses.response import Loss
+from mlx_distill.losses.response import Loss
 
 
 def hidden_mse(

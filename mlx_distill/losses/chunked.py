@@ -14,7 +14,7 @@ from jaxtyping import Float
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_distill.distillation.losses.response import Loss
+from mlx_distill.losses.response import Loss
 
 
 def chunk_rows(num_entries: int) -> int:

@@ -1,0 +1,20 @@
+"""Every private name of mlx-lm that the package leans on, in one place.
+
+What begins with an underscore there may go with any release; ``tests/test_compat.py`` says which
+releases have it.
+"""
+
+from typing import Any
+
+from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.utils import _get_classes
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """Return the class of a configuration's model, and that of its arguments."""
+    return _get_classes(config)
+
+
+def ring_index(cache: RotatingKVCache) -> int:
+    """Return where the next token of a rotating cache goes."""
+    return cache._idx

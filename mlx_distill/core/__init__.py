@@ -1,0 +1,1 @@
+"""Pure array functions of drafting: sampling, trees, beams, verification."""
