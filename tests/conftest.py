@@ -1,16 +1,31 @@
-"""Types are checked while the tests run; the fixtures find models and data."""
+"""Types are checked while the tests run; the fixtures find models and data.
+
+Every command is tested with weights as a GPU loads them::
+
+    def test_it_learns(tiny_on_a_gpu: Path) -> None:      # three tests: float16, bfloat16, 4 bits
+    def test_it_reads(as_on_a_gpu: None, model_in: ModelIn) -> None:
+        folder = model_in("stories-4m", "bfloat16")
+"""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
 
 hook = install_import_hook("mlx_distill", "beartype.beartype")
-import mlx_distill  # noqa: E402, F401
+import mlx_distill  # noqa: E402, F401  (the BLAS comes first)
+
+# isort: split
+from half_models import TYPES, write_model  # noqa: E402
+from stored_types import Gpu  # noqa: E402
+
+from mlx_distill import checkpoint  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MLX_DISTILL_SHARED", REPOSITORY.parent / "shared"))
+ModelIn = Callable[[str, str], Path]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +34,27 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the shared data are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models be loaded in the types of their files, as on a GPU."""
+    monkeypatch.setattr(checkpoint, "mx", Gpu())
+
+
+@pytest.fixture(scope="session")
+def model_in(tmp_path_factory: pytest.TempPathFactory) -> ModelIn:
+    """Return what gives a model's folder by name (`write_model`) and type; each is written once."""
+    root = tmp_path_factory.mktemp("half")
+
+    def folder(name: str, weights_type: str) -> Path:
+        where = root / f"{name}-{weights_type}"
+        return where if where.exists() else write_model(where, name, weights_type)
+
+    return folder
+
+
+@pytest.fixture(params=TYPES)
+def tiny_on_a_gpu(request: pytest.FixtureRequest, as_on_a_gpu: None, model_in: ModelIn) -> Path:
+    """Return a tiny model's folder in every type, to be loaded as a GPU would."""
+    return model_in("tiny", request.param)
