@@ -530,8 +530,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure drafting against mlx-lm on this machine.",
     )
     cli.add_model_flags(parser)
-    parser.add_argument("--drafter", help="the drafter's folder or hub repository")
-    parser.add_argument("--draft-model", help="a small model for mlx-lm's own drafting, as an arm")
+    parser.add_argument("--drafter", type=cli.path, help="the drafter's folder or hub repository")
+    parser.add_argument(
+        "--draft-model", type=cli.path, help="a small model for mlx-lm's own drafting, as an arm"
+    )
     parser.add_argument(
         "--data", help="JSONL of held-out prompts (default: 48 story openings of our own)"
     )

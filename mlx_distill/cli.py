@@ -3,6 +3,7 @@
 import argparse
 import functools
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -67,25 +68,73 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
     return run
 
 
+def path(text: str) -> str:
+    """Return the name of a file, a folder or a hub repository; argparse's type of such flags.
+
+    Raises:
+        argparse.ArgumentTypeError: If no file can have it.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must name something, got nothing")
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise argparse.ArgumentTypeError(f"must be the name of a file, got {text!r:.40}")
+    return text
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, under mlx-lm's names."""
     parser.add_argument(
         "--model",
+        type=path,
         help="the model's folder or hub repository (default: the bundled stories-14m)",
+    )
+    parser.add_argument(
+        "--adapter-path",
+        type=path,
+        metavar="DIR",
+        help="folder of adapters that mlx-lm trained for the model (default: none)",
+    )
+    add_reading_flags(parser)
+
+
+def add_reading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how any model's repository and chat template are read."""
+    parser.add_argument(
+        "--chat-template-config",
+        metavar="JSON",
+        help="further arguments of the chat template, as a JSON object such as "
+        "'{\"enable_thinking\": false}' (default: none)",
     )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="let the model's repository run its own Python code",
+        help="let a model's repository run its own Python code",
     )
+
+
+def template_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the further arguments of the chat template that the flags give.
+
+    Raises:
+        InputError: If they are no JSON object.
+    """
+    try:
+        config = json.loads(arguments.chat_template_config or "{}")
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deep, or with a number too long")
+        raise InputError(f"--chat-template-config is not JSON: {reason}") from None
+    if not isinstance(config, dict):
+        raise InputError("--chat-template-config must be a JSON object")
+    return config
 
 
 def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model and the tokenizer that the flags ask for."""
     from mlx_distill.checkpoint import bundled, load
 
-    path = arguments.model or bundled("stories-14m")
-    return load(path, **code_options(arguments.trust_remote_code))
+    options = code_options(arguments.trust_remote_code)
+    name = arguments.model or bundled("stories-14m")
+    return load(name, adapter_path=arguments.adapter_path, **options)
 
 
 def load_draft_model(arguments: argparse.Namespace, tokenizer: Any) -> Any:
@@ -113,7 +162,7 @@ def code_options(trust: bool) -> dict[str, Any]:
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what a result has to say about its command; of local files and folders the names."""
     written = ("output", "plot")
-    read = ("model", "drafter", "draft_model", "teacher", "data", "qa")
+    read = ("model", "adapter_path", "drafter", "draft_model", "teacher", "data", "qa")
     return {
         key: os.path.basename(os.path.normpath(value))
         if isinstance(value, str) and (key in written or (key in read and os.path.exists(value)))

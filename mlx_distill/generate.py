@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = from_flags(Sampling, arguments)
     plan = from_flags(DraftPlan, arguments)
     cache = from_flags(CacheConfig, arguments)
-    template_config = _template_config(arguments.chat_template_config)
+    template_config = cli.template_config(arguments)
     if arguments.max_tokens < 1:
         raise InputError(f"max_tokens must be at least 1, got {arguments.max_tokens}")
     if arguments.num_draft_tokens < 1:
@@ -189,11 +189,14 @@ def _parser() -> argparse.ArgumentParser:
     cli.add_model_flags(parser)
     parser.add_argument(
         "--drafter",
+        type=cli.path,
         help="the drafter's folder or hub repository (default: the bundled one with the bundled "
         "model, else none)",
     )
     parser.add_argument(
-        "--draft-model", help="a small model that drafts instead, by mlx-lm's own loop"
+        "--draft-model",
+        type=cli.path,
+        help="a small model that drafts instead, by mlx-lm's own loop (default: none)",
     )
     parser.add_argument(
         "--num-draft-tokens", type=int, default=3, help="tokens that it drafts (default: 3)"
@@ -205,9 +208,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--system-prompt", help="put in front of the chat")
     parser.add_argument(
         "--ignore-chat-template", action="store_true", help="use the prompt as it is"
-    )
-    parser.add_argument(
-        "--chat-template-config", help="further arguments of the chat template, as a JSON object"
     )
     parser.add_argument(
         "--max-tokens", "-m", type=int, default=256, help="the longest answer (default: 256)"
@@ -244,18 +244,6 @@ def _truth(text: str) -> bool:
     if text.lower() in ("true", "t", "false", "f"):
         return text.lower() in ("true", "t")
     raise argparse.ArgumentTypeError(f"expected True or False, got {text}")
-
-
-def _template_config(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    try:
-        config = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"--chat-template-config is not JSON: {error.msg}") from None
-    if not isinstance(config, dict):
-        raise InputError("--chat-template-config must be a JSON object")
-    return config
 
 
 def _prompt(arguments: argparse.Namespace) -> str:

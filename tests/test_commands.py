@@ -14,6 +14,8 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from conftest import REPOSITORY
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_distill
 from mlx_distill import DraftPlan, GenerationResponse, benchmark, cli, train_drafter
@@ -539,3 +541,55 @@ def test_draft_models_that_cannot_be(
 ) -> None:
     assert generate.main(flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--model", "--drafter", "--draft-model", "--adapter-path"])
+@pytest.mark.parametrize("name", ["", " ", "a\0b", "a\ud800"])
+def test_names_that_no_file_can_have(
+    capsys: pytest.CaptureFixture[str], flag: str, name: str
+) -> None:
+    """An empty name must not be taken for the default."""
+    with pytest.raises(SystemExit) as end:
+        generate.main([flag, name])
+    assert end.value.code == 2
+    assert f"argument {flag}: must" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return adapters for the bundled model, as mlx-lm writes them; they change what it says."""
+    folder = tmp_path_factory.mktemp("adapters")
+    settings = {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model, _ = mlx_distill.load(bundled("stories-14m"))
+    linear_to_lora_layers(model, 2, settings)
+    mx.random.seed(1)
+    weights = {
+        name: mx.random.normal(value.shape)
+        for name, value in tree_flatten(model.parameters())
+        if "lora_" in name
+    }
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    return folder
+
+
+def test_adapters_are_those_of_mlx_lm(
+    capsys: pytest.CaptureFixture[str], adapters: Path, expected: str
+) -> None:
+    model, tokenizer = mlx_lm.load(str(bundled("stories-14m")), adapter_path=str(adapters))
+    model.set_dtype(mx.float32)
+    text = mlx_lm.generate(model, tokenizer, "Once upon a time", max_tokens=24)
+    assert text != expected
+    for flags in (["--no-drafter"], []):
+        arguments = ["--adapter-path", str(adapters), "--max-tokens", "24", *flags]
+        assert generate.main(arguments) == 0
+        assert capsys.readouterr().out == text + "\n"
+
+
+def test_adapters_that_are_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate.main(["--adapter-path", "nowhere"]) == 2
+    assert "nowhere" in capsys.readouterr().err
