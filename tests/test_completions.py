@@ -19,7 +19,7 @@ from mlx_distill.data.completions import (
 )
 from mlx_distill.data.condition import Undecided, compile_where
 from mlx_distill.data.report import Report
-from mlx_distill.data.texts import encode_row
+from mlx_distill.data.texts import Text, encode_row
 from mlx_distill.errors import InputError
 
 TEMPLATE = (
@@ -712,7 +712,7 @@ def test_texts_without_a_template(tmp_path: Path, tokenizer: Any) -> None:
     for learn_prompts in (False, True):
         texts = completion_texts(completions, tokenizer, learn_prompts)
         assert texts == [encode_row(row, tokenizer, "here", learn_prompts) for row in rows]
-    assert completion_texts(completions, tokenizer)[0].start == len(
+    assert completion_texts(completions, tokenizer)[0].learned.index(True) == len(
         tokenizer.encode("Once upon a time")
     )
 
@@ -750,8 +750,8 @@ def test_texts_with_a_template(tmp_path: Path, chat_tokenizer: Any) -> None:
     whole = chat_tokenizer.apply_chat_template(long)
     asked = chat_tokenizer.apply_chat_template(long[:-1], add_generation_prompt=True)
     assert texts[1].tokens == whole
-    assert texts[1].start == len(asked) < len(whole)
+    assert texts[1].learned.index(True) == len(asked) < len(whole)
     assert texts == [encode_row(row, chat_tokenizer, "here", False) for row in rows]
     learned = completion_texts(read(tmp_path, *rows), chat_tokenizer, learn_prompts=True)
     assert [text.tokens for text in learned] == [text.tokens for text in texts]
-    assert all(text.start == 1 for text in learned)
+    assert all(text == Text(text.tokens) for text in learned)

@@ -54,7 +54,7 @@ MIXED = ["forward_kl:weight=0.7,temperature=2", "hard:weight=0.3", "reverse_kl:w
 def make_texts(count: int, seed: int = 0, longest: int = 30, vocab_size: int = V) -> list[Text]:
     random = np.random.default_rng(seed)
     lengths = [longest, *random.integers(5, longest + 1, count - 1).tolist()]
-    return [Text(random.integers(1, vocab_size, n).tolist(), 1 + n // 4) for n in lengths]
+    return [Text.behind(random.integers(1, vocab_size, n).tolist(), 1 + n // 4) for n in lengths]
 
 
 TEXTS = make_texts(12)
@@ -337,7 +337,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path: Path) -> None:
     """The batches have 61 and 7 labels: a mean of means would weigh them alike."""
     losses = [*MIXED, "hidden_mse:weight=0.5,layers=1-2", "patient_kd:layers=0-1"]
     texts = make_texts(6)
-    short = Text(texts[0].tokens[:9], 2)
+    short = Text.behind(texts[0].tokens[:9], 2)
     parts = [text_batch(texts, [0, 1, 2]), text_batch([short], [0])]
     whole = text_batch([*texts[:3], short], [0, 1, 2, 3])
     assert parts[0].mask.sum().item() > 3 * parts[1].mask.sum().item()  # pyright: ignore
@@ -359,7 +359,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path: Path) -> None:
 
 def test_contrastive_batch_of_one_learned_token() -> None:
     """The rest of the epoch has more; this one has nothing to be told from."""
-    batch = text_batch([*TEXTS, Text([1, 2, 3], 2)], [12])
+    batch = text_batch([*TEXTS, Text.behind([1, 2, 3], 2)], [12])
     total, count, grads = value_and_grads(make(["contrastive:layers=last"], batch), batch)
     assert (total, count) == (0, 1)
     assert all(mx.all(gradient == 0).item() for gradient in grads.values())
@@ -585,7 +585,7 @@ def test_tokens_that_a_network_does_not_have(tmp_path: Path, who: str) -> None:
         student = small(vocab_size=90)
     else:
         teacher = small(vocab_size=90, seed=1)
-    texts = [*TEXTS, Text([1, 95, 3], 1)]
+    texts = [*TEXTS, Text([1, 95, 3])]
     sentence = r"the texts hold token 9\d, but a Model of 90 tokens is to read them"
     with pytest.raises(InputError, match=sentence):
         run(tmp_path, student, teacher, texts)
@@ -754,7 +754,7 @@ STORY = "Once upon a time there was a red kite."
 def told(tokenizer: Any, prompt: str, answer: str, ends: bool = True) -> Text:
     asked = tokenizer.encode(prompt)
     answered = tokenizer.encode(answer, add_special_tokens=False)
-    return Text([*asked, *answered, *([tokenizer.eos_token_id] * ends)], max(1, len(asked)))
+    return Text.behind([*asked, *answered, *([tokenizer.eos_token_id] * ends)], len(asked))
 
 
 def test_other_tokenizers_tokens_are_aligned(ours: Any, theirs: Any) -> None:
@@ -808,7 +808,7 @@ def test_other_tokenizer_without_a_beginning_says_nothing_of_the_first_token(
 
 def test_teacher_of_fewer_tokens_says_nothing_at_the_end(ours: Any, theirs: Any) -> None:
     """The student reads bytes, the teacher words."""
-    text = Text([0, *theirs.encode(STORY), 1], 1)
+    text = Text([0, *theirs.encode(STORY), 1])
     batch = text_batch([text], [0])
     teacher = small(vocab_size=4096, seed=1)
     lesson = RetokenizedTeacher(teacher, theirs, ours).lesson(batch)
@@ -938,12 +938,13 @@ def test_texts_end_where_the_student_ends_them(tmp_path: Path) -> None:
         ended += answer[-1] in EOS and len(answer) < 9
         begun = [t for t in TEXTS if t.tokens[: row["start"]] == row["tokens"][: row["start"]]]
         assert begun  # it continues one of the data
-        assert row["start"] == (begun[0].start if begun[0].start > 1 else 4)
+        start = begun[0].learned.index(True)
+        assert row["start"] == (start if start > 1 else 4)
     assert ended
 
 
 def test_masks_of_written_texts_begin_behind_the_prompt(tmp_path: Path) -> None:
-    texts = [Text(text.tokens, 1) for text in TEXTS]
+    texts = [Text(text.tokens) for text in TEXTS]
     writer = rollouts(tmp_path, small(), texts, rollout_prompt_tokens=3, replay=1)
     batch = writer.batch(2)
     rows = rows_of(tmp_path / "rollouts-0000000.jsonl")

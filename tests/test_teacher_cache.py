@@ -24,7 +24,7 @@ HALF = 2**-8 + 1e-3  # half of float16's step below 16, and what rescaling adds
 def make_texts(count: int, seed: int = 0, vocab_size: int = V) -> list[Text]:
     random = np.random.default_rng(seed)
     lengths = [2, 40, *random.integers(2, 41, count - 2).tolist()]
-    return [Text(random.integers(0, vocab_size, n).tolist(), 1 + n // 4) for n in lengths]
+    return [Text.behind(random.integers(0, vocab_size, n).tolist(), 1 + n // 4) for n in lengths]
 
 
 def make_teacher(vocab_size: int = V, scale: float = 3.0) -> Callable[[mx.array], mx.array]:
@@ -375,8 +375,8 @@ def test_a_cache_of_something_else_is_refused(folder: Path, tmp_path: Path) -> N
     with pytest.raises(InputError, match="was made with another tokenizer"):
         TeacherCache.open(folder, "xyz", TEXTS)
     others = [*TEXTS[1:], TEXTS[0]]
-    starts = [Text(text.tokens, 1) for text in TEXTS]
-    for texts in (others, starts, TEXTS[:-1], [Text(text.tokens[:20], 1) for text in TEXTS]):
+    starts = [Text(text.tokens) for text in TEXTS]
+    for texts in (others, starts, TEXTS[:-1], [Text(text.tokens[:20]) for text in TEXTS]):
         with pytest.raises(InputError, match=r"was made of other texts.*give the model, the data"):
             TeacherCache.open(folder, "abc", texts)
     edit_manifest(folder, format_version=2)

@@ -67,7 +67,7 @@ def write(path: Path, *rows: Any) -> Path:
 
 
 def learned(text: Text) -> list[int]:
-    return text.tokens[text.start :]
+    return [token for token, mark in zip(text.tokens, text.learned, strict=True) if mark]
 
 
 # --------------------------------------------------------------------------------------- the rows
@@ -75,7 +75,7 @@ def learned(text: Text) -> list[int]:
 
 def test_text(tokenizer: Any) -> None:
     text = encode_row({"text": "A dog ran."}, tokenizer, "here", False)
-    assert text == Text([*tokenizer.encode("A dog ran."), tokenizer.eos_token_id], 1)
+    assert text == Text([*tokenizer.encode("A dog ran."), tokenizer.eos_token_id])
     assert text.tokens[0] == tokenizer.bos_token_id
 
 
@@ -85,7 +85,7 @@ def test_prompt_and_completion(tokenizer: Any, learn_prompts: bool) -> None:
     prompt = tokenizer.encode("Once upon a time")
     answer = tokenizer.encode("there was a dog.", add_special_tokens=False)
     assert text.tokens == [*prompt, *answer, tokenizer.eos_token_id]
-    assert text.start == (1 if learn_prompts else len(prompt))
+    assert text == Text.behind(text.tokens, 1 if learn_prompts else len(prompt))
     if not learn_prompts:
         assert learned(text) == [*answer, tokenizer.eos_token_id]
 
@@ -116,9 +116,9 @@ class NoEnd:
 
 
 def test_tokenizer_without_eos() -> None:
-    assert encode_row({"text": "ab"}, NoEnd(), "here", False) == Text([97, 98], 1)
+    assert encode_row({"text": "ab"}, NoEnd(), "here", False) == Text([97, 98])
     row = {"prompt": "ab", "completion": "c"}
-    assert encode_row(row, NoEnd(), "here", False) == Text([97, 98, 99], 2)
+    assert encode_row(row, NoEnd(), "here", False) == Text.behind([97, 98, 99], 2)
 
 
 @pytest.mark.parametrize("learn_prompts", [False, True])
@@ -127,7 +127,7 @@ def test_chat(chat_tokenizer: Any, learn_prompts: bool) -> None:
     text = encode_row({"messages": CHAT}, chat_tokenizer, "here", learn_prompts)
     assert text.tokens == chat_tokenizer.apply_chat_template(CHAT)
     asked = chat_tokenizer.apply_chat_template(CHAT[:-1], add_generation_prompt=True)
-    assert text.start == (1 if learn_prompts else len(asked))
+    assert text == Text.behind(text.tokens, 1 if learn_prompts else len(asked))
     if not learn_prompts:
         assert chat_tokenizer.decode(learned(text)) == "Hello, Lily!\n"
 
@@ -140,7 +140,7 @@ def test_prompt_goes_through_the_template(chat_tokenizer: Any, learn_prompts: bo
     ]
     text = encode_row(PAIR, chat_tokenizer, "here", learn_prompts)
     assert text == encode_row({"messages": chat}, chat_tokenizer, "here", learn_prompts)
-    assert (text.start == 1) == learn_prompts
+    assert (text == Text(text.tokens)) == learn_prompts
 
 
 def test_answer_begins_where_it_differs_from_the_template_for_writing() -> None:
@@ -159,7 +159,7 @@ def test_template_that_fails_is_named_with_its_row() -> None:
 
 def test_answer_to_nothing(chat_tokenizer: Any) -> None:
     text = encode_row({"messages": CHAT[-1:]}, chat_tokenizer, "here", False)
-    assert text == Text(chat_tokenizer.apply_chat_template(CHAT[-1:]), 1)
+    assert text == Text(chat_tokenizer.apply_chat_template(CHAT[-1:]))
 
 
 def test_layout_with_both_keys_is_a_pair(tokenizer: Any) -> None:
@@ -222,7 +222,7 @@ def test_rows_of_several_layouts(tmp_path: Path, chat_tokenizer: Any) -> None:
     for learn_prompts in (False, True):
         texts = read_texts(path, chat_tokenizer, learn_prompts=learn_prompts)
         assert texts == [encode_row(row, chat_tokenizer, "here", learn_prompts) for row in rows]
-        assert all(text.start == 1 for text in texts[1:]) == learn_prompts
+        assert all(text == Text(text.tokens) for text in texts[1:]) == learn_prompts
 
 
 def test_folder_and_its_splits(tmp_path: Path, tokenizer: Any) -> None:
@@ -278,18 +278,18 @@ def test_empty_file(tmp_path: Path, tokenizer: Any) -> None:
 
 # --------------------------------------------------------------------------------- fitting, packing
 
-SIZES = [Text([*range(10)], 4), Text([*range(5)], 4), Text([*range(6)], 1), Text([7], 1)]
+SIZES = [Text.behind([*range(10)], 4), Text.behind([*range(5)], 4), Text([*range(6)]), Text([7])]
 
 
 def test_cutting_keeps_the_beginning() -> None:
     kept, counts = fit(SIZES, 5)
-    assert kept == [Text([0, 1, 2, 3, 4], 4), SIZES[1], Text([0, 1, 2, 3, 4], 1)]
+    assert kept == [Text.behind([0, 1, 2, 3, 4], 4), SIZES[1], Text([0, 1, 2, 3, 4])]
     assert counts == {"texts": 4, "too_long": 2, "nothing_to_learn": 1}
 
 
 def test_cutting_into_a_prompt_leaves_nothing_to_learn() -> None:
     kept, counts = fit(SIZES, 4)
-    assert kept == [Text([0, 1, 2, 3], 1)]
+    assert kept == [Text([0, 1, 2, 3])]
     assert counts == {"texts": 4, "too_long": 3, "nothing_to_learn": 3}
 
 
@@ -318,32 +318,54 @@ def test_nothing_fits() -> None:
 
 @pytest.mark.parametrize("length", [2, 3, 7, 11, 100])
 def test_packing_loses_nothing(length: int) -> None:
-    texts = [Text([*range(100 * row, 100 * row + 3 + 2 * row)], 2) for row in range(6)]
-    stream = [token for text in texts for token in text.tokens]
-    assert len(stream) == 48
+    """Neither what is read nor what is learned, and a text longer than a row is split."""
+    random = np.random.default_rng(length)
+    texts = [
+        Text(
+            [*range(100 * row, 100 * row + 3 + 2 * row)],
+            (random.random(3 + 2 * row) < 0.8).tolist(),
+        )
+        for row in range(6)
+    ]
     rows = pack(texts, length)
-    left_over = 1 if len(stream) % length == 1 else 0  # has nothing before it to be learned from
-    assert [token for row in rows for token in row.tokens] == stream[: len(stream) - left_over]
+    assert sorted(token for row in rows for token in learned(row)) == sorted(
+        token for text in texts for token in learned(text)
+    )
     assert all(len(row.tokens) == length for row in rows[:-1])
-    assert 1 < len(rows[-1].tokens) <= length
-    assert all(row.start == 1 for row in rows)
+    assert len(rows[-1].tokens) <= length
+    assert all(row.num_learned for row in rows)
 
 
-def test_packing_drops_a_single_token_left_over() -> None:
-    assert pack([Text([1, 2, 3]), Text([4, 5, 6, 7])], 3) == [Text([1, 2, 3]), Text([4, 5, 6])]
+def test_packing_learns_answers_alone() -> None:
+    texts = [Text.behind([*range(10 * n, 10 * n + 6)], 4) for n in range(1, 4)]
+    rows = pack(texts, 7)
+    assert [row.tokens[0] for row in rows] == [10, 20, 30]
+    assert [learned(row) for row in rows] == [[14, 15], [24, 25], [34, 35]]
+    (first, second) = pack([Text.behind([*range(20)], 18)], 7)
+    assert (first.tokens, second.tokens) == ([*range(12, 19)], [18, 19])
+    assert (learned(first), learned(second)) == ([18], [19])
+
+
+def test_first_token_is_never_learned() -> None:
+    assert Text([1, 2, 3]).learned == (False, True, True)
+    assert Text([1, 2, 3], [True, False, True]).learned == (False, False, True)
+    assert Text.behind([1, 2, 3], 0) == Text([1, 2, 3])
+    assert Text([]).learned == ()
+    with pytest.raises(ValueError, match="2 marks do not fit 3 tokens"):
+        Text([1, 2, 3], [True, True])
 
 
 # ------------------------------------------------------------------------------------- the batches
 
 
-def test_batch_learns_exactly_what_follows_start() -> None:
-    """The mask's position t is on if token t + 1 is a real one, and not of the prompt."""
+def test_batch_learns_exactly_what_is_marked() -> None:
+    """The mask's position t is on if token t + 1 is a real one, and marked."""
     random = np.random.default_rng(0)
     texts = []
     for _ in range(40):
         length = int(random.integers(2, 70))
         tokens = random.integers(1, 500, length).tolist()
-        texts.append(Text(tokens, int(random.integers(1, length))))
+        texts.append(Text(tokens, (random.random(length) < 0.5).tolist()))
     rows = random.permutation(40)[:17].tolist()
     batch = text_batch(texts, rows, multiple=8)
     inputs, labels, mask = (np.array(x) for x in (batch.inputs, batch.labels, batch.mask))
@@ -355,7 +377,7 @@ def test_batch_learns_exactly_what_follows_start() -> None:
     for place, row in enumerate(rows):
         text = texts[row]
         for t in range(inputs.shape[1]):
-            is_learned = text.start <= t + 1 < len(text.tokens)
+            is_learned = t + 1 < len(text.tokens) and text.learned[t + 1]
             assert mask[place, t] == is_learned
             if t < len(text.tokens):
                 assert inputs[place, t] == text.tokens[t]

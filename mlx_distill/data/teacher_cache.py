@@ -235,10 +235,10 @@ def write_cache(
 
 
 def texts_hash(texts: Sequence[Text]) -> str:
-    """Return the SHA-256 of the texts' token ids and starts, in order."""
+    """Return the SHA-256 of the texts' token ids and of what is learned of them, in order."""
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(np.array([len(text.tokens), text.start, *text.tokens], "<i8").tobytes())
+        digest.update(np.array([len(text.tokens), *text.tokens, *text.learned], "<i8").tobytes())
     return digest.hexdigest()
 
 

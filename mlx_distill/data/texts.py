@@ -1,7 +1,7 @@
 """Texts to learn from, as token ids: mlx-lm's dataset layouts, from JSONL files or the hub.
 
-A row is ``{"text"}``, ``{"prompt", "completion"}`` or ``{"messages"}``. What is learned is every
-token after ``Text.start``: of a text all but its first, of an answer all of it.
+A row is ``{"text"}``, ``{"prompt", "completion"}`` or ``{"messages"}``. What is learned is what
+``Text.learned`` marks: of a text all but its first token, of an answer all of it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,17 +19,39 @@ from mlx_distill.files import read_jsonl
 LONG = ("cut", "drop", "refuse")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Text:
     """One text.
 
     Args:
         tokens: Its token ids.
-        start: Tokens before this one are read and not learned; at least 1.
+        learned: Which of them are learned, that is predicted from those before them; never the
+            first, which has none. None for all the others.
     """
 
     tokens: list[int]
-    start: int = 1
+    learned: tuple[bool, ...]
+
+    def __init__(self, tokens: list[int], learned: Iterable[bool] | None = None) -> None:
+        marks = [True] * len(tokens) if learned is None else [bool(one) for one in learned]
+        if len(marks) != len(tokens):
+            raise ValueError(f"{len(marks)} marks do not fit {len(tokens)} tokens")
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "learned", (False, *marks[1:])[: len(tokens)])
+
+    @classmethod
+    def behind(cls, tokens: list[int], start: int) -> "Text":
+        """Return a text of which all is learned but its first ``start`` tokens."""
+        return cls(tokens, [place >= start for place in range(len(tokens))])
+
+    @property
+    def num_learned(self) -> int:
+        """Number of learned tokens."""
+        return sum(self.learned)
+
+    def part(self, start: int, stop: int) -> "Text":
+        """Return the tokens from ``start`` to ``stop`` as a text of its own."""
+        return Text(self.tokens[start:stop], self.learned[start:stop])
 
 
 @dataclass(frozen=True)
@@ -115,19 +137,19 @@ def encode_row(
             return encode_row({"messages": messages}, tokenizer, place, learn_prompts)
         prompt = _prompt(tokenizer, question, place, chat_template=False)
         tokens = [*prompt, *tokenizer.encode(answer, add_special_tokens=False)]
-        start = 1 if learn_prompts else len(prompt)
+        start = 0 if learn_prompts else len(prompt)
     elif "messages" in row:
         text = _chat(row["messages"], tokenizer, place)
-        return Text(text.tokens, 1) if learn_prompts else text
+        return Text(text.tokens) if learn_prompts else text
     elif "text" in row:
-        tokens, start = list(tokenizer.encode(_string(row["text"], place))), 1
+        tokens, start = list(tokenizer.encode(_string(row["text"], place))), 0
     else:
         raise InputError(
             f"{place}: expected text, prompt and completion, or messages, got {sorted(row)}"
         )
     if ends is not None and tokens[-1:] != [ends]:
         tokens.append(ends)
-    return Text(tokens, max(1, start))
+    return Text.behind(tokens, start)
 
 
 def fit(
@@ -153,12 +175,12 @@ def fit(
             "cut or drop them with --long, or raise --max-length"
         )
     kept = [
-        Text(text.tokens[:max_length], text.start)
+        text.part(0, max_length)
         for text in texts
         if long == "cut" or len(text.tokens) <= max_length
     ]
     whole = len(kept)
-    kept = [text for text in kept if len(text.tokens) > text.start]
+    kept = [text for text in kept if text.num_learned]
     counts = {"texts": len(texts), "too_long": too_long, "nothing_to_learn": whole - len(kept)}
     if not kept:
         raise InputError(
@@ -171,12 +193,16 @@ def fit(
 def pack(texts: Sequence[Text], length: int) -> list[Text]:
     """Return the texts end to end, cut into rows of ``length`` tokens; only the last is shorter.
 
-    Nothing is padded, and a text sees the end of the one before it. Prompts are learned, too. A
-    single token that is left over has nothing to learn and is dropped.
+    Nothing is padded, and a text sees the end of the one before it. All that was learned still is,
+    and once: a row begins with the last token of the one before it. A row that would have nothing
+    to learn is left out.
     """
-    stream = [token for text in texts for token in text.tokens]
-    rows = [stream[at : at + length] for at in range(0, len(stream), length)]
-    return [Text(row) for row in rows if len(row) > 1]
+    stream = Text(
+        [token for text in texts for token in text.tokens],
+        [mark for text in texts for mark in text.learned],
+    )
+    rows = [stream.part(at, at + length) for at in range(0, len(stream.tokens), length - 1)]
+    return [row for row in rows if row.num_learned]
 
 
 def text_batch(texts: Sequence[Text], rows: Iterable[int], multiple: int = 32) -> TextBatch:
@@ -189,7 +215,7 @@ def text_batch(texts: Sequence[Text], rows: Iterable[int], multiple: int = 32) -
     for place, row in enumerate(rows):
         text = texts[row]
         tokens[place, : len(text.tokens)] = text.tokens
-        mask[place, text.start - 1 : len(text.tokens) - 1] = 1
+        mask[place, : len(text.tokens) - 1] = text.learned[1:]
     return TextBatch(mx.array(tokens), mx.array(mask), rows)
 
 
@@ -242,7 +268,7 @@ def _chat(messages: Any, tokenizer: Any, place: str) -> Text:
     # mark for thinking, the answer begins where the two part.
     pairs = enumerate(zip(whole, asked, strict=False))
     start = next((at for at, (one, other) in pairs if one != other), min(len(whole), len(asked)))
-    return Text(whole, max(1, start))
+    return Text.behind(whole, start)
 
 
 def _prompt(tokenizer: Any, prompt: Any, place: str, **options: Any) -> list[int]:

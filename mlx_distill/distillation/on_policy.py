@@ -110,22 +110,20 @@ class Rollouts:
         if not path.exists():
             if place < last:
                 return []
-            rows = [{"tokens": text.tokens, "start": text.start} for text in self._write(place)]
+            rows = [{"tokens": tokens, "start": start} for tokens, start in self._write(place)]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        texts = [Text(row["tokens"], row["start"]) for _, row in read_jsonl(path)]
+        texts = [Text.behind(row["tokens"], row["start"]) for _, row in read_jsonl(path)]
         self._sets = {p: t for p, t in self._sets.items() if p > last - self.config.replay}
         self._sets[place] = texts
         return texts
 
-    def _write(self, place: int) -> list[Text]:
-        """Let the student continue the beginnings of some texts."""
+    def _write(self, place: int) -> list[tuple[list[int], int]]:
+        """Return what the student makes of some texts' beginnings, and their lengths."""
         draws = np.random.default_rng([self.seed, 2, place])
         count = min(self.config.rollout_texts, len(self.texts))
         prompts = []
         for row in draws.choice(len(self.texts), count, replace=False):
-            text = self.texts[int(row)]
-            length = text.start if text.start > 1 else self.config.rollout_prompt_tokens
-            prompts.append(text.tokens[: min(length, len(text.tokens) - 1)])
+            prompts.append(self._prompt(self.texts[int(row)]))
         config = ResponseConfig(
             max_tokens=self.config.rollout_max_tokens,
             temperatures=(self.config.rollout_temperature,),
@@ -136,4 +134,11 @@ class Rollouts:
         answers = answer(self.student, self.eos_token_ids, prompts, place * count, config)
         self.student.train()
         pairs = zip(prompts, answers, strict=True)
-        return [Text(ours + written, len(ours)) for ours, written in pairs if written]
+        return [(ours + written, len(ours)) for ours, written in pairs if written]
+
+    def _prompt(self, text: Text) -> list[int]:
+        """Return what stands before a text's first answer; of a document, its first tokens."""
+        length = text.learned.index(True)
+        if length == 1:
+            length = min(self.config.rollout_prompt_tokens, len(text.tokens) - 1)
+        return text.tokens[:length]
