@@ -1,17 +1,67 @@
-"""Files in and out: JSON objects, atomic writes, safetensors headers, hashes of content."""
+"""Files in and out: JSON objects, JSONL, folders and files that appear whole, hashes of content."""
 
+import gzip
 import hashlib
-import json
 import os
-import struct
+import shutil
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.parsing import parse_json
+from mlx_distill.safetensors import check_safetensors
+
+__all__ = [
+    "arrays_hash",
+    "check_safetensors",
+    "output_path",
+    "read_json",
+    "read_jsonl",
+    "usable_path",
+    "whole_folder",
+    "write_whole",
+]
+
+LONGEST_LINE = 2**28  # characters of a row; a compressed file of zeros has no line's end
+
+
+def usable_path(name: str | Path, what: str) -> Path:
+    """Return the path of a name that the system can hold.
+
+    Args:
+        name: What the user gave; ``~`` is the home folder.
+        what: What it names, for the error.
+
+    Raises:
+        InputError: If it is empty, or no path can be written so.
+    """
+    text = os.fspath(name)
+    if not text.strip():
+        raise InputError(f"{what} has an empty name")
+    try:
+        if b"\0" in os.fsencode(text):
+            raise InputError(f"{what} {text} cannot be a path: it holds a zero byte")
+    except UnicodeEncodeError:
+        raise InputError(f"{what} {text} cannot be a path: it is not text") from None
+    return Path(text).expanduser()
+
+
+def output_path(name: str | Path) -> Path:
+    """Return the path of what is to be written.
+
+    Raises:
+        InputError: If it is no path, or names a place and nothing new in it, as ``.`` and ``/`` do.
+    """
+    path = usable_path(name, "the output")
+    if path.name in ("", ".."):
+        raise InputError(f"the output {name} is no name of a new file or folder")
+    return path
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -21,9 +71,13 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: If the file cannot be read or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from None
+    try:
+        value = parse_json(text)
+    except InputError as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} does not hold a JSON object")
     return value
@@ -36,6 +90,29 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(writing, path)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to write into; it takes its name when the block ends well, or vanishes.
+
+    Every safetensors file in it is checked first: a full disk may have cut it short.
+
+    Raises:
+        InputError: If it cannot be written, or the name is taken meanwhile.
+    """
+    writing = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(writing, ignore_errors=True)
+    try:
+        writing.mkdir(parents=True)
+        yield writing
+        for weights in writing.glob("*.safetensors"):
+            check_safetensors(weights)
+        os.replace(writing, folder)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{folder} could not be written: {one_line(error)}") from None
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
+
+
 def arrays_hash(arrays: Sequence[mx.array]) -> str:
     """Return a hash of every value of some arrays, their shapes and types."""
     digest = hashlib.sha256()
@@ -45,38 +122,11 @@ def arrays_hash(arrays: Sequence[mx.array]) -> str:
     return digest.hexdigest()[:16]
 
 
-def check_safetensors(path: Path) -> None:
-    """Raise InputError if a safetensors file is missing, cut short or not one.
-
-    The file begins with the header's length, eight bytes, and the header, which says where each
-    array lies; only the header is read.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise InputError(f"{path} is damaged: its header is longer than the file")
-            header = json.loads(file.read(length))
-        end = max(
-            (v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0
-        )
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged: its header cannot be read") from None
-    if 8 + length + end != size:
-        raise InputError(
-            f"{path} is damaged: it has {size} bytes, its header speaks of {8 + length + end}"
-        )
-
-
 def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSONL file in order, each behind its place; blank lines are skipped.
 
     The place is "FILE, line NUMBER", counted from 1, for complaints about what the object holds.
+    A file whose name ends in .gz is unpacked on the way; a byte order mark is no part of the text.
 
     Raises:
         InputError: If the file cannot be read or a line is not a JSON object. The message names
@@ -84,8 +134,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
+        with _open_text(path) as file:
+            lines = iter(lambda: file.readline(LONGEST_LINE), "")
+            for number, line in enumerate(lines, start=1):
                 if line.strip():
                     place = f"{path}, line {number}"
                     yield place, _parse_row(line, place)
@@ -93,15 +144,26 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(
             f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
         ) from None
+    except (EOFError, zlib.error) as error:
+        raise InputError(f"{path} is damaged: {one_line(error)}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def _open_text(path: Path) -> TextIO:
+    """Open a text file, packed or not."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig")
+    return path.open(encoding="utf-8-sig")
+
+
 def _parse_row(line: str, place: str) -> dict[str, Any]:
+    if len(line) == LONGEST_LINE:
+        raise InputError(f"{place}: it is longer than {LONGEST_LINE:,} characters")
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not JSON: {error.msg} at column {error.colno}") from None
+        row = parse_json(line)
+    except InputError as error:
+        raise InputError(f"{place}: not JSON: {error}") from None
     if not isinstance(row, dict):
         raise InputError(f"{place}: expected a JSON object, got {type(row).__name__}")
     return row

@@ -15,7 +15,7 @@ LAYERS = {
     "models": "target drafters checkpoint",
     "data": "data",
     "arrays": "core losses",
-    "ground": "errors arrays files machine openblas config compat",
+    "ground": "errors parsing safetensors names arrays files machine openblas config compat",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 
