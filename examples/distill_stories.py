@@ -50,7 +50,8 @@ from mlx_distill.distillation.students import (
     read_config,
 )
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher
-from mlx_distill.evaluate import evaluate, report
+from mlx_distill.evaluation.metrics import report
+from mlx_distill.evaluation.texts import evaluate
 
 LOSSES = {
     "plain": ["hard"],

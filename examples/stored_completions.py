@@ -24,7 +24,8 @@ from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.responses import ResponseConfig, answer
 from mlx_distill.data.texts import fit, read_texts
 from mlx_distill.distillation.students import from_layers, read_config
-from mlx_distill.evaluate import evaluate, report
+from mlx_distill.evaluation.metrics import report
+from mlx_distill.evaluation.texts import evaluate
 
 
 @cli.command

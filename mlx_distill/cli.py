@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
@@ -79,6 +80,22 @@ def path(text: str) -> str:
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         raise argparse.ArgumentTypeError(f"must be the name of a file, got {text!r:.40}")
     return text
+
+
+def new_file(name: str | None) -> Path | None:
+    """Return where a result is to be written, None if it is not; nothing is written over.
+
+    Raises:
+        InputError: If there is a file of that name, or no folder for it.
+    """
+    if name is None:
+        return None
+    file = Path(name).expanduser()
+    if file.exists():
+        raise InputError(f"the output {name} exists; name another, or remove it")
+    if not file.parent.is_dir():
+        raise InputError(f"the output {name} cannot be written: its folder does not exist")
+    return file
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -161,14 +178,19 @@ def code_options(trust: bool) -> dict[str, Any]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what a result has to say about its command; of local files and folders the names."""
-    written = ("output", "plot")
-    read = ("model", "adapter_path", "drafter", "draft_model", "teacher", "data", "qa")
-    return {
-        key: os.path.basename(os.path.normpath(value))
-        if isinstance(value, str) and (key in written or (key in read and os.path.exists(value)))
-        else value
-        for key, value in vars(arguments).items()
-    }
+    written, named = ("output", "plot"), ("student", "adapter_path")
+    read = ("model", "adapter_path", "drafter", "draft_model", "teacher", "student", "data", "qa")
+
+    def shown(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [shown(key, one) for one in value]
+        if not isinstance(value, str) or key not in (*written, *read):
+            return value
+        name, equals, path = value.rpartition("=") if key in named else ("", "", value)
+        local = key in written or os.path.exists(path)
+        return name + equals + (os.path.basename(os.path.normpath(path)) if local else path)
+
+    return {key: shown(key, value) for key, value in vars(arguments).items()}
 
 
 if __name__ == "__main__":

@@ -1,15 +1,11 @@
 """Figures of language models: logits to scores per token, to sums per text, to intervals.
 
-Arrays and strings only; no model, no file. Everything is kept as sums over a text's tokens, so that
+Arrays only; no model, no file. Everything is kept as sums over a text's tokens, so that
 texts can be drawn anew without computing anything again::
 
     logits (T, V) -> token_scores (T,) -> text_sums -> resampled (R, ...) -> figures (R,)
 """
 
-import re
-import string
-from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -25,14 +21,15 @@ Sums = dict[str, Any]  # NumPy arrays, or its numbers where no axis is left
 def token_scores(
     logits: Float[mx.array, "T V"],
     labels: Int[mx.array, " T"],
-    teacher_logits: Float[mx.array, "T V"] | None = None,
+    teacher_logits: Float[mx.array, "T U"] | None = None,
 ) -> dict[str, mx.array]:
-    """Return what is known of every token's prediction.
+    """Return what is known of every token's prediction, in float32; no token is left out.
 
     Args:
         logits: Before the token; not normalised.
-        labels: The token.
-        teacher_logits: Of another model at the same places.
+        labels: The token. What marks a place without one, as -100 does, must be masked afterwards.
+        teacher_logits: Of another model at the same places. If its vocabulary has another width,
+            both are cut to the narrower one before they are compared.
 
     Returns:
         ``nats``, the token's negative log-probability; ``confidence``, the best token's
@@ -41,13 +38,18 @@ def token_scores(
     """
     log_probs_TV = log_probs(logits)
     best = mx.argmax(log_probs_TV, axis=-1)
+    known = mx.maximum(labels, 0)[:, None]  # a negative index would count from the end
     scores = {
-        "nats": -mx.take_along_axis(log_probs_TV, labels[:, None], axis=-1)[:, 0],
+        "nats": -mx.take_along_axis(log_probs_TV, known, axis=-1)[:, 0],
         "confidence": mx.exp(log_probs_TV.max(axis=-1)),
         "right": best == labels,
     }
     if teacher_logits is not None:
-        teacher_TV = log_probs(teacher_logits)
+        width = min(logits.shape[-1], teacher_logits.shape[-1])
+        if width < logits.shape[-1]:
+            log_probs_TV = log_probs(logits[..., :width])
+            best = mx.argmax(log_probs_TV, axis=-1)
+        teacher_TV = log_probs(teacher_logits[..., :width])
         probs = mx.exp(teacher_TV)
         # Not the losses' form, cross entropy less entropy: that leaves 1e-6 of rounding where the
         # two are equal. Where the teacher has no mass the student does not matter.
@@ -82,7 +84,7 @@ def report(
     and the teacher they close, None where there is no such gap.
 
     Args:
-        sums: By model, as ``evaluate`` returns them.
+        sums: By model, as ``evaluation.texts.evaluate`` returns them.
         teacher: The one that ``evaluate`` was told.
         num_samples: How often the texts are drawn anew. One text has no intervals.
         seed: Of the draws; they are the same for all models.
@@ -174,31 +176,3 @@ def share_closed(first: Any, this: Any, teacher: Any) -> Any:
     """
     gap = first - teacher
     return (first - this) / np.where(gap > 0, gap, np.nan)
-
-
-def exact_match(answer: str, references: Sequence[str]) -> float:
-    """Return 1 if a normalised answer is one of the references, else 0."""
-    return float(any(normalised(answer) == normalised(one) for one in references))
-
-
-def f1(answer: str, references: Sequence[str]) -> float:
-    """Return the harmonic mean of precision and recall of an answer's words; the best reference's.
-
-    Source:
-        Rajpurkar et al. 2016 (SQuAD), arXiv:1606.05250, section 6.1; where nothing is left of one
-        of the two, as in version 2.0: 1 if nothing is left of both, else 0.
-    """
-    return max(_f1(normalised(answer).split(), normalised(one).split()) for one in references)
-
-
-def normalised(answer: str) -> str:
-    """Return an answer in lower case, without punctuation, articles and superfluous spaces."""
-    letters = "".join(letter for letter in answer.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", letters).split())
-
-
-def _f1(answer: list[str], reference: list[str]) -> float:
-    if not answer or not reference:
-        return float(answer == reference)
-    shared = (Counter(answer) & Counter(reference)).total()
-    return 2 * shared / (len(answer) + len(reference))

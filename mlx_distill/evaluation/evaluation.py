@@ -1,0 +1,152 @@
+"""A whole evaluation: models, held-out texts, questions and speed to one result."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.checkpoint import tokenizer_hash
+from mlx_distill.config import check_seed
+from mlx_distill.data.texts import Text, fit, read_texts
+from mlx_distill.errors import InputError
+from mlx_distill.evaluation.metrics import report, resampled, with_interval
+from mlx_distill.evaluation.models import Loaded
+from mlx_distill.evaluation.questions import Question, QuestionConfig, answer_scores
+from mlx_distill.evaluation.speed import decoding_speeds
+from mlx_distill.evaluation.texts import evaluate, vocabulary_widths
+from mlx_distill.target.target import context_length
+
+Figures = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured.
+
+    Args:
+        max_texts: Use the first so many texts, and questions; at least 1. Without it, all.
+        max_length: The longest text, in tokens; at least 2. Longer documents are cut, longer chats
+            and answers are left out.
+        batch_size: Texts read at once; at least 1.
+        bootstrap: How often the texts are drawn anew for the intervals, between 0 and 1,000,000; 0
+            leaves them out.
+        seed: Of those draws, between 0 and 2**32 - 1.
+        speed_tokens: Tokens decoded to measure speed, at least 2; 0 leaves it out.
+    """
+
+    max_texts: int | None = None
+    max_length: int = 512
+    batch_size: int = 8
+    bootstrap: int = 1000
+    seed: int = 0
+    speed_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        lowest = {"max_texts": 1, "max_length": 2, "batch_size": 1, "bootstrap": 0}
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise InputError(f"{name} must be at least {low}, got {value}")
+        if self.bootstrap > 1_000_000:
+            raise InputError(f"bootstrap must be at most 1,000,000, got {self.bootstrap}")
+        check_seed("seed", self.seed)
+        if self.speed_tokens < 0 or self.speed_tokens == 1:
+            raise InputError(
+                f"speed_tokens must be at least 2, to time, or 0, got {self.speed_tokens}"
+            )
+
+
+def measure(
+    loaded: Mapping[str, Loaded],
+    data: str | Path,
+    config: EvaluationConfig,
+    teacher: str | None = None,
+    questions: Sequence[Question] = (),
+    asking: QuestionConfig | None = None,
+    template_config: dict[str, Any] | None = None,
+) -> Figures:
+    """Return every model's figures.
+
+    With a teacher all models read the same tokens; without one each reads the texts with its own
+    tokenizer and template.
+
+    Args:
+        loaded: The models by name.
+        data: Held-out texts; see ``read_texts``.
+        config: How much is measured.
+        teacher: The name of the model that the others are compared with.
+        questions: What the models are asked beside.
+        asking: How.
+        template_config: Further arguments of the chat templates.
+
+    Raises:
+        InputError: If the tokenizers differ and there is a teacher, or a text or a model cannot be
+            used.
+    """
+    groups = [dict(loaded)] if teacher else [{name: one} for name, one in loaded.items()]
+    figures: Figures = {}
+    prompts: dict[str, list[int]] = {}
+    for group in groups:
+        texts, counts = _read(data, group, config, template_config)
+        models = {name: one.model for name, one in group.items()}
+        sums = evaluate(models, texts, teacher, config.batch_size)
+        figures |= report(sums, teacher, config.bootstrap, config.seed)
+        prompts |= dict.fromkeys(group, texts[0].tokens)
+        for name in group:
+            figures[name]["rows"] = counts
+    if config.speed_tokens:
+        for name, speed in decoding_speeds(loaded, prompts, config.speed_tokens).items():
+            figures[name]["tokens_per_s"] = speed
+    for name, one in loaded.items():
+        figures[name] |= one.sizes()
+        if questions:
+            scores = answer_scores(
+                one.model, one.tokenizer, questions, asking, template_config, name
+            )
+            figures[name] |= _answer_figures(*scores, config)
+    return figures
+
+
+def _answer_figures(
+    scores: dict[str, Any], too_long: int, config: EvaluationConfig
+) -> dict[str, Any]:
+    """Return a model's figures on questions, with intervals over questions."""
+    asked = len(scores["f1"])
+    found: dict[str, Any] = {"questions": asked, "questions_too_long": too_long}
+    if not asked:
+        raise InputError("no question leaves room for an answer within the model's context")
+    for key, values in scores.items():
+        samples = resampled(values, config.bootstrap, config.seed) / asked
+        found[key] = with_interval(values.mean(), samples)
+    return found
+
+
+def _read(
+    data: str | Path,
+    loaded: dict[str, Loaded],
+    config: EvaluationConfig,
+    template_config: dict[str, Any] | None,
+) -> tuple[list[Text], dict[str, int]]:
+    """Return the texts for models that share a tokenizer; what the models cut is said on stderr."""
+    (first, one), *others = loaded.items()
+    for name, other in others:
+        if tokenizer_hash(other.tokenizer) != tokenizer_hash(one.tokenizer):
+            raise InputError(
+                f"the tokenizers of {first} and {name} differ, so perplexity per token is not "
+                "comparable; evaluate each by itself, with no --teacher"
+            )
+    models = {name: one.model for name, one in loaded.items()}
+    widths = vocabulary_widths(models)
+    if len(set(widths.values())) > 1:
+        found = ", ".join(f"{name} {width}" for name, width in widths.items())
+        print(
+            f"the vocabularies differ in width ({found}); all are cut to {min(widths.values())}",
+            file=sys.stderr,
+        )
+    contexts = [context_length(model) or config.max_length for model in models.values()]
+    length = min(config.max_length, *contexts)
+    if length < config.max_length:
+        print(f"texts are cut to {length} tokens, the models' context", file=sys.stderr)
+    texts = read_texts(data, one.tokenizer, split="valid")[: config.max_texts]
+    return fit(texts, length)
