@@ -31,8 +31,8 @@ from mlx_distill.config import add_flags, flat, from_flags, read_yaml
 from mlx_distill.data.completions import completion_texts, read_completions
 from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
 from mlx_distill.data.texts import Text, fit, local_file, pack, read_texts
+from mlx_distill.distillation.checkpointing import checkpoint_layers
 from mlx_distill.distillation.config import PARTS, DistillConfig
-from mlx_distill.distillation.features import checkpoint_layers
 from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.memory import memory_estimate
 from mlx_distill.distillation.objective import LossTerm
@@ -53,7 +53,8 @@ from mlx_distill.distillation.teachers import (
 )
 from mlx_distill.distillation.training import Distilled, distill, slices
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.target.target import context_length
+from mlx_distill.target.context import context_length
+from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
 from mlx_distill.training.loop import checkpoints
 from mlx_distill.training.runs import check_output, partial_folder
@@ -302,7 +303,7 @@ def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -
     teacher, tokenizer = load(config.teacher[0], **cli.code_options(arguments.trust_remote_code))
     _quantize(teacher, config.teacher_bits)
     texts, _, _ = _texts(config, tokenizer)
-    vocab_size = teacher(mx.array([[1]])).shape[-1]
+    vocab_size = vocab_width(teacher)
     header = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
         "weights_hash": weights_hash(teacher),

@@ -19,7 +19,7 @@ import mlx_distill
 from mlx_distill import InputError, TrainingConfig
 from mlx_distill.checkpoint import bundled, tokenizer_hash
 from mlx_distill.data.texts import Text
-from mlx_distill.distillation.features import checkpoint_layers
+from mlx_distill.distillation.checkpointing import checkpoint_layers
 from mlx_distill.distillation.students import (
     AdapterConfig,
     compact,

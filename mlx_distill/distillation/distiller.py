@@ -31,6 +31,7 @@ from mlx_distill.distillation.teachers import Answers, Lesson, Teacher
 from mlx_distill.errors import InputError
 from mlx_distill.losses import relation
 from mlx_distill.losses.chunked import chunk_rows, chunked_loss
+from mlx_distill.target.layers import numbered_layers
 
 RELATION_TOKENS = 128  # of a batch of texts, that relation losses compare
 
@@ -200,7 +201,7 @@ class Distiller:
         if body is None:
             total, sums = on_rows(hidden, *inputs)
         else:
-            size = chunk_rows(_width(body.head))
+            size = chunk_rows(body.num_entries)
             total, sums = chunked_loss(body.head, hidden, on_rows, inputs, size)
         return total, list(sums)
 
@@ -335,9 +336,8 @@ def _pairs(term: LossTerm, student: nn.Module, teacher: Any) -> list[tuple[Layer
     if not isinstance(term.layers, str):
         pairs = list(term.layers)
     else:
-        for network in (student, teacher):
-            find_layer(network, 0)  # that there are numbered layers
-        pairs = [*uniform_map(len(student.layers), len(teacher.layers))]  # pyright: ignore
+        counts = (len(numbered_layers(network)) for network in (student, teacher))
+        pairs = [*uniform_map(*counts)]
         if term.layers == "last" and term.name != "flow_of_solution":
             pairs = pairs[-1:]
     for ours, theirs in pairs:
@@ -375,10 +375,3 @@ def _names(terms: Sequence[LossTerm]) -> list[str]:
         number = 1 + sum(before.name == term.name for before in terms[: len(names)])
         names.append(term.name if number == 1 else f"{term.name}_{number}")
     return names
-
-
-def _width(head: nn.Module) -> int:
-    """Return the number of a head's logits."""
-    weight = head.get("weight")
-    module = head.get("embed") if weight is None else head
-    return module["weight"].shape[0]  # pyright: ignore

@@ -15,9 +15,11 @@ from mlx import nn
 
 from mlx_distill.arrays import to_host
 from mlx_distill.data.texts import Text
-from mlx_distill.distillation.features import Body, Layer, tapped
+from mlx_distill.distillation.features import Layer, tapped
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
+from mlx_distill.target.body import Body
+from mlx_distill.target.reading import read_whole
 
 if TYPE_CHECKING:
     from mlx_distill.data.teacher_cache import TeacherCache
@@ -57,6 +59,7 @@ class Answers:
 
     def __init__(self, network: nn.Module, texts: bool):
         self.network = network
+        self.texts = texts
         self.body = Body.of(network) if texts else None
 
     def read(
@@ -64,8 +67,13 @@ class Answers:
     ) -> tuple[mx.array, dict[Layer, mx.array]]:
         """Return the hidden states that ``logits`` makes logits of, and outputs of layers."""
         with tapped(self.network, layers) as features:
-            hidden = self.body(inputs) if self.body else self.network(inputs)
+            hidden = self._read(inputs)
         return hidden, dict(features)
+
+    def _read(self, inputs: mx.array) -> mx.array:
+        if self.body:
+            return self.body(inputs)
+        return read_whole(self.network, inputs) if self.texts else self.network(inputs)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits of what ``read`` returned."""

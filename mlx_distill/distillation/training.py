@@ -22,6 +22,7 @@ from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
+from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.journal import Journal
 from mlx_distill.training.loop import (
     Progress,
@@ -213,7 +214,7 @@ def _check_tokens(student: nn.Module, teacher: Teacher, texts: Sequence[Text]) -
         networks += [answers.network for answers in teacher.answers]
     highest = max(max(text.tokens) for text in texts)
     for network in networks:
-        width = network(mx.array([[0]])).shape[-1]
+        width = vocab_width(network)
         if highest >= width:
             raise InputError(
                 f"the texts hold token {highest}, but a {type(network).__name__} of {width} tokens "

@@ -15,7 +15,7 @@ from mlx_distill.evaluation.models import Loaded
 from mlx_distill.evaluation.questions import Question, QuestionConfig, answer_scores
 from mlx_distill.evaluation.speed import decoding_speeds
 from mlx_distill.evaluation.texts import evaluate, vocabulary_widths
-from mlx_distill.target.target import context_length
+from mlx_distill.target.context import context_length
 
 Figures = dict[str, dict[str, Any]]
 

@@ -17,7 +17,7 @@ from mlx_distill.evaluation.answers import THOUGHT, exact_match, f1, spoken
 from mlx_distill.evaluation.metrics import Sums
 from mlx_distill.files import read_jsonl
 from mlx_distill.speculation.generation import stream_generate
-from mlx_distill.target.target import context_length
+from mlx_distill.target.context import context_length
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import mlx_lm
 
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.models import Loaded
-from mlx_distill.target.target import context_length
+from mlx_distill.target.context import context_length
 
 SPEED_PROMPT, SPEED_RUNS = 32, 3
 

@@ -18,6 +18,7 @@ from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation.teachers import Answers
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.metrics import Sums, text_sums, token_scores
+from mlx_distill.target.reading import vocab_width
 
 CHUNK_BYTES = 2**25  # of one model's logits in float32; a score holds a few arrays of that size
 
@@ -72,7 +73,7 @@ def evaluate(
 
 def vocabulary_widths(models: dict[str, nn.Module]) -> dict[str, int]:
     """Return how many logits each model gives."""
-    return {name: model(mx.array([[0]])).shape[-1] for name, model in models.items()}
+    return {name: vocab_width(model) for name, model in models.items()}
 
 
 def _check_tokens(texts: Sequence[Text], width: int) -> None:

@@ -39,7 +39,9 @@ from mlx_distill.speculation.decoding import (
     decode,
 )
 from mlx_distill.speculation.statistics import DraftCounters
-from mlx_distill.target.target import Target, context_length
+from mlx_distill.target.context import context_length
+from mlx_distill.target.reading import vocab_width
+from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import cached_tokens
 
 
@@ -300,7 +302,7 @@ def _decode_with_model(
         draft_model,
         num_draft_tokens=num_draft_tokens,
         max_tokens=max_tokens,
-        sampler=sampling.mlx_lm_sampler(_width(model)),
+        sampler=sampling.mlx_lm_sampler(vocab_width(model)),
         logits_processors=list(processors),
         prompt_cache=caches,
         prefill_step_size=cache.prefill_step_size,
@@ -327,11 +329,6 @@ def _check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
         raise InputError("a drafter and a draft model exclude each other")
     if num_draft_tokens < 1:
         raise InputError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
-
-
-def _width(model: nn.Module) -> int:
-    """Return the number of a model's logits."""
-    return model(mx.array([[0]])).shape[-1]
 
 
 def _responses(

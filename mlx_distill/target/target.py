@@ -24,6 +24,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError, not_numbers
+from mlx_distill.target.context import context_length
+from mlx_distill.target.reading import read_whole
 from mlx_distill.target.tree_cache import (
     TreeLayout,
     cached_tokens,
@@ -37,17 +39,6 @@ Support = Literal["row", "batch", "chain", "none"]
 
 # Found in float32; in half precision the difference could pass for rounding.
 NOT_CAUSAL = {"phi3small"}
-
-# Names that model configurations use for the longest text a model was made for.
-_CONTEXT_NAMES = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "max_context_length",
-)
 
 
 class _Seen(threading.local):
@@ -154,9 +145,7 @@ class Target:
     ) -> tuple[Float[mx.array, "B T V"], Float[mx.array, "B T D"]]:
         """Return logits and hidden states of whole texts, right-padded; nothing is cached."""
         self._seen.hidden = None
-        # With a cache, though a fresh one: some models share keys and values between layers
-        # through it, and compute something else without.
-        logits = self.model(texts, cache=make_prompt_cache(self.model))
+        logits = read_whole(self.model, texts)
         return logits, self._hidden(texts.size).reshape(*texts.shape, -1)
 
     def verify(
@@ -277,18 +266,6 @@ class Target:
         caches = make_prompt_cache(self.model)
         mx.eval(self.forward(prefix, caches))
         return caches
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Return the longest text a model was made for, in tokens, or None if it does not say."""
-    args = getattr(model, "args", None)
-    sources = [args, getattr(args, "text_config", None)]
-    for source in sources:
-        for name in _CONTEXT_NAMES:
-            value = source.get(name) if isinstance(source, dict) else getattr(source, name, None)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
 
 
 def _paths(parents: list[int]) -> list[list[int]]:
