@@ -37,7 +37,7 @@ from rich.table import Table
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
 from mlx_distill import cli, machine
 from mlx_distill.arrays import num_values
-from mlx_distill.checkpoint import bundled, tokenizer_hash, weights_hash
+from mlx_distill.checkpoint import bundled
 from mlx_distill.data.responses import ResponseConfig, read_responses, write_responses
 from mlx_distill.data.teacher_cache import TeacherCache, write_cache
 from mlx_distill.data.texts import Text, fit, read_texts
@@ -52,6 +52,7 @@ from mlx_distill.distillation.students import (
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher
 from mlx_distill.evaluation.metrics import report
 from mlx_distill.evaluation.texts import evaluate
+from mlx_distill.hashes import tokenizer_hash, weights_hash
 
 LOSSES = {
     "plain": ["hard"],

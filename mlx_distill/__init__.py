@@ -5,10 +5,11 @@ from mlx_distill.openblas import load_openblas
 
 load_openblas()  # has to come before the first import of mlx.core
 
-from mlx_distill.checkpoint import load, load_drafter
+from mlx_distill.checkpoint import load
 from mlx_distill.distillation.distiller import Examples
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
 from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate

@@ -28,12 +28,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from mlx_distill import cli, machine
-from mlx_distill.checkpoint import bundled, load_drafter
+from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.distillation.loss_memory import loss_memory
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.speculation.timing import CycleClock, TimedDrafter

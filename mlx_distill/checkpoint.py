@@ -1,38 +1,24 @@
-"""Models and drafters, in and out of folders.
+"""Models, in: from a folder or a hub repository, checked, with or without adapters."""
 
-A drafter's folder holds ``config.json``, ``model.safetensors`` and a model card. Its configuration
-carries a fingerprint of the target it was trained for, so that it never runs on another one.
-"""
-
-import hashlib
-import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mlx.core as mx
 import mlx_lm
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters
 
-from mlx_distill.arrays import to_host
-from mlx_distill.drafters.recurrent import (
-    FORMAT_VERSION,
-    MODEL_TYPE,
-    BoundDrafter,
-    RecurrentDrafter,
-    RecurrentDrafterConfig,
-)
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import check_safetensors, read_json
-from mlx_distill.target.target import Target
-
-# One of these holds the tokens; without any, the loader makes an empty tokenizer of its own.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "*tokenizer*.py")
+from mlx_distill.files import read_json, usable_path
+from mlx_distill.model_folder import check_model
+from mlx_distill.safetensors import check_safetensors
 
 PACKAGE = Path(__file__).parent
+OWN_CODE = (
+    "needs Python code of its own, which is run only with --trust-remote-code "
+    "(trust_remote_code=True)"
+)
 
 
 def bundled(name: str) -> Path:
@@ -47,169 +33,81 @@ def bundled(name: str) -> Path:
     raise InputError(f"the bundled model {name} is missing; install the package again")
 
 
-def load(path_or_repo: str | Path, **options: Any) -> tuple[nn.Module, Any]:
+def load(
+    path_or_repo: str | Path,
+    *,
+    adapter_path: str | Path | None = None,
+    trust_remote_code: bool = False,
+    tokenizer_config: dict[str, Any] | None = None,
+    lazy: bool = False,
+    **more: Any,
+) -> tuple[nn.Module, Any]:
     """Return the model and the tokenizer of a folder or a hub repository, as ``mlx_lm.load`` does.
 
     Without a GPU, floating-point weights are loaded as float32: half precision is emulated there.
 
     Args:
         path_or_repo: A folder, or a name on the hub.
-        options: Further arguments of ``mlx_lm.load``.
+        adapter_path: A folder of adapters that mlx-lm trained; None for none.
+        trust_remote_code: Whether the repository may run code of its own. Without, nobody is asked.
+        tokenizer_config: What the tokenizer is made with, beside what its files say.
+        lazy: Leave the weights on the disk until they are used.
+        more: Further arguments of ``mlx_lm.load``.
 
     Raises:
-        InputError: If the model is not there, is incomplete or damaged, or is of an unknown kind.
+        InputError: If the model is not there, is incomplete or damaged, is larger than the machine,
+            or of an unknown kind, or the adapters are not there or not its own.
     """
     path = local_folder(path_or_repo)
-    _check_model(path)
+    in_float32 = mx.default_device() == mx.Device(mx.cpu)
+    config = check_model(path, in_float32)
+    if "model_file" in config and not trust_remote_code:
+        raise InputError(f"{path} {OWN_CODE}")
+    adapters = None if adapter_path is None else _adapter_folder(adapter_path)
+    tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     try:
-        model, tokenizer = mlx_lm.load(str(path), **options)[:2]
+        model, tokenizer = mlx_lm.load(
+            str(path),
+            lazy=True,
+            trust_remote_code=trust_remote_code,
+            tokenizer_config=tokenizer_config,
+            **more,
+        )[:2]
+        _check_arrays(model)
+        if adapters is not None:
+            _add_adapters(model, adapters)
+        if in_float32:
+            model.set_dtype(mx.float32)
+        _check_call(model)
+        if not lazy:
+            mx.eval(model.parameters())
+    except InputError:
+        raise
     except Exception as error:  # the model's own code meets a configuration that it did not expect
-        raise InputError(f"{path} cannot be loaded: {one_line(error)}") from error
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
+        raise _no_model(path, error) from error
     return model, tokenizer
 
 
-def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> BoundDrafter:
-    """Return the drafter of a folder or a hub repository, ready to draft for a model.
-
-    Args:
-        path_or_repo: A folder, or a name on the hub.
-        model: The target; the drafter uses its embedding.
-        tokenizer: The target's; with it the drafter's tokenizer hash is checked too.
+def load_tokenizer(path_or_repo: str | Path, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a folder or a hub repository, without its model.
 
     Raises:
-        InputError: If the drafter is not there, is damaged, or was made for another target.
+        InputError: If it is not there, is damaged, or needs code of its own.
     """
     path = local_folder(path_or_repo)
-    config = _read_config(path)
-    if config.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{path} holds a {config.get('model_type')}, not a {MODEL_TYPE}")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {config.get('format_version')}, expected {FORMAT_VERSION}"
-        )
-    target = Target.of(model)
-    target.require_drafting()
-    made_for = config.get("target")
-    if not isinstance(made_for, dict):
-        raise InputError(f"{path}: the drafter's config lacks the field target")
-    check_fingerprint(made_for, fingerprint(target, tokenizer))
-    known = {k: v for k, v in config.items() if k not in ("model_type", "format_version", "target")}
-    network = RecurrentDrafter(RecurrentDrafterConfig.from_dict(known))
-    weights = path / "model.safetensors"
-    check_safetensors(weights)
     try:
-        network.load_weights(str(weights))
-        mx.eval(network.parameters())
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{weights} does not fit its config: {one_line(error)}") from None
-    _check_token_ids(network, weights)
-    assert target.embed is not None
-    network.set_dtype(target.embed(mx.array([0])).dtype)
-    network.eval()
-    mx.eval(network.parameters())
-    return BoundDrafter(network, target.embed, made_for)
-
-
-def _check_token_ids(network: RecurrentDrafter, weights: Path) -> None:
-    """Raise InputError if a drafter's tokens are not the target's; they are used as indices."""
-    token_ids = network.get("token_ids")
-    if token_ids is None:
-        return
-    if not mx.issubdtype(token_ids.dtype, mx.integer):
-        raise InputError(f"{weights}: token_ids must be whole numbers, got {token_ids.dtype}")
-    tokens = sorted(to_host(token_ids))
-    if tokens[0] < 0 or tokens[-1] >= network.config.vocab_size:
-        raise InputError(
-            f"{weights}: token_ids must lie in the vocabulary of {network.config.vocab_size}, "
-            f"got {tokens[0]} to {tokens[-1]}"
-        )
-    if len(set(tokens)) < len(tokens):
-        raise InputError(f"{weights}: token_ids must not name a token twice")
-
-
-def save_drafter(
-    folder: Path, network: RecurrentDrafter, target: dict[str, Any], files: dict[str, str]
-) -> None:
-    """Write a drafter's folder; it appears complete or not at all.
-
-    Args:
-        folder: Must not exist.
-        network: The drafter; written as float16.
-        target: The fingerprint of its target.
-        files: Further text files by name, the model card among them.
-
-    Raises:
-        InputError: If it cannot be written; nothing is left behind.
-    """
-    writing = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
-    fields = {k: v for k, v in vars(network.config).items() if v is not None}
-    config = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **fields}
-    files = {"config.json": json.dumps({**config, "target": target}, indent=2) + "\n", **files}
-    half = tree_map(
-        lambda x: x.astype(mx.float16) if mx.issubdtype(x.dtype, mx.floating) else x,
-        network.parameters(),
-    )
-    weights: dict[str, Any] = dict(tree_flatten(half))
-    try:
-        writing.mkdir(parents=True)
-        for name, text in files.items():
-            (writing / name).write_text(text, encoding="utf-8")
-        mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
-        check_safetensors(writing / "model.safetensors")
-        os.replace(writing, folder)
-    except (OSError, RuntimeError, InputError) as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise InputError(f"{folder} could not be written: {one_line(error)}") from None
-
-
-def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:
-    """Return what a drafter has to know its target by."""
-    known: dict[str, Any] = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-    if tokenizer is not None:
-        known["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    return known
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Return a hash of some of every array of a model, which tells a fine-tuned one from its base.
-
-    It reads the first values of each array only, so an edit of a few rows can go unnoticed.
-    """
-    digest = hashlib.sha256()
-    arrays: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    for name, array in arrays.items():
-        some = array.reshape(-1)[:256].view(mx.uint8)
-        digest.update(name.encode() + bytes(to_host(some)))
-    return digest.hexdigest()[:16]
-
-
-def check_fingerprint(made_for: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise InputError if a drafter's target differs from the one it meets."""
-    for name, value in found.items():
-        if made_for.get(name) != value:
-            raise InputError(
-                f"the drafter was made for another target: its {name.replace('_', ' ')} is "
-                f"{made_for.get(name)}, this model's is {value}"
-            )
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return a hash of a tokenizer's tokens and their ids; it is computed once."""
-    if tokenizer not in _hashes:
-        tokens = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
-        _hashes[tokenizer] = hashlib.sha256(tokens).hexdigest()[:16]
-    return _hashes[tokenizer]
-
-
-_hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+        return mlx_lm.utils.load_tokenizer(path, {"trust_remote_code": trust_remote_code})
+    except Exception as error:  # whatever the tokenizer's own code meets
+        raise _no_model(path, error, "the tokenizer ") from None
 
 
 def local_folder(path_or_repo: str | Path) -> Path:
-    """Return the folder of a model, fetched from the hub if the name is not a folder here."""
-    path = Path(path_or_repo).expanduser()
+    """Return the folder of a model, fetched from the hub if the name is not a folder here.
+
+    Raises:
+        InputError: If there is no such folder, and nothing of the name on the hub.
+    """
+    path = usable_path(path_or_repo, "the model")
     if path.is_dir():
         return path
     name = str(path_or_repo)
@@ -218,7 +116,6 @@ def local_folder(path_or_repo: str | Path) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"there is no folder {name}, and it is no name of a hub repository")
     from huggingface_hub import snapshot_download
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
     try:
         return Path(snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS))
@@ -229,28 +126,57 @@ def local_folder(path_or_repo: str | Path) -> Path:
         ) from None
 
 
-def _check_model(path: Path) -> None:
-    """Raise InputError if a model's folder is incomplete, before anything is loaded from it."""
-    config = _read_config(path)
-    if "model_type" not in config:
-        raise InputError(f"{path / 'config.json'} lacks the field model_type")
-    if config["model_type"] == MODEL_TYPE:
-        raise InputError(f"{path} holds a drafter, not a language model; use it with --drafter")
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        places = read_json(index).get("weight_map")
-        names = sorted(set(places.values())) if isinstance(places, dict) else []
-    else:
-        names = sorted(file.name for file in path.glob("model*.safetensors"))
-    if not names:
-        raise InputError(f"{path} holds no weights (model*.safetensors)")
-    for name in names:
-        check_safetensors(path / name)
-    if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
-        raise InputError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
+def _no_model(path: Path, error: Exception, what: str = "") -> InputError:
+    """Return what a loader's error means for its user."""
+    if "trust_remote_code" in str(error):
+        return InputError(f"{what}{path} {OWN_CODE}")
+    return InputError(f"{what}{path} cannot be loaded: {one_line(error)}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not (path / "config.json").exists():
-        raise InputError(f"{path} holds no config.json, so it is not a model's folder")
-    return read_json(path / "config.json")
+def _check_arrays(model: nn.Module) -> None:
+    """Raise InputError if weights that are no packed ones are whole numbers."""
+    for path, module in model.named_modules():
+        packed = any("scale" in name for name in module) or hasattr(module, "bits")
+        for name, array in module.items():
+            if (
+                isinstance(array, mx.array)
+                and name.endswith(("weight", "bias"))
+                and not packed
+                and not mx.issubdtype(array.dtype, mx.floating)
+            ):
+                kind = str(array.dtype).removeprefix("mlx.core.")
+                raise InputError(f"{path}.{name} is {kind}; weights that are not packed are floats")
+
+
+def _check_call(model: nn.Module) -> None:
+    """Let the model's code fail here, if its arrays do not go together; nothing is computed."""
+    model(mx.array([[0, 0]]), cache=make_prompt_cache(model))
+
+
+def _adapter_folder(name: str | Path) -> Path:
+    """Return a folder of adapters.
+
+    Raises:
+        InputError: If it is not there, incomplete or damaged.
+    """
+    path = usable_path(name, "the folder of adapters")
+    if not path.is_dir():
+        raise InputError(f"there is no folder {name} with adapters")
+    if not (path / "adapter_config.json").exists():
+        raise InputError(f"{path} holds no adapter_config.json, so it holds no adapters of mlx-lm")
+    read_json(path / "adapter_config.json")
+    check_safetensors(path / "adapters.safetensors")
+    return path
+
+
+def _add_adapters(model: nn.Module, path: Path) -> None:
+    """Put adapters over a model's layers, in place."""
+    try:
+        load_adapters(model, str(path))
+        model.eval()
+        _check_arrays(model)
+    except InputError as error:
+        raise InputError(f"the adapters of {path}: {error}") from None
+    except Exception as error:  # a configuration of adapters may hold anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the adapters of {path} do not fit the model: {reason}") from None

@@ -160,7 +160,8 @@ def load_draft_model(arguments: argparse.Namespace, tokenizer: Any) -> Any:
     Raises:
         InputError: If its tokenizer is another one.
     """
-    from mlx_distill.checkpoint import load, tokenizer_hash
+    from mlx_distill.checkpoint import load
+    from mlx_distill.hashes import tokenizer_hash
 
     if arguments.draft_model is None:
         return None

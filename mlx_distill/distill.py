@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from mlx_distill import cli, machine
 from mlx_distill.arrays import num_parameters
-from mlx_distill.checkpoint import load, local_folder, tokenizer_hash, weights_hash
+from mlx_distill.checkpoint import load, local_folder
 from mlx_distill.config import add_flags, flat, from_flags, read_yaml
 from mlx_distill.data.completions import completion_texts, read_completions
 from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
@@ -53,6 +53,7 @@ from mlx_distill.distillation.teachers import (
 )
 from mlx_distill.distillation.training import Distilled, distill, slices
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.hashes import tokenizer_hash, weights_hash
 from mlx_distill.target.context import context_length
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table

@@ -24,11 +24,12 @@ from rich.style import Style
 
 from mlx_distill import cli, machine
 from mlx_distill.arrays import to_number
-from mlx_distill.checkpoint import bundled, load_drafter
+from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.decoding import CacheConfig
 from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from mlx_distill import cli, machine
 from mlx_distill.arrays import num_bytes, num_values, to_host
-from mlx_distill.checkpoint import fingerprint, load_drafter, save_drafter, weights_hash
 from mlx_distill.config import add_flags, check_seed, from_flags
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.prompts import read_prompts
@@ -40,8 +39,10 @@ from mlx_distill.distillation.drafter import (
     view_of_target,
 )
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.registry import fingerprint, load_drafter, save_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
+from mlx_distill.hashes import weights_hash
 from mlx_distill.target.target import Target
 from mlx_distill.training.loop import TrainingConfig, checkpoints, step_of, train
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder

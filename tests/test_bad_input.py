@@ -28,8 +28,9 @@ from tiny_models import tiny_config, tiny_model
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
-from mlx_distill.checkpoint import bundled, save_drafter
+from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.recurrent import BoundDrafter, RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.registry import save_drafter
 from mlx_distill.target.target import Target
 
 # The package has a function of that name, too.
@@ -146,7 +147,12 @@ INCOMPLETE: dict[str, tuple[dict[str, Edit], str]] = {
     "no weights": ({"model__safetensors": delete}, "holds no weights"),
     "no tokenizer": ({"tokenizer__model": delete, "tokenizer__json": delete}, "tokenizer"),
     "missing shard": (
-        {INDEX: write('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')},
+        {
+            INDEX: write(
+                '{"weight_map": {"a": "model-00001-of-00002.safetensors", '
+                '"b": "model.safetensors"}}'
+            )
+        },
         "model-00001-of-00002.safetensors is missing",
     ),
     "broken index": ({INDEX: write("{")}, "model.safetensors.index.json cannot be read as JSON"),

@@ -28,10 +28,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distill import cli, machine
-from mlx_distill.checkpoint import bundled, tokenizer_hash
+from mlx_distill.checkpoint import bundled
 from mlx_distill.data.texts import fit, read_texts
 from mlx_distill.distillation.students import compact, export, from_config
 from mlx_distill.evaluation.texts import evaluate
+from mlx_distill.hashes import tokenizer_hash
 
 # The package has a function of that name, too.
 command = importlib.import_module("mlx_distill.distill")

@@ -12,7 +12,7 @@ LAYERS = {
     "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli",
     "uses": "speculation distillation evaluation benchmarking",
     "loops": "speculation.decoding speculation.statistics training",
-    "models": "target drafters checkpoint",
+    "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses",
     "ground": "errors parsing safetensors names arrays files machine openblas config compat",

@@ -17,7 +17,7 @@ from tiny_models import tiny_config, tiny_model
 
 import mlx_distill
 from mlx_distill import InputError, TrainingConfig
-from mlx_distill.checkpoint import bundled, tokenizer_hash
+from mlx_distill.checkpoint import bundled
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.checkpointing import checkpoint_layers
 from mlx_distill.distillation.students import (
@@ -30,6 +30,7 @@ from mlx_distill.distillation.students import (
     read_config,
 )
 from mlx_distill.distillation.training import distill
+from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.training.loop import checkpoints
 
 TOKENS = mx.array([[5, 9, 33, 2, 7], [60, 1, 1, 4, 90]])

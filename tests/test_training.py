@@ -21,9 +21,10 @@ from mlx.utils import tree_flatten
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
-from mlx_distill.checkpoint import bundled, fingerprint
+from mlx_distill.checkpoint import bundled
 from mlx_distill.data.batches import frequent_tokens, padded_batch, shuffled_rows
 from mlx_distill.data.responses import Response, ResponseConfig, read_responses, write_responses
+from mlx_distill.drafters.registry import fingerprint
 from mlx_distill.target.target import Target
 from mlx_distill.train_drafter import DrafterTrainer, DrafterTraining
 from mlx_distill.training.loop import TrainingConfig, checkpoints, save, schedule, train

@@ -12,7 +12,6 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mlx_distill.checkpoint import weights_hash
 from mlx_distill.data.batches import shuffled_rows
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text, batch_order, text_batch
@@ -22,6 +21,7 @@ from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
+from mlx_distill.hashes import weights_hash
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.journal import Journal
 from mlx_distill.training.loop import (

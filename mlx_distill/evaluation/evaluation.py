@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.checkpoint import tokenizer_hash
 from mlx_distill.config import check_seed
 from mlx_distill.data.texts import Text, fit, read_texts
 from mlx_distill.errors import InputError
@@ -15,6 +14,7 @@ from mlx_distill.evaluation.models import Loaded
 from mlx_distill.evaluation.questions import Question, QuestionConfig, answer_scores
 from mlx_distill.evaluation.speed import decoding_speeds
 from mlx_distill.evaluation.texts import evaluate, vocabulary_widths
+from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.context import context_length
 
 Figures = dict[str, dict[str, Any]]

@@ -25,10 +25,10 @@ from mlx_lm.generate import (
 from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_distill.checkpoint import check_fingerprint, fingerprint
 from mlx_distill.core.sampling import Sampling, TextNoise, log_probs, sample
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.drafters.registry import check_fingerprint, fingerprint
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation.decoding import (
