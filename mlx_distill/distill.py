@@ -28,9 +28,9 @@ from mlx_distill import cli, machine
 from mlx_distill.arrays import num_parameters
 from mlx_distill.checkpoint import load, local_folder
 from mlx_distill.config import add_flags, flat, from_flags, read_yaml
-from mlx_distill.data.completions import completion_texts, read_completions
+from mlx_distill.data.corpus import Corpus, check_corpus, read_corpus
 from mlx_distill.data.teacher_cache import TeacherCache, texts_hash, write_cache
-from mlx_distill.data.texts import Text, fit, local_file, pack, read_texts
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.checkpointing import checkpoint_layers
 from mlx_distill.distillation.config import PARTS, DistillConfig
 from mlx_distill.distillation.judgement import judge
@@ -146,7 +146,7 @@ class Parts:
         valid_teacher: Judges held-out texts; None where the teacher does.
         texts: To learn.
         valid: Held out.
-        counts: What was done to the texts.
+        corpus: What became of the rows.
     """
 
     student: nn.Module
@@ -157,11 +157,12 @@ class Parts:
     valid_teacher: Teacher | None
     texts: list[Text]
     valid: list[Text]
-    counts: dict[str, int]
+    corpus: Corpus
 
 
 def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
     """Load everything, and check that it fits together."""
+    check_corpus(config.data, config.valid)
     options = cli.code_options(arguments.trust_remote_code)
     loaded = [load(path, **options) for path in config.teacher]
     networks = [model for model, _ in loaded]
@@ -172,7 +173,8 @@ def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
     compared = any(term.name != "hard" for term in config.terms)
     if others and compared and (not uld or len(loaded) > 1):
         raise InputError(OTHER_TOKENIZER)
-    texts, valid, counts = _texts(config, tokenizer)
+    corpus = _texts(config, tokenizer)
+    texts, valid = corpus.texts, corpus.valid
     _check_contexts([student, *networks], [*texts, *valid])
     for network in networks:
         _quantize(network, config.teacher_bits)
@@ -198,7 +200,7 @@ def _open(config: DistillConfig, arguments: argparse.Namespace) -> Parts:
         valid_teacher,
         texts,
         valid,
-        counts,
+        corpus,
     )
 
 
@@ -257,53 +259,21 @@ def _tokenizer(path: str) -> Any:
         raise InputError(f"the tokenizer {path} cannot be loaded: {one_line(error)}") from None
 
 
-def _texts(config: DistillConfig, tokenizer: Any) -> tuple[list[Text], list[Text], dict[str, int]]:
-    """Return the texts to learn, those held out, and what was done to them."""
-    texts = [text for source in config.data for text in _read(source, "train", config, tokenizer)]
-    valid = _valid(config, tokenizer)
-    if valid is None:
-        if len(texts) <= config.held_out:
-            raise InputError(f"{len(texts)} texts are too few: {config.held_out} are held out")
-        texts, valid = texts[: -config.held_out], texts[-config.held_out :]
-    texts = texts[: config.max_texts]
-    texts, counts = fit(texts, config.max_length, config.long)
-    valid, _ = fit(valid, config.max_length, "cut")
-    if counts["too_long"]:
-        done = {"cut": "cut", "drop": "dropped"}[config.long]
-        print(
-            f"{counts['too_long']} of {counts['texts']} texts are longer than "
-            f"{config.max_length} tokens: {done}",
-            file=sys.stderr,
-        )
-    return pack(texts, config.max_length) if config.pack else texts, valid, counts
-
-
-def _valid(config: DistillConfig, tokenizer: Any) -> list[Text] | None:
-    """Return the held-out texts of a file of their own, None if there is none."""
-    if config.valid:
-        return _read(config.valid, "valid", config, tokenizer)[: config.held_out]
-    first = Path(next(iter(config.data))).expanduser()
-    if (first / "valid.jsonl").exists():
-        return _read(first, "valid", config, tokenizer)[: config.held_out]
-    return None
-
-
-def _read(source: str | Path, split: str, config: DistillConfig, tokenizer: Any) -> list[Text]:
-    """Return the texts of a source, in the layout that is said; of completions, tell what went."""
-    if config.data_layout == "texts":
-        return read_texts(source, tokenizer, learn_prompts=config.learn_prompts, split=split)
-    completions, report = read_completions(local_file(source, split), config.filter)
-    print("\n".join(report.lines()), file=sys.stderr)
-    return completion_texts(completions, tokenizer, config.learn_prompts)
+def _texts(config: DistillConfig, tokenizer: Any) -> Corpus:
+    """Return the texts to learn and those held out; tell what became of the rows."""
+    corpus = read_corpus(config.data, config.valid, tokenizer, config.reading, config.sizes)
+    print("\n".join(corpus.lines()), file=sys.stderr)
+    return corpus
 
 
 def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -> int:
     """Write what the teacher says about the data to disk."""
     if len(config.teacher) != 1:
         raise InputError("a cache holds one teacher's answers; name it with --teacher")
+    check_corpus(config.data, config.valid)
     teacher, tokenizer = load(config.teacher[0], **cli.code_options(arguments.trust_remote_code))
     _quantize(teacher, config.teacher_bits)
-    texts, _, _ = _texts(config, tokenizer)
+    texts = _texts(config, tokenizer).texts
     vocab_size = vocab_width(teacher)
     header = {
         "tokenizer_hash": tokenizer_hash(tokenizer),
@@ -343,7 +313,7 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
     run = {
         "config": asdict(config),
         "seed": config.seed,
-        "texts": parts.counts,
+        "texts": parts.corpus.to_dict(),
         "held_out": figures,
         **machine.provenance(),
     }
@@ -351,7 +321,7 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         "config.yaml": yaml.safe_dump(flat(config), sort_keys=False),
         "training.json": json.dumps(run, indent=1) + "\n",
         LOG: "".join(json.dumps(row) + "\n" for row in done.log),
-        "README.md": _card(output.name, config, run, parameters),
+        "README.md": _card(output.name, config, parts.corpus, run, parameters),
         **{name: (work / name).read_bytes() for name in (TABLE, CURVES)},
     }
     export(output, parts.student, own, parts.tokenizer, files)
@@ -368,7 +338,9 @@ def _finish(output: Path, work: Path, config: DistillConfig, parts: Parts, done:
         )
 
 
-def _card(name: str, config: DistillConfig, run: dict[str, Any], parameters: int) -> str:
+def _card(
+    name: str, config: DistillConfig, corpus: Corpus, run: dict[str, Any], parameters: int
+) -> str:
     """Return the model card: what the student is, how it was made, what was measured."""
     teachers = ", ".join(Path(path).name for path in config.teacher) or "stored text only"
     losses = ", ".join(str(term) for term in config.terms)
@@ -384,7 +356,8 @@ A language model of {parameters:,} parameters, distilled with `python -m mlx_dis
 
 * Teacher: {teachers}
 * Loss: {losses}
-* Data: {", ".join(Path(path).name for path in config.data)}, {run["texts"]["texts"]:,} texts; \
+* Data: {", ".join(Path(path).name for path in config.data)}: {corpus.report.sentence()}; \
+{corpus.valid_report.sentence()}; \
 {config.training.steps:,} steps of {config.batch_size * config.training.accumulate} texts{written}
 * Trained: {config.adapter.fine_tune}, learning rate {config.training.learning_rate:g}
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from mlx_distill import cli, machine
 from mlx_distill.config import add_flags, from_flags
-from mlx_distill.data.texts import local_file
+from mlx_distill.data.sources import check_sources
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
 from mlx_distill.evaluation.models import Sources
 from mlx_distill.evaluation.questions import QuestionConfig, read_questions
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     template_config = cli.template_config(arguments)
     sources = Sources.named(arguments.teacher, arguments.student, arguments.adapter_path)
     output = cli.new_file(arguments.output)
-    local_file(arguments.data, "valid")  # before anything is loaded
+    check_sources([arguments.data], "valid")  # before anything is loaded
     questions = read_questions(arguments.qa)[: config.max_texts] if arguments.qa else []
     loaded = sources.load(cli.code_options(arguments.trust_remote_code))
     figures = measure(

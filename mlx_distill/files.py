@@ -7,8 +7,9 @@ import shutil
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -150,7 +151,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def _open_text(path: Path) -> TextIO:
+def _open_text(path: Path) -> TextIOWrapper:
     """Open a text file, packed or not."""
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")

@@ -328,7 +328,7 @@ BATCH = {"custom_id": "1", "error": None}
     ("row", "reason"),
     [
         ({"question": "Hi", "answer": "Hello!"}, "unknown layout"),
-        ({"instruction": "Translate.", "input": "Hi", "output": "Salut!"}, "unknown layout"),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, "no answer"),
         ({"input": "Hi", "choices": ["a", "b"]}, "unknown layout"),
         ({"input": "Hi", "response": "Hello!"}, "unknown layout"),
         (
@@ -660,7 +660,7 @@ def test_report(tmp_path: Path) -> None:
     _, report = read_completions(write(tmp_path, *rows), CompletionFilter())
     place = f"{tmp_path / 'stored.jsonl'}, line "
     assert report.lines() == [
-        "9 rows read, 1 completions kept, 8 dropped",
+        "9 rows read, 1 texts kept, 8 dropped",
         f"4 no answer: {place}3; {place}4; {place}5; ...",
         f"3 duplicate: {place}7; {place}8; {place}9",
         f"1 unknown layout: {place}2",
@@ -673,11 +673,12 @@ def test_report(tmp_path: Path) -> None:
             "duplicate": {"count": 3, "places": [f"{place}{line}" for line in (7, 8, 9)]},
             "unknown layout": {"count": 1, "places": [f"{place}2"]},
         },
+        "changed": {},
     }
 
 
 def test_empty_report() -> None:
-    assert Report().lines() == ["0 rows read, 0 completions kept, 0 dropped"]
+    assert Report().lines() == ["0 rows read, 0 texts kept, 0 dropped"]
 
 
 def test_malformed_line(tmp_path: Path) -> None:
@@ -748,9 +749,10 @@ def test_texts_with_a_template(tmp_path: Path, chat_tokenizer: Any) -> None:
     rows = [pair("Hello!"), {"messages": long}, {"text": "A story."}]
     texts = completion_texts(read(tmp_path, *rows), chat_tokenizer)
     whole = chat_tokenizer.apply_chat_template(long)
-    asked = chat_tokenizer.apply_chat_template(long[:-1], add_generation_prompt=True)
     assert texts[1].tokens == whole
-    assert texts[1].learned.index(True) == len(asked) < len(whole)
+    for place, (start, _) in zip((2, 4), texts[1].answers(), strict=True):
+        asked = chat_tokenizer.apply_chat_template(long[:place], add_generation_prompt=True)
+        assert start == len(asked) < len(whole)
     assert texts == [encode_row(row, chat_tokenizer, "here", False) for row in rows]
     learned = completion_texts(read(tmp_path, *rows), chat_tokenizer, learn_prompts=True)
     assert [text.tokens for text in learned] == [text.tokens for text in texts]

@@ -208,7 +208,10 @@ def test_student_of_flags(
     run = json.loads((output / "training.json").read_text())
     assert run["held_out"]["after"] == log[-1]["held_out"]
     assert run["held_out"]["before"]["kl"] > 1.1 * log[-1]["held_out"]["kl"]
-    assert run["texts"] == {"texts": 12, "too_long": 0, "nothing_to_learn": 0}
+    assert run["texts"] == {
+        **{"rows": 12, "kept": 12, "dropped": {}, "changed": {}},
+        "held_out": {"rows": 3, "kept": 3, "dropped": {}, "changed": {}},
+    }
     assert run["seed"] == 4
     assert {"python", "mlx", "mlx-lm", "mlx-distill"} <= set(run["versions"])
     assert run["config"]["training"]["steps"] == 6
@@ -556,19 +559,21 @@ def test_too_few_texts_to_hold_some_out(world: Path, tmp_path: Path, refused: Re
     assert refused([*argv, "--held-out", "5"]) == "5 texts are too few: 5 are held out"
 
 
-def test_last_texts_are_held_out(world: Path, tmp_path: Path) -> None:
-    """Those of a file of their own give the same result."""
-    data = write_rows(tmp_path / "all.jsonl", [{"text": t} for t in STORIES + HELD_OUT])
-    first = learn(world, tmp_path / "1", "--data", data, "--held-out", "3")
+def test_held_out_texts_are_chosen_by_a_seed_of_their_own(world: Path, tmp_path: Path) -> None:
     parts = [
         write_rows(tmp_path / f"{n}.jsonl", [{"text": t} for t in STORIES[n::2]]) for n in (0, 1)
     ]
-    valid = write_rows(tmp_path / "held.jsonl", [{"text": t} for t in HELD_OUT])
-    second = learn(world, tmp_path / "2", "--data", *parts, "--valid", valid)
-    third = learn(world, tmp_path / "3", "--data", world / "texts", "--max-texts", "12")
-    assert same_result(first, third)
-    counts = [sum(row["count"] for row in log_of(path)[:4]) for path in (first, second)]
-    assert counts[0] == counts[1]  # an epoch of the same texts
+    options = ["--data", *parts, "--held-out", "4"]
+    before = []
+    for name, seeds in (("1", []), ("2", ["--seed", "5"]), ("3", ["--held-out-seed", "1"])):
+        output = tmp_path / name
+        argv = arguments(world, output, *options, "--student-layers", "0", *seeds)
+        assert main(without(argv, "--student-config")) == 0
+        run = json.loads((output / "training.json").read_text())
+        assert run["texts"]["held_out"]["kept"] == 4
+        assert run["texts"]["kept"] == 8
+        before.append(run["held_out"]["before"]["nats"])
+    assert before[0] == before[1] != before[2]
 
 
 def test_home_folder_of_a_file(
@@ -595,10 +600,13 @@ def test_long_texts_are_counted(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], long: str, kept: int
 ) -> None:
     output = learn(world, tmp_path / "student", "--max-length", "12", "--long", long)
-    done = {"cut": "cut", "drop": "dropped"}[long]
-    assert f"8 of 12 texts are longer than 12 tokens: {done}\n" in capsys.readouterr().err
+    what, done = ("changed", "cut to") if long == "cut" else ("dropped", "longer than")
+    err = capsys.readouterr().err
+    assert f"12 rows read, {kept} texts kept, {12 - kept} dropped\n8 {done} 12 tokens: " in err
     counts = json.loads((output / "training.json").read_text())["texts"]
-    assert counts == {"texts": 12, "too_long": 8, "nothing_to_learn": 0}
+    assert (counts["rows"], counts["kept"]) == (12, kept)
+    assert counts[what][f"{done} 12 tokens"]["count"] == 8
+    assert f"{kept} texts of 12 rows (8 {done} 12 tokens)" in (output / "README.md").read_text()
     per_epoch = math.ceil(kept / 3)
     assert sum(row["count"] for row in log_of(output)[:per_epoch]) <= kept * 11
 
@@ -618,11 +626,10 @@ def test_packed_texts(world: Path, tmp_path: Path, tokenizer: Any) -> None:
     stream = [
         token for text in STORIES for token in [*tokenizer.encode(text), tokenizer.eos_token_id]
     ]
-    num_rows = math.ceil(len(stream) / 33)
+    num_rows = math.ceil((len(stream) - 1) / 32)  # a row begins with the last token of another
     per_epoch = math.ceil(num_rows / 2)
     counts = [row["count"] for row in log_of(output)]
-    assert sum(counts[:per_epoch]) == len(stream) - num_rows
-    assert max(counts) == 2 * 32  # nothing is padded
+    assert sum(counts[:per_epoch]) == len(stream) - len(STORIES)  # no text's first is learned
 
 
 def test_answers_alone_are_learned(world: Path, tmp_path: Path, tokenizer: Any) -> None:
@@ -657,13 +664,13 @@ def test_stored_completions(
     argv = arguments(world, tmp_path / "student", *more, "--tokenizer", world / "teacher")
     assert main(without(argv, "--teacher")) == 0
     err = capsys.readouterr().err
-    assert "16 rows read, 12 completions kept, 4 dropped" in err
+    assert "16 rows read, 12 texts kept, 4 dropped" in err
     assert f"1 refusal: {data}, line 13" in err
     assert f"1 duplicate: {data}, line 15" in err
     assert f"2 unknown layout: {data}, line 14; {data}, line 16" in err
-    assert "3 rows read, 3 completions kept, 0 dropped" in err
+    assert "3 rows read, 3 held-out texts kept, 0 dropped" in err
     run = json.loads((tmp_path / "student" / "training.json").read_text())
-    assert run["texts"]["texts"] == 12
+    assert run["texts"]["kept"] == 12
     assert set(run["held_out"]["after"]) == {"nats", "perplexity"}
     assert "Teacher: stored text only" in (tmp_path / "student" / "README.md").read_text()
 
@@ -679,8 +686,8 @@ def test_stored_completions_are_filtered(
     write_rows(tmp_path / "data" / "valid.jsonl", rows[-2:])
     more = ["--data", data, "--data-layout", "completions", "--where", "score >= 6"]
     output = learn(world, tmp_path / "student", *more)
-    assert "12 rows read, 6 completions kept, 6 dropped" in capsys.readouterr().err
-    assert json.loads((output / "training.json").read_text())["texts"]["texts"] == 6
+    assert "12 rows read, 6 texts kept, 6 dropped" in capsys.readouterr().err
+    assert json.loads((output / "training.json").read_text())["texts"]["kept"] == 6
     argv = arguments(world, tmp_path / "none", *more[:-1], "score >= 60")
     assert "leaves no completions of 12 rows: 12 where is false" in refused(argv)
     argv = arguments(world, tmp_path / "none", *more[:-1], "open('x')")

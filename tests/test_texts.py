@@ -11,14 +11,19 @@ import numpy as np
 import pytest
 
 from mlx_distill.checkpoint import bundled
+from mlx_distill.data.report import Report
+from mlx_distill.data.sources import local_file
 from mlx_distill.data.texts import (
+    Source,
     Text,
     batch_order,
     encode_row,
     fit,
-    local_file,
+    held_out_rows,
+    limited,
     pack,
     read_texts,
+    split_held_out,
     text_batch,
 )
 from mlx_distill.errors import InputError
@@ -159,7 +164,8 @@ def test_template_that_fails_is_named_with_its_row() -> None:
 
 def test_answer_to_nothing(chat_tokenizer: Any) -> None:
     text = encode_row({"messages": CHAT[-1:]}, chat_tokenizer, "here", False)
-    assert text == Text(chat_tokenizer.apply_chat_template(CHAT[-1:]))
+    assert text.tokens == chat_tokenizer.apply_chat_template(CHAT[-1:])
+    assert chat_tokenizer.decode(learned(text)) == "Hello, Lily!\n"
 
 
 def test_layout_with_both_keys_is_a_pair(tokenizer: Any) -> None:
@@ -282,38 +288,88 @@ SIZES = [Text.behind([*range(10)], 4), Text.behind([*range(5)], 4), Text([*range
 
 
 def test_cutting_keeps_the_beginning() -> None:
-    kept, counts = fit(SIZES, 5)
+    kept, report = fit(SIZES, 5)
     assert kept == [Text.behind([0, 1, 2, 3, 4], 4), SIZES[1], Text([0, 1, 2, 3, 4])]
-    assert counts == {"texts": 4, "too_long": 2, "nothing_to_learn": 1}
+    assert (report.rows, report.kept) == (4, 3)
+    assert report.dropped == {"nothing to learn within 5 tokens": 1}
+    assert report.changed == {"cut to 5 tokens": 2}
 
 
 def test_cutting_into_a_prompt_leaves_nothing_to_learn() -> None:
-    kept, counts = fit(SIZES, 4)
+    """What is dropped is not said to be cut."""
+    kept, report = fit(SIZES, 4)
     assert kept == [Text([0, 1, 2, 3])]
-    assert counts == {"texts": 4, "too_long": 3, "nothing_to_learn": 3}
+    assert report.dropped == {"nothing to learn within 4 tokens": 3}
+    assert report.changed == {"cut to 4 tokens": 1}
 
 
 def test_dropping_keeps_whole_texts() -> None:
-    kept, counts = fit(SIZES, 6, "drop")
+    kept, report = fit(SIZES, 6, "drop")
     assert kept == SIZES[1:3]
-    assert counts == {"texts": 4, "too_long": 1, "nothing_to_learn": 1}
+    assert report.dropped == {"longer than 6 tokens": 1, "nothing to learn within 6 tokens": 1}
+    assert not report.changed
+
+
+def test_chat_is_never_cut(chat_tokenizer: Any) -> None:
+    row = {"messages": [*CHAT, CHAT[1], CHAT[2]]}
+    chat = encode_row(row, chat_tokenizer, "f.jsonl, line 3")
+    length = len(chat.tokens)
+    assert fit([chat, SIZES[2]], length)[0] == [chat, SIZES[2]]
+    kept, report = fit([chat, SIZES[2]], length - 1)
+    assert kept == [SIZES[2]]
+    assert report.lines()[1:] == [f"1 longer than {length - 1} tokens: f.jsonl, line 3"]
 
 
 def test_refusing() -> None:
     with pytest.raises(InputError, match="2 of 4 texts are longer than 5 tokens; cut or drop"):
         fit(SIZES, 5, "refuse")
-    kept, counts = fit(SIZES, 10, "refuse")
+    kept, report = fit(SIZES, 10, "refuse")
     assert kept == SIZES[:3]
-    assert counts == {"texts": 4, "too_long": 0, "nothing_to_learn": 1}
+    assert report.dropped == {"nothing to learn within 10 tokens": 1}
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(InputError, match="none of 4 texts has anything to learn: 3 are longer"):
-        fit(SIZES, 1)
-    with pytest.raises(InputError, match="none of 4 texts has anything to learn"):
+    message = "none of 4 held-out texts has anything to learn: 4 nothing to learn within 1 tokens"
+    with pytest.raises(InputError, match=message):
+        fit(SIZES, 1, report=Report(noun="held-out texts"))
+    with pytest.raises(InputError, match="none of 4 texts has anything to learn: 3 longer than 3"):
         fit(SIZES, 3, "drop")
     with pytest.raises(InputError, match="long must be one of cut, drop, refuse, got bend"):
         fit(SIZES, 3, "bend")
+
+
+def test_limit_counts_what_it_leaves_out() -> None:
+    report = Report()
+    assert limited(SIZES, 3, report) == SIZES[:3]
+    assert report.dropped == {"behind the first 3": 1}
+    assert limited(SIZES, None, report) == SIZES
+
+
+def test_held_out_rows_come_from_every_group() -> None:
+    groups = ["a"] * 60 + ["b"] * 30 + ["c"] * 10
+    held = held_out_rows(groups, 20, 0)
+    assert len(held) == len(set(held)) == 20
+    assert held == sorted(held) == held_out_rows(groups, 20, 0)
+    assert held != held_out_rows(groups, 20, 1)
+    counts = [sum(groups[row] == name for row in held) for name in "abc"]
+    assert max(abs(found - share) for found, share in zip(counts, (12, 6, 2), strict=True)) <= 1
+    assert not set(held[-6:]) <= set(range(90, 100))  # not the tail
+    every = {row for seed in range(200) for row in held_out_rows(groups, 20, seed)}
+    assert every == set(range(100))
+
+
+def test_held_out_texts_come_from_every_file() -> None:
+    texts = [
+        Text([1, row, file], source=Source(f"{file}.jsonl, line {row}"))
+        for file in range(3)
+        for row in range(10)
+    ]
+    learn, held = split_held_out(texts, 6, 0)
+    assert sorted(text.tokens[2] for text in held) == [0, 0, 1, 1, 2, 2]
+    assert [text for text in texts if text in held] == held
+    assert [text for text in texts if text not in held] == learn
+    with pytest.raises(InputError, match="30 texts are too few: 30 are held out"):
+        split_held_out(texts, 30, 0)
 
 
 @pytest.mark.parametrize("length", [2, 3, 7, 11, 100])

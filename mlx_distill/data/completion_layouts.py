@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_distill.data.report import Drop, Report
+from mlx_distill.data.rows import as_mlx_lm
 
 UNKNOWN = "unknown layout"
 _TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
@@ -51,6 +52,7 @@ class Completion:
 
 def row_completions(row: dict[str, Any], place: str, report: Report) -> Iterator[Completion]:
     """Yield the answers of a row; the report counts the choices that cannot be used."""
+    row = dict(as_mlx_lm(row, place))
     request, response = _bodies(row)
     metadata = _metadata(row, request, response)
     if request is None:
@@ -82,9 +84,7 @@ def _bodies(row: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
             raise Drop("answer of a batch without its request, which a row may hold as request")
         request = _object(row.get("request", row))
         return _object(request.get("body", request)), response.get("body", response)
-    # With an instruction it is Alpaca's layout, in which the input is no question.
-    is_pair = "input" in row and "output" in row and "instruction" not in row
-    if is_pair or _objects(row.get("choices")):
+    if ("input" in row and "output" in row) or _objects(row.get("choices")):
         return row, row
     if "prompt" in row and "completion" in row:
         return row, {**row, "output": row["completion"]}

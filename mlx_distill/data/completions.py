@@ -12,7 +12,7 @@ What is missing, failed or filtered is counted with its place, never skipped in 
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -21,9 +21,9 @@ from typing import Any
 from mlx_distill.data.completion_layouts import UNKNOWN, Completion, row_completions
 from mlx_distill.data.condition import Undecided, compile_where
 from mlx_distill.data.report import Drop, Report
+from mlx_distill.data.sources import read_rows
 from mlx_distill.data.texts import Text, encode_row
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_jsonl
 
 REFUSAL_CHARS = 200
 
@@ -79,10 +79,11 @@ class CompletionFilter:
 
 
 def read_completions(path: str | Path, filter: CompletionFilter) -> tuple[list[Completion], Report]:
-    """Return the completions of a JSONL file that pass the filter, and what became of its rows.
+    """Return the completions of a file that pass the filter, and what became of its rows.
 
     Args:
-        path: The file; every row may have a layout of its own.
+        path: A JSONL file, also compressed, or a parquet file; every row may have a layout of its
+            own.
         filter: What is kept.
 
     Raises:
@@ -92,7 +93,7 @@ def read_completions(path: str | Path, filter: CompletionFilter) -> tuple[list[C
     report = Report()
     check = _checker(filter)
     completions = []
-    for place, row in read_jsonl(path):
+    for place, row in read_rows(path):
         report.rows += 1
         with report.counting(place):
             for completion in row_completions(row, place, report):
@@ -101,19 +102,25 @@ def read_completions(path: str | Path, filter: CompletionFilter) -> tuple[list[C
                     completions.append(completion)
     report.kept = len(completions)
     if report.rows and report.dropped[UNKNOWN] == report.rows:
-        keys = sorted({key for _, row in read_jsonl(path) for key in row})
+        keys = sorted({key for _, row in read_rows(path) for key in row})
         raise InputError(
             f"{path} has no row of a known layout (mlx-lm, OpenAI, Amazon Bedrock); the keys are "
             f"{', '.join(keys[:20]) or 'none'}"
         )
     if not completions:
-        counts = ", ".join(f"{count} {reason}" for reason, count in report.dropped.most_common())
-        raise InputError(f"{path} leaves no completions of {report.rows} rows: {counts or 'empty'}")
+        raise InputError(
+            f"{path} leaves no completions of {report.rows} rows: {report.reasons() or 'empty'}"
+        )
     return completions, report
 
 
 def completion_texts(
-    completions: Sequence[Completion], tokenizer: Any, learn_prompts: bool = False
+    completions: Sequence[Completion],
+    tokenizer: Any,
+    learn_prompts: bool = False,
+    *,
+    template_config: Mapping[str, Any] | None = None,
+    report: Report | None = None,
 ) -> list[Text]:
     """Return the completions as token ids.
 
@@ -124,6 +131,8 @@ def completion_texts(
         completions: From ``read_completions``.
         tokenizer: An mlx-lm tokenizer; its chat template writes the chats.
         learn_prompts: Also learn the prompts, not the answers alone.
+        template_config: Further arguments of the chat template.
+        report: Counts answers that cannot be found in what the template writes.
 
     Raises:
         InputError: If a chat of several turns has no template to be written with, or it fails.
@@ -136,6 +145,8 @@ def completion_texts(
             completion.place,
             learn_prompts,
             ended=(completion.finish_reason or "").lower() not in TRUNCATED,
+            template_config=template_config,
+            report=report,
         )
         for completion in completions
     ]

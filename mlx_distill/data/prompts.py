@@ -1,26 +1,32 @@
 """Prompts out of the JSONL layouts that mlx-lm users have: prompt, messages, turns, text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import read_jsonl
+from mlx_distill.data.chats import Chat, apply_template
+from mlx_distill.data.report import Drop, Report
+from mlx_distill.data.rows import Row, read_row
+from mlx_distill.data.sources import read_rows
+from mlx_distill.data.tokens import encode_text
+from mlx_distill.errors import InputError
+
+DOCUMENT_TOKENS = 32
 
 
 def encode_prompt(
     tokenizer: Any,
-    prompt: str | Sequence[dict[str, Any]],
+    prompt: str | Sequence[Mapping[str, Any]] | Chat,
     *,
     system_prompt: str | None = None,
     chat_template: bool = True,
-    template_config: dict[str, Any] | None = None,
+    template_config: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt, through the chat template where the tokenizer has one.
 
     Args:
         tokenizer: An mlx-lm tokenizer.
-        prompt: A text, or a chat as a list of ``{"role", "content"}`` messages.
+        prompt: A text, or a chat, also as a list of ``{"role", "content"}`` messages.
         system_prompt: Put in front of the chat.
         chat_template: False encodes the bare text, as ``--ignore-chat-template`` does.
         template_config: Further arguments of the chat template.
@@ -29,27 +35,10 @@ def encode_prompt(
         InputError: If the prompt is empty, if it is a chat and there is no template to write it
             with, or if the template fails.
     """
-    if not prompt:
+    if not (prompt.messages if isinstance(prompt, Chat) else prompt):
         raise InputError("the prompt is empty; give at least one character")
-    has_template = chat_template and getattr(tokenizer, "has_chat_template", False)
-    if has_template:
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
-        if system_prompt is not None:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        try:
-            ids = list(
-                tokenizer.apply_chat_template(
-                    messages, **{"add_generation_prompt": True, **(template_config or {})}
-                )
-            )
-        except Exception as error:  # a template is a program of the model's; it can raise anything
-            raise InputError(
-                f"the tokenizer's chat template failed: {one_line(error)}; "
-                "--ignore-chat-template goes without"
-            ) from error
-        if not all(isinstance(token, int) for token in ids):
-            raise InputError("the chat template gives no list of token ids; leave tokenize alone")
-        return ids
+    if chat_template and getattr(tokenizer, "has_chat_template", False):
+        return _templated(tokenizer, prompt, system_prompt, template_config)
     for flag, value in (
         ("--system-prompt", system_prompt),
         ("--chat-template-config", template_config),
@@ -62,11 +51,30 @@ def encode_prompt(
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt is not text: {error.reason} at {error.start}") from None
-    # As in mlx-lm: BOS is added unless the text already begins with it.
-    bos = tokenizer.bos_token
-    return list(
-        tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-    )
+    return encode_text(tokenizer, prompt)
+
+
+def _templated(
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]] | Chat,
+    system_prompt: str | None,
+    template_config: Mapping[str, Any] | None,
+) -> list[int]:
+    """Return the token ids of a prompt as the chat template opens the answer to it."""
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    chat = prompt if isinstance(prompt, Chat) else Chat(prompt)
+    if system_prompt is not None:
+        system = {"role": "system", "content": system_prompt}
+        chat = Chat([system, *chat.messages], chat.tools, chat.template_config)
+    config = {"add_generation_prompt": True, **(template_config or {})}
+    try:
+        ids = list(apply_template(tokenizer, chat, config))
+    except InputError as error:
+        raise InputError(f"{error}; --ignore-chat-template goes without") from error
+    if not all(isinstance(token, int) for token in ids):
+        raise InputError("the chat template gives no list of token ids; leave tokenize alone")
+    return ids
 
 
 def read_prompts(
@@ -75,55 +83,72 @@ def read_prompts(
     *,
     prompt_tokens: int | None = None,
     chat_template: bool = True,
+    template_config: Mapping[str, Any] | None = None,
+    report: Report | None = None,
 ) -> list[list[int]]:
-    """Return the encoded prompts of a JSONL file, one list of token ids per row.
+    """Return the encoded prompts of a file, one list of token ids per row.
 
     A row holds ``prompt`` (text), ``messages`` (a chat; its last answer is dropped), ``turns``
     (MT-Bench; the first counts) or ``text`` (a document; its first ``prompt_tokens`` tokens are the
-    prompt). A ``prompt`` is cut to ``prompt_tokens`` too when that is given.
+    prompt). A bare ``prompt`` is cut to ``prompt_tokens``, too, when that is given. A chat is never
+    cut, for it would lose the mark that asks for the answer: longer ones are dropped and counted.
+
+    Args:
+        path: A JSONL file, also compressed, or a parquet file.
+        tokenizer: An mlx-lm tokenizer; its chat template writes prompts and messages.
+        prompt_tokens: The longest prompt.
+        chat_template: False leaves the template out.
+        template_config: Further arguments of the chat template.
+        report: Counts what is dropped.
 
     Raises:
         InputError: If the file is unreadable, a row has none of the keys, or no row is left.
     """
+    report = report or Report(noun="prompts")
+    templated = chat_template and bool(getattr(tokenizer, "has_chat_template", False))
+    config = template_config if templated else None
     prompts = []
-    for place, row in read_jsonl(path):
-        if "text" in row and "prompt" not in row and "messages" not in row:
-            limit = prompt_tokens or 32
-            # No token is longer than 32 characters on average: spare the rest of a long document.
-            text = _text(row["text"], place)[: 32 * limit]
-            ids = encode_prompt(tokenizer, text, chat_template=False)[:limit]
-        else:
-            ids = encode_prompt(tokenizer, _prompt(row, place), chat_template=chat_template)
-            ids = ids[:prompt_tokens]
-        if not ids:
-            raise InputError(f"{place}: the prompt has no tokens")
-        prompts.append(ids)
+    for place, given in read_rows(path):
+        report.rows += 1
+        with report.counting(place):
+            row = read_row(given, place, answers=False, prompts=True)
+            if row.document is not None:
+                ids = _opening(tokenizer, row.document, prompt_tokens or DOCUMENT_TOKENS)
+            else:
+                ids = _asked(tokenizer, row, place, templated, config)
+                if prompt_tokens is not None and len(ids) > prompt_tokens:
+                    if templated:
+                        raise Drop(f"chat longer than {prompt_tokens} tokens")
+                    ids = ids[:prompt_tokens]
+            if not ids:
+                raise InputError(f"{place}: the prompt has no tokens")
+            prompts.append(ids)
+            report.kept += 1
     if not prompts:
-        raise InputError(f"{path} holds no prompts")
+        raise InputError(
+            f"{path} holds no prompts"
+            + (f"; of {report.rows} rows: {report.reasons()}" if report.dropped else "")
+        )
     return prompts
 
 
-def _prompt(row: dict[str, Any], place: str) -> str | list[dict[str, Any]]:
-    if "prompt" in row:
-        return _text(row["prompt"], place)
-    if "messages" in row:
-        return _chat(row["messages"], place)
-    if "turns" in row and isinstance(row["turns"], list) and row["turns"]:
-        return _text(row["turns"][0], place)
-    raise InputError(f"{place}: expected a key prompt, messages, turns or text, got {sorted(row)}")
+def _opening(tokenizer: Any, text: str, limit: int) -> list[int]:
+    """Return the first tokens of a document."""
+    # No token is longer than 32 characters on average: spare the rest of a long document.
+    return encode_text(tokenizer, text[: 32 * limit])[:limit]
 
 
-def _text(value: Any, place: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise InputError(f"{place}: expected a non-empty text, got {value!r:.40}")
-    return value
-
-
-def _chat(messages: Any, place: str) -> list[dict[str, Any]]:
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise InputError(f"{place}: messages must be a list of role and content")
-    if messages and messages[-1].get("role") == "assistant":
-        messages = messages[:-1]
-    if not messages:
+def _asked(
+    tokenizer: Any, row: Row, place: str, templated: bool, config: Mapping[str, Any] | None
+) -> list[int]:
+    question = row.question
+    if question is not None and not templated:
+        return encode_prompt(tokenizer, question, chat_template=False)
+    chat = row.chat
+    asked = chat.upto(len(chat.messages) - row.answered)
+    if not asked.messages:
         raise InputError(f"{place}: the chat holds no question")
-    return messages
+    try:
+        return encode_prompt(tokenizer, asked, chat_template=templated, template_config=config)
+    except InputError as error:
+        raise InputError(f"{place}: {error}") from error.__cause__

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from mlx_distill.config import check_seed
 from mlx_distill.data.completions import CompletionFilter
+from mlx_distill.data.corpus import LAYOUTS, Reading, Sizes
 from mlx_distill.data.teacher_cache import TAILS
 from mlx_distill.data.texts import LONG
 from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
@@ -32,8 +33,9 @@ class DistillConfig:
         tokenizer: Folder of a new student's tokenizer (default: the teacher's).
         data: JSONL file, folder with train.jsonl and valid.jsonl, or hub dataset; several are
             joined.
-        valid: Held-out texts (default: valid.jsonl of a folder, else the last --held-out texts).
-        held_out: Texts that are held out if there is no file of them.
+        valid: Held-out texts (default: valid.jsonl of a folder, else --held-out of the texts).
+        held_out: Texts that are held out; of every file the same share, if they have none.
+        held_out_seed: Decides which ones; it is not the training's, so that trainings compare.
         data_layout: texts for mlx-lm's layouts, completions for a teacher's stored answers.
         learn_prompts: Also learn the prompts.
         max_texts: Use the first so many texts.
@@ -67,6 +69,7 @@ class DistillConfig:
     data: tuple[str, ...] = ()
     valid: str | None = None
     held_out: int = 64
+    held_out_seed: int = 0
     data_layout: str = "texts"
     learn_prompts: bool = False
     max_texts: int | None = None
@@ -97,7 +100,7 @@ class DistillConfig:
             raise InputError(f"max_texts must be at least 1, got {self.max_texts}")
         for name, known in (
             ("long", LONG),
-            ("data_layout", ("texts", "completions")),
+            ("data_layout", LAYOUTS),
             ("teacher_mean", ("probs", "logits")),
             ("export_dtype", tuple(DTYPES)),
             ("cache_tail", TAILS),
@@ -125,6 +128,28 @@ class DistillConfig:
                     f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
                     "use sparse_kl"
                 )
+
+    @property
+    def reading(self) -> Reading:
+        """How rows become texts."""
+        return Reading(
+            self.data_layout,
+            self.filter,
+            self.learn_prompts,
+            prompts=self.rollouts.on_policy > 0,
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many texts of which length."""
+        return Sizes(
+            self.held_out,
+            self.held_out_seed,
+            self.max_texts,
+            self.max_length,
+            self.long,
+            self.pack,
+        )
 
     @property
     def terms(self) -> list[LossTerm]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import check_seed
-from mlx_distill.data.texts import Text, fit, read_texts
+from mlx_distill.data.report import Report
+from mlx_distill.data.texts import Text, fit, limited, read_texts
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.metrics import report, resampled, with_interval
 from mlx_distill.evaluation.models import Loaded
@@ -88,13 +89,13 @@ def measure(
     figures: Figures = {}
     prompts: dict[str, list[int]] = {}
     for group in groups:
-        texts, counts = _read(data, group, config, template_config)
+        texts, rows = _read(data, group, config, template_config)
         models = {name: one.model for name, one in group.items()}
         sums = evaluate(models, texts, teacher, config.batch_size)
         figures |= report(sums, teacher, config.bootstrap, config.seed)
         prompts |= dict.fromkeys(group, texts[0].tokens)
         for name in group:
-            figures[name]["rows"] = counts
+            figures[name]["rows"] = rows.to_dict()
     if config.speed_tokens:
         for name, speed in decoding_speeds(loaded, prompts, config.speed_tokens).items():
             figures[name]["tokens_per_s"] = speed
@@ -127,7 +128,7 @@ def _read(
     loaded: dict[str, Loaded],
     config: EvaluationConfig,
     template_config: dict[str, Any] | None,
-) -> tuple[list[Text], dict[str, int]]:
+) -> tuple[list[Text], Report]:
     """Return the texts for models that share a tokenizer; what the models cut is said on stderr."""
     (first, one), *others = loaded.items()
     for name, other in others:
@@ -148,5 +149,10 @@ def _read(
     length = min(config.max_length, *contexts)
     if length < config.max_length:
         print(f"texts are cut to {length} tokens, the models' context", file=sys.stderr)
-    texts = read_texts(data, one.tokenizer, split="valid")[: config.max_texts]
-    return fit(texts, length)
+    rows = Report()
+    texts = read_texts(
+        data, one.tokenizer, split="valid", template_config=template_config, report=rows
+    )
+    texts, rows = fit(limited(texts, config.max_texts, rows), length, report=rows)
+    print("\n".join(rows.lines()), file=sys.stderr)
+    return texts, rows

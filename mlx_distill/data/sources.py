@@ -1,0 +1,76 @@
+"""Where data come from: files, folders with a file per split, and datasets of the hub."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import read_jsonl, usable_path
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def local_file(source: str | Path, split: str) -> Path:
+    """Return the file that a source means, fetched from the hub if it is not here.
+
+    Args:
+        source: A file, a folder that holds ``{split}.jsonl`` (also ``.jsonl.gz`` or ``.parquet``),
+            or the name of a hub dataset with ``{split}.jsonl``.
+        split: Which file of a folder or a dataset.
+
+    Raises:
+        InputError: If there is none.
+    """
+    name = str(source)
+    path = usable_path(source, "the data")
+    if path.is_dir():
+        named = [path / f"{split}{suffix}" for suffix in SUFFIXES]
+        path = next((file for file in named if file.exists()), named[0])
+    if path.exists():
+        return path
+    if name.endswith(SUFFIXES) or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise InputError(f"there is no file {path}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, f"{split}.jsonl", repo_type="dataset"))
+    except Exception as error:  # the hub's client raises its transport's errors too
+        raise InputError(
+            f"there is no file {name}, and {split}.jsonl of a dataset of that name could not be "
+            f"fetched from the hub: {one_line(error)}"
+        ) from None
+
+
+def check_sources(sources: Iterable[str | Path], split: str = "train") -> None:
+    """Raise InputError if a source is not there or its first row cannot be read.
+
+    Costs next to nothing: to be called before models are loaded.
+    """
+    for source in sources:
+        next(read_rows(local_file(source, split)), None)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a JSONL file, also compressed, or a parquet file, each behind its place.
+
+    Raises:
+        InputError: If the file or a row cannot be read.
+    """
+    return _parquet_rows(Path(path)) if str(path).endswith(".parquet") else read_jsonl(path)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(f"{path} needs pyarrow to be read; install mlx-distill[parquet]") from None
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                number += 1
+                # A column that other rows have is null here: this row has no such key.
+                known = {key: value for key, value in row.items() if value is not None}
+                yield f"{path}, row {number}", known
+    except (ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as parquet: {one_line(error)}") from None

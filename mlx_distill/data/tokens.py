@@ -1,0 +1,66 @@
+"""Text as token ids and back: one beginning, and where in the text each token ends."""
+
+from collections.abc import Sequence
+from typing import Any
+
+UNFINISHED = "\ufffd"
+
+
+def encode_text(tokenizer: Any, text: str, special: bool = True) -> list[int]:
+    """Return the token ids of a text, with one token that begins it.
+
+    Args:
+        tokenizer: An mlx-lm tokenizer.
+        text: What to encode; it may begin with the BOS token's text.
+        special: Add what the tokenizer puts around a text. As in mlx-lm, BOS is added unless the
+            text already begins with it.
+    """
+    bos = tokenizer.bos_token
+    begun = bos is not None and text.startswith(bos)
+    ids = list(tokenizer.encode(text, add_special_tokens=special and not begun))
+    # Some tokenizers put one in front of whatever they are given.
+    return ids[1:] if begun and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
+
+
+def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Return how long the beginning is that two texts, or two lists of tokens, share."""
+    parting = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(parting, min(len(one), len(other)))
+
+
+def tokens_before(tokenizer: Any, text: str, place: int, tokens: Sequence[int]) -> int:
+    """Return how many of a text's tokens lie before a character; the one across it does not.
+
+    Args:
+        tokenizer: An mlx-lm tokenizer.
+        text: The whole text.
+        place: The character.
+        tokens: The text's, encoded without special tokens.
+    """
+    if place >= len(text):
+        return len(tokens)
+    return shared(tokens, encode_text(tokenizer, text[:place], special=False))
+
+
+def character_ends(tokenizer: Any, tokens: Sequence[int], start: int = 0) -> list[int | None]:
+    """Return behind how many characters each token from ``start`` on ends, counted from there.
+
+    None stands where a token ends within a character. Special tokens have no characters. Only a
+    few tokens at a time are decoded, with those before them, for a word's first blank is not to be
+    had otherwise.
+    """
+    ends: list[int | None] = []
+    length, begun, done = 0, max(0, start - 4), start
+
+    def text(first: int, stop: int) -> str:
+        return tokenizer.decode(list(tokens[first:stop]), skip_special_tokens=True)
+
+    for stop in range(start + 1, len(tokens) + 1):
+        known, grown = text(begun, done), text(begun, stop)
+        if grown.endswith(UNFINISHED) and not known.endswith(UNFINISHED):
+            ends.append(None)
+            continue
+        length += len(grown) - len(known)
+        ends.append(length)
+        begun, done = max(begun, stop - 4), stop
+    return ends

@@ -1,0 +1,186 @@
+"""What is learned of a chat: every answer and its end, in whichever template."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import chat_templates as templates
+import mlx_lm
+import pytest
+from transformers import AddedToken
+
+from mlx_distill.checkpoint import bundled
+from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
+from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.data.report import Report
+from mlx_distill.data.texts import Text, encode_row, fit, pack
+from mlx_distill.errors import InputError
+
+USER, OTHER = ({"role": "user", "content": text} for text in ("Hi", "And now?"))
+FIRST, SECOND = ({"role": "assistant", "content": text} for text in ("Hello, Lily!", "We play."))
+SYSTEM = {"role": "system", "content": "Be brief."}
+CHAT = [USER, FIRST, OTHER, SECOND]
+
+
+@pytest.fixture(scope="module")
+def stories() -> Any:
+    tokenizer = mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+    marks = [AddedToken(mark, special=True, normalized=False) for mark in templates.MARKS]
+    tokenizer._tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer._tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+def with_template(tokenizer: Any, template: str) -> Any:
+    own = copy.deepcopy(tokenizer._tokenizer)
+    own.chat_template = template
+    ends = {own.convert_tokens_to_ids(mark) for mark in templates.ENDS if mark in template}
+    return mlx_lm.tokenizer_utils.TokenizerWrapper(own, eos_token_ids=ends)
+
+
+def said(tokenizer: Any, text: Text) -> list[str]:
+    """Return what is learned, answer by answer."""
+    return [tokenizer.decode(text.tokens[start:stop]) for start, stop in text.answers()]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (templates.CHATML, "<|im_end|>"),
+        (templates.LLAMA3, "<|eot_id|>"),
+        (templates.GEMMA, "<end_of_turn>"),
+        (templates.MISTRAL, "</s>"),
+    ],
+)
+def test_every_answer_is_learned_with_its_end(stories: Any, template: str, end: str) -> None:
+    tokenizer = with_template(stories, template)
+    text = encode_row({"messages": CHAT}, tokenizer, "here")
+    assert text.tokens == tokenizer.apply_chat_template(CHAT)
+    learned = [answer.strip() for answer in said(tokenizer, text)]
+    assert learned == [f"Hello, Lily!{end}", f"We play.{end}"]
+    for (start, _), place in zip(text.answers(), (1, 3), strict=True):
+        asked = encode_prompt(tokenizer, CHAT[:place])
+        assert text.tokens[:start] == asked  # just what a model is asked with
+    assert sum(token == tokenizer.bos_token_id for token in text.tokens) <= 1
+
+
+def test_answers_are_found_where_the_template_moves_the_system(stories: Any) -> None:
+    """In front of the second question, though the first one alone would have it."""
+    tokenizer = with_template(stories, templates.MISTRAL)
+    report = Report()
+    text = encode_row({"messages": [SYSTEM, *CHAT]}, tokenizer, "here", report=report)
+    assert [one.strip() for one in said(tokenizer, text)] == ["Hello, Lily!</s>", "We play.</s>"]
+    assert not report.changed
+
+
+def test_answers_that_cannot_be_found_are_counted(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.FORGETFUL)
+    report = Report()
+    text = encode_row({"messages": CHAT}, tokenizer, "f.jsonl, line 2", report=report)
+    assert said(tokenizer, text) == ["We play.</s>"]
+    assert report.changed.total() == 1
+    assert list(report.places.values()) == [["f.jsonl, line 2"]]
+
+
+def thinking(answer: str) -> dict[str, str]:
+    return {"role": "assistant", "content": f"<think>\nHm.\n</think>\n\n{answer}"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_thoughts_that_the_template_takes_out(stories: Any, enabled: bool) -> None:
+    tokenizer = with_template(stories, templates.QWEN3)
+    config = {"enable_thinking": enabled}
+    rows = [CHAT, [USER, thinking("Hello!"), OTHER, thinking("We play.")]]
+    plain, thought = (
+        encode_row({"messages": row}, tokenizer, "here", template_config=config) for row in rows
+    )
+    empty = "<think>\n\n</think>\n\n" if enabled else ""  # else it is asked with an empty one
+    assert said(tokenizer, plain) == ["Hello, Lily!<|im_end|>", f"{empty}We play.<|im_end|>"]
+    first, last = said(tokenizer, thought)
+    assert first == "Hello!<|im_end|>"
+    # Not to think and a thought part behind the mark that opens both.
+    assert last == "<think>\n" * enabled + "Hm.\n</think>\n\nWe play.<|im_end|>"
+
+
+def test_switch_of_a_row_wins(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.QWEN3)
+    row = {"messages": [USER, FIRST], "chat_template_kwargs": {"enable_thinking": False}}
+    text = encode_row(row, tokenizer, "here", template_config={"enable_thinking": True})
+    assert said(tokenizer, text) == ["Hello, Lily!<|im_end|>"]
+
+
+def test_tools_reach_the_template(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.QWEN3)
+    tools = [{"type": "function", "function": {"name": "barn_thermometer", "parameters": {}}}]
+    text = encode_row({"messages": CHAT, "tools": tools}, tokenizer, "here")
+    assert "barn_thermometer" in tokenizer.decode(text.tokens)
+    assert text.tokens == tokenizer.apply_chat_template(CHAT, tools=tools)
+    assert len(text.answers()) == 2
+
+
+def test_answer_of_weight_0_is_read_and_not_learned(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.CHATML)
+    chat = [USER, {**FIRST, "weight": 0}, OTHER, SECOND]
+    text = encode_row({"messages": chat}, tokenizer, "here")
+    assert said(tokenizer, text) == ["We play.<|im_end|>"]
+
+
+@pytest.mark.parametrize("template", [templates.CHATML, templates.LLAMA3, templates.MISTRAL])
+def test_answer_that_was_cut_off_learns_no_end(stories: Any, template: str, tmp_path: Path) -> None:
+    tokenizer = with_template(stories, template)
+    path = tmp_path / "log.jsonl"
+    choice = {"finish_reason": "length", "message": {**SECOND, "content": "Once there was"}}
+    row = {"request": {"messages": CHAT[:3]}, "response": {"choices": [choice]}}
+    path.write_text(json.dumps(row) + "\n")
+    kept, _ = read_completions(path, CompletionFilter(drop_truncated=False))
+    (text,) = completion_texts(kept, tokenizer)
+    *_, last = said(tokenizer, text)
+    assert last.strip() == "Once there was"
+    assert text.tokens[-1] not in tokenizer.eos_token_ids
+    assert text.answers()[-1][1] == len(text.tokens)
+
+
+def test_packing_keeps_every_answer(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.CHATML)
+    texts = [encode_row({"messages": CHAT}, tokenizer, "here") for _ in range(3)]
+    for length in (9, 40, 1000):
+        rows = pack(texts, length)
+        assert sum(row.num_learned for row in rows) == sum(text.num_learned for text in texts)
+    (row,) = pack(texts, 1000)
+    assert said(tokenizer, row) == said(tokenizer, texts[0]) * 3
+
+
+def test_question_alone(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.CHATML)
+    for row in ({"prompt": "Hi"}, {"messages": [USER]}, {"prompt": [USER]}):
+        text = encode_row(row, tokenizer, "here", prompts=True)
+        assert text.tokens == encode_prompt(tokenizer, "Hi")
+        assert text.num_learned == 0
+        kept, report = fit([text], 100, prompts=True)
+        assert (kept, report.kept) == ([text], 1)
+        with pytest.raises(InputError, match="nothing to learn"):
+            fit([text], 100)
+
+
+def test_what_users_of_other_projects_have(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.CHATML)
+    expected = encode_row({"messages": CHAT}, tokenizer, "here")
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [{"from": names[one["role"]], "value": one["content"]} for one in CHAT]
+    assert encode_row({"conversations": turns}, tokenizer, "here") == expected
+    unanswered = {"conversations": [*turns, {"from": "human", "value": "Bye"}]}
+    assert encode_row(unanswered, tokenizer, "here") == expected
+    pair = encode_row({"prompt": "Add.\n\n1 2", "completion": "3"}, tokenizer, "here")
+    alpaca = {"instruction": "Add.", "input": "1 2", "output": "3"}
+    assert encode_row(alpaca, tokenizer, "here") == pair
+    alpaca = {"instruction": "Hi", "input": "", "output": "Hello, Lily!", "system": "Be brief."}
+    chat = encode_row({"messages": [SYSTEM, USER, FIRST]}, tokenizer, "here")
+    assert encode_row(alpaca, tokenizer, "here") == chat
+    listed = {"prompt": CHAT[:3], "completion": CHAT[3:]}
+    assert encode_row(listed, tokenizer, "here") == expected
+
+
+def test_conversation_of_unknown_speakers(stories: Any) -> None:
+    with pytest.raises(InputError, match=r"here: from must be one of human, .* got 'narrator'"):
+        encode_row({"conversations": [{"from": "narrator", "value": "A"}]}, stories, "here")

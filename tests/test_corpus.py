@@ -1,0 +1,160 @@
+"""All that a training reads, from all of its sources, and what is said of it."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+import pytest
+
+from mlx_distill.checkpoint import bundled
+from mlx_distill.data.corpus import Reading, Sizes, check_corpus, read_corpus
+from mlx_distill.data.report import Report
+from mlx_distill.data.sources import check_sources, local_file, read_rows
+from mlx_distill.errors import InputError
+
+LONG = "A long tale of a fox. " * 40
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+
+
+def write(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def numbered(count: int, name: str = "Tom") -> list[dict[str, str]]:
+    return [{"text": f"{name} has {number} dogs."} for number in range(count)]
+
+
+def test_every_row_is_kept_or_counted_once(tmp_path: Path, tokenizer: Any) -> None:
+    pairs = [{"prompt": LONG, "completion": "The end."}] * 3
+    one = write(tmp_path / "one.jsonl", *numbered(6), *pairs)
+    two = write(tmp_path / "two.jsonl", *numbered(9, "Lily"), {"text": LONG})
+    sizes = Sizes(held_out=6, max_texts=10, max_length=32)
+    corpus = read_corpus([one, two], None, tokenizer, Reading(), sizes)
+    report, held = corpus.report, corpus.valid_report
+    assert report.rows + held.rows == 19
+    assert held.rows == 6
+    assert len(corpus.texts) == report.kept == report.rows - report.dropped.total()
+    assert len(corpus.valid) == held.kept == held.rows - held.dropped.total()
+    dropped = report.dropped + held.dropped
+    assert dropped == {"nothing to learn within 32 tokens": 3, "behind the first 10": 3}
+    assert all(len(text.tokens) <= 32 for text in [*corpus.texts, *corpus.valid])
+    assert corpus.to_dict()["held_out"]["rows"] == 6
+    assert any("held-out texts kept" in line for line in corpus.lines())
+
+
+@pytest.mark.parametrize("long", ["drop", "refuse"])
+def test_held_out_texts_are_treated_as_those_that_are_learned(
+    tmp_path: Path, tokenizer: Any, long: str
+) -> None:
+    data = write(tmp_path / "data.jsonl", *numbered(4))
+    valid = write(tmp_path / "valid.jsonl", {"text": LONG}, *numbered(2), {"text": LONG})
+    sizes = Sizes(max_length=32, long=long)
+    if long == "refuse":
+        with pytest.raises(InputError, match="2 of 4 held-out texts are longer than 32 tokens"):
+            read_corpus([data], valid, tokenizer, Reading(), sizes)
+        return
+    corpus = read_corpus([data], valid, tokenizer, Reading(), sizes)
+    assert len(corpus.valid) == 2
+    assert corpus.valid_report.places["longer than 32 tokens"] == [
+        f"{valid}, line 1",
+        f"{valid}, line 4",
+    ]
+    write(tmp_path / "valid.jsonl", *[{"text": LONG}] * 5)
+    message = "none of 5 held-out texts has anything to learn: 5 longer than 32 tokens"
+    with pytest.raises(InputError, match=message):
+        read_corpus([data], valid, tokenizer, Reading(), sizes)
+
+
+def test_packing_splits_long_texts(tmp_path: Path, tokenizer: Any) -> None:
+    data = write(tmp_path / "data.jsonl", {"text": LONG}, *numbered(4))
+    valid = write(tmp_path / "valid.jsonl", *numbered(1))
+    options = (tokenizer, Reading())
+    whole = read_corpus([data], valid, *options, Sizes(max_length=4096))
+    packed = read_corpus([data], valid, *options, Sizes(max_length=32, pack=True))
+    learned = [sum(text.num_learned for text in c.texts) for c in (whole, packed)]
+    assert learned[0] == learned[1]
+    assert all(len(text.tokens) <= 32 for text in packed.texts)
+    assert not packed.report.changed
+    dropped = read_corpus([data], valid, *options, Sizes(max_length=32, pack=True, long="drop"))
+    assert dropped.report.dropped == {"longer than 32 tokens": 1}
+
+
+def test_stored_completions_are_counted_together(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"input": f"Hi {n}", "output": "Hello!"} for n in range(3)]
+    one = write(tmp_path / "one.jsonl", *rows, {"input": "Hi"})
+    two = write(tmp_path / "two.jsonl", *rows, {"input": "Hi", "output": ""})
+    corpus = read_corpus(
+        [one, two], None, tokenizer, Reading(layout="completions"), Sizes(held_out=2)
+    )
+    assert (corpus.report.rows, corpus.report.kept) == (6, 4)
+    assert corpus.report.dropped == {"unknown layout": 1, "no answer": 1}
+
+
+def test_packed_file_and_one_with_a_mark_of_its_byte_order(tmp_path: Path, tokenizer: Any) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in numbered(3))
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert local_file(tmp_path, "train") == tmp_path / "train.jsonl.gz"
+    expected = [row for _, row in read_rows(tmp_path / "train.jsonl.gz")]
+    assert expected == numbered(3)
+    assert [row for _, row in read_rows(tmp_path / "bom.jsonl")] == expected
+    assert len(Reading().texts(tmp_path, tokenizer, Report())) == 3
+
+
+def test_parquet(tmp_path: Path, tokenizer: Any) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    rows = [{"text": "A dog."}, {"messages": chat}, {"prompt": "Hi", "completion": "Ho."}]
+    path = tmp_path / "train.parquet"
+    parquet.write_table(
+        arrow.Table.from_pylist(
+            rows,
+            arrow.schema(
+                [
+                    ("text", arrow.string()),
+                    (
+                        "messages",
+                        arrow.list_(
+                            arrow.struct([("role", arrow.string()), ("content", arrow.string())])
+                        ),
+                    ),
+                    ("prompt", arrow.string()),
+                    ("completion", arrow.string()),
+                ]
+            ),
+        ),
+        path,
+    )
+    assert [row for _, row in read_rows(path)] == rows
+    assert [place for place, _ in read_rows(path)][2] == f"{path}, row 3"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"train\.parquet cannot be read as parquet: "):
+        list(read_rows(path))
+
+
+def test_parquet_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"needs pyarrow to be read; install mlx-distill\[parquet"):
+        list(read_rows(tmp_path / "train.parquet"))
+
+
+def test_sources_are_checked_without_reading_them(tmp_path: Path) -> None:
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"text": "A dog."}\n{oops\n')
+    check_sources([good])
+    (tmp_path / "bad.jsonl").write_text("{oops\n")
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        check_sources([good, tmp_path / "bad.jsonl"])
+    with pytest.raises(InputError, match=r"there is no file .*none\.jsonl"):
+        check_corpus([str(good)], str(tmp_path / "none.jsonl"))
+    with pytest.raises(InputError, match="zero byte"):
+        check_sources(["a\0b"])
