@@ -11,8 +11,9 @@ from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.decoding import CacheConfig
-from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.generation import generate, stream_generate
+from mlx_distill.speculation.responses import GenerationResponse
 from mlx_distill.training.loop import TrainingConfig
 
 __all__ = [

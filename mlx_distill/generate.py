@@ -31,8 +31,9 @@ from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.decoding import CacheConfig
-from mlx_distill.speculation.generation import GenerationResponse, generate, stream_generate
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.generation import generate, stream_generate
+from mlx_distill.speculation.responses import GenerationResponse
 from mlx_distill.target.target import Target
 
 DRAFTED = Style(color="green")

@@ -71,7 +71,7 @@ def test_tree_equals_plain_decoding(name: str) -> None:
     caches = make_prompt_cache(model)
     target.forward(mx.array(PROMPT), caches)
 
-    call = target.verify(tree.tokens, tree.mask, tree.depths, 5, caches)
+    call = target.verify(tree, caches)
     mx.eval(call.logits, call.hidden)
     for node, path in enumerate(paths):
         expected, _ = plain_logits(model, PROMPT + [tokens[i] for i in path])
@@ -81,7 +81,7 @@ def test_tree_equals_plain_decoding(name: str) -> None:
     path = paths[5 if target.support != "chain" else 3]
     call.commit(path)
     text = PROMPT + [tokens[i] for i in path]
-    call = target.verify(tree.tokens, tree.mask, tree.depths, 5, caches)
+    call = target.verify(tree, caches)
     for node, path in enumerate(paths):
         expected, _ = plain_logits(model, text + [tokens[i] for i in path])
         assert_close(call.logits[node], expected)

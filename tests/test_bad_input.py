@@ -29,7 +29,8 @@ from tiny_models import tiny_config, tiny_model
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
 from mlx_distill.checkpoint import bundled
-from mlx_distill.drafters.recurrent import BoundDrafter, RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.registry import save_drafter
 from mlx_distill.target.target import Target
 

@@ -14,15 +14,10 @@ from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
 from mlx_distill.core.beam_search import beam_search
-from mlx_distill.core.prefix_tree import BeamLevels
-from mlx_distill.core.sampling import Sampling
+from mlx_distill.core.draft import Draft
+from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.recurrent import (
-    SHARPNESS,
-    BoundDrafter,
-    RecurrentDrafter,
-    RecurrentDrafterConfig,
-)
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 
 ROOT = 3
 TRIMMED = [1, 4, 5, 8]
@@ -68,7 +63,7 @@ class TinyDrafter:
         logits = self.network.logits(context, state)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True), state
 
-    def search(self, width: int, length: int) -> BeamLevels:
+    def search(self, width: int, length: int) -> Draft:
         token_ids = None if self.token_ids is None else mx.array(self.token_ids)
         return beam_search(self.step, mx.array([ROOT]), None, width, length, token_ids)
 
@@ -84,7 +79,7 @@ class TinyDrafter:
         return slow_beam_search(self.log_probs, width, length, self.token_ids)
 
     def slow_draft(
-        self, width: int, length: int, noise: np.ndarray | None = None, temperature: float = 1.0
+        self, width: int, length: int, noise: np.ndarray | None = None
     ) -> list[dict[Path, float]]:
         """Return what a drafter searches for: the best of logits and noise, sharpened."""
 
@@ -92,28 +87,31 @@ class TinyDrafter:
             logits = self.logits(path)
             if noise is not None:
                 columns = slice(None) if self.token_ids is None else self.token_ids
-                logits = logits + temperature * noise[len(path), columns]
+                logits = logits + noise[len(path), columns]
             return np.log(softmax(SHARPNESS * logits))
 
         return slow_beam_search(scores, width, length, self.token_ids)
 
 
-def paths_by_level(levels: BeamLevels) -> list[dict[Path, float]]:
-    """Return the paths that end at each level, and their scores."""
-    tokens, parents, scores = (
-        np.array(x).tolist() for x in (levels.tokens, levels.parents, levels.scores)
+def paths_by_level(draft: Draft) -> list[dict[Path, float]]:
+    """Return the paths that end at each depth, the root left out, and their scores."""
+    tokens, parents, depths = (
+        np.array(x).tolist() for x in (draft.tokens, draft.parents, draft.depths)
     )
-    paths: list[Path] = [()] * len(tokens[0])
-    result = []
-    for here, above, score in zip(tokens, parents, scores, strict=True):
-        paths = [(*paths[parent], token) for parent, token in zip(above, here, strict=True)]
-        result.append(dict(zip(paths, score, strict=True)))
-        assert len(result[-1]) == len(paths), "a path was found twice"
+    assert (tokens[0], parents[0], depths[0], draft.scores[0].item()) == (ROOT, 0, 0, 0)
+    paths: list[Path] = [()]
+    result: list[dict[Path, float]] = [{} for _ in range(draft.max_depth)]
+    for node in range(1, len(tokens)):
+        assert parents[node] < node
+        assert depths[node] == depths[parents[node]] + 1
+        paths.append((*paths[parents[node]], tokens[node]))
+        assert paths[-1] not in result[depths[node] - 1], "a path was found twice"
+        result[depths[node] - 1][paths[-1]] = draft.scores[node].item()
     return result
 
 
-def assert_equal_levels(levels: BeamLevels, expected: list[dict[Path, float]]):
-    for found, wanted in zip(paths_by_level(levels), expected, strict=True):
+def assert_equal_levels(draft: Draft, expected: list[dict[Path, float]]):
+    for found, wanted in zip(paths_by_level(draft), expected, strict=True):
         assert found.keys() == wanted.keys()
         for path, score in wanted.items():
             assert found[path] == pytest.approx(score, abs=1e-4)
@@ -132,9 +130,9 @@ def test_the_search_equals_the_slow_twin(
 @pytest.mark.parametrize("width", [9, 10, 100])
 def test_a_width_beyond_the_vocabulary_is_capped(width: int):
     drafter = TinyDrafter(0)
-    levels = drafter.search(width, 3)
-    assert levels.tokens.shape == (3, 9)
-    assert_equal_levels(levels, drafter.slow_search(9, 3))
+    draft = drafter.search(width, 3)
+    assert draft.tokens.shape == (1 + 3 * 9,)
+    assert_equal_levels(draft, drafter.slow_search(9, 3))
 
 
 def test_a_full_width_finds_the_best_of_all_pairs():
@@ -152,24 +150,21 @@ def test_width_one_takes_the_best_token_each_time():
     path: Path = ()
     for _ in range(6):
         path += (int(drafter.log_probs(path).argmax()),)
-    assert drafter.search(1, 6).tokens[:, 0].tolist() == list(path)
+    assert drafter.search(1, 6).tokens.tolist() == [ROOT, *path]
 
 
 def test_a_drafter_of_one_token_repeats_it():
     drafter = TinyDrafter(3, token_ids=[7])
-    levels = drafter.search(4, 3)
-    assert levels.tokens.tolist() == [[7], [7], [7]]
-    assert levels.parents.tolist() == [[0], [0], [0]]
-    assert np.abs(np.array(levels.scores)).max() == 0
+    draft = drafter.search(4, 3)
+    assert draft.tokens.tolist() == [ROOT, 7, 7, 7]
+    assert draft.parents.tolist() == [0, 0, 1, 2]
+    assert np.abs(np.array(draft.scores)).max() == 0
 
 
 @pytest.mark.parametrize("token_ids", [None, TRIMMED])
 def test_no_path_is_more_probable_than_its_parents(token_ids: list[int] | None):
-    levels = TinyDrafter(4, token_ids).search(4, 6)
-    for above, parents, here in zip(
-        levels.scores, levels.parents[1:], levels.scores[1:], strict=False
-    ):
-        assert mx.all(here <= above[parents]).item()
+    draft = TinyDrafter(4, token_ids).search(4, 6)
+    assert mx.all(draft.scores <= draft.scores[draft.parents]).item()
 
 
 def remembering_step(vocab_size: int) -> Callable[[mx.array, Any], tuple[mx.array, Any]]:
@@ -193,9 +188,9 @@ def random_row(vocab_size: int, read: list[int]) -> np.ndarray:
 def test_every_beam_keeps_its_own_state(width: int, length: int):
     # The state is exactly the path, so a beam that was given another's would score other tokens.
     state = {"path": mx.full((1, 6), -1, mx.int32), "counts": (mx.zeros((1,), mx.int32),)}
-    levels = beam_search(remembering_step(5), mx.array([ROOT]), state, width, length)
+    draft = beam_search(remembering_step(5), mx.array([ROOT]), state, width, length)
     expected = slow_beam_search(lambda path: np.log(random_row(5, [ROOT, *path])), width, length)
-    assert_equal_levels(levels, expected)
+    assert_equal_levels(draft, expected)
 
 
 @pytest.mark.parametrize("rnn", [True, False])
@@ -205,33 +200,32 @@ def test_a_bound_drafter_searches_the_same(token_ids: list[int] | None, rnn: boo
     bound = BoundDrafter(drafter.network, drafter.embed, {})
     plan = DraftPlan(beam_width=3, draft_length=4)
     for _ in range(2):  # the second time the search is compiled already
-        levels = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), plan)
-        assert_equal_levels(levels, drafter.slow_draft(3, 4))
+        draft = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), plan)
+        assert_equal_levels(draft, drafter.slow_draft(3, 4))
 
 
-@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.0])
 @pytest.mark.parametrize("token_ids", [None, TRIMMED])
-def test_a_bound_drafter_looks_at_the_noise(token_ids: list[int] | None, temperature: float):
+def test_a_bound_drafter_looks_at_the_noise(token_ids: list[int] | None, scale: float):
     drafter = TinyDrafter(5, token_ids)
     bound = BoundDrafter(drafter.network, drafter.embed, {})
-    plan, law = DraftPlan(beam_width=3, draft_length=4), Sampling(temperature)
+    plan = DraftPlan(beam_width=3, draft_length=4)
     for seed in range(3):
-        noise = np.random.default_rng(seed).gumbel(size=(4, 9)).astype(np.float32)
+        noise = scale * np.random.default_rng(seed).gumbel(size=(4, 9)).astype(np.float32)
         start = mx.array(drafter.hidden), mx.array([ROOT])
-        levels = bound.draft(*start, plan, law, mx.array(noise))
-        assert_equal_levels(levels, drafter.slow_draft(3, 4, noise, temperature))
+        draft = bound.draft(*start, plan, mx.array(noise))
+        assert_equal_levels(draft, drafter.slow_draft(3, 4, noise))
 
 
-@pytest.mark.parametrize("law", [{"top_k": 1}, {"top_p": 0.3}, {"min_p": 0.5}])
-def test_tokens_that_a_filter_drops_rank_behind_their_parents(law: dict[str, Any]):
+def test_noise_without_end_ranks_behind_its_parent():
+    """Gumbel noise can be -inf; the tree is one all the same."""
     drafter = TinyDrafter(5)
     bound = BoundDrafter(drafter.network, drafter.embed, {})
-    noise = mx.random.gumbel((4, 9), key=mx.random.key(1))
-    start = mx.array(drafter.hidden), mx.array([ROOT])
-    levels = bound.draft(*start, DraftPlan(3, 4), Sampling(1.0, **law), noise)
-    assert mx.isfinite(levels.scores).all().item()
+    noise = mx.where(mx.arange(9) < 3, 0, -mx.inf) + mx.zeros((4, 1))
+    draft = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), DraftPlan(4, 4), noise)
+    assert mx.isfinite(draft.scores).all().item()
     for num_nodes in range(2, 13):
-        tree = levels.best_first(mx.array([ROOT]), num_nodes)
+        tree = draft.best_first(num_nodes)
         paths = [tuple(tree.tokens[mx.array(path)].tolist()) for path in tree.paths()]
         assert len(set(paths)) == num_nodes
         assert {path[:-1] for path in paths[1:]} <= set(paths)
@@ -239,7 +233,7 @@ def test_tokens_that_a_filter_drops_rank_behind_their_parents(law: dict[str, Any
 
 def test_a_bound_drafter_needs_no_table(monkeypatch: pytest.MonkeyPatch):
     drafter = TinyDrafter(6)
-    monkeypatch.setattr("mlx_distill.drafters.recurrent.TABLE_BYTES", 0)
+    monkeypatch.setattr("mlx_distill.drafters.bound.TABLE_BYTES", 0)
     bound = BoundDrafter(drafter.network, drafter.embed, {})
-    levels = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), DraftPlan(2, 3))
-    assert_equal_levels(levels, drafter.slow_draft(2, 3))
+    draft = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), DraftPlan(2, 3))
+    assert_equal_levels(draft, drafter.slow_draft(2, 3))

@@ -32,16 +32,15 @@ from tiny_models import tiny_model
 import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan, GenerationResponse
 from mlx_distill.checkpoint import bundled
-from mlx_distill.core.prefix_tree import BeamLevels
+from mlx_distill.core.draft import Draft
 from mlx_distill.core.sampling import Sampling
-from mlx_distill.drafters.recurrent import (
-    MOST_COMPILED,
-    BoundDrafter,
-    RecurrentDrafter,
-    RecurrentDrafterConfig,
-)
+from mlx_distill.drafters.bound import MOST_COMPILED, BoundDrafter
+from mlx_distill.drafters.protocol import Features, FixedPlanner
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.speculation import cycle as cycle_module
 from mlx_distill.speculation import decoding as decoding_module
-from mlx_distill.speculation.decoding import Decoding, decode
+from mlx_distill.speculation.cycle import Decoding
+from mlx_distill.speculation.decoding import decode
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import _tail, _temporal
 
@@ -100,7 +99,12 @@ class KnowingDrafter:
         self.vocab_size = target.vocab_size
         self.hide = hide
 
-    def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan, *law: Any) -> BeamLevels:
+    taps = ()
+
+    def open(self, prompt: mx.array, features: Features) -> "KnowingState":
+        return KnowingState(self, features)
+
+    def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan) -> Draft:
         width, length = plan.beam_width, plan.draft_length
         at = mx.argmin(mx.square(self.states - hidden[None]).sum(axis=-1))
         places = mx.minimum(at + mx.arange(1, length + 1), self.tokens.size - 1)
@@ -109,12 +113,33 @@ class KnowingDrafter:
         if self.hide:
             known = mx.where(places % 4 == 3, known + width, known)
         # Beam j differs from the known text by j - right, so siblings carry different tokens.
-        tokens = (known[:, None] + mx.arange(width) - right) % self.vocab_size
-        parents = mx.broadcast_to(mx.arange(width), (length, width))
-        first = mx.arange(length)[:, None] == 0
-        parents = mx.where(first, 0, parents)
-        scores = -mx.arange(1, length + 1)[:, None] * (0.2 + 0.1 * mx.arange(width))
-        return BeamLevels(tokens.astype(mx.int32), parents.astype(mx.int32), scores)
+        tokens = ((known[:, None] + mx.arange(width) - right) % self.vocab_size).astype(mx.int32)
+        depths = mx.arange(length * width) // width + 1
+        scores = -depths * (0.2 + 0.1 * (mx.arange(length * width) % width))
+        zero = mx.zeros((1,), mx.int32)
+        return Draft(
+            mx.concatenate([root, tokens.reshape(-1)]),
+            mx.concatenate([zero, mx.maximum(mx.arange(length * width) + 1 - width, 0)]),
+            mx.concatenate([zero, depths]),
+            mx.concatenate([zero.astype(mx.float32), scores]),
+            length,
+        )
+
+
+class KnowingState:
+    """Where the text of a knowing drafter is."""
+
+    def __init__(self, drafter: Any, features: Features):
+        self.drafter = drafter
+        self.hidden = features.last
+
+    def draft(self, root: mx.array, plan: DraftPlan, noise: mx.array | None) -> Draft:
+        return self.drafter.draft(self.hidden, root, plan)
+
+    def accept(self, tokens: mx.array, features: Features) -> None:
+        self.hidden = features.last
+
+    def rewind(self, num_tokens: int) -> None: ...
 
 
 def random_drafter(model: Any, draft_vocab_size: int | None = None) -> BoundDrafter:
@@ -291,7 +316,7 @@ def test_checkpoint_of_another_layout(shared: Path, pair: tuple[Any, Any]) -> No
         state = Decoding(
             Target.of(model),
             drafter,
-            DraftPlan(),
+            FixedPlanner(DraftPlan()),
             Sampling(),
             None,
             CacheConfig(),
@@ -312,7 +337,7 @@ def test_recurrent_architecture_without_drafter(pair: tuple[Any, Any]) -> None:
         for (_, a), (_, b) in zip(*states, strict=True):
             assert mx.allclose(a, b, atol=1e-5).item() if isinstance(a, mx.array) else a == b
     with pytest.raises(mlx_distill.InputError, match="mamba cannot be drafted for"):
-        ours((model, tokenizer), prompt, drafter=KnowingDrafter.__new__(KnowingDrafter))
+        ours((model, tokenizer), prompt, drafter=random_drafter(pair[0]))
 
 
 def test_without_drafter_is_mlx_lm(pair: tuple[Any, Any], plain_answers: list[Any]) -> None:
@@ -740,8 +765,10 @@ def test_drafts_in_sight_of_the_noise_are_accepted_more_often(pair: tuple[Any, A
     drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
 
     class Blind:
-        def draft(self, hidden: mx.array, root: mx.array, plan: DraftPlan, *law: Any) -> BeamLevels:
-            return drafter.draft(hidden, root, plan)
+        taps = ()
+
+        def open(self, prompt: mx.array, features: Features) -> KnowingState:
+            return KnowingState(drafter, features)
 
     def accepted(drafter: Any) -> int:
         total = 0
@@ -787,8 +814,9 @@ def test_one_host_read_per_cycle(
     def forbidden(array: mx.array) -> float:
         raise AssertionError("a number was read inside a cycle")
 
-    monkeypatch.setattr(decoding_module, "to_host", counting)
-    monkeypatch.setattr(decoding_module, "to_number", forbidden)
+    for module in (cycle_module, decoding_module):
+        monkeypatch.setattr(module, "to_host", counting)
+    monkeypatch.setattr(cycle_module, "to_number", forbidden)
     for name in DRAFTERS:
         for temperature in (0.0, 1.0):
             reads.clear()
@@ -801,7 +829,12 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
     pair: tuple[Any, Any], plain_answers: list[Any]
 ) -> None:
     class Refusing:
-        def draft(self, *args: Any) -> BeamLevels:
+        taps = ()
+
+        def open(self, prompt: mx.array, features: Features) -> KnowingState:
+            return KnowingState(self, features)
+
+        def draft(self, *args: Any) -> Draft:
             raise AssertionError("one node leaves no room for a draft")
 
     found = list(ours(pair, PROMPTS[0], drafter=Refusing(), plan=DraftPlan(nodes=1), max_tokens=32))

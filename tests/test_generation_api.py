@@ -14,8 +14,8 @@ from mlx_lm.models.cache import make_prompt_cache
 import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan, GenerationResponse, InputError
 from mlx_distill.checkpoint import bundled
-from mlx_distill.speculation.generation import StopCutter
 from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.speculation.stop_texts import StopCutter
 
 PROMPT = "Once upon a time"
 PLANS = (
@@ -331,7 +331,7 @@ def test_cache_config_refuses_what_mlx_cannot_do(options: dict[str, int], messag
 
 def test_drafter_of_another_target_is_refused(pair: tuple[Any, Any], drafter: Any) -> None:
     class Stranger:
-        draft = drafter.draft
+        taps, open = (), drafter.open
 
         def __init__(self, **changes: Any):
             self.target = drafter.target | changes

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "mlx_distill"
 LAYERS = {
     "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli",
     "uses": "speculation distillation evaluation benchmarking",
-    "loops": "speculation.decoding speculation.statistics training",
+    "loops": "speculation.decoding speculation.cycle speculation.caching speculation.ledger "
+    "speculation.statistics training",
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses",

@@ -1,12 +1,12 @@
 """Beams become trees that hold every prefix once, and trees become the same beams again."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_distill.core.prefix_tree import BeamLevels, PrefixTree, ancestors
+from mlx_distill.core.prefix_tree import PrefixTree, ancestors
 from mlx_distill.speculation.statistics import DraftCounters
 
 FORKED = [[91, 92, 93], [91, 92, 94]]
@@ -122,157 +122,6 @@ def test_beams_without_a_common_first_token_are_refused():
 def test_empty_beams_are_refused(beams: list[list[int]]):
     with pytest.raises(ValueError, match="beams must hold at least one token"):
         PrefixTree.from_beams(beams)
-
-
-# Trees of the most probable paths
-
-ROOT = mx.array([100])
-
-
-def levels_of(tokens: np.ndarray, parents: np.ndarray, scores: np.ndarray) -> BeamLevels:
-    return BeamLevels(mx.array(tokens), mx.array(parents), mx.array(scores.astype(np.float32)))
-
-
-def random_levels(seed: int, length: int, width: int, sure: float = 0.0) -> BeamLevels:
-    """Return levels whose tokens are all different, so that a token names its path.
-
-    Args:
-        seed: Of the parents and the scores.
-        length: Number of levels.
-        width: Number of beams.
-        sure: Share of the first children that are as probable as their parents.
-    """
-    random = np.random.default_rng(seed)
-    parents = random.integers(0, width, (length, width))
-    parents[0] = 0
-    scores = -random.exponential(1.0, (length, width)) - 0.01
-    for level in range(1, length):
-        _, first_children = np.unique(parents[level], return_index=True)
-        scores[level, first_children[random.random(first_children.size) < sure]] = 0
-        scores[level] += scores[level - 1][parents[level]]
-    return levels_of(np.arange(length * width).reshape(length, width), parents, scores)
-
-
-def slow_best_first(levels: BeamLevels, num_nodes: int) -> set[tuple[int, ...]]:
-    """Return the most probable token paths, the root's own among them; a parent wins a tie."""
-    tokens, parents, scores = (
-        np.array(x).tolist() for x in (levels.tokens, levels.parents, levels.scores)
-    )
-    pool = []
-    for level in range(len(tokens)):
-        for beam in range(len(tokens[0])):
-            path, here = [], beam
-            for back in range(level, -1, -1):
-                path.append(tokens[back][here])
-                here = parents[back][here]
-            pool.append((-scores[level][beam], level, (100, *path[::-1])))
-    return {(100,)} | {path for _, _, path in sorted(pool)[: num_nodes - 1]}
-
-
-def assert_is_a_tree(tree: PrefixTree):
-    """Check what every tree promises."""
-    parents = tree.parents.tolist()
-    assert parents[0] == 0
-    assert all(parent < node for node, parent in enumerate(parents[1:], start=1))
-    np.testing.assert_array_equal(np.array(tree.mask), slow_mask(parents))
-    assert tree.depths.tolist() == [len(path) - 1 for path in tree.paths()]
-
-
-@pytest.mark.parametrize("num_nodes", [2, 5, 8, 13, 20])
-@pytest.mark.parametrize("seed", range(6))
-def test_best_first_takes_the_most_probable_paths(seed: int, num_nodes: int):
-    levels = random_levels(seed, length=5, width=4)
-    tree = levels.best_first(ROOT, num_nodes)
-    assert_is_a_tree(tree)
-    assert tree.tokens.size == num_nodes
-    assert set(token_paths(tree)) == slow_best_first(levels, num_nodes)
-
-
-@pytest.fixture
-def unstable_sort(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let equal values come in the reverse of their order, as a sort on a GPU may."""
-    stable = mx.argsort
-    mx.disable_compile()
-    monkeypatch.setattr(mx, "argsort", lambda x: x.size - 1 - stable(x[::-1]))
-    yield
-    mx.enable_compile()
-
-
-@pytest.mark.usefixtures("unstable_sort")
-@pytest.mark.parametrize("num_nodes", [2, 3, 5, 8, 13])
-@pytest.mark.parametrize("seed", range(6))
-def test_a_sure_token_never_comes_without_its_parent(seed: int, num_nodes: int):
-    levels = random_levels(seed, length=6, width=3, sure=0.7)
-    tree = levels.best_first(ROOT, num_nodes)
-    assert_is_a_tree(tree)
-    assert set(token_paths(tree)) == slow_best_first(levels, num_nodes)
-
-
-@pytest.mark.usefixtures("unstable_sort")
-@pytest.mark.parametrize("score", [0.0, -1e-6, -3.0, -1e4, -1e8])
-@pytest.mark.parametrize("num_nodes", [2, 4, 7, 20])
-def test_a_chain_of_sure_tokens_grows_from_the_root(num_nodes: int, score: float):
-    # One beam whose first token has this score and whose other tokens are sure. Its rivals are
-    # less probable.
-    length, width = 6, 3
-    tokens = np.arange(length * width).reshape(length, width)
-    scores = np.full((length, width), 3 * score - 3)
-    scores[:, 0] = score
-    parents = np.tile([0, 1, 2], (length, 1))
-    parents[0] = 0
-    tree = levels_of(tokens, parents, scores).best_first(ROOT, num_nodes)
-    assert_is_a_tree(tree)
-    chain = min(num_nodes, length + 1)
-    assert (100, *range(0, (chain - 1) * width, width)) in token_paths(tree)
-    if num_nodes <= length + 1:
-        assert tree.depths.tolist() == list(range(num_nodes))
-
-
-def test_more_nodes_than_paths_is_the_whole_pool():
-    levels = random_levels(0, length=3, width=2)
-    tree = levels.best_first(ROOT, 50)
-    assert_is_a_tree(tree)
-    assert sorted(tree.tokens.tolist()) == [0, 1, 2, 3, 4, 5, 100]
-    assert set(token_paths(tree)) == slow_best_first(levels, 50)
-
-
-def test_one_node_is_the_root():
-    tree = random_levels(0, length=3, width=2).best_first(ROOT, 1)
-    assert tree.tokens.tolist() == [100]
-    assert tree.parents.tolist() == [0]
-    assert tree.mask.tolist() == [[True]]
-
-
-def test_best_first_of_one_beam_is_a_chain():
-    tree = random_levels(1, length=6, width=1).best_first(ROOT, 4)
-    assert tree.tokens.tolist() == [100, 0, 1, 2]
-    assert tree.parents.tolist() == [0, 0, 1, 2]
-
-
-@pytest.mark.parametrize("num_nodes", [2, 5, 13, 30])
-@pytest.mark.parametrize("seed", range(20))
-def test_the_likeliest_beam_comes_first(seed: int, num_nodes: int):
-    levels = random_levels(seed, length=5, width=4)
-    tree = levels.best_first(ROOT, num_nodes)
-    beam = levels.beams(ROOT)[0].tolist()
-    tokens = tree.tokens.tolist()
-    kept = [token for token in beam if token in tokens]
-    assert tokens[: len(kept)] == kept == beam[: len(kept)]
-    assert tree.parents.tolist()[1 : len(kept)] == list(range(len(kept) - 1))
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_beams_lead_back_to_the_root_most_probable_first(seed: int):
-    levels = random_levels(seed, length=4, width=5)
-    tokens, parents = np.array(levels.tokens), np.array(levels.parents)
-    expected = []
-    for beam in np.argsort(-np.array(levels.scores[-1])):
-        path, here = [], beam
-        for level in reversed(range(4)):
-            path.append(int(tokens[level, here]))
-            here = parents[level, here]
-        expected.append([100, *path[::-1]])
-    assert levels.beams(ROOT).tolist() == expected
 
 
 # The share of tokens that prefix sharing saves

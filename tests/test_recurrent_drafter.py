@@ -12,13 +12,9 @@ from mlx.utils import tree_flatten
 from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
+from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.recurrent import (
-    SHARPNESS,
-    BoundDrafter,
-    RecurrentDrafter,
-    RecurrentDrafterConfig,
-)
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.errors import InputError
 
 # Width 7 of the head needs a projection, width 10 = 2 x 5 does not.
@@ -178,9 +174,9 @@ def test_the_first_drafted_tokens_are_the_networks_best():
     read = np.array(embed.weight)[[6]]
     probs = softmax(SHARPNESS * slow_logits_after_each(network, hidden, read)[0])
     drafter = BoundDrafter(network, embed, {"hidden_size": 5})
-    levels = drafter.draft(mx.array(hidden), mx.array([6]), DraftPlan(2, 1))
+    draft = drafter.draft(mx.array(hidden), mx.array([6]), DraftPlan(2, 1))
     best = np.argsort(-probs)[:2]
-    scores = dict(zip(levels.tokens[0].tolist(), levels.scores[0].tolist(), strict=True))
+    scores = dict(zip(draft.tokens[1:].tolist(), draft.scores[1:].tolist(), strict=True))
     expected = {[2, 3, 7, 10][column]: np.log(probs[column]) for column in best}
     assert scores == pytest.approx(expected, abs=1e-5)
     assert drafter.config is network.config

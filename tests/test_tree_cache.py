@@ -24,10 +24,10 @@ def test_a_commit_does_not_copy_the_cache() -> None:
         mx.synchronize()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        call = target.verify(tree.tokens, tree.mask, tree.depths, 3, caches)
+        call = target.verify(tree, caches)
         mx.eval(call.logits)
         call.commit(path)
-        call = target.verify(tree.tokens, tree.mask, tree.depths, 3, caches)
+        call = target.verify(tree, caches)
         mx.eval(call.logits)
         call.rewind(0)
         return mx.get_peak_memory() - before

@@ -72,8 +72,8 @@ def best_first_tree(vocab_size: int, num_nodes: int) -> PrefixTree:
     rows = np.random.default_rng(vocab_size).normal(size=(vocab_size, vocab_size))
     table = mx.array(np.log(softmax(rows)).astype(np.float32))
     root = mx.array([0])
-    levels = beam_search(lambda tokens, state: (table[tokens], state), root, (), 3, 3)
-    return levels.best_first(root, num_nodes)
+    draft = beam_search(lambda tokens, state: (table[tokens], state), root, (), 3, 3)
+    return draft.best_first(num_nodes)
 
 
 def likely_beams(model: ToyModel, width: int, length: int) -> list[Path]:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx.utils import tree_map
 
-from mlx_distill.core.prefix_tree import BeamLevels
+from mlx_distill.core.draft import Draft
 
 Step = Callable[[Int[mx.array, " W"], Any], tuple[Float[mx.array, "W V"], Any]]
 
@@ -19,8 +19,10 @@ def beam_search(
     width: int,
     length: int,
     token_ids: Int[mx.array, " V"] | None = None,
-) -> BeamLevels:
+) -> Draft:
     """Return the ``width`` most probable continuations of the root at each of ``length`` depths.
+
+    Node 0 of the draft is the root; the nodes of a depth follow those of the depth before.
 
     Args:
         step: Takes the beams' last tokens and their states, each with the beams on its first axis;
@@ -37,11 +39,12 @@ def beam_search(
     state = tree_map(lambda x: mx.broadcast_to(x, (width, *x.shape[1:])), state)
     best = _top(log_probs[0], width)
     parents, scores = mx.zeros_like(best), log_probs[0][best]
-    levels = []
+    levels = [(root.astype(mx.int32), mx.zeros((1,), mx.int32), mx.zeros((1,)))]
     for depth in range(length):
         columns = best % vocab_size if depth else best
         tokens = columns if token_ids is None else token_ids[columns]
-        levels.append((tokens.astype(mx.int32), parents.astype(mx.int32), scores))
+        above = 1 + (depth - 1) * width if depth else 0  # the index of the first node there
+        levels.append((tokens.astype(mx.int32), parents.astype(mx.int32) + above, scores))
         if depth == length - 1:
             break
         log_probs, state = step(tokens, state)
@@ -49,8 +52,9 @@ def beam_search(
         best = _top(flat, width)
         parents, scores = best // vocab_size, flat[best]
         state = tree_map(lambda x, kept=parents: x[kept], state)
-    tokens, parents, scores = (mx.stack(list(part)) for part in zip(*levels, strict=True))
-    return BeamLevels(tokens, parents, scores)
+    tokens, parents, scores = (mx.concatenate(list(part)) for part in zip(*levels, strict=True))
+    depths = mx.concatenate([mx.zeros((1,), mx.int32), mx.arange(length * width) // width + 1])
+    return Draft(tokens, parents, depths, scores, length)
 
 
 def _top(scores: Float[mx.array, " V"], count: int) -> Int[mx.array, " K"]:

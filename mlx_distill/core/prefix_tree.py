@@ -15,26 +15,28 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
 from mlx_distill.arrays import to_host
 
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """Draft tokens as a tree.
+    """Tokens as a tree, the way the target verifies them.
 
     Args:
         tokens: One per node; node 0 is the root.
         parents: Index of each node's parent; the root's own is 0.
         mask: Row i holds the ancestors of node i and i itself.
         depths: Distance of each node from the root.
+        max_depth: No node is deeper than this, which the host knows without reading.
     """
 
     tokens: Int[mx.array, " N"]
     parents: Int[mx.array, " N"]
     mask: Bool[mx.array, "N N"]
     depths: Int[mx.array, " N"]
+    max_depth: int
 
     @classmethod
     def from_parents(
@@ -48,13 +50,20 @@ class PrefixTree:
             max_depth: No node is deeper than this.
         """
         mask = ancestors(parents, max_depth)
-        return cls(tokens, parents, mask, mask.sum(axis=1).astype(mx.int32) - 1)
+        return cls(tokens, parents, mask, mask.sum(axis=1).astype(mx.int32) - 1, max_depth)
 
     @classmethod
     def root(cls, token: Int[mx.array, " 1"]) -> "PrefixTree":
         """Return the tree of one node: nothing is drafted."""
         zero = mx.zeros((1,), mx.int32)
-        return cls(token, zero, mx.ones((1, 1), mx.bool_), zero)
+        return cls(token.astype(mx.int32), zero, mx.ones((1, 1), mx.bool_), zero, 0)
+
+    @classmethod
+    def chain(cls, tokens: Int[mx.array, " N"]) -> "PrefixTree":
+        """Return the tree in which every token but the first follows the one before it."""
+        depths = mx.arange(tokens.size)
+        mask = depths[None] <= depths[:, None]
+        return cls(tokens, mx.maximum(depths - 1, 0), mask, depths, tokens.size - 1)
 
     @classmethod
     def from_beams(cls, beams: Sequence[Sequence[int]] | Int[np.ndarray, "W T"]) -> "PrefixTree":
@@ -106,74 +115,3 @@ def ancestors(parents: Int[mx.array, " N"], max_depth: int) -> Bool[mx.array, "N
         reach = (product @ product) > 0
         steps *= 2
     return reach
-
-
-@dataclass(frozen=True)
-class BeamLevels:
-    """What a beam search met, level by level; level l holds the tokens at depth l + 1.
-
-    Args:
-        tokens: The beams' tokens at every level.
-        parents: Index, in the level before, of the beam that each continues; 0 at the first.
-        scores: Log-probability of the path down to each token.
-    """
-
-    tokens: Int[mx.array, "L W"]
-    parents: Int[mx.array, "L W"]
-    scores: Float[mx.array, "L W"]
-
-    def best_first(self, root: Int[mx.array, " 1"], num_nodes: int) -> PrefixTree:
-        """Return the tree of the root and the ``num_nodes`` - 1 most probable paths.
-
-        A path is never more probable than its parent's, so the chosen nodes form a tree. Those on
-        the likeliest beam come first, as nodes 1, 2, ...: where they are accepted, their keys and
-        values already lie where the text needs them. The shape is fixed and nothing is read by the
-        host.
-        """
-        if num_nodes == 1:
-            return PrefixTree.root(root.astype(mx.int32))
-        arrays = (self.tokens, self.parents, self.scores, root)
-        return PrefixTree(*_best_first(*arrays, num_nodes))
-
-    def beams(self, root: Int[mx.array, " 1"]) -> Int[mx.array, "W T"]:
-        """Return the beams of the last level, each from the root on, most probable first."""
-        beam = mx.argsort(-self.scores[-1])
-        columns = []
-        for tokens, parents in zip(self.tokens[::-1], self.parents[::-1], strict=True):
-            columns.append(tokens[beam])
-            beam = parents[beam]
-        columns.append(mx.broadcast_to(root.astype(mx.int32), beam.shape))
-        return mx.stack(columns[::-1], axis=1)
-
-
-@mx.compile  # some thirty small operations, which cost more to start than to do
-def _best_first(
-    tokens: mx.array, parents: mx.array, scores: mx.array, root: mx.array, num_nodes: int
-) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    length, width = tokens.shape
-    # A sure token leaves a path as probable as its parent's: depth has to break that tie. The
-    # margin is relative, so that float32 can hold it at any score.
-    depth = mx.arange(1, length + 1)[:, None]
-    rank = scores - 1e-5 * depth * mx.maximum(1, -scores)
-    order = mx.argsort(-rank.reshape(-1))[: num_nodes - 1]
-    # Level by level, which puts parents before children, but the likeliest path before all.
-    aside = mx.where(_likeliest(parents, scores).reshape(-1)[order], 0, length * width)
-    order = mx.sort(order + aside) % (length * width)
-    level = order // width
-    parent = (level - 1) * width + parents.reshape(-1)[order]
-    place = mx.argmax(order[None] == parent[:, None], axis=1) + 1
-    zero = mx.zeros((1,), mx.int32)
-    nodes = mx.concatenate([root.astype(mx.int32), tokens.reshape(-1)[order]])
-    links = mx.concatenate([zero, mx.where(level == 0, 0, place).astype(mx.int32)])
-    depths = mx.concatenate([zero, level.astype(mx.int32) + 1])
-    return nodes, links, ancestors(links, length), depths
-
-
-def _likeliest(parents: mx.array, scores: mx.array) -> mx.array:
-    """Return which tokens, (L, W), are on the most probable path of full length."""
-    beam = mx.argmax(scores[-1])
-    path = [beam]
-    for level in parents[:0:-1]:
-        beam = level[beam]
-        path.append(beam)
-    return mx.stack(path[::-1])[:, None] == mx.arange(scores.shape[1])

@@ -18,6 +18,7 @@ numbers: it then guesses the draws themselves.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 from jaxtyping import Bool, Int
@@ -33,11 +34,20 @@ class Walk:
         accepted: Which nodes are on the walked path; the root always is.
         last: Index of the path's last node.
         next_token: What was drawn there: emitted, and the root of the next tree.
+        max_depth: No path is longer than this.
     """
 
     accepted: Bool[mx.array, "... N"]
     last: Int[mx.array, "..."]
     next_token: Int[mx.array, "..."]
+    max_depth: int
+
+    @cached_property
+    def path(self) -> Int[mx.array, "... T"]:
+        """The path's nodes, root first; the last one is repeated up to the greatest length."""
+        nodes = mx.where(self.accepted, mx.arange(self.accepted.shape[-1]), self.last[..., None])
+        # Every other node counts as the last one, which therefore comes after the path.
+        return mx.sort(nodes, axis=-1)[..., : self.max_depth + 1]
 
 
 def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
@@ -54,4 +64,4 @@ def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
     accepted = ~(tree.mask & ~entered[..., None, :]).any(axis=-1)
     last = mx.argmax(mx.where(accepted, tree.depths, -1), axis=-1).astype(mx.int32)
     next_token = mx.take_along_axis(drawn, last[..., None], axis=-1)[..., 0]
-    return Walk(accepted, last, next_token)
+    return Walk(accepted, last, next_token, tree.max_depth)

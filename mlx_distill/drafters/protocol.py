@@ -1,4 +1,12 @@
-"""What the decoding loop asks of a drafter."""
+"""What the decoding loop asks of a drafter, and of what plans the drafts.
+
+A new kind of drafter is one new file with a ``Drafter`` and its ``DraftState``; the loop knows no
+others. ``ngram`` is the smallest one there is.
+
+    state = drafter.open(prompt, features)                 once per text
+    draft = state.draft(root, plan, noise)                 once per call of the target
+    state.accept(tokens, features)                         what the call made text
+"""
 
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -6,9 +14,12 @@ from typing import Protocol, runtime_checkable
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from mlx_distill.core.prefix_tree import BeamLevels
-from mlx_distill.core.sampling import GREEDY, Sampling
+from mlx_distill.core.draft import Draft
+from mlx_distill.core.verification import Walk
 from mlx_distill.errors import InputError
+
+# More than any call of a target can pay for; a slip of the keyboard would fill the memory.
+LARGEST = {"beam_width": 256, "draft_length": 64, "nodes": 1024}
 
 
 @dataclass(frozen=True)
@@ -16,15 +27,16 @@ class DraftPlan:
     """The shape of a draft.
 
     Args:
-        beam_width: Continuations kept at every depth of the beam search.
-        draft_length: Drafted tokens per beam; the certain token before them does not count.
+        beam_width: Continuations kept at every depth of the beam search, 1 to 256.
+        draft_length: Drafted tokens per beam, 1 to 64; the certain token before them does not
+            count.
         nodes: Tokens the target verifies in one call of a best-first tree, the certain one
-            included.
+            included, 1 to 1024.
         tree: "best-first" verifies the most probable paths that the search met; "beam" verifies
             the beams themselves, with shared prefixes once.
 
     Raises:
-        InputError: If a number is below 1, or the kind of tree is unknown.
+        InputError: If a number is out of its range, or the kind of tree is unknown.
     """
 
     beam_width: int = 4
@@ -33,37 +45,143 @@ class DraftPlan:
     tree: str = "best-first"
 
     def __post_init__(self) -> None:
-        for name in ("beam_width", "draft_length", "nodes"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, largest in LARGEST.items():
+            value = getattr(self, name)
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+            if value > largest:
+                raise InputError(f"{name} must be at most {largest}, got {value}")
         if self.tree not in ("best-first", "beam"):
             raise InputError(f"tree must be best-first or beam, got {self.tree}")
+
+    @property
+    def has_room(self) -> bool:
+        """Whether anything beside the certain token would be verified."""
+        return self.tree == "beam" or self.nodes > 1
 
     def for_support(self, support: str) -> "DraftPlan":
         """Return the plan for a target; one that takes chains only gets chains."""
         return replace(self, beam_width=1, tree="best-first") if support == "chain" else self
 
 
+@dataclass(frozen=True)
+class Features:
+    """What the target computed at consecutive tokens of a text.
+
+    Args:
+        states: What its head saw at every row of the call that read them.
+        walk: Which of the rows are the text's; None if all are.
+        taps: The outputs, at the same rows, of the layers that the drafter asked for.
+    """
+
+    states: Float[mx.array, "N D"]
+    walk: Walk | None = None
+    taps: tuple[Float[mx.array, "N D"], ...] = ()
+
+    @property
+    def last(self) -> Float[mx.array, " D"]:
+        """What the head saw at the last token, when it chose the next one."""
+        return self.states[-1] if self.walk is None else self.states[self.walk.last]
+
+    @property
+    def hidden(self) -> Float[mx.array, "T D"]:
+        """What the head saw at each of the tokens; see ``DraftState.accept`` for their number."""
+        return self.states if self.walk is None else self.states[self.walk.path]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one draft, for a planner.
+
+    Args:
+        cached_tokens: Length of the text that the target had read before.
+        parents: Of the nodes that were verified; the root alone if nothing was drafted.
+        num_accepted: How many of the drafted tokens became text.
+    """
+
+    cached_tokens: int
+    parents: tuple[int, ...]
+    num_accepted: int
+
+
 @runtime_checkable
-class Drafter(Protocol):
-    """Predicts what the target will write after a token that is certain."""
+class DraftState(Protocol):
+    """A drafter at work on one text."""
 
     def draft(
-        self,
-        hidden: Float[mx.array, " D"],
-        root: Int[mx.array, " 1"],
-        plan: DraftPlan,
-        sampling: Sampling = GREEDY,
-        noise: Float[mx.array, "L V"] | None = None,
-    ) -> BeamLevels:
-        """Return likely continuations of the root.
+        self, root: Int[mx.array, " 1"], plan: DraftPlan, noise: Float[mx.array, "L V"] | None
+    ) -> Draft | None:
+        """Return likely continuations of the root, or None where nothing is worth verifying.
+
+        The loop prunes what is more than the plan asks for.
 
         Args:
-            hidden: What the target's head saw when it chose the root.
-            root: The certain token.
-            plan: How wide and how long to search.
-            sampling: How the target's tokens are drawn.
-            noise: What will be added to the target's shaped logits at each depth; None at
-                temperature 0. A drafter is free to look at it.
+            root: The token that is certain; it follows what was accepted.
+            plan: The shape of the draft.
+            noise: What will be added to the target's logits at each depth before the best is
+                taken; None at temperature 0. A drafter is free to look at it.
         """
         ...
+
+    def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
+        """Take in what the target has read and the text keeps: a root and what followed it.
+
+        The host may not know yet how much that is. So the arrays are as long as the longest path of
+        the draft: the tokens end with -1, and the features with repetitions of the last ones, where
+        the path was shorter. Reading them waits for the target.
+        """
+        ...
+
+    def rewind(self, num_tokens: int) -> None:
+        """Forget the last ``num_tokens`` tokens that were accepted; others may follow."""
+        ...
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Predicts what the target will write: weights and settings, one for all texts.
+
+    Attributes:
+        taps: Layers of the target whose outputs it wants to see beside the head's input.
+    """
+
+    taps: tuple[int, ...]
+
+    def open(self, prompt: Int[mx.array, " T"], features: Features) -> DraftState:
+        """Return the state of a new text.
+
+        Args:
+            prompt: The tokens before the first root. Where a prompt cache holds an earlier part of
+                the text, that is not among them.
+            features: Those of the prompt's last tokens; of the last one at least.
+        """
+        ...
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """Says how much to draft."""
+
+    def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
+        """Return the shape of a text's next draft; None parks: one token is decoded plainly.
+
+        Args:
+            text: Number of the text.
+            outcome: What became of its latest draft that was read; None before there is one.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FixedPlanner:
+    """Always the same plan.
+
+    Args:
+        plan: The shape of every draft.
+    """
+
+    plan: DraftPlan
+
+    def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
+        """Return the plan."""
+        return self.plan

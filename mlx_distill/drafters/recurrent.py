@@ -14,17 +14,12 @@ Source:
 
 import dataclasses
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from mlx import nn
 
-from mlx_distill.core.beam_search import beam_search
-from mlx_distill.core.prefix_tree import BeamLevels
-from mlx_distill.core.sampling import GREEDY, Sampling, log_probs, shaped_logits
-from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 
 MODEL_TYPE = "recurrent_drafter"
@@ -175,91 +170,3 @@ class RecurrentDrafter(nn.Module):
             self._state_weight = mx.contiguous(self.input_proj.weight[:, self.config.hidden_size :])
             # A compiled draft would copy it every time, and on the stream of this thread only.
             mx.eval(self._state_weight)
-
-
-# The target's best token is likelier to be the drafter's than the drafter's distribution says. The
-# bundled pair takes 3.07 tokens per call at temperature 0 and 2.52 at 1 with a factor of 1.0, 3.22
-# and 2.53 with 1.4, 3.18 and 2.46 with 2.5 (12 prompts of the split that the README's results are
-# measured on, default draft).
-SHARPNESS = 1.4
-# Tokens that a filter drops must still rank behind their parents, which -inf would not.
-FLOOR = -1e4
-# Searches that are kept compiled, one for each shape of draft and law of sampling.
-MOST_COMPILED = 16
-# Up to this size, what every token adds to the state is tabulated once.
-TABLE_BYTES = 64 * 2**20
-
-
-class BoundDrafter:
-    """A recurrent drafter together with the target's embedding: a ``Drafter`` for the loop.
-
-    Args:
-        network: The drafter's network.
-        embed: The target's input embedding.
-        target: Fingerprint of the target that the network was trained for.
-    """
-
-    def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: dict[str, Any]):
-        self.network = network
-        self.embed = embed
-        self.target = target
-        network.prepare()
-        self._table = None
-        config = network.config
-        if config.vocab_size * config.hidden_size * 4 <= TABLE_BYTES:
-            self._table = network.read(embed(mx.arange(config.vocab_size)))
-            mx.eval(self._table)
-        self._compiled: dict[Any, Any] = {}
-
-    @property
-    def config(self) -> RecurrentDrafterConfig:
-        """The network's shape."""
-        return self.network.config
-
-    def draft(
-        self,
-        hidden: Float[mx.array, " D"],
-        root: Int[mx.array, " 1"],
-        plan: DraftPlan,
-        sampling: Sampling = GREEDY,
-        noise: Float[mx.array, "L V"] | None = None,
-    ) -> BeamLevels:
-        """Return likely continuations of the root; see ``Drafter``."""
-        # Shapes are static, so the search compiles: 200 microseconds less of small operations.
-        kind = (plan.beam_width, plan.draft_length, GREEDY if noise is None else sampling)
-        if kind not in self._compiled:
-            if len(self._compiled) == MOST_COMPILED:
-                self._compiled.pop(next(iter(self._compiled)))
-            self._compiled[kind] = mx.compile(partial(self._search, *kind))
-        arrays = (hidden, root) if noise is None else (hidden, root, noise)
-        return BeamLevels(*self._compiled[kind](*arrays))
-
-    def _search(
-        self,
-        width: int,
-        length: int,
-        sampling: Sampling,
-        hidden: mx.array,
-        root: mx.array,
-        noise: mx.array | None = None,
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        network = self.network
-        context = network.context(hidden)[None]
-        token_ids = network.token_ids if self.config.draft_vocab_size else None
-        if noise is not None and token_ids is not None:
-            noise = noise[:, token_ids]
-        rows = iter(()) if noise is None else iter(noise)  # one per step, in the search's order
-
-        def step(tokens: mx.array, state: mx.array | None) -> tuple[mx.array, mx.array]:
-            table = self._table
-            read = network.read(self.embed(tokens)) if table is None else table[tokens]
-            state = network.advance(state, read)
-            logits = network.logits(context, state).astype(mx.float32)
-            if noise is not None:
-                # Times the temperature, so that the drafter's errors weigh the same at any.
-                logits = sampling.temperature * (shaped_logits(logits, sampling) + next(rows))
-                logits = mx.clip(logits, FLOOR, -FLOOR)
-            return log_probs(SHARPNESS * logits), state
-
-        levels = beam_search(step, root, None, width, length, token_ids)
-        return levels.tokens, levels.parents, levels.scores

@@ -14,10 +14,10 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill.arrays import to_host
 from mlx_distill.checkpoint import local_folder
+from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.recurrent import (
     FORMAT_VERSION,
     MODEL_TYPE,
-    BoundDrafter,
     RecurrentDrafter,
     RecurrentDrafterConfig,
 )

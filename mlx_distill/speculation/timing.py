@@ -13,7 +13,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.core.draft import Draft
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
 from mlx_distill.target.target import Target, TreeCall
 
 
@@ -41,12 +43,10 @@ class CycleClock:
         """Time the target's calls meanwhile."""
         verify = target.verify
 
-        def timed(
-            tokens: mx.array, mask: mx.array, depths: mx.array, max_depth: int, caches: list[Any]
-        ) -> TreeCall:
-            mx.eval(tokens, mask, depths)
+        def timed(tree: PrefixTree, caches: list[Any]) -> TreeCall:
+            mx.eval(tree.tokens, tree.mask, tree.depths)
             start = time.perf_counter()
-            call = verify(tokens, mask, depths, max_depth, caches)
+            call = verify(tree, caches)
             mx.eval(call.logits, call.hidden)
             self.target_s += time.perf_counter() - start
             self.cycles += 1
@@ -71,11 +71,42 @@ class TimedDrafter:
     drafter: Drafter
     clock: CycleClock
 
-    def draft(self, *arguments: Any) -> Any:
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The layers that the drafter wants to see."""
+        return self.drafter.taps
+
+    def open(self, prompt: mx.array, features: Features) -> "TimedState":
+        """Return the state of a new text."""
+        return TimedState(self.drafter.open(prompt, features), self.clock)
+
+
+@dataclass
+class TimedState:
+    """One text of a timed drafter.
+
+    Args:
+        state: The drafter's state.
+        clock: Counts.
+    """
+
+    state: DraftState
+    clock: CycleClock
+
+    def draft(self, root: mx.array, plan: DraftPlan, noise: mx.array | None) -> Draft | None:
         """Return what the drafter drafts."""
-        mx.eval([part for part in arguments if isinstance(part, mx.array)])
+        mx.eval(root, *(() if noise is None else (noise,)))
         start = time.perf_counter()
-        levels = self.drafter.draft(*arguments)
-        mx.eval(levels.tokens, levels.parents, levels.scores)
+        draft = self.state.draft(root, plan, noise)
+        if draft is not None:
+            mx.eval(draft.tokens, draft.parents, draft.depths, draft.scores)
         self.clock.drafter_s += time.perf_counter() - start
-        return levels
+        return draft
+
+    def accept(self, tokens: mx.array, features: Features) -> None:
+        """Hand on what became text."""
+        self.state.accept(tokens, features)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Hand on what did not."""
+        self.state.rewind(num_tokens)

@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_distill.arrays import to_number
+from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.target.context import context_length
 from mlx_distill.target.reading import read_whole
@@ -148,32 +149,23 @@ class Target:
         logits = read_whole(self.model, texts)
         return logits, self._hidden(texts.size).reshape(*texts.shape, -1)
 
-    def verify(
-        self,
-        tokens: Int[mx.array, " N"],
-        mask: Bool[mx.array, "N N"],
-        depths: Int[mx.array, " N"],
-        max_depth: int,
-        caches: list[Any],
-    ) -> TreeCall:
+    def verify(self, tree: PrefixTree, caches: list[Any]) -> TreeCall:
         """Return the target's word on every node of a tree; commit the result's path afterwards.
 
         Args:
-            tokens: The nodes' tokens; node 0 is the root, which every path begins with.
-            mask: Row i holds the ancestors of node i and i itself.
-            depths: Distance of each node from the root.
-            max_depth: No node is deeper than this.
+            tree: Its root is the token that every path begins with.
             caches: The prompt cache, which does not hold the root yet.
         """
-        layout = TreeLayout(mask, depths, cached_tokens(caches), self.support == "batch")
+        start, batched = cached_tokens(caches), self.support == "batch"
+        layout = TreeLayout(tree.mask, tree.depths, start, batched)
         views = [tree_cache(cache, layout) for cache in caches]
         if self.support == "chain":
-            logits, hidden = self.forward(tokens, caches)
+            logits, hidden = self.forward(tree.tokens, caches)
             return TreeCall(logits, hidden, views)
         self._seen.hidden = None
-        nodes = tokens.size
-        inputs = tokens[:, None] if layout.batched else tokens[None]
-        span = tree_span.set(TreeSpan(layout.start, max_depth))
+        nodes = tree.tokens.size
+        inputs = tree.tokens[:, None] if batched else tree.tokens[None]
+        span = tree_span.set(TreeSpan(start, tree.max_depth))
         try:
             logits = self.model(inputs, cache=views)
         finally:
@@ -237,11 +229,10 @@ class Target:
         parents = [-1, 0, 1, 2] if chain else [-1, 0, 0, 1]
         paths = _paths(parents)
         tokens = mx.array([4, 5, 6, 5])
-        mask = mx.array([[j in path for j in range(4)] for path in paths])
-        depths = mx.array([len(path) - 1 for path in paths])
+        tree = PrefixTree.from_parents(tokens, mx.maximum(mx.array(parents), 0), 3)
         caches = self._prefilled(prefix)
         try:
-            call = self.verify(tokens, mask, depths, 3, caches)
+            call = self.verify(tree, caches)
             mx.eval(call.logits)
             call.commit(paths[2] if chain else paths[3])
             after, _ = self.forward(prefix[:1], caches)

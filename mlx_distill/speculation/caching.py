@@ -1,0 +1,59 @@
+"""How keys and values are kept while a text is written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm.generate import maybe_quantize_kv_cache
+
+from mlx_distill.errors import InputError
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """The cache of keys and values.
+
+    Args:
+        max_kv_size: Longest context that is kept; older tokens are dropped.
+        kv_bits: Quantise the cache to so many bits.
+        kv_group_size: Group size of that quantisation.
+        quantized_kv_start: Quantise from so many tokens on.
+        prefill_step_size: Tokens of the prompt that are read at once.
+    """
+
+    max_kv_size: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
+    quantized_kv_start: int = 5000
+    prefill_step_size: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.prefill_step_size < 1:
+            raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
+        if self.max_kv_size is not None and self.max_kv_size < 8:
+            raise InputError(f"max_kv_size must be at least 8, got {self.max_kv_size}")
+        if self.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
+            raise InputError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}")
+        if self.kv_group_size not in (32, 64, 128):
+            raise InputError(f"kv_group_size must be 32, 64 or 128, got {self.kv_group_size}")
+        if self.kv_bits is not None and self.max_kv_size is not None:
+            raise InputError(
+                "kv_bits and max_kv_size exclude each other: mlx-lm's rotating cache "
+                "cannot be quantised"
+            )
+
+    def quantize(self, caches: list[Any]) -> None:
+        """Quantise the caches that have grown long enough, in place."""
+        try:
+            maybe_quantize_kv_cache(
+                caches, self.quantized_kv_start, self.kv_group_size, self.kv_bits
+            )
+        except (ValueError, NotImplementedError) as error:
+            raise InputError(f"the cache cannot be quantised: {error}") from None
+
+    def quantizes_within(self, start: int, num_tokens: int) -> bool:
+        """Return whether a cache of ``start`` tokens is quantised within the next ones.
+
+        Plain decoding switches between two tokens; a tree must not reach over that border.
+        """
+        border = self.quantized_kv_start
+        return self.kv_bits is not None and start < border <= start + num_tokens

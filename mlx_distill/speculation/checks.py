@@ -1,0 +1,106 @@
+"""What is refused before the first token."""
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_distill.arrays import to_number
+from mlx_distill.drafters.registry import check_fingerprint, fingerprint
+from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.requests import Request
+from mlx_distill.target.context import context_length, position_limit
+from mlx_distill.target.reading import read_whole, vocab_width
+from mlx_distill.target.target import Target
+from mlx_distill.target.tree_cache import cached_tokens
+
+
+def check_request(model: nn.Module, request: Request, caches: list[Any]) -> int:
+    """Return how many tokens the answer can have: as many as asked for, or as have positions.
+
+    Raises:
+        InputError: If the prompt is longer than what the model was made for, one of its tokens is
+            none of the model's, or a setting does not fit the model.
+    """
+    size = _vocab_size(model)
+    _check_tokens(request.prompt, size)
+    _check_context(model, request, caches)
+    request.sampling.check_vocabulary(size)
+    if request.cache.kv_bits is not None:
+        _check_quantization(model, request.cache)
+    limit = position_limit(model)
+    if limit is None:
+        return request.max_tokens
+    # The last token of an answer is read, too, before it is known to be the last.
+    room = limit - cached_tokens(caches) - request.prompt.size
+    if room < 1:
+        raise InputError(
+            f"the prompt leaves no room for an answer: with {request.prompt.size} tokens it fills "
+            f"the model's {limit} positions; shorten it"
+        )
+    return min(request.max_tokens, room)
+
+
+def check_drafter(drafter: Any, target: Target, tokenizer: TokenizerWrapper) -> None:
+    """Raise InputError if the target cannot be drafted for, or not with this drafter."""
+    target.require_drafting()
+    if not isinstance(drafter, Drafter):
+        raise InputError(f"a {type(drafter).__name__} is no drafter; load one with load_drafter")
+    if getattr(drafter, "target", None):
+        check_fingerprint(drafter.target, fingerprint(target, tokenizer))
+    if drafter.taps:
+        raise InputError("the drafter asks for outputs of the target's layers; only its head's")
+
+
+def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
+    """Raise InputError if a draft model cannot be used."""
+    if drafter is not None:
+        raise InputError("a drafter and a draft model exclude each other")
+    if num_draft_tokens < 1:
+        raise InputError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+
+
+def check_trimmable(caches: list[Any]) -> None:
+    """Raise InputError if caches cannot drop what a draft model drafted in vain."""
+    if not can_trim_prompt_cache(caches):
+        raise InputError("a draft model needs caches that can be trimmed; use --drafter")
+
+
+def _vocab_size(model: nn.Module) -> int:
+    """Return the number of a model's tokens, as its configuration or its head says it."""
+    size = getattr(getattr(model, "args", None), "vocab_size", None)
+    return size if isinstance(size, int) else vocab_width(model)
+
+
+def _check_tokens(prompt: mx.array, size: int) -> None:
+    """Raise InputError if a token would be read from beyond the embedding."""
+    lowest, highest = to_number(prompt.min()), to_number(prompt.max())
+    if lowest < 0 or highest >= size:
+        wrong = lowest if lowest < 0 else highest
+        raise InputError(f"the prompt holds the token {wrong}; the model has {size}")
+
+
+def _check_context(model: nn.Module, request: Request, caches: list[Any]) -> None:
+    """Raise InputError if a prompt is longer than what the model was made for."""
+    context = context_length(model)
+    windows = (c.max_size for c in caches if isinstance(c, RotatingKVCache))
+    if context is None or request.cache.max_kv_size in windows:
+        return
+    offset, size = cached_tokens(caches), request.prompt.size
+    if offset + size > context:
+        earlier = f" after {offset} cached ones" if offset else ""
+        raise InputError(
+            f"the prompt has {size} tokens{earlier}, the model's context is {context}; shorten it"
+        )
+
+
+def _check_quantization(model: nn.Module, cache: CacheConfig) -> None:
+    """Raise InputError if the model's caches cannot be quantised so; nothing is computed."""
+    caches = make_prompt_cache(model)
+    read_whole(model, mx.array([[0]]), cache=caches)
+    replace(cache, quantized_kv_start=0).quantize(caches)

@@ -1,0 +1,263 @@
+"""One cycle of the decoding loop: launch a tree, draft what follows it, read what it came to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+from mlx_lm.generate import generation_stream
+
+from mlx_distill.arrays import to_host, to_number
+from mlx_distill.core.draft import Draft
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.core.sampling import Sampling, TextNoise, sample
+from mlx_distill.core.verification import Walk, follow
+from mlx_distill.drafters.protocol import Drafter, DraftState, Features, Outcome, Planner
+from mlx_distill.errors import InputError, not_numbers
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.ledger import Ledger
+from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.target.target import Target, TreeCall
+from mlx_distill.target.tree_cache import cached_tokens
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass
+class Decoding:
+    """One text that is decoded with a drafter: what it needs, and what is known of it.
+
+    Args:
+        target: Verifies.
+        drafter: Drafts.
+        planner: Says how much to draft.
+        sampling: How tokens are drawn.
+        noise: The text's random numbers; None at temperature 0.
+        cache: How keys and values are kept.
+        caches: The prompt cache; it may hold earlier turns.
+        logits_processors: As mlx-lm's: of the tokens so far and the logits of the next one.
+        keep_caches: Whether the caller goes on with the prompt cache, so that it has to hold
+            exactly what was handed out.
+        text: Number of the text, for the planner.
+        counters: Counts what happens.
+        outcome: What became of the latest draft that was read.
+    """
+
+    target: Target
+    drafter: Drafter
+    planner: Planner
+    sampling: Sampling
+    noise: TextNoise | None
+    cache: CacheConfig
+    caches: list[Any]
+    logits_processors: Sequence[LogitsProcessor] = ()
+    keep_caches: bool = False
+    text: int = 0
+    counters: DraftCounters = field(default_factory=DraftCounters)
+    outcome: Outcome | None = None
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.target, self.cache, self.caches)
+        self.state: DraftState | None = None  # there is none before the prompt is read
+
+    def rows(self, start: int, count: int) -> Float[mx.array, "N V"] | None:
+        """Return the noise of ``count`` tokens from the text's token ``start`` on."""
+        return None if self.noise is None else self.noise.rows(start, count)
+
+    def process(
+        self, history: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
+    ) -> Float[mx.array, "1 V"]:
+        """Return the logits after the processors."""
+        for processor in self.logits_processors:
+            logits = processor(history, logits)
+        return logits
+
+    def draft(
+        self, root: Int[mx.array, " 1"], noise: Callable[[int], mx.array | None]
+    ) -> PrefixTree | Draft | None:
+        """Return continuations of the root, on their way; None where a token is decoded plainly.
+
+        A best-first tree is on its way, too: the device makes it while the host builds the call of
+        the target. Whole beams have to be read first.
+
+        Args:
+            root: The token that is certain.
+            noise: Returns the noise of the first so many tokens after it.
+        """
+        plan = self.planner.shape(self.text, self.outcome)
+        if plan is None or not plan.has_room:
+            return None
+        assert self.state is not None
+        plan = plan.for_support(self.target.support)
+        draft = self.state.draft(root, plan, self._in_sight(noise(plan.draft_length)))
+        if draft is None:
+            return None
+        if plan.tree == "beam":
+            mx.async_eval(draft.tokens, draft.parents, draft.depths, draft.scores)
+            return draft
+        chain = self.target.support == "chain"
+        tree = (draft.best_chain if chain else draft.best_first)(plan.nodes)
+        mx.async_eval(tree.tokens, tree.parents, tree.mask, tree.depths)
+        return tree
+
+    def _in_sight(self, noise: mx.array | None) -> mx.array | None:
+        """Return what is added to the logits themselves, before the temperature divides them."""
+        temperature = self.sampling.temperature
+        return noise if noise is None or temperature == 1 else temperature * noise
+
+    def tree(self, root: Int[mx.array, " 1"], draft: PrefixTree | Draft | None) -> PrefixTree:
+        """Return the tree to verify."""
+        start = cached_tokens(self.caches)
+        if draft is None or self.cache.quantizes_within(start, draft.max_depth + 1):
+            return PrefixTree.root(root)
+        return PrefixTree.from_beams(draft.beams()) if isinstance(draft, Draft) else draft
+
+
+@dataclass
+class Cycle:
+    """A tree that the target verifies.
+
+    Args:
+        tree: The tree.
+        call: The target's word on it.
+        start: How many tokens the text had up to the root, the root included.
+        history: The text up to the root, for the processors.
+        report: Per node its parent, whether it was accepted, what was drawn there, and whether its
+            logits are no numbers. None if logits processors have to walk on the host.
+        walk: Where the draws led; None as the report is.
+        root: The root of the next tree; None until that is drafted.
+        draft: The draft of the next tree.
+    """
+
+    tree: PrefixTree
+    call: TreeCall
+    start: int
+    history: Int[mx.array, " T"]
+    report: Int[mx.array, "4 N"] | None = None
+    walk: Walk | None = None
+    root: Int[mx.array, " 1"] | None = None
+    draft: PrefixTree | Draft | None = None
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What the host reads of a cycle.
+
+    Args:
+        path: The accepted nodes, root first.
+        tokens: What was drawn at each of them: the text that the cycle adds.
+        rows: For each of the tokens the logits, and in which row of them it was drawn.
+        parents: Of the tree's nodes.
+    """
+
+    path: list[int]
+    tokens: list[int]
+    rows: list[tuple[mx.array, int]]
+    parents: list[int]
+
+
+def launch(
+    decoding: Decoding,
+    root: Int[mx.array, " 1"],
+    draft: PrefixTree | Draft | None,
+    history: Int[mx.array, " T"],
+    num_tokens: int,
+) -> Cycle:
+    """Send a tree to the target and walk it, all on the device.
+
+    ``num_tokens`` counts the text's tokens up to the root. With logits processors the walk is the
+    host's, so it waits for ``read``.
+    """
+    with mx.stream(generation_stream):
+        tree = decoding.tree(root, draft)
+        call = decoding.target.verify(tree, decoding.caches)
+        if decoding.logits_processors:
+            mx.async_eval(call.logits, call.hidden)
+            return Cycle(tree, call, num_tokens, mx.concatenate([history, root]))
+        # A node at depth d draws token num_tokens + d.
+        noise = decoding.rows(num_tokens, tree.max_depth + 1)
+        at_nodes = None if noise is None else noise[tree.depths]
+        drawn = sample(call.logits, decoding.sampling, at_nodes)
+        walk = follow(tree, drawn)
+        failed = mx.isnan(call.logits).any(axis=-1)
+        rows = (tree.parents, walk.accepted, drawn, failed)
+        report = mx.stack([row.astype(mx.int32) for row in rows])
+        mx.async_eval(report)
+        return Cycle(tree, call, num_tokens, history, report, walk)
+
+
+def draft_next(decoding: Decoding, cycle: Cycle) -> None:
+    """Send the draft that follows a cycle after it; where the host walks, that drafts."""
+    walk, tree = cycle.walk, cycle.tree
+    if walk is None:
+        return
+    assert decoding.state is not None
+
+    def noise(length: int) -> mx.array | None:
+        rows = decoding.rows(cycle.start, tree.max_depth + 1 + length)
+        return None if rows is None else rows[depth + mx.arange(1, length + 1)]
+
+    with mx.stream(generation_stream):
+        depth = tree.depths[walk.last]
+        path = mx.arange(tree.max_depth + 1) <= depth
+        tokens = mx.where(path, tree.tokens[walk.path], -1)
+        decoding.state.accept(tokens, Features(cycle.call.hidden, walk))
+        cycle.root = walk.next_token[None]
+        cycle.draft = decoding.draft(cycle.root, noise)
+
+
+def read(decoding: Decoding, cycle: Cycle) -> Accepted:
+    """Wait for a cycle and return what it adds to the text.
+
+    Raises:
+        InputError: If the target's logits are not numbers on the path.
+    """
+    if cycle.report is None:
+        return _walk_on_host(decoding, cycle)
+    parents, accepted, drawn, failed = to_host(cycle.report)
+    # Parents have smaller indices than their children, so the path is already in order.
+    path = [node for node, on_path in enumerate(accepted) if on_path]
+    for length, node in enumerate(path):
+        if failed[node]:
+            raise failed_after(cycle.start + length)
+    rows = [(cycle.call.logits, node) for node in path]
+    return Accepted(path, [drawn[node] for node in path], rows, parents)
+
+
+def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
+    """Walk a tree node by node, with the logits processors applied to the path's own tokens.
+
+    A processor is called once per token of the text, in order, exactly as plain decoding calls it:
+    those that count or parse can rely on it.
+    """
+    tree, call, start = cycle.tree, cycle.call, cycle.start
+    tokens: list[int] = to_host(tree.tokens)
+    parents: list[int] = to_host(tree.parents)
+    children = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
+    path, drawn, rows = [0], [], []
+    with mx.stream(generation_stream):
+        while True:
+            logits = call.logits[path[-1]][None]
+            if mx.isnan(logits).any().item():
+                raise failed_after(start + len(drawn))
+            rows.append(decoding.process(cycle.history, logits))
+            token = sample(rows[-1], decoding.sampling, decoding.rows(start + len(drawn), 1))
+            drawn.append(int(to_number(token)))
+            child = children.get((path[-1], drawn[-1]))
+            if child is None:
+                break
+            path.append(child)
+            cycle.history = mx.concatenate([cycle.history, token])
+        assert decoding.state is not None
+        nodes = mx.array(path)
+        decoding.state.accept(tree.tokens[nodes], Features(call.hidden[nodes]))
+        cycle.root = token
+        after = start + len(drawn)
+        cycle.draft = decoding.draft(token, lambda length: decoding.rows(after, length))
+    return Accepted(path, drawn, [(row, 0) for row in rows], parents)
+
+
+def failed_after(num_tokens: int) -> InputError:
+    """Return the error of logits that are NaN after so many tokens of the answer."""
+    return not_numbers(f"after {num_tokens} tokens of its answer")

@@ -1,0 +1,220 @@
+"""The engine: requests in, tokens out; ``stream_generate`` is an engine with one request.
+
+    engine = Engine(model, tokenizer, drafter)
+    numbers = [engine.submit(Request(prompt)) for prompt in prompts]
+    while engine.busy:
+        for one in engine.step():
+            print(one.request, one.response.text)
+
+Every text has a drafting state, a cache and random numbers of its own, so its tokens do not depend
+on which others are written meanwhile. The texts take turns: a step hands out the next token of each
+of them, and a text's call of the target is made when its turn comes. One call for several texts is
+not made yet.
+"""
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_distill.core.sampling import TextNoise
+from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.openblas import drafting_threads
+from mlx_distill.speculation import checks
+from mlx_distill.speculation.cycle import Decoding
+from mlx_distill.speculation.decoding import DecodedToken, decode
+from mlx_distill.speculation.plain import PlainDecoding, decode_plainly, decode_with_model
+from mlx_distill.speculation.requests import Request
+from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
+from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.target.reading import vocab_width
+from mlx_distill.target.target import Target
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The next token of a text.
+
+    Args:
+        request: The number that ``submit`` returned.
+        response: The token, its text, and the counters; its ``finish_reason`` ends the text.
+    """
+
+    request: int
+    response: GenerationResponse
+
+
+class Engine:
+    """Writes the texts that are asked for, with one model.
+
+    Args:
+        model: Any mlx-lm model.
+        tokenizer: Its tokenizer.
+        drafter: Drafts; None decodes plainly.
+        draft_model: A small model of the same tokenizer that drafts instead, by mlx-lm's own loop.
+        num_draft_tokens: Tokens that it drafts at a time.
+
+    Raises:
+        InputError: If the drafter was made for another model, or the model cannot be drafted for.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        drafter: Drafter | None = None,
+        draft_model: nn.Module | None = None,
+        num_draft_tokens: int = 3,
+    ):
+        wrapped = isinstance(tokenizer, TokenizerWrapper)
+        self.model = model
+        self.tokenizer = tokenizer if wrapped else TokenizerWrapper(tokenizer)
+        self.drafter = drafter
+        self.draft_model = draft_model
+        self.num_draft_tokens = num_draft_tokens
+        if draft_model is not None:
+            checks.check_draft_model(drafter, num_draft_tokens)
+        self._numbers = itertools.count()
+        self._texts: dict[int, Iterator[GenerationResponse]] = {}
+        self._ready: list[Emitted] = []
+
+    @property
+    def texts(self) -> tuple[int, ...]:
+        """The numbers of the texts that have not ended."""
+        return tuple(self._texts)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any text has not ended."""
+        return bool(self._texts)
+
+    def submit(self, request: Request) -> int:
+        """Return the number of a new text; all that can be refused is refused now.
+
+        Raises:
+            InputError: If the prompt is longer than the model's context, a token is none of the
+                model's, or the caches cannot be used.
+        """
+        number, counters = next(self._numbers), DraftCounters()
+        caches = self._caches(request)
+        max_tokens = checks.check_request(self.model, request, caches)
+        decode = self._plain if self.drafter is None else self._drafted
+        tokens = decode(request, number, caches, max_tokens, counters)
+        size = request.prompt.size
+        writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
+        self._texts[number] = self._responses(writer, tokens)
+        return number
+
+    def step(self) -> list[Emitted]:
+        """Return the next token of every text that has not ended.
+
+        An error ends the text that it comes from; what other texts have ready is returned by the
+        next step.
+        """
+        for number, text in list(self._texts.items()):
+            try:
+                response = next(text, None)
+            except BaseException:
+                del self._texts[number]
+                raise
+            if response is not None:
+                self._ready.append(Emitted(number, response))
+            if response is None or response.finish_reason:
+                self.cancel(number)
+        ready, self._ready = self._ready, []
+        return ready
+
+    def cancel(self, number: int) -> None:
+        """End a text; a prompt cache then holds what was handed out."""
+        text = self._texts.pop(number, None)
+        if text is not None:
+            text.close()  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _responses(
+        self, writer: ResponseWriter, tokens: Iterator[DecodedToken]
+    ) -> Iterator[GenerationResponse]:
+        with wired_limit(self.model, [generation_stream]):
+            yield from writer.responses(tokens)
+
+    def _plain(
+        self,
+        request: Request,
+        number: int,
+        caches: list[Any],
+        max_tokens: int,
+        counters: DraftCounters,
+    ) -> Iterator[DecodedToken]:
+        """Return the tokens of a text by mlx-lm's loops."""
+        plain = PlainDecoding(
+            self.model,
+            request.sampling,
+            request.cache,
+            caches,
+            request.logits_processors,
+            max_tokens,
+            request.prompt_cache is not None,
+            counters,
+        )
+        if self.draft_model is None:
+            return decode_plainly(plain, request.prompt, mx.random.key(_seed(request)))
+        mx.random.seed(_seed(request))
+        width = vocab_width(self.model)
+        return decode_with_model(
+            plain, self.draft_model, self.num_draft_tokens, width, request.prompt
+        )
+
+    def _drafted(
+        self,
+        request: Request,
+        number: int,
+        caches: list[Any],
+        max_tokens: int,
+        counters: DraftCounters,
+    ) -> Iterator[DecodedToken]:
+        """Return the tokens of a text by the drafting loop."""
+        assert self.drafter is not None
+        target = Target.of(self.model)
+        checks.check_drafter(self.drafter, target, self.tokenizer)
+        target.check_caches(caches)
+        key = mx.random.key(_seed(request))
+        decoding = Decoding(
+            target,
+            self.drafter,
+            request.planner,
+            request.sampling,
+            TextNoise(key, target.vocab_size) if request.sampling.temperature else None,
+            request.cache,
+            caches,
+            request.logits_processors,
+            keep_caches=request.prompt_cache is not None,
+            text=number,
+            counters=counters,
+        )
+        return _with_drafting_threads(decoding, request.prompt)
+
+    def _caches(self, request: Request) -> list[Any]:
+        """Return the caches of a text: those that it brings, or new ones."""
+        caches = request.prompt_cache
+        if caches is None:
+            size = request.cache.max_kv_size
+            models = (self.model, self.draft_model)
+            caches = [c for m in models if m is not None for c in make_prompt_cache(m, size)]
+        if self.draft_model is not None:
+            checks.check_trimmable(caches)
+        return caches
+
+
+def _with_drafting_threads(decoding: Decoding, prompt: mx.array) -> Iterator[DecodedToken]:
+    with drafting_threads():
+        yield from decode(decoding, prompt)
+
+
+def _seed(request: Request) -> int:
+    return time.time_ns() % 2**63 if request.seed is None else request.seed

@@ -1,0 +1,215 @@
+"""What a prompt cache holds when a text ends, wherever and however it ends.
+
+A caller that keeps a prompt cache goes on with it. It then has to hold the prompt and every token
+that was handed out, and no more: whether the text ended by itself, the caller left, a logits
+processor failed, or Ctrl-C came in the middle of a call that some layers had seen and others not.
+
+The ledger says at every moment how to get there. All it knows is one immutable record, replaced by
+a single assignment whenever a step is complete, so that an exception between any two instructions
+finds the record of before or that of after. Settling is idempotent: interrupted, it is repeated.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.target.target import Target, TreeCall
+from mlx_distill.target.tree_cache import cached_tokens, can_branch, can_trim
+
+
+class RestorePoint:
+    """The state of a prompt cache, to which it can be put back after further tokens were read.
+
+    Args:
+        caches: The prompt cache, one entry per layer.
+    """
+
+    def __init__(self, caches: list[Any]):
+        self.states = [_state(cache) for cache in caches]
+
+    def restore(self, caches: list[Any]) -> None:
+        """Put the caches back; entries that were quantised since stay quantised."""
+        for cache, state in zip(caches, self.states, strict=True):
+            _restore(cache, state)
+
+
+class Unusable:
+    """Stands in for a cache whose content is not known; whoever touches it is told so."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise InputError(
+            "the prompt cache cannot be used any more: its last text was interrupted while the "
+            "model read; make a new one"
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of the cache.
+
+    Args:
+        start: The state before the first tree; None once a tree was committed.
+        kept: The last tree that was committed, on the path's every node.
+        rows: How many of the path's nodes the text has so far.
+        missing: The last token that was handed out, if the cache does not hold it.
+    """
+
+    start: RestorePoint | None
+    kept: TreeCall | None = None
+    rows: int = 0
+    missing: int | None = None
+
+
+class Ledger:
+    """Keeps the record of one text's cache.
+
+    Args:
+        target: Reads what is missing in the end.
+        cache: How keys and values are kept.
+        caches: The prompt cache.
+    """
+
+    def __init__(self, target: Target, cache: CacheConfig, caches: list[Any]):
+        self.target = target
+        self.cache = cache
+        self.caches = caches
+        self.record = Record(RestorePoint(caches))
+
+    def prompt_is_read(self) -> None:
+        """Take note that the cache holds the prompt."""
+        self.record = Record(RestorePoint(self.caches))
+
+    def commit(self, call: TreeCall, path: list[int]) -> None:
+        """Keep the nodes of a path in the cache, of which the text has the root so far."""
+        call.commit(path)
+        self.cache.quantize(self.caches)
+        self.record = Record(None, call, 1)
+
+    def hand_out(self, token: int, rows: int, in_cache: bool) -> None:
+        """Take note that a token is handed out, which makes so many of the path's nodes text."""
+        missing = None if in_cache else token
+        self.record = replace(self.record, rows=rows, missing=missing)
+
+    def settle(self) -> None:
+        """Let the cache hold the text; an interrupt meanwhile is raised when it does.
+
+        Raises:
+            KeyboardInterrupt: After the cache was settled.
+        """
+        interrupt = None
+        while True:
+            try:
+                self._settle()
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+            except BaseException:
+                self.caches[:] = [Unusable() for _ in self.caches]
+                raise
+        if interrupt is not None:
+            raise interrupt
+
+    def _settle(self) -> None:
+        record = self.record
+        # Both put the cache where it was, whatever the target was given since.
+        if record.kept is not None:
+            record.kept.rebase(self.caches)
+            record.kept.rewind(record.rows)
+        if record.start is not None:
+            record.start.restore(self.caches)
+        for cache in self.caches:
+            _even_out(cache)
+        if record.missing is not None:
+            self.target.forward(mx.array([record.missing]), self.caches)
+            self.cache.quantize(self.caches)
+        mx.eval([cache.state for cache in self.caches if not cache.empty()])
+
+
+class PlainLedger:
+    """The same for mlx-lm's own loop, whose cache is one token ahead and may be torn.
+
+    Args:
+        caches: The prompt cache.
+        prompt_tokens: Length of the prompt that is going to be read.
+    """
+
+    def __init__(self, caches: list[Any], prompt_tokens: int):
+        self.caches = caches
+        self.num_tokens = cached_tokens(caches) + prompt_tokens
+        self.start: RestorePoint | None = RestorePoint(caches)
+
+    def hand_out(self) -> None:
+        """Take note that one more token is handed out."""
+        self.start = None
+        self.num_tokens += 1
+
+    def settle(self) -> None:
+        """Let the cache hold the text; it is given up where that cannot be done."""
+        wanted = self.num_tokens
+        if not all(can_branch(cache) for cache in self.caches):
+            self.give_up(self.caches)
+        elif self.start and any(cached_tokens([cache]) < wanted for cache in self.caches):
+            self.start.restore(self.caches)  # interrupted while the prompt was read
+        elif all(can_trim(cache) for cache in self.caches):
+            for cache in self.caches:
+                _restore(cache, _state_at(cache, wanted))
+        elif any(cached_tokens([cache]) != wanted for cache in self.caches):
+            self.give_up(self.caches)
+        for cache in self.caches:
+            _even_out(cache)
+
+    @staticmethod
+    def give_up(caches: list[Any]) -> None:
+        """Put something in the caches' place that says so."""
+        caches[:] = [Unusable() for _ in caches]
+
+
+def _state(cache: Any) -> Any:
+    if isinstance(cache, CacheList):
+        return [_state(part) for part in cache.caches]
+    # Of a cache that appends, the rows before its offset never change; of a window they do.
+    return cache.state if isinstance(cache, RotatingKVCache) else getattr(cache, "offset", None)
+
+
+def _restore(cache: Any, state: Any) -> None:
+    if isinstance(cache, CacheList):
+        for part, one in zip(cache.caches, state, strict=True):
+            _restore(part, one)
+    elif isinstance(cache, RotatingKVCache):
+        cache.state = state
+    else:
+        cache.offset = state
+
+
+def _even_out(cache: Any) -> None:
+    """Give keys and values one length, where only one of them had grown."""
+    if isinstance(cache, CacheList):
+        for part in cache.caches:
+            _even_out(part)
+    elif isinstance(cache, KVCache | QuantizedKVCache) and cache.keys is not None:
+        if cache.offset == 0:
+            cache.keys = cache.values = None
+        elif _length(cache.keys) != _length(cache.values):
+            rows = slice(cache.offset)
+            cache.keys, cache.values = (_cut(x, rows) for x in (cache.keys, cache.values))
+
+
+def _length(x: Any) -> int:
+    parts = x if isinstance(x, tuple | list) else [x]
+    return min(0 if part is None else part.shape[-2] for part in parts)
+
+
+def _cut(x: Any, rows: slice) -> Any:
+    quantised = isinstance(x, tuple | list)
+    return tuple(part[..., rows, :] for part in x) if quantised else x[..., rows, :]
+
+
+def _state_at(cache: Any, offset: int) -> Any:
+    """Return the state of a cache that appends when it held so many tokens."""
+    if isinstance(cache, CacheList):
+        return [_state_at(part, offset) for part in cache.caches]
+    return offset
