@@ -14,7 +14,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.generation import generate, stream_generate
 from mlx_distill.speculation.responses import GenerationResponse
-from mlx_distill.training.loop import TrainingConfig
+from mlx_distill.training.config import TrainingConfig
 
 __all__ = [
     "CacheConfig",

@@ -56,8 +56,8 @@ from mlx_distill.errors import InputError, one_line
 from mlx_distill.hashes import tokenizer_hash, weights_hash
 from mlx_distill.target.context import context_length
 from mlx_distill.target.reading import vocab_width
+from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
-from mlx_distill.training.loop import checkpoints
 from mlx_distill.training.runs import check_output, partial_folder
 
 OTHER_TOKENIZER = (

@@ -44,7 +44,9 @@ from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.target.target import Target
-from mlx_distill.training.loop import TrainingConfig, checkpoints, step_of, train
+from mlx_distill.training.checkpoints import checkpoints, step_of
+from mlx_distill.training.config import TrainingConfig
+from mlx_distill.training.loop import train
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
 
 

@@ -44,7 +44,9 @@ from mlx_distill.distillation.teachers import (
 )
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.losses import response
-from mlx_distill.training.loop import TrainingConfig, checkpoints, train
+from mlx_distill.training.checkpoints import checkpoints
+from mlx_distill.training.config import TrainingConfig
+from mlx_distill.training.loop import train
 
 V = 97
 HALF = OnPolicyConfig(on_policy=0.5)

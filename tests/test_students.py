@@ -31,7 +31,7 @@ from mlx_distill.distillation.students import (
 )
 from mlx_distill.distillation.training import distill
 from mlx_distill.hashes import tokenizer_hash
-from mlx_distill.training.loop import checkpoints
+from mlx_distill.training.checkpoints import checkpoints
 
 TOKENS = mx.array([[5, 9, 33, 2, 7], [60, 1, 1, 4, 90]])
 RANDOM = np.random.default_rng(0)

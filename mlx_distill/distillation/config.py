@@ -11,7 +11,7 @@ from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.students import DTYPES, AdapterConfig
 from mlx_distill.errors import InputError
-from mlx_distill.training.loop import TrainingConfig
+from mlx_distill.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -23,15 +23,10 @@ from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
 from mlx_distill.target.reading import vocab_width
+from mlx_distill.training.checkpoints import checkpoints, step_of
+from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.journal import Journal
-from mlx_distill.training.loop import (
-    Progress,
-    TrainingConfig,
-    checkpoints,
-    step_of,
-    stopping,
-    train,
-)
+from mlx_distill.training.loop import Progress, stopping, train
 from mlx_distill.training.runs import begin_or_resume
 
 Data = Sequence[Text] | Examples
@@ -172,7 +167,7 @@ def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool
     with tqdm(total=total, initial=done, unit="step", disable=quiet, file=sys.stderr) as bar:
         for progress in steps:
             journal.add(progress)
-            stopped = progress.stopped and progress.step < total
+            stopped = progress.stopped and not progress.ended
             bar.update()
             parts = " ".join(f"{name} {value:.3f}" for name, value in progress.parts.items())
             bar.set_description(parts or f"loss {progress.loss:.3f}")

@@ -1,12 +1,13 @@
-"""Losses over a vocabulary without its logits: head, loss and gradient, a few tokens at a time.
+"""Losses over a vocabulary without its logits: head, loss and gradient, some tokens at a time.
 
 The logits of a thousand tokens over fifty thousand entries are 200 MB in float32, and a loss and
 its gradient hold several arrays of that size. Here they exist for one chunk of tokens only: the
 gradient is computed with the loss, in the forward, and what is kept of it has the size of the
-hidden states and of the head.
+hidden states and, in float32, of what is trained of the head.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -14,28 +15,36 @@ from jaxtyping import Float
 from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_distill.losses.response import Loss
+CHUNK_ROWS = 256  # with fewer, a product of matrices does not keep a machine busy
+
+# (sum, what else is to be known of it): only the sum has a gradient.
+Sums = tuple[mx.array, mx.array]
 
 
 def chunk_rows(num_entries: int) -> int:
-    """Return how many rows of logits a chunk has: 4 MB of them, but enough to keep a GPU busy."""
-    return max(32, 2**20 // num_entries)
+    """Return how many rows of logits a chunk has: 4 MB of them, and at least 256."""
+    return max(CHUNK_ROWS, 2**20 // num_entries)
 
 
 def chunked_loss(
     head: nn.Module,
     hidden: Float[mx.array, "N D"],
-    loss: Callable[..., Loss],
+    loss: Callable[..., Sums],
     inputs: Sequence[mx.array],
-    chunk_size: int = 64,
-) -> Loss:
+    chunk_size: int = CHUNK_ROWS,
+) -> Sums:
     """Return ``loss(head(hidden), *inputs)``, with its gradients, chunk by chunk.
+
+    The head computes in its own type. The loss is given logits in float32, and what the chunks add
+    to the head's gradients is added up in float32: so they leave here, whatever type the weights
+    have.
 
     Args:
         head: Makes logits of hidden states; gradients reach its trainable parameters.
         hidden: What it is given, a row per token.
-        loss: Takes logits and the chunk's rows of ``inputs``; sums over its rows.
-        inputs: Arrays with a row per token: goals, masks. They get no gradient.
+        loss: Takes logits and the chunk's rows of ``inputs``; returns two sums over its rows, of
+            which the first has a gradient.
+        inputs: Arrays with a row per token: goals, weights. They get no gradient.
         chunk_size: Tokens per chunk.
 
     Raises:
@@ -44,33 +53,86 @@ def chunked_loss(
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     parameters: dict[str, Any] = dict(tree_flatten(head.trainable_parameters()))
-    names = list(parameters)
-
-    def on_chunk(rows: mx.array, weights: list[mx.array], goals: list[mx.array]) -> Loss:
-        head.update(tree_unflatten(list(zip(names, weights, strict=True))))
-        return loss(head(rows), *goals)
-
-    value_and_grad = mx.value_and_grad(on_chunk, argnums=(0, 1))
+    backward = _Backward(head, list(parameters))
 
     @mx.custom_function
     def whole(rows: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
-        total, count = mx.array(0.0), mx.array(0.0)
-        row_grads, weight_grads = [], [mx.zeros_like(weight) for weight in weights]
+        total, others = mx.array(0.0), mx.array(0.0)
+        row_grads = []
+        sums = [mx.zeros(weight.shape, mx.float32) for weight in weights]
         for start in range(0, rows.shape[0], chunk_size):
             here = slice(start, start + chunk_size)
             # A chunk waits for the one before, so that only one is in memory.
-            part = mx.depends([rows[here]], [total, *weight_grads])[0]
+            part = mx.depends([rows[here]], [total, *sums])[0]
             goals = [mx.stop_gradient(array[here]) for array in inputs]
-            (value, number), grads = value_and_grad(part, list(weights), goals)
-            total, count = total + value, count + number
-            row_grads.append(grads[0])
-            weight_grads = [a + b for a, b in zip(weight_grads, grads[1], strict=True)]
-        return total, count, mx.concatenate(row_grads), *weight_grads
+            logits = backward.logits(part, list(weights))
+            on_logits = mx.value_and_grad(partial(_of_logits, loss, goals))
+            (value, other), slope = on_logits(logits.astype(mx.float32))
+            total, others = total + value, others + other
+            gradient, sums = backward(part, list(weights), slope, logits.dtype, sums)
+            row_grads.append(gradient)
+        return total, others, mx.concatenate(row_grads), *sums
 
     @whole.vjp
     def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
-        return tuple(cotangents[0] * gradient for gradient in outputs[2:])
+        rows, *weights = (cotangents[0] * gradient for gradient in outputs[2:])
+        return rows.astype(primals[0].dtype), *weights
 
-    total, count, *_ = whole(hidden, *parameters.values())  # pyright: ignore
+    total, others, *_ = whole(hidden, *parameters.values())  # pyright: ignore
     head.update(tree_unflatten(list(parameters.items())))
-    return total, count
+    return total, others
+
+
+def _of_logits(loss: Callable[..., Sums], goals: list[mx.array], logits: mx.array) -> Sums:
+    return loss(logits, *goals)
+
+
+class _Backward:
+    """A head's logits, and its gradients from theirs.
+
+    A head that is one trained matrix adds to its gradient in one product; any other is asked for
+    the gradients of a chunk.
+    """
+
+    def __init__(self, head: nn.Module, names: list[str]):
+        self.head, self.names = head, names
+        module = head.get("embed", head)
+        plain = isinstance(module, nn.Linear | nn.Embedding)
+        self.matrix = next(
+            (at for at, name in enumerate(names) if plain and name in ("weight", "embed.weight")),
+            None,
+        )
+
+    def logits(self, rows: mx.array, weights: list[mx.array]) -> mx.array:
+        """Return the head's logits of some rows, with these weights."""
+        self.head.update(tree_unflatten(list(zip(self.names, weights, strict=True))))
+        return self.head(rows)
+
+    def __call__(
+        self,
+        rows: mx.array,
+        weights: list[mx.array],
+        slope: mx.array,
+        kind: mx.Dtype,
+        sums: list[mx.array],
+    ) -> tuple[mx.array, list[mx.array]]:
+        """Return the gradient of some rows, and the weights' sums with theirs added.
+
+        ``slope`` is the logits' gradient in float32, ``kind`` the type that the head makes them in.
+        """
+        others = [at for at in range(len(weights)) if at != self.matrix]
+
+        def forward(rows: mx.array, *some: mx.array) -> mx.array:
+            given = list(weights)
+            for at, weight in zip(others, some, strict=True):
+                given[at] = weight
+            return self.logits(rows, given)
+
+        primals = [rows, *(weights[at] for at in others)]
+        _, found = mx.vjp(forward, primals, [slope.astype(kind)])
+        sums = list(sums)
+        for at, gradient in zip(others, found[1:], strict=True):
+            sums[at] = sums[at] + gradient.astype(mx.float32)
+        if self.matrix is not None:
+            sums[self.matrix] = mx.addmm(sums[self.matrix], slope.T, rows.astype(mx.float32))
+        return found[0], sums

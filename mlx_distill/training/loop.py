@@ -6,8 +6,6 @@ killed and one that was not end with the same bits.
 """
 
 import math
-import os
-import shutil
 import signal
 import sys
 import threading
@@ -20,54 +18,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx import nn
-from mlx.nn.utils import value_and_grad
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
-from mlx_distill.files import check_safetensors
-
-NETWORK, OPTIMIZER = "network.safetensors", "optimizer.safetensors"
+from mlx_distill.training.best import Best, Score, held_out_score
+from mlx_distill.training.checkpoints import last_good, restore, save
+from mlx_distill.training.config import TrainingConfig, schedule
+from mlx_distill.training.gradients import Gradients, clipped
+from mlx_distill.training.masters import Masters
 
 # (sum, count), and perhaps the terms that the sum is made of, by name, for the log.
 Loss = Callable[[Any], tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a network is trained.
-
-    Args:
-        steps: Number of updates.
-        learning_rate: At its peak; it rises linearly over ``warmup`` and falls along a cosine.
-        warmup: Share of the steps.
-        weight_decay: Of AdamW.
-        max_grad_norm: Longer gradients are scaled down to this norm.
-        accumulate: Batches per update; their gradients are added and divided once.
-        evaluate_every: Steps between evaluations on held-out data.
-        checkpoint_every: Steps between checkpoints.
-    """
-
-    steps: int = 1000
-    learning_rate: float = 1e-3
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    accumulate: int = 1
-    evaluate_every: int = 100
-    checkpoint_every: int = 100
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup must be between 0 and 1, got {self.warmup}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
 
 @dataclass
@@ -83,7 +44,8 @@ class Progress:
         parts: The terms that the loss is made of, if it names them.
         evaluation: What ``evaluate`` said, on the steps where it was asked.
         saves: Whether a checkpoint is written after this step.
-        stopped: Whether the training ends here because it was asked to.
+        ended: Whether this is the last step: all are done, or the patience is over.
+        stopped: Whether the training was asked to stop here.
     """
 
     step: int
@@ -94,6 +56,7 @@ class Progress:
     parts: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
     saves: bool = False
+    ended: bool = False
     stopped: bool = False
 
 
@@ -105,10 +68,12 @@ def train(
     config: TrainingConfig,
     folder: Path,
     stop: Callable[[], bool] = lambda: False,
+    score: Score = held_out_score,
 ) -> Iterator[Progress]:
     """Train a network, from its last checkpoint if there is one; yield after every step.
 
-    A step is yielded before its checkpoint is written.
+    A step is yielded before its checkpoint is written. The network computes in its own types; what
+    is updated, clipped, divided and written to checkpoints is float32.
 
     Args:
         network: Its trainable parameters are updated in place.
@@ -118,77 +83,102 @@ def train(
         config: How.
         folder: Where the checkpoints lie.
         stop: Asked after every step; True ends the training there, with a checkpoint.
+        score: Of an evaluation, the lower the better; for ``patience`` and ``keep_best``.
 
     Raises:
         InputError: If the loss is not a number; the last checkpoint is from before.
     """
-    optimizer = optim.AdamW(learning_rate=schedule(config), weight_decay=config.weight_decay)
-    optimizer.init(network.trainable_parameters())
-    done = restore(folder, network, optimizer)
-    loss_and_grad = value_and_grad(network, loss)
-    for step in range(done, config.steps):
-        progress, grads = _gradients(loss_and_grad, batch_at, step, config.accumulate)
-        grads, norm = optim.clip_grad_norm(grads, config.max_grad_norm)
-        for name, number in (("loss", progress.loss), ("gradient", to_number(norm))):
-            if not math.isfinite(number):
-                raise _no_number(name, number, progress, folder)
-        optimizer.update(network, grads)
-        mx.eval(network.parameters(), optimizer.state)
-        progress.learning_rate = float(to_number(optimizer.learning_rate))
+    run = _Run(network, loss, config, folder, score)
+    while run.step < config.steps and not run.best.enough:
+        progress = run.update(batch_at)
         progress.stopped = stop()
-        last = step + 1 == config.steps
-        due = (step + 1) % config.checkpoint_every == 0
-        progress.saves = last or due or progress.stopped
-        if last or (step + 1) % config.evaluate_every == 0:
+        if run.step == config.steps or run.step % config.evaluate_every == 0:
             progress.evaluation = evaluate()
-            for name, number in progress.evaluation.items():
-                if isinstance(number, float) and math.isnan(number):
-                    raise _no_number(f"held-out {name}", number, progress, folder)
+            run.check(progress, progress.evaluation, "held-out ")
+            run.best.see(run.step, progress.evaluation, run.masters)
+        progress.ended = run.step == config.steps or run.best.enough
+        due = run.step % config.checkpoint_every == 0
+        progress.saves = progress.ended or due or progress.stopped
         yield progress  # what the caller keeps of a step is there before its checkpoint is
         if progress.saves:
-            save(folder, step + 1, network, optimizer)
-        if progress.stopped:
+            run.save()
+        if progress.stopped and not progress.ended:
             return
+    run.best.take_back(run.masters)
 
 
-def _no_number(name: str, number: float, progress: Progress, folder: Path) -> InputError:
-    rows = f", on rows {progress.rows} of the data" if progress.rows else ""
-    return InputError(
-        f"the {name} of step {progress.step} is {number}{rows}; {_last_good(folder)}; "
-        "a smaller learning rate may help"
-    )
+class _Run:
+    """A training's state: weights, moments, and what is kept beside them."""
 
+    def __init__(
+        self, network: nn.Module, loss: Loss, config: TrainingConfig, folder: Path, score: Score
+    ):
+        self.network = network
+        self.config = config
+        self.folder = folder
+        self.masters = Masters(network)
+        # Without the bias correction the first steps are several times the rate.
+        self.optimizer = optim.AdamW(
+            learning_rate=schedule(config), weight_decay=config.weight_decay, bias_correction=True
+        )
+        self.optimizer.init(self.masters.arrays)
+        self.best = Best(folder, config, score)
+        self.gradients = Gradients(network, loss, self.masters.has_float16)
+        self.step, weights, state = restore(folder)
+        if self.step:
+            if not {"optimizer", "best", "scale"} <= state.keys():
+                raise InputError(
+                    f"the checkpoints in {folder} are of another version; train in another folder"
+                )
+            self.masters.restore(weights)
+            self.optimizer.state = state["optimizer"]
+            self.best.state = state["best"]
+            self.gradients.scale = float(to_number(state["scale"]))
+            mx.eval(network.parameters(), self.masters.arrays, self.optimizer.state)
 
-def _gradients(
-    loss_and_grad: Callable[[Any], Any],
-    batch_at: Callable[[int], Any],
-    step: int,
-    accumulate: int,
-) -> tuple[Progress, Any]:
-    """Return a step's loss and gradients: sums over its batches, divided once."""
-    total, count, grads = mx.array(0.0), mx.array(0.0), None
-    parts, rows = {}, []
-    for number in range(step * accumulate, (step + 1) * accumulate):
-        batch = batch_at(number)
-        rows += getattr(batch, "rows", ())
-        (value, here, *more), new = loss_and_grad(batch)
-        total, count = total + value, count + here
-        grads = new if grads is None else tree_map(mx.add, grads, new)
-        for name, part in (more[0] if more else {}).items():
-            parts[name] = parts.get(name, 0.0) + part * here
-        mx.eval(total, count, grads, parts)
-    divisor = mx.maximum(count, 1)
-    grads = tree_map(lambda gradient: gradient / divisor.astype(gradient.dtype), grads)
-    means = {name: float(to_number(part / divisor)) for name, part in parts.items()}
-    loss = float(to_number(total / divisor))
-    return Progress(step + 1, loss, rows, float(to_number(count)), parts=means), grads
+    def update(self, batch_at: Callable[[int], Any]) -> Progress:
+        """Do a step, on ``accumulate`` batches."""
+        accumulate = self.config.accumulate
+        first = self.step * accumulate
+        sums = self.gradients.sums(batch_at(first + place) for place in range(accumulate))
+        loss, parts = sums.means()
+        progress = Progress(self.step + 1, loss, sums.rows, sums.count, parts=parts)
+        grads, norm = clipped(sums.mean_gradients(), self.config.max_grad_norm)
+        self.check(progress, {"loss": progress.loss, "gradient": float(to_number(norm))})
+        self.masters.put(self.optimizer.apply_gradients(grads, self.masters.arrays))
+        mx.eval(self.network.parameters(), self.masters.arrays, self.optimizer.state)
+        progress.learning_rate = float(to_number(self.optimizer.learning_rate))
+        self.step += 1
+        return progress
+
+    def check(self, progress: Progress, numbers: dict[str, Any], kind: str = "") -> None:
+        """Raise InputError if one is no number; a loss and a gradient must be finite, too."""
+        for name, number in numbers.items():
+            if not isinstance(number, float) or math.isfinite(number):
+                continue
+            if kind and not math.isnan(number):
+                continue
+            rows = f", on rows {progress.rows} of the data" if progress.rows else ""
+            raise InputError(
+                f"the {kind}{name} of step {progress.step} is {number}{rows}; "
+                f"{last_good(self.folder)}; a smaller learning rate may help"
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {
+            "optimizer": self.optimizer.state,
+            "best": self.best.state,
+            "scale": mx.array(self.gradients.scale),
+        }
+        save(self.folder, self.step, self.masters.kept(), state)
 
 
 @contextmanager
 def stopping(message: str) -> Iterator[Callable[[], bool]]:
     """Let the first Ctrl-C end the training after the step that runs, with a checkpoint.
 
-    The second one ends it at once.
+    The second one ends it at once. Only the main thread hears of Ctrl-C.
 
     Args:
         message: Printed on stderr at the first one.
@@ -203,113 +193,10 @@ def stopping(message: str) -> Iterator[Callable[[], bool]]:
         print(f"\n{message}", file=sys.stderr)
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread can hear of Ctrl-C
+        yield lambda: False
         return
     before = signal.signal(signal.SIGINT, ask)
     try:
         yield lambda: asked
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:
-    """Return the learning rate as a function of the step: linear warm-up, then a cosine to 0."""
-    rise = max(1, round(config.warmup * config.steps))
-    fall = max(1, config.steps - rise)
-
-    def rate(step: mx.array) -> mx.array:
-        up = (step + 1) / rise
-        down = 0.5 * (1 + mx.cos(mx.minimum(1.0, (step - rise) / fall) * math.pi))
-        return config.learning_rate * mx.where(step < rise, up, down)
-
-    return rate
-
-
-def save(folder: Path, step: int, network: nn.Module, optimizer: optim.Optimizer) -> None:
-    """Write a checkpoint: complete under its name or not there at all; keep the one before too.
-
-    Raises:
-        InputError: If it cannot be written; earlier checkpoints are untouched.
-    """
-    final = folder / f"step-{step:07d}"
-    writing = folder / "writing"
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-        _save_arrays(writing / NETWORK, kept(network))
-        _save_arrays(writing / OPTIMIZER, optimizer.state)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(writing, final)
-    except (OSError, RuntimeError, InputError) as error:
-        shutil.rmtree(writing, ignore_errors=True)
-        raise InputError(
-            f"the checkpoint of step {step} could not be written ({error}); {_last_good(folder)}"
-        ) from None
-    for old in checkpoints(folder)[:-2]:
-        shutil.rmtree(old)
-
-
-def restore(folder: Path, network: nn.Module, optimizer: optim.Optimizer) -> int:
-    """Load the last checkpoint into a network and its optimizer; return its step, 0 if none.
-
-    That newer ones are damaged is said on stderr.
-    """
-    found = checkpoints(folder)
-    last = found[-1].name if found else ""
-    for name in sorted(path.name for path in folder.glob("step-*") if path.name > last):
-        print(f"{name} is damaged; going on from {last or 'the beginning'}", file=sys.stderr)
-    if not found:
-        return 0
-    network.load_weights(str(found[-1] / NETWORK), strict=False)
-    state = mx.load(str(found[-1] / OPTIMIZER))
-    optimizer.state = tree_unflatten(list(state.items()))  # pyright: ignore
-    mx.eval(network.parameters(), optimizer.state)
-    return step_of(found[-1])
-
-
-def kept(network: nn.Module) -> dict[str, mx.array]:
-    """Return what training changes: trainable parameters, and running means of normalisations.
-
-    A frozen base under adapters may be a hundred times as large, and is as it was.
-    """
-    trained: dict[str, Any] = dict(tree_flatten(network.trainable_parameters()))
-    every: dict[str, Any] = dict(tree_flatten(network.parameters()))
-    running = ("running_mean", "running_var")
-    return trained | {name: x for name, x in every.items() if name.endswith(running)}
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a folder, oldest first.
-
-    What a power cut damaged is passed over: the one before it serves.
-    """
-    return sorted(path for path in folder.glob("step-*") if _is_whole(path))
-
-
-def step_of(checkpoint: Path) -> int:
-    """Return the number of updates that a checkpoint was written after."""
-    return int(checkpoint.name.removeprefix("step-"))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    try:
-        for name in (NETWORK, OPTIMIZER):
-            check_safetensors(checkpoint / name)
-    except InputError:
-        return False
-    return True
-
-
-def _last_good(folder: Path) -> str:
-    kept = checkpoints(folder)
-    return f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint before it"
-
-
-def _save_arrays(path: Path, tree: Any) -> None:
-    """Write the arrays of a tree and check that all of them arrived.
-
-    A full disk can cut files short without a word from the writer.
-    """
-    arrays: dict[str, Any] = dict(tree_flatten(tree))  # of a flat one, itself
-    mx.save_safetensors(str(path), arrays)
-    check_safetensors(path)

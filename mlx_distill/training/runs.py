@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, write_whole
-from mlx_distill.training.loop import checkpoints
+from mlx_distill.training.checkpoints import checkpoints
 
 SETTINGS = "settings.json"
 

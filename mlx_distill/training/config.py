@@ -1,0 +1,65 @@
+"""How something is trained: the settings, and the learning rate that follows from them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_distill.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a network is trained.
+
+    Args:
+        steps: Number of updates.
+        learning_rate: At its peak; it rises linearly over ``warmup`` and falls along a cosine.
+        warmup: Share of the steps.
+        weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients are scaled down to this norm.
+        accumulate: Batches per update; their gradients are added and divided once.
+        evaluate_every: Steps between evaluations on held-out data.
+        checkpoint_every: Steps between checkpoints.
+        patience: Evaluations without a better one after which the training ends; 0 for never.
+        keep_best: End with the weights of the best evaluation instead of the last step's.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    accumulate: int = 1
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    patience: int = 0
+    keep_best: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup must be between 0 and 1, got {self.warmup}")
+        if self.patience < 0:
+            raise InputError(f"patience must be at least 0, got {self.patience}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+
+
+def schedule(config: TrainingConfig) -> Callable[[mx.array], mx.array]:
+    """Return the learning rate as a function of the step: linear warm-up, then a cosine to 0."""
+    rise = max(1, round(config.warmup * config.steps))
+    fall = max(1, config.steps - rise)
+
+    def rate(step: mx.array) -> mx.array:
+        up = (step + 1) / rise
+        down = 0.5 * (1 + mx.cos(mx.minimum(1.0, (step - rise) / fall) * math.pi))
+        return config.learning_rate * mx.where(step < rise, up, down)
+
+    return rate
