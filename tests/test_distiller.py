@@ -191,14 +191,14 @@ def test_student_that_comes_to_nothing_on_held_out_texts(
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma2"])
 def test_chunked_loss_equals_the_naive_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sixteen positions at a time, six times; gemma2 caps its logits and cannot be cut."""
+    """Sixteen positions at a time, six times; gemma2 caps its logits."""
     monkeypatch.setattr(module, "chunk_rows", lambda width: 16)
     batch = text_batch(TEXTS, [0, 3, 7])
     assert batch.mask.size == 96
     student, teacher = small(name), tiny_model("llama")
     losses = [*MIXED, "total_variation:weight=0.1", "sparse_kl:weight=0.5,k=9"]
     made = make(losses, batch, student, LiveTeacher([teacher]))
-    assert (made.answers.body is None) == (name == "gemma2")
+    assert made.answers.body is not None
     goal = Goal(teacher(batch.inputs).reshape(-1, V))
 
     def naive(model: Any) -> mx.array:
