@@ -49,7 +49,7 @@ from mlx_distill.distillation.students import (
     from_layers,
     read_config,
 )
-from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher
+from mlx_distill.distillation.teachers import Answers, CachedTeacher, LiveTeacher
 from mlx_distill.evaluation.metrics import report
 from mlx_distill.evaluation.texts import evaluate
 from mlx_distill.hashes import tokenizer_hash, weights_hash
@@ -179,7 +179,9 @@ class Study:
             "vocab_size": self.config["vocab_size"],
         }
         tail = "draws" if draws else "bucket"
-        for count in write_cache(folder, self.teacher, self.texts, header, tail=tail):
+        for count in write_cache(
+            folder, Answers(self.teacher, texts=True), self.texts, header, tail=tail
+        ):
             print(f"cached {count} of {len(self.texts)} texts", file=sys.stderr)
         return TeacherCache.open(folder, known, self.texts)
 

@@ -281,13 +281,15 @@ def _cache(config: DistillConfig, folder: Path, arguments: argparse.Namespace) -
         "vocab_size": vocab_size,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
+    answers = Answers(teacher, texts=True)
     written = write_cache(
         folder,
-        teacher,
+        answers,
         texts,
         header,
         config.cache_k,
-        batch_size=config.batch_size,
+        # Where a model makes its logits itself, they are there for a whole batch: one text, then.
+        batch_size=config.batch_size if answers.body else 1,
         tail=config.cache_tail,
     )
     with tqdm(total=len(texts), unit="text", disable=arguments.quiet) as bar:

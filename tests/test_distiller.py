@@ -668,7 +668,7 @@ def test_ensemble_teaches(tmp_path: Path) -> None:
 def make_cache(folder: Path, teacher: Any, texts: Sequence[Text], k: int) -> CachedTeacher:
     size = teacher(mx.array([[1]])).shape[-1]
     header = {"tokenizer_hash": "abc", "weights_hash": "def", "vocab_size": size}
-    list(write_cache(folder, teacher, texts, header, k, texts_per_shard=5))
+    list(write_cache(folder, module.Answers(teacher, True), texts, header, k, texts_per_shard=5))
     return CachedTeacher(TeacherCache.open(folder, "abc", texts))
 
 

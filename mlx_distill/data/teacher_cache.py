@@ -1,8 +1,9 @@
 """A teacher's distributions on disk, so that teacher and student need not be in memory together.
 
-Of every text and each of its positions the k most probable next tokens are kept, their
+Of every learned token of every text the k most probable ones in its place are kept, their
 log-probabilities at temperature 1, and the mass of all other tokens, the tail. A folder holds
-``manifest.json`` and a safetensors file per ``texts_per_shard`` texts, here of 3 and 2 positions::
+``manifest.json`` and a safetensors file per ``texts_per_shard`` texts, here of 3 and 2 learned
+tokens::
 
     ids        5 x k  uint16, or uint32 if the vocabulary needs it
     log_probs  5 x k  float16, most probable first
@@ -16,51 +17,49 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Float32, Int32, UInt32
+from jaxtyping import Float, Float32, Int32
 
+from mlx_distill.data.cache_files import (
+    AGAIN,
+    FORMAT_VERSION,
+    MANIFEST,
+    TAILS,
+    Shard,
+    check_made,
+    check_shard,
+    manifest,
+    map_arrays,
+    read_manifest,
+    sha256,
+    shard_name,
+)
 from mlx_distill.data.texts import Text, text_batch
+from mlx_distill.data.top_tokens import tail_draws, top_tokens
 from mlx_distill.errors import InputError, not_numbers, one_line
-from mlx_distill.files import check_safetensors, read_json, write_whole
+from mlx_distill.files import check_safetensors, write_whole
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 WRITING = "writing.safetensors"
 MAX_LOADED = 8
-
-AGAIN = "running the same --cache-teacher command again"
-MADE = {
-    "tokenizer_hash": "with another tokenizer, so its token ids mean other tokens",
-    "weights_hash": "from another teacher",
-    "texts_hash": "of other texts, or of the same ones cut or ordered otherwise",
-}
-TAILS = ("bucket", "draws")
-DTYPES = {"U16": np.uint16, "U32": np.uint32, "F16": np.float16, "F32": np.float32, "I64": np.int64}
+CHUNK_BYTES = 2**25  # of logits in float32; finding the largest holds a few arrays of that size
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One file of a cache, as the manifest lists it.
+@runtime_checkable
+class Reader(Protocol):
+    """A teacher as its cache needs it: logits of some rows, never of whole batches."""
 
-    Args:
-        name: The file's.
-        first: Its first text.
-        count: Number of its texts.
-        positions: Number of their positions.
-        sha256: Of the file, in hexadecimal.
-    """
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """Return hidden states, (B, T, D), of token ids, (B, T)."""
+        ...
 
-    name: str
-    first: int
-    count: int
-    positions: int
-    sha256: str
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Return the logits, (N, V), of some of them, (N, D)."""
+        ...
 
 
 class TeacherCache:
@@ -70,14 +69,18 @@ class TeacherCache:
         folder: Where it is.
         header: What the manifest says of it all.
         shards: Its files, in the order of the texts.
+        texts: What it was made of.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any], shards: list[Shard]) -> None:
+    def __init__(
+        self, folder: Path, header: dict[str, Any], shards: list[Shard], texts: Sequence[Text]
+    ) -> None:
         self.folder = folder
         self.header = header
         self.shards = shards
         self.k: int = header["k"]
         self.vocab_size: int = header["vocab_size"]
+        self._counts = [text.num_learned for text in texts]
         self._verified: set[int] = set()
         self._loaded: dict[int, dict[str, np.ndarray]] = {}  # the last one was used last
 
@@ -93,11 +96,15 @@ class TeacherCache:
                 f"{folder} holds no {MANIFEST}, so it is no teacher's cache; "
                 "make one with --cache-teacher"
             )
-        header, shards = _read_manifest(folder)
-        _check_made(
+        header, shards = read_manifest(folder)
+        check_made(
             folder,
             header,
-            {"tokenizer_hash": tokenizer_hash, "texts_hash": texts_hash(texts)},
+            {
+                "tokenizer_hash": tokenizer_hash,
+                "texts_hash": texts_hash(texts),
+                "num_texts": len(texts),
+            },
             "give the model, the data and the options that it was made with, or cache the teacher "
             "again into another folder",
         )
@@ -107,9 +114,9 @@ class TeacherCache:
                 f"{folder} is unfinished: it holds {done} of {len(texts)} texts; {AGAIN} goes on "
                 "after them"
             )
-        for name in shards:
-            _check_shard(folder / name)
-        return cls(folder, header, list(shards.values()))
+        for name, shard in shards.items():
+            check_shard(folder / name, shard, header)
+        return cls(folder, header, list(shards.values()), texts)
 
     @property
     def bytes_per_token(self) -> float:
@@ -118,32 +125,31 @@ class TeacherCache:
         return size / sum(shard.positions for shard in self.shards)
 
     def batch(
-        self, rows: Sequence[int], width: int
+        self, rows: Sequence[int], mask: Float[mx.array, "B T"]
     ) -> tuple[Int32[mx.array, "B T K"], Float32[mx.array, "B T K"]]:
         """Return the top tokens of some texts and their log-probabilities, for a padded batch.
 
-        Padding holds the tokens 0 to K - 1 of a uniform distribution.
+        Where nothing is learned, they are the tokens 0 to K - 1 of a uniform distribution.
 
         Args:
             rows: Which texts.
-            width: Number of inputs; longer texts are cut.
+            mask: Of the batch, 1 where the next token is learned; longer texts may be cut.
 
         Raises:
             InputError: If a shard is missing or damaged.
         """
+        learned = np.array(mask) > 0
         first = np.arange(self.k, dtype=np.int32)
-        ids = np.tile(first, (len(rows), width, 1))
+        ids = np.tile(first, (*learned.shape, 1))
         log_probs = np.full(ids.shape, -math.log(self.vocab_size), np.float32)
         for place, row in enumerate(rows):
             index, within = divmod(row, self.header["texts_per_shard"])
             arrays = self._load(index)
             start, stop = arrays["offsets"][within : within + 2]
-            some = slice(start, min(stop, start + width))
-            num_positions = some.stop - some.start
-            ids[place, :num_positions] = arrays["ids"][some]
-            log_probs[place, :num_positions] = _rescale(
-                arrays["log_probs"][some], arrays["tail"][some]
-            )
+            at = np.flatnonzero(learned[place])[: stop - start]
+            some = slice(start, start + len(at))
+            ids[place, at] = arrays["ids"][some]
+            log_probs[place, at] = _rescale(arrays["log_probs"][some], arrays["tail"][some])
         return mx.array(ids), mx.array(log_probs)
 
     def _load(self, index: int) -> dict[str, np.ndarray]:
@@ -152,18 +158,37 @@ class TeacherCache:
         if arrays is None:
             shard = self.shards[index]
             path = self.folder / shard.name
-            _check_shard(path, None if index in self._verified else shard.sha256)
-            self._verified.add(index)
-            arrays = _map_arrays(path)
+            unread = index not in self._verified
+            arrays = map_arrays(path, check_shard(path, shard, self.header, content=unread))
+            if unread:
+                self._check_values(path, shard, arrays)
+                self._verified.add(index)
             if len(self._loaded) == MAX_LOADED:
                 del self._loaded[next(iter(self._loaded))]
         self._loaded[index] = arrays
         return arrays
 
+    def _check_values(self, path: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
+        """Raise InputError if a shard's values would be read out of bounds, or are none."""
+        counts = self._counts[shard.first : shard.first + shard.count]
+        wrong = {
+            "has other numbers of tokens than its texts": not np.array_equal(
+                arrays["offsets"], np.cumsum([0, *counts])
+            ),
+            "holds tokens beyond its vocabulary": bool((arrays["ids"] >= self.vocab_size).any()),
+            "holds no probabilities": bool(
+                np.isnan(arrays["log_probs"]).any()
+                or not ((arrays["tail"] >= 0) & (arrays["tail"] <= 1)).all()
+            ),
+        }
+        for how, found in wrong.items():
+            if found:
+                raise InputError(f"{path} {how}; remove it, and {AGAIN} makes it anew")
+
 
 def write_cache(
     folder: Path,
-    logits_of: Callable[[mx.array], mx.array],
+    teacher: Reader,
     texts: Sequence[Text],
     header: dict[str, Any],
     k: int = 64,
@@ -179,9 +204,10 @@ def write_cache(
 
     Args:
         folder: It is created, or continued.
-        logits_of: From token ids, (B, T), to the logits of what follows, (B, T, V).
-        texts: Of two tokens or more, in the order in which ``TeacherCache.open`` will meet them.
-        header: What the cache was made with: ``tokenizer_hash``, ``weights_hash``, ``vocab_size``.
+        teacher: Makes logits of some positions of what it has read.
+        texts: In the order in which ``TeacherCache.open`` will meet them.
+        header: What the cache was made with: ``tokenizer_hash``, ``weights_hash``, ``vocab_size``,
+            and what else is to be the same for it to be gone on with.
         k: How many tokens to keep per position; at most the vocabulary.
         texts_per_shard: How many texts a file holds.
         batch_size: How many texts the teacher reads at once.
@@ -215,7 +241,7 @@ def write_cache(
     _write_manifest(folder, header, shards)
     done = sum(shard.count for shard in shards.values())
     for first in range(0, len(texts), texts_per_shard):
-        name = _shard_name(first // texts_per_shard)
+        name = shard_name(first // texts_per_shard)
         if name in shards:
             continue
         rows = range(first, min(first + texts_per_shard, len(texts)))
@@ -226,7 +252,7 @@ def write_cache(
             if at:
                 yield done + at
             some = order[at : at + batch_size]
-            answers.update(_ask(logits_of, texts, some, header))
+            answers.update(_ask(teacher, texts, some, header))
         shard = _write_shard(folder, name, [answers[row] for row in rows], first, header, shards)
         shards[name] = shard
         _write_manifest(folder, header, shards)
@@ -242,79 +268,38 @@ def texts_hash(texts: Sequence[Text]) -> str:
     return digest.hexdigest()
 
 
-def top_tokens(
-    logits: Float[mx.array, "T V"], k: int
-) -> tuple[UInt32[mx.array, "T K"], Float32[mx.array, "T K"], Float32[mx.array, " T"]]:
-    """Return the k most probable tokens, their log-probabilities, and the mass of all others."""
-    logits = logits.astype(mx.float32)
-    logits = logits - logits.max(axis=-1, keepdims=True)
-    least = logits.shape[-1] - k
-    ids = mx.argpartition(logits, least, axis=-1)[..., least:]
-    order = mx.argsort(-mx.take_along_axis(logits, ids, axis=-1), axis=-1)
-    ids = mx.take_along_axis(ids, order, axis=-1)
-    top = mx.take_along_axis(logits, ids, axis=-1)
-    # Summed over the others, not one minus the top: a small tail would be rounding alone.
-    others = mx.put_along_axis(logits, ids, mx.array(-mx.inf), axis=-1)
-    tail = _sum_of_many(mx.exp(others))
-    mass = mx.exp(top).sum(axis=-1) + tail
-    return ids, top - mx.log(mass)[..., None], tail / mass
-
-
-def tail_draws(logits: Float[mx.array, "T V"], k: int, key: mx.array) -> Float32[mx.array, "T V"]:
-    """Return logits of which no more than ``k`` are finite, with the same softmax in expectation.
-
-    The ``k`` // 2 most probable tokens keep their probability. The mass of all others goes, in
-    equal parts, to the rest of ``k`` draws from them: systematic ones, so that a token gets
-    within one part of its share. A bucket says nothing of its tokens; draws do, on average.
-
-    Source:
-        Anshumann et al. 2025 (sparse logit sampling), arXiv:2503.16870, where all are draws.
-    """
-    logits = logits.astype(mx.float32)
-    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    num_top, num_draws = k // 2, k - k // 2
-    least = mx.partition(log_probs, -num_top, axis=-1)[..., -num_top, None]
-    tail = mx.where(log_probs < least, mx.exp(log_probs), 0)
-    upto = mx.cumsum(tail, axis=-1)
-    mass = upto[..., -1:]
-    start = mx.random.uniform(shape=mass.shape, key=key)
-    passed = mx.floor(upto / mx.maximum(mass, 1e-30) * num_draws + start)
-    counts = passed - mx.concatenate([mx.zeros_like(mass), passed[..., :-1]], axis=-1)
-    drawn = mx.where(counts > 0, mx.log(counts * mass / num_draws), -mx.inf)
-    return mx.where(log_probs < least, drawn, log_probs)
-
-
-def _sum_of_many(x: Float32[mx.array, "T V"]) -> Float32[mx.array, " T"]:
-    """Return the sum of every row, in two steps.
-
-    In one, MLX's float32 sum of 70,000 values is off by 1e-4 on a CPU; in two by 6e-7.
-    """
-    x = mx.pad(x, [(0, 0), (0, -x.shape[-1] % 256)])
-    return x.reshape(len(x), -1, 256).sum(axis=-1).sum(axis=-1)
-
-
 def _ask(
-    logits_of: Callable[[mx.array], mx.array],
-    texts: Sequence[Text],
-    rows: Sequence[int],
-    header: dict[str, Any],
+    teacher: Reader, texts: Sequence[Text], rows: Sequence[int], header: Mapping[str, Any]
 ) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Yield ids, log-probabilities and tails of some texts, each behind its row."""
-    k, vocab_size = header["k"], header["vocab_size"]
-    logits = logits_of(text_batch(texts, rows).inputs)
-    if logits.shape[-1] != vocab_size:
-        raise ValueError(f"the header's vocab_size is {vocab_size}, the logits' {logits.shape[-1]}")
-    kinds = (np.uint16 if vocab_size <= 2**16 else np.uint32, np.float16, np.float32)
+    batch = text_batch(texts, rows, multiple=1)  # a model may have no position to pad up to
+    hidden = teacher.hidden(batch.inputs)
     for place, row in enumerate(rows):
-        # One text at a time: in float32 a whole batch of a large vocabulary takes gigabytes.
-        said = logits[place, : len(texts[row].tokens) - 1]
+        learned = np.flatnonzero(texts[row].learned) - 1
+        parts = list(_ask_rows(teacher, hidden[place][mx.array(learned)], row, header))
+        yield row, [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+
+
+def _ask_rows(
+    teacher: Reader, hidden: mx.array, row: int, header: Mapping[str, Any]
+) -> Iterator[list[np.ndarray]]:
+    """Yield ids, log-probabilities and tails of some positions of a text, a few at a time."""
+    k, vocab_size = header["k"], header["vocab_size"]
+    kinds = (np.uint16 if vocab_size <= 2**16 else np.uint32, np.float16, np.float32)
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    for part in range(0, max(1, len(hidden)), size):
+        said = teacher.logits(hidden[part : part + size])
+        if said.shape[-1] != vocab_size:
+            raise ValueError(
+                f"the header's vocab_size is {vocab_size}, the logits' {said.shape[-1]}"
+            )
         if header["tail"] == "draws":
-            said = tail_draws(said, k, mx.random.key(row))
+            said = tail_draws(said, k, mx.random.key(row * 2**24 + part))
         arrays = top_tokens(said, k)
         mx.eval(arrays)
         if mx.isnan(arrays[1]).any().item():
             raise not_numbers(f"in text {row}")
-        yield row, [np.array(x).astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
+        yield [np.array(x).astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
 
 
 def _rescale(log_probs: np.ndarray, tail: np.ndarray) -> np.ndarray:
@@ -344,19 +329,18 @@ def _write_shard(
     try:
         mx.save_safetensors(str(writing), {**arrays, "offsets": mx.array(offsets)})
         check_safetensors(writing)
-        sha256 = _sha256(writing)
+        digest = sha256(writing)
         os.replace(writing, folder / name)
     except (OSError, RuntimeError, InputError) as error:
         writing.unlink(missing_ok=True)
         raise _not_written(folder / name, error, header, shards) from None
-    return Shard(name, first, len(answers), int(offsets[-1]), sha256)
+    return Shard(name, first, len(answers), int(offsets[-1]), digest)
 
 
 def _write_manifest(folder: Path, header: dict[str, Any], shards: dict[str, Shard]) -> None:
-    listed = [asdict(shards[name]) for name in sorted(shards)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / MANIFEST, json.dumps({**header, "shards": listed}, indent=2) + "\n")
+        write_whole(folder / MANIFEST, json.dumps(manifest(header, shards), indent=2) + "\n")
     except OSError as error:
         raise _not_written(folder / MANIFEST, error, header, shards) from None
 
@@ -375,76 +359,11 @@ def _whole_shards(folder: Path, header: dict[str, Any], verify: bool) -> dict[st
     """Return the shards of a folder that need not be made again."""
     if not (folder / MANIFEST).exists():
         return {}
-    found, shards = _read_manifest(folder)
-    _check_made(folder, found, header, "remove it or name another folder")
+    found, shards = read_manifest(folder)
+    check_made(folder, found, header, "remove it or name another folder")
     for name, shard in list(shards.items()):
         try:
-            _check_shard(folder / name, shard.sha256 if verify else None)
+            check_shard(folder / name, shard, header, content=verify)
         except InputError:
             del shards[name]
     return shards
-
-
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, Shard]]:
-    """Return what a manifest says of the whole cache, and its shards in the order of the texts."""
-    path = folder / MANIFEST
-    header = read_json(path)
-    if header.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {header.get('format_version')}, expected "
-            f"{FORMAT_VERSION}; remove the folder and cache the teacher again"
-        )
-    try:
-        numbers = [header[name] for name in ("k", "vocab_size", "num_texts", "texts_per_shard")]
-        if not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError
-        shards = {entry["name"]: Shard(**entry) for entry in header.pop("shards")}
-        names = map(_shard_name, range(-(-header["num_texts"] // header["texts_per_shard"])))
-        return header, {name: shards[name] for name in names if name in shards}
-    except (KeyError, TypeError, ValueError):
-        raise InputError(
-            f"{path} is damaged; remove the folder and cache the teacher again"
-        ) from None
-
-
-def _check_made(folder: Path, found: dict[str, Any], wanted: dict[str, Any], remedy: str) -> None:
-    """Raise InputError if a cache was made otherwise than is wanted."""
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            how = MADE.get(name, f"with {name} {found.get(name)}, not {value}")
-            raise InputError(f"{folder} was made {how}; {remedy}")
-
-
-def _check_shard(path: Path, sha256: str | None = None) -> None:
-    """Raise InputError if a shard is missing, of a wrong size, or of another content."""
-    try:
-        check_safetensors(path)
-        if sha256 is not None and _sha256(path) != sha256:
-            raise InputError(f"{path} is damaged: its content has changed since it was written")
-    except (InputError, OSError) as error:
-        raise InputError(f"{error}; {AGAIN} rebuilds this file alone") from None
-
-
-def _map_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file, mapped.
-
-    A shuffled batch takes its texts from as many shards: only what it needs of them is read.
-    """
-    data = np.asarray(np.memmap(path, np.uint8, "r"))
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    fields = json.loads(data[8:start].tobytes())
-    fields.pop("__metadata__", None)
-    arrays = {}
-    for name, field in fields.items():
-        begin, end = (start + offset for offset in field["data_offsets"])
-        arrays[name] = data[begin:end].view(DTYPES[field["dtype"]]).reshape(field["shape"])
-    return arrays
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _shard_name(index: int) -> str:
-    return f"shard-{index:05d}.safetensors"

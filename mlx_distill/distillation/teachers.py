@@ -75,6 +75,10 @@ class Answers:
             return self.body(inputs)
         return read_whole(self.network, inputs) if self.texts else self.network(inputs)
 
+    def hidden(self, inputs: mx.array) -> mx.array:
+        """Return the hidden states alone."""
+        return self.read(inputs)[0]
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits of what ``read`` returned."""
         return self.body.head(hidden) if self.body else hidden
@@ -176,7 +180,7 @@ class CachedTeacher:
         """Return what the cache holds of a batch."""
         if layers:
             raise InputError("a cache holds no features; losses on features need a live teacher")
-        ids, log_probs = self.cache.batch(batch.rows, batch.inputs.shape[1])
+        ids, log_probs = self.cache.batch(batch.rows, batch.mask)
         size = self.cache.vocab_size
         prior = self.log_prior
         return Lesson((ids, log_probs), lambda a, b: Goal(None, a, b, size, log_prior=prior))
