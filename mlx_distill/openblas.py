@@ -62,7 +62,7 @@ def drafting_threads() -> Iterator[None]:
         return
     if _users == 0:
         _threads = library.openblas_get_num_threads()
-        library.openblas_set_num_threads(_fastest_threads(library, _threads))
+        library.openblas_set_num_threads(fastest_threads(library, _threads))
     _users += 1
     try:
         yield
@@ -76,7 +76,7 @@ _users, _threads = 0, 0
 
 
 @cache
-def _fastest_threads(library: ctypes.CDLL, threads: int) -> int:
+def fastest_threads(library: ctypes.CDLL, threads: int) -> int:
     """Return ``threads``, or one less if the last one hardly helps products of eight rows."""
     if threads < 2:
         return threads

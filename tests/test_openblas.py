@@ -31,7 +31,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=True,
-        env=os.environ | environment,
+        env={k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")} | environment,
     )
 
 
@@ -137,38 +137,32 @@ with module["drafting_threads"]():
 
 
 THREADS = """
-import os
+import ctypes
 import mlx_distill
 from mlx_distill import openblas
-from mlx_distill.openblas import _openblas, drafting_threads
-openblas._fastest_threads = lambda library, threads: max(1, threads - 1)
-before = _openblas.openblas_get_num_threads()
+library = ctypes.CDLL("libopenblas.so.0")
+from mlx_distill.openblas import drafting_threads
+openblas.fastest_threads = lambda library, threads: max(1, threads - 1)
+before = library.openblas_get_num_threads()
 seen = [before]
 with drafting_threads():
-    seen.append(_openblas.openblas_get_num_threads())
+    seen.append(library.openblas_get_num_threads())
     with drafting_threads():
-        seen.append(_openblas.openblas_get_num_threads())
-    seen.append(_openblas.openblas_get_num_threads())
-seen.append(_openblas.openblas_get_num_threads())
+        seen.append(library.openblas_get_num_threads())
+    seen.append(library.openblas_get_num_threads())
+seen.append(library.openblas_get_num_threads())
 try:
     with drafting_threads():
         raise KeyError
 except KeyError:
-    seen.append(_openblas.openblas_get_num_threads())
+    seen.append(library.openblas_get_num_threads())
 print(*seen)
 """
 
 
 @needs_openblas
 def test_drafting_threads_restores_the_number_of_threads() -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
-    done = subprocess.run(
-        [sys.executable, "-c", THREADS],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=environment,
-    )
+    done = run(THREADS)
     before, inside, nested, outside, after, raised = map(int, done.stdout.split())
     assert inside == nested == outside == max(1, before - 1)
     assert before == after == raised
@@ -178,22 +172,21 @@ def test_drafting_threads_restores_the_number_of_threads() -> None:
 def test_contexts_that_overlap_restore_the_number_of_threads() -> None:
     """Generators can end in any order."""
     code = """
+import ctypes
 from mlx_distill import openblas
-openblas._fastest_threads = lambda library, threads: threads + 1
+library = ctypes.CDLL("libopenblas.so.0")
+openblas.fastest_threads = lambda library, threads: threads + 1
 first, second = openblas.drafting_threads(), openblas.drafting_threads()
-seen = [openblas._openblas.openblas_get_num_threads()]
+seen = [library.openblas_get_num_threads()]
 for step in (first.__enter__, second.__enter__):
     step()
-    seen.append(openblas._openblas.openblas_get_num_threads())
+    seen.append(library.openblas_get_num_threads())
 for context in (first, second):
     context.__exit__(None, None, None)
-    seen.append(openblas._openblas.openblas_get_num_threads())
+    seen.append(library.openblas_get_num_threads())
 print(*seen)
 """
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("NUM_THREADS")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
-    )
+    done = run(code)
     before, *seen = map(int, done.stdout.split())
     assert seen == [before + 1, before + 1, before + 1, before]
 
@@ -201,9 +194,10 @@ print(*seen)
 @needs_openblas
 def test_the_number_of_threads_is_measured() -> None:
     code = """
+import ctypes
 from mlx_distill import openblas
-library = openblas._openblas
-print(openblas._fastest_threads(library, 1), openblas._fastest_threads(library, 2))
+library = ctypes.CDLL("libopenblas.so.0")
+print(openblas.fastest_threads(library, 1), openblas.fastest_threads(library, 2))
 """
     one, two = map(int, run(code).stdout.split())
     assert one == 1
@@ -220,17 +214,18 @@ def test_threads_that_the_user_has_set_are_kept() -> None:
 @needs_openblas
 def test_generation_restores_the_number_of_threads_when_it_is_left() -> None:
     code = """
+import ctypes
 import mlx_distill
 from mlx_distill.checkpoint import bundled
-from mlx_distill.openblas import _openblas
+library = ctypes.CDLL("libopenblas.so.0")
 pair = mlx_distill.load(bundled("stories-14m"))
 drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
-before = _openblas.openblas_get_num_threads()
+before = library.openblas_get_num_threads()
 responses = mlx_distill.stream_generate(*pair, "Once", drafter=drafter, max_tokens=50)
 next(responses), next(responses)
 responses.close()
-print(before == _openblas.openblas_get_num_threads())
+print(before == library.openblas_get_num_threads())
 list(mlx_distill.stream_generate(*pair, "Once", drafter=drafter, max_tokens=5))
-print(before == _openblas.openblas_get_num_threads())
+print(before == library.openblas_get_num_threads())
 """
     assert run(code).stdout == "True\nTrue\n"

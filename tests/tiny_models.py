@@ -27,7 +27,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.utils import _get_classes
+
+from mlx_distill.compat import model_classes
 
 # Values by field name, for every configuration class that has a field of that name. Architectures
 # call the same quantity by different names, hence the groups.
@@ -464,7 +465,7 @@ def tiny_config(name: str) -> dict[str, Any]:
         A new dictionary that can be changed freely and written as JSON.
     """
     entry = TINY_CONFIGS[name]
-    _, args_class = _get_classes(entry)
+    _, args_class = model_classes(entry)
     fields = {field.name for field in dataclasses.fields(args_class)}
     config = {key: value for key, value in _SHARED.items() if key in fields} | entry
     if "text_config" in config:
@@ -490,7 +491,7 @@ def tiny_model(name: str, seed: int = 0) -> nn.Module:
         The model, in evaluation mode and evaluated.
     """
     config = tiny_config(name)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = model_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
     weights = []
