@@ -8,6 +8,7 @@ load_openblas()  # has to come before the first import of mlx.core
 from mlx_distill.checkpoint import load
 from mlx_distill.distillation.distiller import Examples
 from mlx_distill.distillation.training import Distilled, distill
+from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
@@ -23,6 +24,7 @@ __all__ = [
     "Examples",
     "GenerationResponse",
     "InputError",
+    "NGramDrafter",
     "TrainingConfig",
     "distill",
     "generate",

@@ -39,7 +39,8 @@ from mlx_distill.distillation.drafter import (
     view_of_target,
 )
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.registry import fingerprint, load_drafter, save_drafter
+from mlx_distill.drafters.recurrent_folder import save_drafter
+from mlx_distill.drafters.registry import fingerprint, load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.hashes import weights_hash

@@ -31,7 +31,7 @@ from mlx_distill import InputError, benchmark, train_drafter
 from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.registry import save_drafter
+from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.target.target import Target
 
 # The package has a function of that name, too.

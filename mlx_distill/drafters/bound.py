@@ -47,9 +47,9 @@ class BoundDrafter:
         self.target = target
         network.prepare()
         self._table = None
-        config = network.config
-        if config.vocab_size * config.hidden_size * 4 <= TABLE_BYTES:
-            self._table = network.read(embed(mx.arange(config.vocab_size)))
+        num_tokens = embed["weight"].shape[0]  # the root can be any of the target's
+        if num_tokens * network.config.hidden_size * 4 <= TABLE_BYTES:
+            self._table = network.read(embed(mx.arange(num_tokens)))
             mx.eval(self._table)
         self._compiled: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
         self._compiling = threading.Lock()

@@ -1,117 +1,60 @@
-"""Drafters, in and out of folders.
+"""Kinds of drafters by name, and which targets a drafter was made for.
 
 A drafter's folder holds ``config.json``, ``model.safetensors`` and a model card. Its configuration
-carries a fingerprint of the target it was trained for, so that it never runs on another one.
+names its kind and carries a fingerprint of the target it was trained for, so that it never runs on
+another one.
 """
 
-import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map
 
-from mlx_distill.arrays import to_host
 from mlx_distill.checkpoint import local_folder
-from mlx_distill.drafters.bound import BoundDrafter
-from mlx_distill.drafters.recurrent import (
-    FORMAT_VERSION,
-    MODEL_TYPE,
-    RecurrentDrafter,
-    RecurrentDrafterConfig,
-)
-from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import check_safetensors, read_json, whole_folder, write_whole
+from mlx_distill.drafters import recurrent, recurrent_folder
+from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.errors import InputError
+from mlx_distill.files import read_json
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.target import Target
 
+# By the model_type of config.json: takes the folder, the fields of its own, the target and the
+# fingerprint; returns the drafter.
+LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, dict[str, Any]], Drafter]] = {
+    recurrent.MODEL_TYPE: recurrent_folder.load,
+}
+# Those that need no folder.
+WITHOUT_WEIGHTS: dict[str, Callable[[], Drafter]] = {"ngram": NGramDrafter}
 
-def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> BoundDrafter:
+
+def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> Any:
     """Return the drafter of a folder or a hub repository, ready to draft for a model.
 
     Args:
-        path_or_repo: A folder, or a name on the hub.
+        path_or_repo: A folder, a name on the hub, or the name of a kind that has no weights: ngram.
         model: The target; the drafter uses its embedding.
         tokenizer: The target's; with it the drafter's tokenizer hash is checked too.
 
     Raises:
         InputError: If the drafter is not there, is damaged, or was made for another target.
     """
+    target = Target.of(model)
+    if path_or_repo in WITHOUT_WEIGHTS:
+        target.require_drafting()
+        return WITHOUT_WEIGHTS[str(path_or_repo)]()
     path = local_folder(path_or_repo)
     config = _read_config(path)
-    if config.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{path} holds a {config.get('model_type')}, not a {MODEL_TYPE}")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {config.get('format_version')}, expected {FORMAT_VERSION}"
-        )
-    target = Target.of(model)
-    target.require_drafting()
-    made_for = config.get("target")
+    kind = config.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in LOADERS:
+        raise InputError(f"{path} holds a {kind}, not a {' or a '.join(LOADERS)}")
+    made_for = config.pop("target", None)
     if not isinstance(made_for, dict):
         raise InputError(f"{path}: the drafter's config lacks the field target")
+    target.require_drafting()
     check_fingerprint(made_for, fingerprint(target, tokenizer))
-    known = {k: v for k, v in config.items() if k not in ("model_type", "format_version", "target")}
-    network = RecurrentDrafter(RecurrentDrafterConfig.from_dict(known))
-    weights = path / "model.safetensors"
-    check_safetensors(weights)
-    try:
-        network.load_weights(str(weights))
-        mx.eval(network.parameters())
-    except (ValueError, RuntimeError) as error:
-        raise InputError(f"{weights} does not fit its config: {one_line(error)}") from None
-    _check_token_ids(network, weights)
-    assert target.embed is not None
-    network.set_dtype(target.embed(mx.array([0])).dtype)
-    network.eval()
-    mx.eval(network.parameters())
-    return BoundDrafter(network, target.embed, made_for)
-
-
-def _check_token_ids(network: RecurrentDrafter, weights: Path) -> None:
-    """Raise InputError if a drafter's tokens are not the target's; they are used as indices."""
-    token_ids = network.get("token_ids")
-    if token_ids is None:
-        return
-    if not mx.issubdtype(token_ids.dtype, mx.integer):
-        raise InputError(f"{weights}: token_ids must be whole numbers, got {token_ids.dtype}")
-    tokens = sorted(to_host(token_ids))
-    if tokens[0] < 0 or tokens[-1] >= network.config.vocab_size:
-        raise InputError(
-            f"{weights}: token_ids must lie in the vocabulary of {network.config.vocab_size}, "
-            f"got {tokens[0]} to {tokens[-1]}"
-        )
-    if len(set(tokens)) < len(tokens):
-        raise InputError(f"{weights}: token_ids must not name a token twice")
-
-
-def save_drafter(
-    folder: Path, network: RecurrentDrafter, target: dict[str, Any], files: dict[str, str]
-) -> None:
-    """Write a drafter's folder; it appears complete or not at all.
-
-    Args:
-        folder: Must not exist.
-        network: The drafter; written as float16.
-        target: The fingerprint of its target.
-        files: Further text files by name, the model card among them.
-
-    Raises:
-        InputError: If it cannot be written; nothing is left behind.
-    """
-    fields = {k: v for k, v in vars(network.config).items() if v is not None}
-    config = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **fields}
-    half = tree_map(
-        lambda x: x.astype(mx.float16) if mx.issubdtype(x.dtype, mx.floating) else x,
-        network.parameters(),
-    )
-    weights: dict[str, Any] = dict(tree_flatten(half))
-    with whole_folder(folder) as writing:
-        write_whole(writing / "config.json", json.dumps({**config, "target": target}, indent=2))
-        for name, text in files.items():
-            write_whole(writing / name, text)
-        mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
+    return LOADERS[kind](path, config, target, made_for)
 
 
 def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:
@@ -122,14 +65,25 @@ def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:
     return known
 
 
-def check_fingerprint(made_for: dict[str, Any], found: dict[str, Any]) -> None:
-    """Raise InputError if a drafter's target differs from the one it meets."""
+def check_fingerprint(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raise InputError if a drafter's target differs from the one it meets.
+
+    Models of one tokenizer may have vocabularies of different widths, padded for the hardware's
+    sake: a drafter fits all of them.
+    """
     for name, value in found.items():
-        if made_for.get(name) != value:
+        known = made_for.get(name)
+        padded = name == "vocab_size" and "tokenizer_hash" in found and similar(known, value)
+        if known != value and not padded:
             raise InputError(
                 f"the drafter was made for another target: its {name.replace('_', ' ')} is "
-                f"{made_for.get(name)}, this model's is {value}"
+                f"{known}, this model's is {value}"
             )
+
+
+def similar(known: Any, value: int) -> bool:
+    """Return whether two vocabularies can be one with and without padding."""
+    return type(known) is int and value <= 2 * known <= 4 * value
 
 
 def _read_config(path: Path) -> dict[str, Any]:

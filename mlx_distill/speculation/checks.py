@@ -53,6 +53,12 @@ def check_drafter(drafter: Any, target: Target, tokenizer: TokenizerWrapper) -> 
         raise InputError(f"a {type(drafter).__name__} is no drafter; load one with load_drafter")
     if getattr(drafter, "target", None):
         check_fingerprint(drafter.target, fingerprint(target, tokenizer))
+    drafted = getattr(getattr(drafter, "config", None), "vocab_size", 0)
+    if drafted > target.vocab_size:
+        raise InputError(
+            f"the drafter was loaded for a model of {drafted} tokens, this one has "
+            f"{target.vocab_size}; load it for this one"
+        )
     if drafter.taps:
         raise InputError("the drafter asks for outputs of the target's layers; only its head's")
 

@@ -1,0 +1,191 @@
+"""Drafters out of folders: vocabularies that are padded, and numbers that do not belong there."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mlx_distill
+from mlx_distill import InputError
+from mlx_distill.checkpoint import bundled
+from mlx_distill.drafters.registry import check_fingerprint
+
+HASH = {"hidden_size": 8, "vocab_size": 100, "tokenizer_hash": "ab"}
+
+
+def edited(
+    source: Path,
+    folder: Path,
+    config: Callable[[dict[str, Any]], Any] | None = None,
+    arrays: Callable[[dict[str, Any]], Any] | None = None,
+) -> Path:
+    """Return a copy of a folder whose configuration or arrays were changed in place."""
+    shutil.copytree(source, folder)
+    if config:
+        values = json.loads((folder / "config.json").read_text())
+        config(values)
+        (folder / "config.json").write_text(json.dumps(values))
+    if arrays:
+        weights = dict(mx.load(str(folder / "model.safetensors")))
+        arrays(weights)
+        mx.eval(weights)
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Return the bundled model with 64 rows more than its tokenizer has tokens."""
+
+    def pad(weights: dict[str, Any]) -> None:
+        name = "model.embed_tokens.weight"
+        weights[name] = mx.pad(weights[name], [(0, 64), (0, 0)])
+
+    folder = tmp_path_factory.mktemp("padded") / "model"
+    widen = lambda values: values.update(vocab_size=4096 + 64)  # noqa: E731
+    return mlx_distill.load(edited(bundled("stories-14m"), folder, widen, pad))
+
+
+def test_a_padded_head_is_no_other_target(padded: tuple[Any, Any]) -> None:
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *padded)
+    for law in ({}, {"temperature": 1.0, "seed": 2}):
+        options: dict[str, Any] = {"max_tokens": 24, **law}
+        expected = mlx_distill.generate(*padded, "Once upon a time", **options)
+        options["drafter"] = drafter
+        *_, last = mlx_distill.stream_generate(*padded, "Once upon a time", **options)
+        assert last.tokens_per_call > 1.2
+        assert mlx_distill.generate(*padded, "Once upon a time", **options) == expected
+
+
+def test_without_a_tokenizer_another_width_is_another_target(padded: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match="its vocab size is 4096, this model's is 4160"):
+        mlx_distill.load_drafter(bundled("stories-14m-redrafter"), padded[0])
+
+
+def full_vocabulary(vocab_size: int) -> Any:
+    """Return an edit that turns the bundled drafter into one without a map of its tokens."""
+
+    def edit(weights: dict[str, Any]) -> None:
+        ids = weights.pop("token_ids")
+        head = next(name for name in weights if weights[name].shape[0] == ids.size)
+        full = mx.zeros((vocab_size, weights[head].shape[1]), weights[head].dtype)
+        full[ids] = weights[head]
+        full[4096:] = 1  # what the target does not have looks likely
+        weights[head] = full
+
+    return edit
+
+
+@pytest.mark.parametrize("size", [4096, 4160])
+def test_a_drafter_of_a_padded_head_drafts_no_padding(tmp_path: Path, size: int) -> None:
+    pair = mlx_distill.load(bundled("stories-14m"))
+
+    def configure(values: dict[str, Any]) -> None:
+        values.pop("draft_vocab_size")
+        values["vocab_size"] = values["target"]["vocab_size"] = size
+
+    source = bundled("stories-14m-redrafter")
+    folder = edited(source, tmp_path / "drafter", configure, full_vocabulary(size))
+    drafter = mlx_distill.load_drafter(folder, *pair)
+    assert drafter.config.vocab_size == 4096
+    options: dict[str, Any] = {"max_tokens": 24, "temperature": 1.0, "seed": 1}
+    expected = mlx_distill.generate(*pair, "Once upon a time", **options)
+    assert mlx_distill.generate(*pair, "Once upon a time", drafter=drafter, **options) == expected
+
+
+def test_a_drafter_of_a_wider_model_is_not_used_for_another(padded: tuple[Any, Any]) -> None:
+    pair = mlx_distill.load(bundled("stories-14m"))
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    assert mlx_distill.generate(*padded, "Once", drafter=drafter, max_tokens=2)
+    drafter.network.config = dataclasses.replace(drafter.config, vocab_size=4160)
+    with pytest.raises(InputError, match="loaded for a model of 4160 tokens, this one has 4096"):
+        mlx_distill.stream_generate(*pair, "Once", drafter=drafter)
+
+
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        (HASH, HASH),
+        (HASH, {**HASH, "vocab_size": 128}),
+        ({**HASH, "vocab_size": 199}, HASH),
+        ({**HASH, "vocab_size": 100}, {"hidden_size": 8, "vocab_size": 100}),
+    ],
+)
+def test_targets_that_fit(known: dict[str, Any], found: dict[str, Any]) -> None:
+    check_fingerprint(known, found)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"vocab_size": 10**12}, "vocab size"),
+        ({"vocab_size": 201}, "vocab size"),
+        ({"vocab_size": "100"}, "vocab size"),
+        ({"vocab_size": None}, "vocab size"),
+        ({"hidden_size": 16}, "hidden size"),
+        ({"tokenizer_hash": "cd"}, "tokenizer hash"),
+        ({"tokenizer_hash": None}, "tokenizer hash"),
+    ],
+)
+def test_targets_that_do_not_fit(change: dict[str, Any], name: str) -> None:
+    with pytest.raises(InputError, match=f"made for another target: its {name} is"):
+        check_fingerprint({**HASH, **change}, HASH)
+
+
+@pytest.mark.parametrize(
+    ("fields", "target", "sentence"),
+    [
+        ({"vocab_size": 10**12}, {}, "vocab_size is 1000000000000, that of its target 4096"),
+        (
+            {"vocab_size": 10**12},
+            {"vocab_size": 10**12},
+            "its vocab size is 1000000000000, this model's is 4096",
+        ),
+        ({"exit_dim": 10**12}, {}, "exit_dim is 1000000000000, which no array there has"),
+        ({"num_draft_layers": 10**9}, {}, "num_draft_layers is 1000000000, which no array"),
+        ({"embedding_size": 10**10}, {}, "embedding_size is 10000000000, which no array"),
+    ],
+)
+def test_numbers_beyond_the_file_are_refused_before_anything_is_built(
+    tmp_path: Path, fields: dict[str, int], target: dict[str, int], sentence: str
+) -> None:
+    pair = mlx_distill.load(bundled("stories-14m"))
+
+    def change(values: dict[str, Any]) -> None:
+        values.update(fields)
+        values["target"].update(target)
+
+    folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", change)
+    with pytest.raises(InputError, match=sentence):
+        mlx_distill.load_drafter(folder, *pair)
+
+
+def test_a_map_beyond_the_real_vocabulary_is_refused(tmp_path: Path) -> None:
+    """Though its own configuration and its fingerprint speak of more tokens."""
+
+    def change(values: dict[str, Any]) -> None:
+        values["vocab_size"] = values["target"]["vocab_size"] = 8000
+
+    def move(weights: dict[str, Any]) -> None:
+        weights["token_ids"] = weights["token_ids"] + 3000
+
+    folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", change, move)
+    pair = mlx_distill.load(bundled("stories-14m"))
+    with pytest.raises(InputError, match="token_ids must lie in the vocabulary of 4096"):
+        mlx_distill.load_drafter(folder, *pair)
+
+
+@pytest.mark.parametrize("value", [mx.nan, mx.inf])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    def spoil(weights: dict[str, Any]) -> None:
+        weights["rnn_u.bias"] = mx.full(weights["rnn_u.bias"].shape, value, mx.float16)
+
+    folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", arrays=spoil)
+    pair = mlx_distill.load(bundled("stories-14m"))
+    with pytest.raises(InputError, match=r"rnn_u\.bias holds values that are no finite numbers"):
+        mlx_distill.load_drafter(folder, *pair)
