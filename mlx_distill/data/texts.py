@@ -31,12 +31,15 @@ class Source:
         chat: None for a document.
         templated: A chat template wrote it; its marks belong together, so it is never cut.
         ended: False if it was cut off.
+        answers: Of a chat, which message is learned from which token to which; a message that the
+            chat has not is the text's own.
     """
 
     place: str
     chat: Chat | None = None
     templated: bool = False
     ended: bool = True
+    answers: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def file(self) -> str:
@@ -89,7 +92,12 @@ class Text:
 
     def upto(self, stop: int) -> "Text":
         """Return the first tokens as a text of its own, which does not end where they do."""
-        source = replace(self.source, ended=False) if self.source else None
+        source = self.source
+        if source:
+            answers = [
+                (m, start, min(end, stop)) for m, start, end in source.answers if start < stop
+            ]
+            source = replace(source, ended=False, answers=tuple(answers))
         return Text(self.tokens[:stop], self.learned[:stop], source)
 
     def answers(self) -> list[tuple[int, int]]:
@@ -105,12 +113,14 @@ class TextBatch:
     Args:
         tokens: Token ids; padding is 0.
         mask: 1 where the token that follows position t is to be learned.
-        rows: Which texts they are.
+        rows: Which texts they are, of those that are learned; nothing where they are others.
+        texts: The texts, for teachers that read them otherwise.
     """
 
     tokens: mx.array
     mask: mx.array
     rows: list[int]
+    texts: Sequence[Text] = ()
 
     @property
     def inputs(self) -> mx.array:
@@ -222,7 +232,7 @@ def encode_row(
             f"{place}: a chat needs a tokenizer with a chat template; this has none (rows "
             "with prompt and completion need none)"
         )
-    return Text(text.tokens, source=source) if learn_prompts else text
+    return Text(text.tokens, source=text.source) if learn_prompts else text
 
 
 def _ended(tokens: list[int], tokenizer: Any, ended: bool) -> list[int]:
@@ -236,7 +246,9 @@ def _bare(row: Row, tokenizer: Any, source: Source) -> Text:
     question, answer = (message["content"] for message in row.chat.messages)
     asked = encode_prompt(tokenizer, question, chat_template=False)
     said = list(tokenizer.encode(answer, add_special_tokens=False))
-    return Text.behind(_ended([*asked, *said], tokenizer, source.ended), len(asked), source)
+    tokens = _ended([*asked, *said], tokenizer, source.ended)
+    source = replace(source, answers=((1, len(asked), len(tokens)),))
+    return Text.behind(tokens, len(asked), source)
 
 
 def _question(
@@ -263,15 +275,17 @@ def _templated(
         raise InputError(f"{source.place}: {error}") from error.__cause__
     tokens = encode_text(tokenizer, written.text, special=False)
     learned = np.zeros(len(tokens), bool)
+    answers = []
     for answer in written.answers:
-        start, stop = (
+        start, content, stop = (
             tokens_before(tokenizer, written.text, place, tokens)
-            for place in (answer.start, answer.stop)
+            for place in (answer.start, answer.content, answer.stop)
         )
         learned[start:stop] = True
+        answers.append((answer.message, content, stop))
     if written.lost and report is not None:
         report.change("only the last answer learned, for the others were not found", source.place)
-    return Text(tokens, learned.tolist(), source)
+    return Text(tokens, learned.tolist(), replace(source, answers=tuple(answers)))
 
 
 def limited(texts: Sequence[Text], count: int | None, report: Report) -> list[Text]:
@@ -384,18 +398,28 @@ def split_held_out(texts: Sequence[Text], count: int, seed: int) -> tuple[list[T
     return learn, [texts[row] for row in sorted(held)]
 
 
-def text_batch(texts: Sequence[Text], rows: Iterable[int], multiple: int = 32) -> TextBatch:
-    """Return some of the texts as a batch, padded to a multiple of so many inputs."""
+def text_batch(
+    texts: Sequence[Text], rows: Iterable[int], multiple: int = 32, limit: int | None = None
+) -> TextBatch:
+    """Return some of the texts as a batch, padded to a multiple of so many inputs.
+
+    Args:
+        texts: All of them.
+        rows: Which ones.
+        multiple: Of inputs, so that few shapes occur.
+        limit: Positions that the networks have; nothing is padded beyond them.
+    """
     rows = [int(row) for row in rows]
     longest = max(len(texts[row].tokens) for row in rows) - 1
     width = -(-longest // multiple) * multiple + 1
+    width = width if limit is None else max(longest + 1, min(width, limit + 1))
     tokens = np.zeros((len(rows), width), np.int32)
     mask = np.zeros((len(rows), width - 1), np.float32)
     for place, row in enumerate(rows):
         text = texts[row]
         tokens[place, : len(text.tokens)] = text.tokens
         mask[place, : len(text.tokens) - 1] = text.learned[1:]
-    return TextBatch(mx.array(tokens), mx.array(mask), rows)
+    return TextBatch(mx.array(tokens), mx.array(mask), rows, [texts[row] for row in rows])
 
 
 def batch_order(lengths: Sequence[int], batch_size: int, seed: int) -> Callable[[int], list[int]]:

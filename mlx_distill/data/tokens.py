@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 UNFINISHED = "\ufffd"
+WINDOW = 4  # tokens decoded together, for a word's first blank is not to be had otherwise
 
 
 def encode_text(tokenizer: Any, text: str, special: bool = True) -> list[int]:
@@ -28,29 +29,40 @@ def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next(parting, min(len(one), len(other)))
 
 
-def tokens_before(tokenizer: Any, text: str, place: int, tokens: Sequence[int]) -> int:
+def tokens_before(
+    tokenizer: Any, text: str, place: int, tokens: Sequence[int], special: bool = False
+) -> int:
     """Return how many of a text's tokens lie before a character; the one across it does not.
 
     Args:
         tokenizer: An mlx-lm tokenizer.
         text: The whole text.
         place: The character.
-        tokens: The text's, encoded without special tokens.
+        tokens: The text's.
+        special: Whether they were encoded with special tokens.
     """
     if place >= len(text):
         return len(tokens)
-    return shared(tokens, encode_text(tokenizer, text[:place], special=False))
+    return shared(tokens, encode_text(tokenizer, text[:place], special))
+
+
+def decoded_behind(tokenizer: Any, tokens: Sequence[int], start: int) -> str:
+    """Return the text of the tokens from ``start`` on, with the blank that it may begin with."""
+    begun = max(0, start - WINDOW)
+    known, whole = (
+        tokenizer.decode(list(some), skip_special_tokens=True)
+        for some in (tokens[begun:start], tokens[begun:])
+    )
+    return whole[len(known) :]
 
 
 def character_ends(tokenizer: Any, tokens: Sequence[int], start: int = 0) -> list[int | None]:
     """Return behind how many characters each token from ``start`` on ends, counted from there.
 
-    None stands where a token ends within a character. Special tokens have no characters. Only a
-    few tokens at a time are decoded, with those before them, for a word's first blank is not to be
-    had otherwise.
+    None stands where a token ends within a character. Special tokens have no characters.
     """
     ends: list[int | None] = []
-    length, begun, done = 0, max(0, start - 4), start
+    length, begun, done = 0, max(0, start - WINDOW), start
 
     def text(first: int, stop: int) -> str:
         return tokenizer.decode(list(tokens[first:stop]), skip_special_tokens=True)
@@ -62,5 +74,5 @@ def character_ends(tokenizer: Any, tokens: Sequence[int], start: int = 0) -> lis
             continue
         length += len(grown) - len(known)
         ends.append(length)
-        begun, done = max(begun, stop - 4), stop
+        begun, done = max(begun, stop - WINDOW), stop
     return ends

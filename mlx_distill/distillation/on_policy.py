@@ -8,8 +8,9 @@ Every set of texts is kept as a file, so a run that was killed goes on with the 
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from mlx import nn
@@ -55,18 +56,34 @@ class OnPolicyConfig:
             )
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Where a text is continued.
+
+    Args:
+        row: Which text.
+        tokens: What is continued.
+        message: Which message of its chat is written; None of a document.
+    """
+
+    row: int
+    tokens: list[int]
+    message: int | None
+
+
 class Rollouts:
     """Batches of the data, mixed with batches that the student has written.
 
     Args:
         student: Writes with the weights that it has at the time.
-        texts: The data; their beginnings are the prompts.
+        texts: The data; their questions, or their beginnings, are the prompts.
         data_at: Returns the rows of the data's batch of a number.
         batch_size: Texts per batch.
         eos_token_ids: What ends a text.
         config: When and how.
         folder: Where the sets are kept.
         seed: Of everything that is drawn.
+        limit: The longest text that all networks can read, in tokens; None if nothing says.
     """
 
     def __init__(
@@ -79,6 +96,7 @@ class Rollouts:
         config: OnPolicyConfig,
         folder: Path,
         seed: int,
+        limit: int | None = None,
     ):
         self.student = student
         self.texts = texts
@@ -88,20 +106,25 @@ class Rollouts:
         self.config = config
         self.folder = folder
         self.seed = seed
+        self.limit = limit
         self._sets: dict[int, list[Text]] = {}
 
     def batch(self, number: int) -> TextBatch:
         """Return batch ``number`` of the training."""
         draws = np.random.default_rng([self.seed, 1, number])
         if draws.random() >= self.config.on_policy:
-            return text_batch(self.texts, self.data_at(number))
+            return text_batch(self.texts, self.data_at(number), limit=self.limit)
         last = number // self.config.rollout_every
         first = max(0, last - self.config.replay + 1)
         # An earlier set may have been skipped: no batch asked for it while it was the last one.
         written = [text for place in range(first, last + 1) for text in self._set(place, last)]
+        if not written:
+            raise InputError(
+                "the student wrote nothing: no prompt leaves room for an answer within "
+                f"{self.limit} tokens"
+            )
         rows = draws.choice(len(written), min(self.batch_size, len(written)), replace=False)
-        batch = text_batch(written, rows.tolist())
-        return TextBatch(batch.tokens, batch.mask, [])
+        return replace(text_batch(written, rows.tolist(), limit=self.limit), rows=[])
 
     def _set(self, place: int, last: int) -> list[Text]:
         if place in self._sets:
@@ -110,35 +133,167 @@ class Rollouts:
         if not path.exists():
             if place < last:
                 return []
-            rows = [{"tokens": tokens, "start": start} for tokens, start in self._write(place)]
+            rows = [_stored(prompt, text) for prompt, text in self._write(place)]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        texts = [Text.behind(row["tokens"], row["start"]) for _, row in read_jsonl(path)]
+        texts = [self._read(row) for _, row in read_jsonl(path)]
         self._sets = {p: t for p, t in self._sets.items() if p > last - self.config.replay}
         self._sets[place] = texts
         return texts
 
-    def _write(self, place: int) -> list[tuple[list[int], int]]:
-        """Return what the student makes of some texts' beginnings, and their lengths."""
+    def _write(self, place: int) -> list[tuple[Prompt, list[int]]]:
+        """Return what the student makes of some texts' beginnings."""
         draws = np.random.default_rng([self.seed, 2, place])
         count = min(self.config.rollout_texts, len(self.texts))
-        prompts = []
-        for row in draws.choice(len(self.texts), count, replace=False):
-            prompts.append(self._prompt(self.texts[int(row)]))
-        config = ResponseConfig(
-            max_tokens=self.config.rollout_max_tokens,
-            temperatures=(self.config.rollout_temperature,),
-            response_batch_size=count,
-            response_seed=self.seed % 2**16,
-        )
+        rows = draws.choice(len(self.texts), count, replace=False).tolist()
+        prompts = [
+            prompt_of(self.texts[row], row, self.config.rollout_prompt_tokens, draws)
+            for row in rows
+        ]
         self.student.eval()
-        answers = answer(self.student, self.eos_token_ids, prompts, place * count, config)
+        texts = continued(
+            self.student, prompts, self.eos_token_ids, self.config, self.limit, self.seed, place
+        )
         self.student.train()
-        pairs = zip(prompts, answers, strict=True)
-        return [(ours + written, len(ours)) for ours, written in pairs if written]
+        return texts
 
-    def _prompt(self, text: Text) -> list[int]:
-        """Return what stands before a text's first answer; of a document, its first tokens."""
-        length = text.learned.index(True)
-        if length == 1:
-            length = min(self.config.rollout_prompt_tokens, len(text.tokens) - 1)
-        return text.tokens[:length]
+    def _read(self, row: dict[str, Any]) -> Text:
+        """Return a text that was written, with the chat that it goes on with."""
+        prompt = Prompt(row["row"], row["tokens"][: row["start"]], row["message"])
+        return written_text(self.texts[prompt.row], prompt, row["tokens"], self.eos_token_ids)
+
+
+def _stored(prompt: Prompt, tokens: list[int]) -> dict[str, Any]:
+    return {
+        "tokens": tokens,
+        "start": len(prompt.tokens),
+        "row": prompt.row,
+        "message": prompt.message,
+    }
+
+
+def prompt_of(
+    text: Text, row: int, prompt_tokens: int, draws: np.random.Generator | None = None
+) -> Prompt:
+    """Return where a text is continued: behind a question, or behind its first tokens.
+
+    Args:
+        text: A chat is continued where one of its answers begins.
+        row: Which text it is.
+        prompt_tokens: Of a document.
+        draws: Chooses among the answers; None takes the last.
+    """
+    chat = text.source.chat if text.source else None
+    if not text.num_learned:  # a question alone
+        return Prompt(row, text.tokens, None if chat is None else len(chat.messages))
+    answers = text.answers()
+    number = len(answers) - 1 if draws is None else int(draws.integers(len(answers)))
+    start = answers[number][0]
+    if start > 1:
+        known = text.source.answers if text.source else ()
+        message = known[number][0] if len(known) == len(answers) else None
+        return Prompt(row, text.tokens[:start], message)
+    return Prompt(row, text.tokens[: min(prompt_tokens, len(text.tokens) - 1)], None)
+
+
+def continued(
+    writer: nn.Module,
+    prompts: Sequence[Prompt],
+    eos_token_ids: set[int],
+    config: OnPolicyConfig,
+    limit: int | None,
+    seed: int,
+    place: int,
+) -> list[tuple[Prompt, list[int]]]:
+    """Return what a model makes of prompts, those that it has no room for left out.
+
+    An answer ends at the longest allowed length, or with the room that all networks have.
+
+    Args:
+        writer: A language model.
+        prompts: What it goes on with.
+        eos_token_ids: What ends an answer.
+        config: How it writes.
+        limit: The longest text in tokens; None for any.
+        seed: Of what is drawn.
+        place: Which set this is; every set draws otherwise.
+    """
+    some = [one for one in prompts if limit is None or len(one.tokens) < limit]
+    if not some:
+        return []
+    answers = answer(
+        writer,
+        eos_token_ids,
+        [one.tokens for one in some],
+        place * len(some),
+        ResponseConfig(
+            max_tokens=config.rollout_max_tokens,
+            temperatures=(config.rollout_temperature,),
+            response_batch_size=len(some),
+            response_seed=seed % 2**16,
+        ),
+    )
+    texts = [(one, [*one.tokens, *ids][:limit]) for one, ids in zip(some, answers, strict=True)]
+    return [(one, tokens) for one, tokens in texts if len(tokens) > len(one.tokens)]
+
+
+def written_text(text: Text, prompt: Prompt, tokens: list[int], eos_token_ids: set[int]) -> Text:
+    """Return what was written as a text, of which the answer is learned.
+
+    An answer that was cut off has no end among its tokens, so none is learned.
+
+    Args:
+        text: The one that was continued.
+        prompt: Where.
+        tokens: The whole.
+        eos_token_ids: What ends an answer.
+    """
+    start, source = len(prompt.tokens), text.source
+    if source is not None:
+        ended = tokens[-1] in eos_token_ids
+        answers: tuple[tuple[int, int, int], ...] = ()
+        chat = source.chat
+        if chat is not None and prompt.message is not None:
+            chat = chat.upto(prompt.message)
+            answers = ((prompt.message, start, len(tokens)),)
+        source = replace(source, chat=chat, ended=ended, answers=answers)
+    return Text.behind(tokens, start, source)
+
+
+def answered(
+    texts: Sequence[Text],
+    writer: nn.Module,
+    eos_token_ids: set[int],
+    config: OnPolicyConfig,
+    limit: int | None = None,
+) -> list[Text]:
+    """Return the texts with answers to questions alone, so that there is something to judge by.
+
+    Args:
+        texts: Those that have something to learn stay as they are.
+        writer: Writes the answers: the teacher, where it reads the same tokens.
+        eos_token_ids: What ends an answer.
+        config: How it writes.
+        limit: The longest text in tokens; None for any.
+
+    Raises:
+        InputError: If no text is left.
+    """
+    prompts = [
+        prompt_of(text, row, config.rollout_prompt_tokens)
+        for row, text in enumerate(texts)
+        if not text.num_learned
+    ]
+    if not prompts:
+        return list(texts)
+    training = writer.training
+    writer.eval()
+    found = {
+        prompt.row: written_text(texts[prompt.row], prompt, tokens, eos_token_ids)
+        for prompt, tokens in continued(writer, prompts, eos_token_ids, config, limit, 0, 0)
+    }
+    writer.train(training)
+    kept = [found.get(row, text) for row, text in enumerate(texts)]
+    kept = [text for text in kept if text.num_learned]
+    if not kept:
+        raise InputError(f"no held-out question leaves room for an answer within {limit} tokens")
+    return kept

@@ -5,7 +5,7 @@ later, a few tokens at a time, and the features that were asked for.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -13,16 +13,19 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_distill.arrays import to_host
+from mlx_distill.data.alignment import OtherReading, read_otherwise
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.features import Layer, tapped
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
 from mlx_distill.target.body import Body
+from mlx_distill.target.context import position_limit
 from mlx_distill.target.reading import read_whole
 
 if TYPE_CHECKING:
     from mlx_distill.data.teacher_cache import TeacherCache
+
+MAX_READINGS = 100_000
 
 
 @dataclass(frozen=True)
@@ -199,23 +202,34 @@ class TextTeacher:
 class RetokenizedTeacher(LiveTeacher):
     """A teacher with a tokenizer of its own: it reads the same text in its own tokens.
 
-    The i-th token that the student learns is compared with the i-th that the teacher would have,
-    so only losses between sorted distributions make sense; where the teacher has fewer tokens, it
-    says nothing and the loss is 0.
+    It reads chats as its own template writes them. Where a token of the student and one of the
+    teacher begin at the same character of an answer, their predictions are compared; only losses
+    between sorted distributions make sense. Elsewhere the teacher says nothing and the loss is 0.
 
     Args:
         network: The teacher.
         student_tokenizer: Of the texts' tokens.
         tokenizer: The teacher's.
+        template_config: Further arguments of the teacher's chat template.
 
     Source:
-        Boizard et al. 2024 (universal logit distillation), arXiv:2402.12030, section 3.
+        Boizard et al. 2024 (universal logit distillation), arXiv:2402.12030, section 3, where the
+        i-th tokens are compared, wherever they begin.
     """
 
-    def __init__(self, network: nn.Module, student_tokenizer: Any, tokenizer: Any):
+    def __init__(
+        self,
+        network: nn.Module,
+        student_tokenizer: Any,
+        tokenizer: Any,
+        template_config: Mapping[str, Any] | None = None,
+    ):
         super().__init__([network])
         self.student_tokenizer = student_tokenizer
         self.tokenizer = tokenizer
+        self.template_config = template_config
+        self.limit = position_limit(network)
+        self._readings: dict[tuple[int, ...], OtherReading] = {}
 
     def lesson(self, batch: Any, layers: Sequence[Layer] = ()) -> Lesson:
         """Return what the teacher says, in the places of the student's learned tokens."""
@@ -223,46 +237,30 @@ class RetokenizedTeacher(LiveTeacher):
             raise InputError(
                 "features of another tokenizer's tokens cannot be compared; use sorted_l1"
             )
-        texts, learned = to_host(batch.tokens), to_host(batch.mask)
-        own, starts = [], []
-        for tokens, mask in zip(texts, learned, strict=True):
-            places = [place for place, one in enumerate(mask) if one] or [0]
-            first, end = places[0] + 1, places[-1] + 2
-            asked, whole = self._decode(tokens[:first]), self._decode(tokens[:end])
-            prompt = self._encode(asked, True)
-            # Decoded by itself, an answer would lose the space it begins with.
-            own.append(prompt + self._encode(whole[len(asked) :], False))
-            starts.append(len(prompt))
+        readings = [self._reading(text) for text in batch.texts]
+        own = [reading.tokens[: self.limit] for reading in readings]
         width = max(map(len, own))
         inputs = mx.array([tokens + [0] * (width - len(tokens)) for tokens in own])
-        hidden, _ = self.answers[0].read(inputs)
-        at, known = self._places(learned, own, starts)
-        rows = mx.take_along_axis(hidden, at[..., None], axis=1)
+        hidden = self.answers[0].hidden(inputs)
+        at, known = (np.zeros(batch.mask.shape, kind) for kind in (np.int32, np.float32))
+        for row, reading in enumerate(readings):
+            for place, their in reading.places:
+                # What precedes a token predicts it; the first one has nothing before it.
+                if 0 < place <= at.shape[-1] and 0 < their < len(own[row]):
+                    at[row, place - 1], known[row, place - 1] = their - 1, 1
+        rows = mx.take_along_axis(hidden, mx.array(at)[..., None], axis=1)
+        known = mx.array(known) * batch.mask
         return Lesson((mx.stop_gradient(rows), known), self._spell_known)
 
-    def _decode(self, tokens: list[int]) -> str:
-        return self.student_tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _encode(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=special))
-
-    def _places(
-        self, learned: list[list[float]], own: list[list[int]], starts: list[int]
-    ) -> tuple[mx.array, mx.array]:
-        """Return where the teacher predicts the token of each place, and whether it does."""
-        at, known = [], []
-        for mask, tokens, start in zip(learned, own, starts, strict=True):
-            number = 0
-            places, says = [], []
-            for one in mask:
-                place = start - 1 + number  # of a text without any prompt, the first has none
-                there = bool(one) and 0 <= place < len(tokens) - 1
-                places.append(place if there else 0)
-                says.append(float(there))
-                number += bool(one)
-            at.append(places)
-            known.append(says)
-        return mx.array(at), mx.array(known)
+    def _reading(self, text: Text) -> OtherReading:
+        key = tuple(text.tokens)
+        if key not in self._readings:
+            if len(self._readings) == MAX_READINGS:  # a student may write new texts for ever
+                self._readings.clear()
+            self._readings[key] = read_otherwise(
+                text, self.student_tokenizer, self.tokenizer, self.template_config
+            )
+        return self._readings[key]
 
     def _spell_known(self, hidden: mx.array, known: mx.array) -> Goal:
         return Goal(self.answers[0].logits(hidden), known=known)

@@ -17,11 +17,12 @@ from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text, batch_order, text_batch
 from mlx_distill.distillation.distiller import Distiller, Examples
 from mlx_distill.distillation.objective import LossTerm
-from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts
+from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts, answered
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
+from mlx_distill.target.context import context_length, position_limit
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import TrainingConfig
@@ -111,8 +112,15 @@ def distill(
     if texts and not data:
         raise InputError("there are no texts")
     teacher = _teacher(teachers, texts, weights, mean)
-    if texts:
-        _check_tokens(student, teacher, [*data, *(valid or ())])  # pyright: ignore
+    limit = None
+    if not isinstance(data, Examples):
+        assert not isinstance(valid, Examples)
+        networks = readers(student, teacher)
+        limit = text_limit(networks)
+        _check_tokens(networks, [*data, *(valid or ())])
+        # The last of them reads the same tokens, and knows more, where there is a teacher.
+        config = on_policy or OnPolicyConfig()
+        valid = valid and answered(valid, networks[-1], set(eos_token_ids), config, limit)
     if isinstance(teacher, CachedTeacher):
         if on_policy is not None and on_policy.on_policy > 0:
             raise InputError("a cache does not know what the student will write; use a teacher")
@@ -129,9 +137,12 @@ def distill(
         "student": _shapes(student),
     }
     begin_or_resume(folder, settings)
-    batches = _batches(student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed)
+    batches = _batches(
+        student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
+    )
     size = len(data) if texts else data.labels.size
-    distiller = Distiller(student, teacher, terms, _batch(data, range(min(2, size))), size, seed)
+    first = _batch(data, range(min(2, size)), limit)
+    distiller = Distiller(student, teacher, terms, first, size, seed)
     for examples in (data, valid):
         if isinstance(examples, Examples):
             distiller.check_labels(examples)
@@ -139,7 +150,7 @@ def distill(
     def evaluate() -> dict[str, float]:
         if valid is None:
             return {}
-        return distiller.evaluate(slices(valid, batch_size), valid_teacher)
+        return distiller.evaluate(slices(valid, batch_size, limit), valid_teacher)
 
     before = evaluate()
     done = checkpoints(folder)
@@ -202,32 +213,56 @@ def _shapes(student: nn.Module) -> dict[str, list[int]]:
     return {name: list(array.shape) for name, array in arrays.items()}
 
 
-def _check_tokens(student: nn.Module, teacher: Teacher, texts: Sequence[Text]) -> None:
-    """Raise InputError if a text has tokens that a network's embedding does not: it would not."""
-    networks = [student]
+def readers(student: nn.Module, teacher: Teacher | None) -> list[nn.Module]:
+    """Return the networks that read the student's tokens: itself, then its teachers."""
     if type(teacher) is LiveTeacher:  # others do not read these tokens
-        networks += [answers.network for answers in teacher.answers]
+        return [student, *(answers.network for answers in teacher.answers)]
+    return [student]
+
+
+def text_limit(networks: Sequence[nn.Module]) -> int | None:
+    """Return how many tokens a text may have that some networks read; None if nothing says."""
+    limits = [limit for one in networks for limit in (context_length(one), position_limit(one))]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _check_tokens(networks: Sequence[nn.Module], texts: Sequence[Text]) -> None:
+    """Raise InputError if a text has tokens or positions that a network does not: it would not."""
     highest = max(max(text.tokens) for text in texts)
+    longest = max(len(text.tokens) for text in texts)
     for network in networks:
-        width = vocab_width(network)
+        name, width, positions = (
+            type(network).__name__,
+            vocab_width(network),
+            position_limit(network),
+        )
         if highest >= width:
             raise InputError(
-                f"the texts hold token {highest}, but a {type(network).__name__} of {width} tokens "
+                f"the texts hold token {highest}, but a {name} of {width} tokens "
                 "is to read them; its vocab_size does not fit the tokenizer"
+            )
+        if positions is not None and longest > positions:
+            raise InputError(
+                f"the longest text has {longest} tokens, but a {name} of {positions} positions is "
+                "to read it; use a smaller max_length"
             )
 
 
-def _batch(data: Data, rows: Sequence[int]) -> Any:
-    return data.take(rows) if isinstance(data, Examples) else text_batch(data, rows)
+def _batch(data: Data, rows: Sequence[int], limit: int | None = None) -> Any:
+    return data.take(rows) if isinstance(data, Examples) else text_batch(data, rows, limit=limit)
 
 
-def slices(data: Data, batch_size: int) -> Iterator[Any]:
-    """Yield all of the data in batches, of four times the size: nothing is learned from them."""
+def slices(data: Data, batch_size: int, limit: int | None = None) -> Iterator[Any]:
+    """Yield all of the data in batches, of four times the size: nothing is learned from them.
+
+    Texts are not padded beyond ``limit`` positions.
+    """
     size = data.labels.size if isinstance(data, Examples) else len(data)
-    if not isinstance(data, Examples):
-        data = sorted(data, key=lambda text: len(text.tokens))
+    order = list(range(size))
+    if not isinstance(data, Examples):  # a teacher may know the texts by their rows: they stay
+        order.sort(key=lambda row: len(data[row].tokens))
     for start in range(0, size, 4 * batch_size):
-        yield _batch(data, range(start, min(start + 4 * batch_size, size)))
+        yield _batch(data, order[start : start + 4 * batch_size], limit)
 
 
 def _seeded(batch: Any, number: int, seed: int) -> Any:
@@ -245,6 +280,7 @@ def _batches(
     folder: Path,
     augment: Callable[[Examples, int], Examples] | None,
     seed: int,
+    limit: int | None,
 ) -> Callable[[int], Any]:
     """Return the training's batches as a function of their number."""
     drawing = on_policy is not None and on_policy.on_policy > 0
@@ -258,10 +294,20 @@ def _batches(
             return augment(batch, number) if augment else batch
 
         return examples
-    order = batch_order([len(text.tokens) for text in data], batch_size, seed)
-    if not drawing:
-        return lambda number: text_batch(data, order(number))
-    assert on_policy is not None
+    learnable = [row for row, text in enumerate(data) if text.num_learned]
+    if not learnable and (on_policy is None or on_policy.on_policy < 1):
+        raise InputError(
+            "the texts are questions alone, from which nothing is learned; let the student write "
+            "all of the batches, or give answers"
+        )
+    lengths = [len(data[row].tokens) for row in learnable]
+    order = batch_order(lengths, batch_size, seed) if learnable else None
+
+    def rows(number: int) -> list[int]:
+        return [learnable[place] for place in order(number)] if order else []
+
+    if on_policy is None or not drawing:
+        return lambda number: text_batch(data, rows(number), limit=limit)
     return Rollouts(
-        student, data, order, batch_size, set(eos_token_ids), on_policy, folder, seed
+        student, data, rows, batch_size, set(eos_token_ids), on_policy, folder, seed, limit
     ).batch
