@@ -55,11 +55,14 @@ def read_otherwise(
     source = text.source
     if source is None or source.chat is None or not source.answers:
         whole = decoded_behind(ours, text.tokens, 0).rstrip(UNFINISHED)
-        tokens = encode_text(theirs, whole)
+        tokens = _ended(encode_text(theirs, whole), text, ours, theirs)
         spans = [((0, len(text.tokens)), (0, len(tokens)))]
     else:
         chat = _said(text, source, ours)
         tokens, found = _written(chat, source, theirs, template_config)
+        if not source.templated and not getattr(theirs, "has_chat_template", False):
+            tokens = _ended(tokens, text, ours, theirs)
+            found = {message: (start, len(tokens)) for message, (start, _) in found.items()}
         spans = [((start, stop), found[m]) for m, start, stop in source.answers if m in found]
     places = [
         pair
@@ -67,6 +70,13 @@ def read_otherwise(
         for pair in _same_places(ours, text.tokens, our_span, theirs, tokens, their_span)
     ]
     return OtherReading(tokens, places)
+
+
+def _ended(tokens: list[int], text: Text, ours: Any, theirs: Any) -> list[int]:
+    """Return tokens with their end, if the text has ours."""
+    end = theirs.eos_token_id
+    has_end = text.tokens[-1] == ours.eos_token_id and end is not None and tokens[-1:] != [end]
+    return [*tokens, end] if has_end else tokens
 
 
 def _said(text: Text, source: Source, ours: Any) -> Chat:
