@@ -1,6 +1,9 @@
 """Every architecture of mlx-lm as a tree verifier, against plain decoding; makes a table."""
 
+import copy
+import functools
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -15,21 +18,50 @@ from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import _tail, _temporal
 
 TABLE = REPOSITORY / "docs" / "architectures.md"
-PROMPT = [int(t) for t in np.random.default_rng(3).integers(1, 96, 24)]
+# Everything that sets in at some length of the text sets in at 40 tokens: inside the first prompt's
+# trees, and long before the second one's end. The look at opening is far below that.
+THRESHOLD, PROMPTS = 40, (38, 90)
+TEXT = [int(t) for t in np.random.default_rng(3).integers(1, 96, 90)]
 # A root with two children, and a deep branch; siblings differ.
 PARENTS = [0, 0, 0, 1, 1, 2, 3, 6, 7]
 CHAIN = [0, 0, 1, 2, 3]
 TOKENS = [11, 22, 33, 44, 55, 66, 77, 88, 9]
 
 
-def plain_logits(model: Any, tokens: list[int]) -> tuple[mx.array, list[Any]]:
-    """Return the logits after a text whose prompt is read at once and the rest token by token."""
-    caches = make_prompt_cache(model)
-    logits = model(mx.array([tokens[: len(PROMPT)]]), cache=caches)
-    for token in tokens[len(PROMPT) :]:
-        logits = model(mx.array([[token]]), cache=caches)
-    mx.eval(logits)
-    return logits[0, -1], caches
+@functools.cache
+def model_of(name: str) -> Any:
+    """Return a model for all tests: it is built and opened once."""
+    return tiny_model(name, threshold=THRESHOLD)
+
+
+@dataclass
+class Plain:
+    """A text that plain decoding has read: the logits behind it, and its caches."""
+
+    model: Any
+    logits: mx.array
+    caches: list[Any]
+
+    @classmethod
+    def read(cls, model: Any, prompt: list[int]) -> "Plain":
+        caches = make_prompt_cache(model)
+        logits = model(mx.array([prompt]), cache=caches)[0, -1]
+        mx.eval(logits)
+        return cls(model, logits, caches)
+
+    def then(self, token: int) -> "Plain":
+        """Return the text with one more token; this one stays as it is."""
+        caches = copy.deepcopy(self.caches)
+        logits = self.model(mx.array([[token]]), cache=caches)[0, -1]
+        mx.eval(logits)
+        return Plain(self.model, logits, caches)
+
+    def nodes(self, parents: list[int]) -> list["Plain"]:
+        """Return the text that ends with each node of a tree."""
+        grown = [self.then(TOKENS[0])]
+        for node, parent in enumerate(parents[1:], start=1):
+            grown.append(grown[parent].then(TOKENS[node]))
+        return grown
 
 
 def leaves(caches: list[Any]) -> list[Any]:
@@ -57,58 +89,57 @@ def assert_close(found: mx.array, expected: mx.array) -> None:
     np.testing.assert_allclose(a[finite], b[finite], atol=1e-3 * scale, rtol=1e-3)
 
 
+def assert_same_caches(found: list[Any], expected: list[Any]) -> None:
+    for cache, other in zip(leaves(found), leaves(expected), strict=True):
+        assert cache.offset == other.offset
+        for ours, wanted in zip(content(cache), content(other), strict=True):
+            if not wanted.any().item():  # an indexer uses no values, it only has room for them
+                continue
+            if isinstance(other, ChunkedKVCache):  # drops the chunk before when it likes to
+                size = min(ours.shape[2], wanted.shape[2])
+                ours, wanted = ours[:, :, -size:], wanted[:, :, -size:]
+            assert ours.shape == wanted.shape
+            assert_close(ours, wanted)
+
+
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_tree_equals_plain_decoding(name: str) -> None:
-    model = tiny_model(name)
+    model = model_of(name)
     target = Target.of(model)
     if target.support == "none":
         assert target.reason
         return
-    parents = CHAIN if target.support == "chain" else PARENTS
-    tokens = TOKENS[: len(parents)]
-    tree = PrefixTree.from_parents(mx.array(tokens), mx.array(parents), 5)
+    chain = target.support == "chain"
+    parents = CHAIN if chain else PARENTS
+    tokens = mx.array(TOKENS[: len(parents)])
+    tree = PrefixTree.from_parents(tokens, mx.array(parents), 5)
     paths = tree.paths()
-    caches = make_prompt_cache(model)
-    target.forward(mx.array(PROMPT), caches)
-
-    call = target.verify(tree, caches)
-    mx.eval(call.logits, call.hidden)
-    for node, path in enumerate(paths):
-        expected, _ = plain_logits(model, PROMPT + [tokens[i] for i in path])
-        assert_close(call.logits[node], expected)
-
-    # Two cycles: what the first commits, the second builds on; then a rewind by one token.
-    path = paths[5 if target.support != "chain" else 3]
-    call.commit(path)
-    text = PROMPT + [tokens[i] for i in path]
-    call = target.verify(tree, caches)
-    for node, path in enumerate(paths):
-        expected, _ = plain_logits(model, text + [tokens[i] for i in path])
-        assert_close(call.logits[node], expected)
-    path = paths[-1]
-    call.commit(path)
-    call.rewind(len(path) - 1)
-    text += [tokens[i] for i in path[:-1]]
-    _, expected_caches = plain_logits(model, text)
-    for cache, other in zip(leaves(caches), leaves(expected_caches), strict=True):
-        assert cache.offset == other.offset
-        for found, wanted in zip(content(cache), content(other), strict=True):
-            if not wanted.any().item():  # an indexer uses no values, it only has room for them
-                continue
-            if isinstance(other, ChunkedKVCache):  # drops the chunk before when it likes to
-                size = min(found.shape[2], wanted.shape[2])
-                found, wanted = found[:, :, -size:], wanted[:, :, -size:]
-            assert found.shape == wanted.shape
-            assert_close(found, wanted)
-    logits, _ = target.forward(mx.array([7]), caches)
-    assert_close(logits[0], plain_logits(model, [*text, 7])[0])
+    # What the first cycle commits, the second builds on; the second takes its last token back.
+    cycles = [3, 4] if chain else [5, 8]
+    for prompt in PROMPTS:
+        text = Plain.read(model, TEXT[:prompt])
+        caches = make_prompt_cache(model)
+        target.forward(mx.array(TEXT[:prompt]), caches)
+        for node in cycles if prompt < THRESHOLD else cycles[1:]:
+            call = target.verify(tree, caches)
+            mx.eval(call.logits, call.hidden)
+            grown = text.nodes(parents)
+            for logits, one in zip(call.logits, grown, strict=True):
+                assert_close(logits, one.logits)
+            call.commit(paths[node])
+            text = grown[node]
+        call.rewind(len(paths[node]) - 1)
+        text = grown[parents[node]]
+        assert_same_caches(caches, text.caches)
+        logits, _ = target.forward(mx.array([7]), caches)
+        assert_close(logits[0], text.then(7).logits)
 
 
 def test_table_of_architectures() -> None:
     """The docs list what was found; MLX_DISTILL_WRITE_DOCS=1 writes the list anew."""
     rows = []
     for name in sorted(TINY_CONFIGS, key=str.lower):
-        target = Target.of(tiny_model(name))
+        target = Target.of(model_of(name))
         support = {"row": "tree", "batch": "tree (nodes on the batch axis)", "chain": "chain"}
         rows.append(f"| {name} | {support.get(target.support, 'refused')} | {target.reason} |")
     rows += [f"| {n} | not tested | {reason} |" for n, reason in sorted(NOT_BUILT.items())]

@@ -199,7 +199,7 @@ _PLAIN = """
     seed_oss solar_open starcoder2 talkie telechat3 youtu_llm
 """
 # Tied heads, with the embedding in its usual and in unusual places.
-_TIED = "bailing_moe exaone gpt_bigcode internlm2 llama qwen2 starcoder2"
+_TIED = "bailing_moe exaone gpt_bigcode internlm2 llama qwen2 seed_oss starcoder2"
 
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     **{name: _of(name) for name in _PLAIN.split()},
@@ -348,7 +348,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "plamo": _of("plamo", n_shared_head=2),
     # A forward pass sees one key more than its window, and the cache drops that key: one pass and
     # single steps disagree past the window, so this one is wider than a prompt.
-    "plamo3": _of("plamo3", sliding_window=64),
+    "plamo3": _of("plamo3", sliding_window=128),
     "qwen2_vl": _text_of("qwen2_vl", "qwen2"),
     "qwen3_vl": _text_of("qwen3_vl", "qwen3"),
     "qwen3_vl_moe": _text_of("qwen3_vl_moe", "qwen3_moe"),
@@ -455,6 +455,35 @@ HELPER_MODULES: frozenset[str] = frozenset(
 )
 
 
+# What sets in at some length of the text, by field name: windows, chunks, budgets, scales.
+_THRESHOLDS = (
+    *("sliding_window", "sliding_window_size", "attention_window_size", "loop_window_size"),
+    *("attention_chunk_size", "index_topk", "floor_scale"),
+)
+
+
+def at_threshold(config: dict[str, Any], length: int) -> dict[str, Any]:
+    """Return a configuration in which everything that sets in early sets in at one length.
+
+    Args:
+        config: From `tiny_config`.
+        length: In tokens; a multiple of the four tokens of a block.
+    """
+
+    def moved(field: str, value: Any, table: dict[str, Any]) -> Any:
+        if isinstance(value, dict):
+            return {key: moved(key, one, value) for key, one in value.items()}
+        if field in _THRESHOLDS and isinstance(value, int) and 0 < value <= 16:
+            return length
+        if field == "index_topk_blocks":
+            return length // table["index_block_size"]
+        if field == "original_max_position_embeddings" and "llama_4_scaling_beta" in table:
+            return length
+        return value
+
+    return moved("", config, {})
+
+
 def tiny_config(name: str) -> dict[str, Any]:
     """Return the complete configuration of an entry, as ``config.json`` would hold it.
 
@@ -474,7 +503,9 @@ def tiny_config(name: str) -> dict[str, Any]:
     return copy.deepcopy(config)
 
 
-def tiny_model(name: str, seed: int = 0) -> nn.Module:
+def tiny_model(
+    name: str, seed: int = 0, threshold: int | None = None, **overrides: Any
+) -> nn.Module:
     """Build an entry in float32, with random weights that make context and position matter.
 
     The initial values of mlx-lm would not do: they leave attention almost uniform, and some
@@ -486,11 +517,15 @@ def tiny_model(name: str, seed: int = 0) -> nn.Module:
     Args:
         name: A key of `TINY_CONFIGS`.
         seed: Seed of the weights. The same seed gives the same weights.
+        threshold: Where windows, chunks, budgets and scales set in, in tokens.
+        overrides: Values for fields of the configuration.
 
     Returns:
         The model, in evaluation mode and evaluated.
     """
-    config = tiny_config(name)
+    config = tiny_config(name) | overrides
+    if threshold is not None:
+        config = at_threshold(config, threshold)
     model_class, args_class = model_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))

@@ -13,6 +13,7 @@ Two layouts, chosen by the target:
   every mlx-lm model understands, because that is how it decodes batches.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -215,7 +216,10 @@ class TreeCacheList:
             cache.rewind(num_tokens)
 
 
-def tree_cache(base: Any, layout: TreeLayout) -> TreeCache | TreeCacheList:
+TreeView = TreeCache | TreeCacheList
+
+
+def tree_cache(base: Any, layout: TreeLayout) -> TreeView:
     """Return the view of one layer's cache for one tree call."""
     if isinstance(base, CacheList):
         return TreeCacheList(base, layout)
@@ -236,14 +240,21 @@ def can_trim(cache: Any) -> bool:
     return type(cache) in APPENDING
 
 
-def cached_tokens(caches: list[Any]) -> int:
-    """Return how many tokens a prompt cache has seen; recurrent caches do not say."""
-    for cache in caches:
-        while isinstance(cache, CacheList):
-            cache = cache.caches[0]
+def cached_tokens(caches: Sequence[Any]) -> int:
+    """Return how many tokens a prompt cache has seen; recurrent parts do not say."""
+    for cache in leaves(caches):
         if hasattr(cache, "offset"):
             return cache.offset
     return 0
+
+
+def leaves(caches: Sequence[Any]) -> Iterator[Any]:
+    """Yield all caches, also those that a layer with several keeps in a list."""
+    for cache in caches:
+        if isinstance(cache, CacheList):
+            yield from leaves(cache.caches)
+        else:
+            yield cache
 
 
 def _mask(

@@ -96,13 +96,13 @@ class _TreeRope:
             probe = mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None]
             kinds[width] = hash((width, *to_host(call(probe, offset=1000).reshape(-1))))
         rotations = tree_span.get().rotations
-        kind = (kinds[width], x.dtype)
+        kind = kinds[width]
         if kind not in rotations:
-            basis = mx.broadcast_to(
-                mx.eye(width, dtype=x.dtype)[:, None], (positions.size, width, 1, width)
-            )
+            basis = mx.broadcast_to(mx.eye(width)[:, None], (positions.size, width, 1, width))
             rotations[kind] = call(basis, offset=positions)[:, :, 0]
-        return (x[0].transpose(1, 0, 2) @ rotations[kind]).transpose(1, 0, 2)[None]
+        # In float32, as a rope computes: sines in half precision would be off by 2e-3 each.
+        nodes = x[0].transpose(1, 0, 2).astype(mx.float32)
+        return (nodes @ rotations[kind]).transpose(1, 0, 2)[None].astype(x.dtype)
 
 
 def _is_tree(x: mx.array, offset: Any) -> bool:

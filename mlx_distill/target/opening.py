@@ -1,0 +1,202 @@
+"""What a model can do for drafting is found by trying, when it is opened.
+
+A small tree is run through it and compared with what the model says about each path alone. A model
+that fails every way is refused; it is never served wrongly. What sets in later in a text (windows,
+chunks, budgets, scales) is beyond such a look; ``tests/test_architectures.py`` tries every
+architecture there, and those it found are named here.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float
+from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_distill.arrays import to_number
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.errors import not_numbers
+from mlx_distill.target.head import Head, find_head
+from mlx_distill.target.tree_cache import can_branch, can_trim
+from mlx_distill.target.tree_call import Support, call_on_text, call_on_tree
+from mlx_distill.target.tree_rope import wrap_ropes
+
+# Found in float32; in half precision the difference could pass for rounding.
+NOT_CAUSAL = {"phi3small"}
+# Beyond its block budget it places queries by their slot: siblings would count as successors.
+PLACED_BY_SLOT = {"minimax_m3_vl", "minimax_m3"}
+
+# Any tokens do; these are apart, small enough for every vocabulary, and not all the same.
+_PREFIX = [1, 2, 3]
+_TOKENS = [4, 5, 6, 7, 8, 9, 5]
+# Five siblings, so that with a wrong mask the last one sees more that it should not than it should,
+# and a child of the first. Those two and the root are looked at.
+_TREE, _LOOKED_AT = [0, 0, 0, 0, 0, 0, 1], [0, 5, 6]
+_CHAIN = [0, 0, 1, 2]
+
+# Errors are root mean squares over the vocabulary, in units of the logits' spread. A node has to
+# be this many times nearer to its own path than with a wrong mask or position. In half precision
+# that is what decides: in deep models, the rounding of several rows at once reaches a tenth there.
+ROOM = 4.0
+FLOOR = {mx.float32: 1e-3, mx.float16: 0.1, mx.bfloat16: 0.3}
+# Plain decoding itself differs from reading the same text at once, by rounding (TF32 among it).
+PLAIN = {mx.float32: 0.02, mx.float16: 0.2, mx.bfloat16: 0.5}
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was found about a model.
+
+    Args:
+        support: "row" or "batch" (trees, see ``tree_cache``), "chain" or "none".
+        reason: Why ``support`` is not a tree, in one sentence; empty otherwise.
+        vocab_size: Number of logits.
+        hidden_size: Width of the hidden states; 0 if there are none.
+        head: Where they are.
+        embed: The input embedding.
+    """
+
+    support: Support
+    reason: str
+    vocab_size: int = 0
+    hidden_size: int = 0
+    head: Head | None = None
+    embed: nn.Module | None = None
+
+
+def open_model(model: nn.Module) -> Opened:
+    """Find out what a model supports.
+
+    Raises:
+        InputError: If its logits are not numbers.
+    """
+    kind = getattr(model, "model_type", None)
+    if kind in NOT_CAUSAL:
+        return Opened("none", "mlx-lm's version lets the tokens of a prompt see later ones")
+    wrap_ropes(model)
+    caches = make_prompt_cache(model)
+    if not all(can_branch(cache) for cache in caches):
+        names = sorted({type(c).__name__ for c in caches if not can_branch(c)})
+        return Opened("none", f"its cache ({', '.join(names)}) cannot hold the branches of a tree")
+    logits, hidden, head, embed = find_head(model, mx.array([_PREFIX]), cache=caches)
+    if to_number(mx.isnan(logits).any()):
+        raise not_numbers("after a few tokens")
+    if head is None or hidden is None or embed is None:
+        reason = "its head or its embedding was not found, so it gives no hidden state"
+        return Opened("none", reason, logits.shape[-1])
+    ways: list[Support] = [] if kind in PLACED_BY_SLOT else ["row", "batch"]
+    if all(can_trim(cache) for cache in caches):
+        ways.append("chain")
+    reason = "its logits for several tokens at once differ from those one by one"
+    known = Opened("none", reason, logits.shape[-1], hidden.shape[-1], head, embed)
+    support = next((way for way in ways if _Trial(model, head, way).agrees()), None)
+    if support is None:
+        return known
+    reason = "its attention cannot take a tree" if support == "chain" else ""
+    return replace(known, support=support, reason=reason)
+
+
+class _Trial:
+    """A small tree, in one layout, against what the model says about its paths.
+
+    Args:
+        model: The model.
+        head: Where its hidden states are.
+        support: The layout.
+    """
+
+    def __init__(self, model: nn.Module, head: Head, support: Support):
+        self.model, self.head, self.support = model, head, support
+        parents, nodes = (_CHAIN, [0, 1, 2, 3]) if support == "chain" else (_TREE, _LOOKED_AT)
+        tokens = mx.array(_TOKENS[: len(parents)])
+        self.tree = PrefixTree.from_parents(tokens, mx.array(parents), 3)
+        paths = self.tree.paths()
+        self.nodes, self.paths = mx.array(nodes), [paths[node] for node in nodes]
+        # A chain's last token is rejected, for the rollback's sake.
+        self.kept = paths[2] if support == "chain" else paths[6]
+
+    def agrees(self) -> bool:
+        """Return whether the nodes' logits equal those of their paths, and the commit holds.
+
+        Trees and plain text round differently, so the limit is what plain decoding differs from
+        reading the same text at once, with room; and a node has to be nearer, as many times, to
+        its own path's logits than it is with a wrong mask, or with a wrong position.
+        """
+        try:
+            found = self._found()
+            read = [self._read(path) for path in self.paths]
+            read.append(self._read(self.kept, _PREFIX[:1]))
+            error = max(_errors(found, read))
+            noise = max(_errors([self._plainly(self.paths[-1])], read[-2:-1]))
+            wrong = self._wrong(read[:-1])
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
+            return False
+        kind = read[0].dtype
+        return (
+            noise <= PLAIN.get(kind, 0.5)
+            and error <= max(ROOM * noise, FLOOR.get(kind, 0.3))
+            and ROOM * error <= wrong
+        )
+
+    def _found(self) -> list[mx.array]:
+        """Return the nodes' logits, and those of a token after the commit."""
+        caches = self._prefilled()
+        call = call_on_tree(self.model, self.head, self.tree, caches, self.support)
+        mx.eval(call.logits)
+        call.commit(self.kept)
+        after, _ = call_on_text(self.model, self.head, mx.array(_PREFIX[:1]), caches)
+        mx.eval(after)
+        return [*call.logits[self.nodes], after[0]]
+
+    def _read(self, path: Sequence[int], more: Sequence[int] = ()) -> Float[mx.array, " V"]:
+        text = [*_PREFIX, *(_TOKENS[node] for node in path), *more]
+        caches = make_prompt_cache(self.model)
+        return call_on_text(self.model, self.head, mx.array(text), caches)[0][-1]
+
+    def _plainly(self, path: Sequence[int]) -> Float[mx.array, " V"]:
+        caches = self._prefilled()
+        logits = mx.array(0)
+        for node in path:
+            token = mx.array(_TOKENS[node : node + 1])
+            logits, _ = call_on_text(self.model, self.head, token, caches)
+        return logits[-1]
+
+    def _wrong(self, read: list[mx.array]) -> float:
+        """Return the error of the nodes with a wrong mask, or with wrong positions.
+
+        A model without positions does not notice the second: then it does not count.
+        """
+        if self.support == "chain":  # it has no mask that could be wrong
+            return math.inf
+        tree = self.tree
+        line = mx.arange(tree.depths.size)
+        siblings = replace(tree, mask=line[None] <= line[:, None])
+        moved = replace(tree, depths=tree.depths + 3 * (line > 0), max_depth=tree.max_depth + 3)
+        errors = []
+        for wrong in (siblings, moved):
+            call = call_on_tree(self.model, self.head, wrong, self._prefilled(), self.support)
+            errors.append(min(_errors([*call.logits[self.nodes]][1:], read[1:])))
+        noticed = errors[1] > FLOOR.get(read[0].dtype, 0.3)
+        return min(errors) if noticed else errors[0]
+
+    def _prefilled(self) -> list[Any]:
+        caches = make_prompt_cache(self.model)
+        mx.eval(call_on_text(self.model, self.head, mx.array(_PREFIX), caches))
+        return caches
+
+
+def _errors(found: Sequence[mx.array], expected: Sequence[mx.array]) -> list[float]:
+    return [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def _difference(a: Float[mx.array, " V"], b: Float[mx.array, " V"]) -> float:
+    """Return the root mean square difference of two rows, in units of the second's spread."""
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    barred = b == -mx.inf  # tokens that a model never writes
+    difference = mx.where(barred, 0, a - mx.where(barred, 0, b))
+    spread = mx.maximum(mx.std(mx.where(barred, 0, b)), 1e-6)
+    value = to_number(mx.sqrt(mx.mean(mx.square(difference))) / spread)
+    return math.inf if math.isnan(value) else value
