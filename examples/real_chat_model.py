@@ -37,15 +37,15 @@ SHOWN = 3  # answers that are printed
 class Sizes:
     """How much of everything."""
 
-    questions: int = 96  # the model's answers to them are learned
+    questions: int = 80  # the model's answers to them are learned
     held_out: int = 16  # questions behind those
     max_tokens: int = 64  # of an answer
-    drafter_steps: int = 60
+    drafter_steps: int = 48
     student_layers: int = 10
-    student_steps: int = 40
+    student_steps: int = 30
 
 
-SHORT = Sizes(16, 4, 24, drafter_steps=4, student_layers=4, student_steps=4)
+SHORT = Sizes(16, 4, 32, drafter_steps=4, student_layers=4, student_steps=4)
 
 
 class Run:

@@ -156,8 +156,16 @@ def random_drafter(model: Any, draft_vocab_size: int | None = None) -> BoundDraf
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
+def whole_pair() -> tuple[Any, Any]:
     return mlx_distill.load(bundled("stories-14m"))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    """Return a part of the bundled model: tokens and caches have to be as exact, in less time."""
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    model["model"].layers = [model["model"].layers[number] for number in (0, 3, 7)]
+    return model, tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -249,11 +257,11 @@ def test_greedy_equals_mlx_lm(
         assert seen(found) == expected
 
 
-def test_bundled_drafter_equals_mlx_lm(pair: tuple[Any, Any], plain_answers: list[Any]) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
-    for prompt, expected in zip(PROMPTS, plain_answers, strict=True):
-        responses = list(ours(pair, prompt, drafter=drafter, max_tokens=32))
-        assert seen(iter(responses)) == expected
+def test_bundled_drafter_equals_mlx_lm(whole_pair: tuple[Any, Any]) -> None:
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *whole_pair)
+    for prompt in PROMPTS:
+        responses = list(ours(whole_pair, prompt, drafter=drafter, max_tokens=32))
+        assert seen(iter(responses)) == seen(plain(whole_pair, prompt, max_tokens=32))
         assert responses[-1].tokens_per_call > 1.5
 
 
