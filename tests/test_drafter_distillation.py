@@ -12,12 +12,13 @@ from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 from scipy.special import log_softmax, rel_entr
 
+from mlx_distill.distillation import drafter as module
 from mlx_distill.distillation.drafter import (
     TargetView,
     acceptance_by_depth,
+    answer_places,
     drafter_loss,
     unroll,
-    view_of_target,
 )
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.losses.response import entropy, kl_divergence
@@ -195,9 +196,18 @@ def random_batch() -> dict[str, np.ndarray]:
 
 
 def view_of(batch: dict[str, Any], token_ids: list[int] | None = None) -> TargetView:
-    arrays = [mx.array(batch[name]) for name in ("logits", "hidden", "embeddings")]
+    """Return the view of the batch; the target's "states" are its logits themselves."""
+    mask = np.zeros((4, WIDTH), np.float32)
+    for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        mask[text, prompt - 1 : length - 1] = 1
+    found, ahead = answer_places(mask)
+
+    def rows(name: str) -> mx.array:
+        return mx.array(batch[name]).reshape(4 * WIDTH, -1)[mx.array(found)]
+
     ids = None if token_ids is None else mx.array(token_ids)
-    return view_of_target(*arrays, mx.array(PROMPTS), mx.array(LENGTHS), ids)
+    arrays = (rows("hidden"), rows("embeddings"), mx.array(ahead), rows("logits"))
+    return TargetView(*arrays, lambda rows: rows, ids)
 
 
 def parameters_of(drafter: RecurrentDrafter) -> dict[str, np.ndarray]:
@@ -211,10 +221,11 @@ def slow_steps(
     columns = range(VOCAB_SIZE) if token_ids is None else token_ids
     steps = []
     for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
-        for start in range(WIDTH - UNROLL):
+        for start in range(WIDTH):
             answers = prompt - 1 <= start and start + 1 < length
             for depth in range(1, UNROLL + 1):
-                if not answers or start + depth >= length:
+                # A goal is where the target chose a token, too: not behind the text's last one.
+                if not answers or start + depth + 1 >= length:
                     continue
                 target = batch["logits"][text, start + depth, list(columns)].astype(np.float64)
                 read = batch["embeddings"][text, start + 1 : start + depth + 1]
@@ -238,55 +249,43 @@ def slow_loss(
 
 def test_the_view_is_the_targets_distribution():
     batch = random_batch()
-    view = view_of(batch)
-    probs = softmax(batch["logits"].astype(np.float64))
-    np.testing.assert_allclose(np.array(view.probs), probs, atol=1e-6)
-    expected = -(probs * np.log(probs)).sum(axis=-1)
-    np.testing.assert_allclose(np.array(view.entropy), expected, atol=1e-5)
-    np.testing.assert_array_equal(np.array(view.hidden), batch["hidden"])
-    np.testing.assert_array_equal(np.array(view.embeddings), batch["embeddings"])
+    for token_ids in (None, TRIMMED):
+        found = view_of(batch, token_ids).log_probs(mx.array([0, 4]))
+        # The first text's answer begins behind three tokens, and its fifth token is the seventh.
+        logits = batch["logits"][0, [2, 6]].astype(np.float64)
+        probs = softmax(logits if token_ids is None else logits[:, token_ids])
+        np.testing.assert_allclose(np.exp(np.array(found)), probs, atol=1e-6)
 
 
-def test_a_trimmed_view_is_normalised_over_its_tokens():
-    batch = random_batch()
-    view = view_of(batch, TRIMMED)
-    probs = softmax(batch["logits"][..., TRIMMED].astype(np.float64))
-    np.testing.assert_allclose(np.array(view.probs), probs, atol=1e-6)
-    expected = -(probs * np.log(probs)).sum(axis=-1)
-    np.testing.assert_allclose(np.array(view.entropy), expected, atol=1e-5)
-
-
-def test_drafts_start_only_where_the_target_answers():
-    view = view_of(random_batch())
-    # The last token of a prompt is where the target chooses the first token of its answer; after
-    # the last token of a text there is nothing that is certain.
-    starts = [
-        [int(prompt - 1 <= place < length - 1) for place in range(WIDTH)]
-        for prompt, length in zip(PROMPTS, LENGTHS, strict=True)
-    ]
-    assert starts[0] == [0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0]
-    assert view.starts.tolist() == starts
-    assert view.inside.sum(axis=1).tolist() == LENGTHS
-    assert view.inside[1].tolist() == [1] * 9 + [0] * 3
+def test_only_places_where_the_target_chose_a_token_are_taken():
+    mask = np.zeros((3, 8))
+    mask[0, 2:5] = mask[0, 6] = 1  # two turns
+    mask[1, 6:] = 1  # ends with the batch; the next text begins with an answer
+    mask[2, 0] = 1
+    places, ahead = answer_places(mask)
+    assert places.tolist() == [2, 3, 4, 6, 14, 15, 16]
+    assert ahead.tolist() == [2, 1, 0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("token_ids", [None, TRIMMED])
 def test_unrolled_logits_are_those_of_every_draft_alone(token_ids: list[int] | None):
     drafter, batch = random_drafter(token_ids), random_batch()
-    parameters = parameters_of(drafter)
-    steps = list(unroll(drafter, view_of(batch, token_ids), UNROLL))
-    assert len(steps) == UNROLL
-    for depth, (logits, here, _) in enumerate(steps, start=1):
-        places = range(WIDTH)[here]
-        assert logits.shape[:2] == (4, len(places))
-        for text in range(4):
-            for start, place in enumerate(places):
-                assert place == start + depth
-                read = batch["embeddings"][text, start + 1 : place + 1]
-                expected = slow_logits(parameters, batch["hidden"][text, start], read)
-                np.testing.assert_allclose(
-                    np.array(logits[text, start]), expected, rtol=1e-4, atol=1e-4
-                )
+    parameters, view = parameters_of(drafter), view_of(batch, token_ids)
+    features, mask = unroll(drafter, view, UNROLL)
+    logits = np.array(drafter.head(features))
+    hidden, embeddings = np.array(view.hidden), np.array(view.embeddings)
+    count = 0
+    for start, ahead in enumerate(np.array(view.ahead).tolist()):
+        for depth in range(1, UNROLL + 1):
+            goal = start + depth
+            if goal >= len(hidden):
+                continue
+            assert mask[goal, depth - 1].item() == (depth <= ahead)
+            if depth <= ahead:
+                expected = slow_logits(parameters, hidden[start], embeddings[start + 1 : goal + 1])
+                np.testing.assert_allclose(logits[goal, depth - 1], expected, rtol=1e-4, atol=1e-4)
+                count += 1
+    assert count == mask.sum().item() > 20
 
 
 @pytest.mark.parametrize("decay", [0.8, 1.0, 0.3])
@@ -312,45 +311,62 @@ def test_acceptance_equals_a_loop_over_positions(token_ids: list[int] | None):
     assert counts[0] > counts[-1] > 0
 
 
-def test_padding_and_prompts_are_inert():
+@pytest.mark.parametrize("goals", [1, 2, 5])
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_chunks_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, token_ids: list[int] | None, goals: int
+):
+    drafter, view = random_drafter(token_ids), view_of(random_batch(), token_ids)
+
+    def everything() -> list[np.ndarray]:
+        found, grads = nn.value_and_grad(drafter, drafter_loss)(drafter, view, UNROLL)
+        arrays = (found, *acceptance_by_depth(drafter, view, UNROLL))
+        return [np.array(x) for x in (*arrays, *dict(tree_flatten(grads)).values())]
+
+    expected = everything()
+    monkeypatch.setattr(module, "goal_rows", lambda head, length: goals)
+    for found, whole in zip(everything(), expected, strict=True):
+        np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_without_answers_of_two_tokens_counts_nothing():
     drafter, batch = random_drafter(), random_batch()
-    changed = {name: array.copy() for name, array in batch.items()}
-    random = np.random.default_rng(2)
-    for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
-        for name, array in changed.items():
-            array[text, length:] = 100 * random.normal(size=array[text, length:].shape)
-            # Of the prompt only the last hidden state counts; the first answer is also read there.
-            end = prompt if name != "hidden" else prompt - 1
-            array[text, :end] = 100 * random.normal(size=array[text, :end].shape)
-    loss_and_grad = nn.value_and_grad(drafter, lambda *args: drafter_loss(*args)[0])
-    loss, grads = loss_and_grad(drafter, view_of(batch), UNROLL)
-    loss_after, grads_after = loss_and_grad(drafter, view_of(changed), UNROLL)
-    assert loss_after.item() == loss.item()
-    before = dict(tree_flatten(grads))
-    for name, grad in tree_flatten(grads_after):
-        np.testing.assert_allclose(np.array(grad), np.array(before[name]), rtol=1e-5, atol=1e-6)
-    for found, expected in zip(
-        acceptance_by_depth(drafter, view_of(changed), UNROLL),
-        acceptance_by_depth(drafter, view_of(batch), UNROLL),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(np.array(found), np.array(expected))
-
-
-def test_a_batch_without_answers_counts_nothing():
-    batch = random_batch()
-    arrays = [mx.array(batch[name]) for name in ("logits", "hidden", "embeddings")]
-    lengths = mx.array(LENGTHS)
-    view = view_of_target(*arrays, lengths + 1, lengths, None)
-    total, count = drafter_loss(random_drafter(), view, UNROLL)
+    found, ahead = answer_places(np.eye(4, WIDTH))
+    rows = [mx.array(x).reshape(4 * WIDTH, -1)[mx.array(found)] for x in batch.values()]
+    logits, hidden, embeddings = rows
+    view = TargetView(hidden, embeddings, mx.array(ahead), logits, lambda rows: rows)
+    total, count = drafter_loss(drafter, view, UNROLL)
     assert (total.item(), count.item()) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
+def test_half_precision_learns_the_same(dtype: mx.Dtype):
+    """Sums are float32; the rest rounds as its type does."""
+    drafter, batch = random_drafter(TRIMMED), random_batch()
+    value_and_grad = nn.value_and_grad(drafter, lambda d, view: drafter_loss(d, view, UNROLL)[0])
+    expected, grads = value_and_grad(drafter, view_of(batch, TRIMMED))
+    drafter.set_dtype(dtype)
+    half = {name: mx.array(array).astype(dtype) for name, array in batch.items()}
+    found, half_grads = value_and_grad(drafter, view_of(half, TRIMMED))
+    assert found.dtype == mx.float32
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+    half_flat = dict(tree_flatten(half_grads))
+    for name, grad in tree_flatten(grads):
+        error = mx.abs(half_flat[name].astype(mx.float32) - grad).max().item()
+        assert error < 0.05 * mx.abs(grad).max().item(), name
 
 
 def test_the_target_gets_no_gradient():
     drafter, batch = random_drafter(), random_batch()
 
     def loss(arrays: dict[str, mx.array]) -> mx.array:
-        return drafter_loss(drafter, view_of(arrays), UNROLL)[0]
+        found, ahead = answer_places(np.ones((4, WIDTH)))
+        logits, hidden, embeddings = (
+            arrays[name].reshape(4 * WIDTH, -1)[mx.array(found)]
+            for name in ("logits", "hidden", "embeddings")
+        )
+        view = TargetView(hidden, embeddings, mx.array(ahead), logits, lambda rows: rows)
+        return drafter_loss(drafter, view, UNROLL)[0]
 
     arrays = {name: mx.array(array) for name, array in batch.items()}
     assert loss(arrays).item() > 0
@@ -389,7 +405,8 @@ def test_a_drafter_overfits_a_task_that_has_one_answer():
         "embeddings": embeddings[tokens],
     }
     drafter, view = random_drafter(), view_of(batch)
-    teacher = [np.array(x) for x in vars(view).values()]
+    arrays = (view.hidden, view.embeddings, view.goals)
+    teacher = [np.array(x) for x in arrays]
 
     def mean_loss(drafter: RecurrentDrafter) -> mx.array:
         total, count = drafter_loss(drafter, view, UNROLL)
@@ -407,5 +424,5 @@ def test_a_drafter_overfits_a_task_that_has_one_answer():
     agreed, counts = acceptance_by_depth(drafter, view, UNROLL)
     assert agreed[0].tolist() == counts.tolist()
     assert mx.all(agreed[1] > 0.99 * counts).item()
-    for before, after in zip(teacher, vars(view).values(), strict=True):
+    for before, after in zip(teacher, arrays, strict=True):
         np.testing.assert_array_equal(before, np.array(after))

@@ -1,93 +1,105 @@
 """What a drafter learns: the target's distributions, along its own unrolled states.
 
-For every position t of a text that the target wrote, the drafter starts from the hidden state h_t,
-reads x_{t+1}, x_{t+2}, ... and after each of them is asked for the next token; the target's answer
-at that position is the goal. All starting points of a batch are unrolled at once:
+For every token x_{t+1} of an answer that the target wrote, the drafter starts from the hidden state
+h_t, reads x_{t+1}, x_{t+2}, ... and after each of them is asked for the next token; the target's
+answer at that position is the goal. All starting points of a batch are unrolled at once:
 
     position       t        t+1       t+2       t+3
     target         h_t      p_{t+1}   p_{t+2}   p_{t+3}
     drafter reads           x_{t+1}   x_{t+2}   x_{t+3}
     loss                    KL(p_{t+1} || q_1) + 0.8 KL(p_{t+2} || q_2) + 0.64 KL(...) ...
+
+Only the positions where the target chose a token are taken out of the texts, one row each; prompts
+and padding end there. Logits exist for some rows at a time, the target's and the drafter's. A row
+of the target's is the goal of drafts of every depth, so drafts are kept by their goal.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Int
+from mlx import nn
 
+from mlx_distill.core.sampling import log_probs
 from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.losses.chunked import chunk_rows, chunked_loss
 from mlx_distill.losses.response import entropy, kl_divergence
 
 
 @dataclass(frozen=True)
 class TargetView:
-    """What the target says of a batch of texts; nothing in it has a gradient.
+    """The positions at which the target chose a token; nothing in it has a gradient.
 
     Args:
-        hidden: What its head saw.
-        probs: Of the tokens that can be drafted, normalised over them.
-        entropy: Of ``probs``, in nats.
-        embeddings: Of the texts' tokens.
-        starts: 1 where a draft may start: h_t belongs to the answer and x_{t+1} exists.
-        inside: 1 where the text has a token.
-    """
-
-    hidden: Float[mx.array, "B T D"]
-    probs: Float[mx.array, "B T K"]
-    entropy: Float[mx.array, "B T"]
-    embeddings: Float[mx.array, "B T E"]
-    starts: Float[mx.array, "B T"]
-    inside: Float[mx.array, "B T"]
-
-
-def view_of_target(
-    logits: Float[mx.array, "B T V"],
-    hidden: Float[mx.array, "B T D"],
-    embeddings: Float[mx.array, "B T E"],
-    prompt_lengths: Int[mx.array, " B"],
-    lengths: Int[mx.array, " B"],
-    token_ids: Int[mx.array, " K"] | None,
-) -> TargetView:
-    """Return the target's view of a batch of texts.
-
-    Args:
-        logits: The target's.
-        hidden: What its head saw.
-        embeddings: Of the texts' tokens.
-        prompt_lengths: Number of leading tokens that the target did not write.
-        lengths: Number of tokens of every text; what follows is padding.
+        hidden: What its head saw there.
+        embeddings: Of the tokens there.
+        ahead: How many of the rows that follow belong to the same answer.
+        goals: What ``head`` makes the target's logits of; mostly the hidden states.
+        head: Makes them.
         token_ids: The tokens that can be drafted; None for all.
+        rows: Of the data, that the answers are.
     """
-    if token_ids is not None:
-        logits = logits[..., token_ids]
-    logits = logits.astype(mx.float32)
-    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    at = mx.arange(logits.shape[1])[None]
-    starts = (at >= prompt_lengths[:, None] - 1) & (at < lengths[:, None] - 1)
-    inside = at < lengths[:, None]
-    arrays = (hidden, mx.exp(log_probs), entropy(log_probs), embeddings, starts, inside)
-    return TargetView(*(mx.stop_gradient(x.astype(mx.float32)) for x in arrays))
+
+    hidden: Float[mx.array, "N D"]
+    embeddings: Float[mx.array, "N E"]
+    ahead: Int[mx.array, " N"]
+    goals: Float[mx.array, "N G"]
+    head: Callable[[mx.array], mx.array]
+    token_ids: Int[mx.array, " K"] | None = None
+    rows: Sequence[int] = ()
+
+    def log_probs(self, places: Int[mx.array, " C"]) -> Float[mx.array, "C K"]:
+        """Return the target's distributions at some positions, over what can be drafted."""
+        logits = self.head(self.goals[places])
+        return log_probs(logits if self.token_ids is None else logits[..., self.token_ids])
+
+
+def answer_places(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where the target chose a token, and how many such places follow each in its answer.
+
+    Args:
+        mask: Of a ``TextBatch``, (B, T).
+
+    Returns:
+        Places in the flattened mask, in order, and counts. A text's last place is followed by none.
+    """
+    learned = mask > 0
+    ahead = np.zeros(mask.shape, np.int32)
+    for place in range(mask.shape[1] - 2, -1, -1):
+        ahead[:, place] = np.where(learned[:, place + 1], ahead[:, place + 1] + 1, 0)
+    places = np.flatnonzero(learned)
+    return places.astype(np.int32), ahead.reshape(-1)[places]
 
 
 def unroll(
     drafter: RecurrentDrafter, view: TargetView, length: int
-) -> Iterator[tuple[mx.array, slice, mx.array]]:
-    """Yield, for each of ``length`` drafted tokens, the drafter's logits, where, and the mask.
+) -> tuple[Float[mx.array, "N L E"], Float[mx.array, "N L"]]:
+    """Return what the drafter's head is given, by goal and depth, and the mask of what there is.
 
-    "Where" are the positions of the view at which the target answers the same question.
-
-    Drafts start at every position but the last ``length``; the mask says which of them count.
+    Entry (n, d - 1) is that of the draft which started d rows before the n-th, and has read the
+    tokens from there to the n-th.
     """
-    num_starts = view.hidden.shape[1] - length
-    context = drafter.context(view.hidden[:, :num_starts])
-    read = drafter.read(view.embeddings)
+    num_rows = view.hidden.shape[0]
+    hidden, embeddings = map(mx.stop_gradient, (view.hidden, view.embeddings))
+    context = drafter.context(hidden)
+    read = mx.pad(drafter.read(embeddings), [(0, length), (0, 0)])
     state = None
-    for step in range(1, length + 1):
-        here = slice(step, step + num_starts)
-        state = drafter.advance(state, read[:, here])
-        mask = view.starts[:, :num_starts] * view.inside[:, here]
-        yield drafter.logits(context, state), here, mask
+    columns, masks = [], []
+    for depth in range(1, length + 1):
+        state = drafter.advance(state, read[depth : depth + num_rows])
+        by_start = (drafter.features(context, state), view.ahead >= depth)
+        features, there = (_later(array, depth) for array in by_start)
+        columns.append(features)
+        masks.append(there.astype(mx.float32))
+    return mx.stack(columns, axis=1), mx.stack(masks, axis=1)
+
+
+def _later(rows: mx.array, count: int) -> mx.array:
+    """Return rows moved down; what moves in at the top is zero."""
+    widths = [(count, 0), *[(0, 0)] * (rows.ndim - 1)]
+    return mx.pad(rows, widths)[: rows.shape[0]]
 
 
 def drafter_loss(
@@ -101,13 +113,24 @@ def drafter_loss(
         length: Drafted tokens per start.
         decay: The i-th drafted token weighs ``decay ** (i - 1)``.
     """
-    total, count = mx.array(0.0), mx.array(0.0)
-    for step, (logits, here, mask) in enumerate(unroll(drafter, view, length)):
-        target = (view.probs[:, here], view.entropy[:, here])
-        step_total, step_count = kl_divergence(*target, logits, mask)
-        total += decay**step * step_total
-        count += decay**step * step_count
-    return total, count
+    features, mask = unroll(drafter, view, length)
+    weights = mask * decay ** mx.arange(length)
+    places = mx.repeat(mx.arange(mask.shape[0]), length)
+
+    def loss(logits: mx.array, places: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        goals = view.log_probs(places[::length])  # a goal is that of drafts of every depth
+        probs, uncertainty = mx.exp(goals), entropy(goals)
+        probs, uncertainty = (mx.repeat(x, length, axis=0) for x in (probs, uncertainty))
+        return kl_divergence(probs, uncertainty, logits, weights)
+
+    flat = features.reshape(-1, features.shape[-1])
+    size = length * goal_rows(drafter.head, length)
+    return chunked_loss(drafter.head, flat, loss, (places, weights.reshape(-1)), size)
+
+
+def goal_rows(head: nn.Linear, length: int) -> int:
+    """Return how many goals a chunk of drafts has."""
+    return max(1, chunk_rows(head["weight"].shape[0]) // length)
 
 
 def acceptance_by_depth(
@@ -119,12 +142,15 @@ def acceptance_by_depth(
     the text itself is what was drafted before. Row 1 sums the probability with which sampling at
     temperature 1 would take the drafter's best token.
     """
-    rows, counts = [], []
-    for logits, here, mask in unroll(drafter, view, length):
-        probs = view.probs[:, here]
-        best = mx.argmax(logits, axis=-1)
-        agreed = (best == mx.argmax(probs, axis=-1)).astype(mx.float32)
-        taken = mx.take_along_axis(probs, best[..., None], axis=-1)[..., 0]
-        rows.append(mx.stack([(agreed * mask).sum(), (taken * mask).sum()]))
-        counts.append(mask.sum())
-    return mx.stack(rows, axis=1), mx.stack(counts)
+    features, mask = unroll(drafter, view, length)
+    total = mx.zeros((2, length))
+    size = goal_rows(drafter.head, length)
+    for start in range(0, mask.shape[0], size):
+        here = slice(start, start + size)
+        probs = mx.exp(view.log_probs(mx.arange(mask.shape[0])[here]))
+        best = mx.argmax(drafter.head(features[here]), axis=-1)
+        agreed = best == mx.argmax(probs, axis=-1)[:, None]
+        taken = mx.take_along_axis(probs, best, axis=-1)
+        total += mx.stack([(kind * mask[here]).sum(axis=0) for kind in (agreed, taken)])
+        mx.eval(total)  # one chunk at a time is in memory
+    return total, mask.sum(axis=0)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from mlx import nn
 
-from mlx_distill.data.responses import ResponseConfig, answer
 from mlx_distill.data.texts import Text, TextBatch, text_batch
+from mlx_distill.distillation.responses import ResponseConfig, answer
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 

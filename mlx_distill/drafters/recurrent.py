@@ -148,6 +148,19 @@ class RecurrentDrafter(nn.Module):
         self, context: Float[mx.array, "... C"], state: Float[mx.array, "... D"]
     ) -> Float[mx.array, "... K"]:
         """Return the logits of the tokens that can be drafted."""
+        return self.head(self.features(context, state))
+
+    @property
+    def head(self) -> nn.Linear:
+        """The matrix that makes the logits."""
+        last = self.lm_head[-1]
+        assert isinstance(last, nn.Linear)
+        return last
+
+    def features(
+        self, context: Float[mx.array, "... C"], state: Float[mx.array, "... D"]
+    ) -> Float[mx.array, "... E"]:
+        """Return what the head makes logits of."""
         if "input_proj" in self:
             weight = self.get("_state_weight")
             if weight is None:
@@ -156,8 +169,8 @@ class RecurrentDrafter(nn.Module):
         else:
             context = mx.broadcast_to(context, state.shape)
             x = mx.concatenate([context, state], axis=-1)
-        for layer in self.lm_head:
-            x = layer(x)
+        for block in self.lm_head[:-1]:
+            x = block(x)
         return x
 
     def prepare(self) -> None:

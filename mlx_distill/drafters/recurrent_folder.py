@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.bound import BoundDrafter
@@ -64,7 +64,7 @@ def save_drafter(
 
     Args:
         folder: Must not exist.
-        network: The drafter; written as float16.
+        network: The drafter; written in its type, in which it was judged.
         target: The fingerprint of its target.
         files: Further text files by name, the model card among them.
 
@@ -73,11 +73,7 @@ def save_drafter(
     """
     fields = {k: v for k, v in vars(network.config).items() if v is not None}
     config = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **fields}
-    half = tree_map(
-        lambda x: x.astype(mx.float16) if mx.issubdtype(x.dtype, mx.floating) else x,
-        network.parameters(),
-    )
-    weights: dict[str, Any] = dict(tree_flatten(half))
+    weights: dict[str, Any] = dict(tree_flatten(network.parameters()))
     with whole_folder(folder) as writing:
         write_whole(writing / "config.json", json.dumps({**config, "target": target}, indent=2))
         for name, text in files.items():

@@ -16,7 +16,7 @@ from mlx_distill.evaluation.questions import Question, QuestionConfig, answer_sc
 from mlx_distill.evaluation.speed import decoding_speeds
 from mlx_distill.evaluation.texts import evaluate, vocabulary_widths
 from mlx_distill.hashes import tokenizer_hash
-from mlx_distill.target.context import context_length
+from mlx_distill.target.context import text_limit
 
 Figures = dict[str, dict[str, Any]]
 
@@ -145,7 +145,7 @@ def _read(
             f"the vocabularies differ in width ({found}); all are cut to {min(widths.values())}",
             file=sys.stderr,
         )
-    contexts = [context_length(model) or config.max_length for model in models.values()]
+    contexts = [text_limit(model) or config.max_length for model in models.values()]
     length = min(config.max_length, *contexts)
     if length < config.max_length:
         print(f"texts are cut to {length} tokens, the models' context", file=sys.stderr)

@@ -17,7 +17,7 @@ from mlx_distill.evaluation.answers import THOUGHT, exact_match, f1, spoken
 from mlx_distill.evaluation.metrics import Sums
 from mlx_distill.files import read_jsonl
 from mlx_distill.speculation.generation import stream_generate
-from mlx_distill.target.context import context_length
+from mlx_distill.target.context import text_limit
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _answer(
 ) -> str | None:
     """Return the first line that a model writes behind blanks and thoughts; None without room."""
     limit = config.qa_tokens + config.qa_thought_tokens
-    context = context_length(model)
+    context = text_limit(model)
     if context is not None:
         limit = min(limit, context - len(prompt))
     if limit < 1:

@@ -11,7 +11,7 @@ import mlx_lm
 
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.models import Loaded
-from mlx_distill.target.context import context_length
+from mlx_distill.target.context import text_limit
 
 SPEED_PROMPT, SPEED_RUNS = 32, 3
 
@@ -33,7 +33,7 @@ def decoding_speeds(
     """
     starts = {name: prompts[name][:SPEED_PROMPT] for name in loaded}
     for name, one in loaded.items():
-        context = context_length(one.model)
+        context = text_limit(one.model)
         if context is not None and len(starts[name]) + num_tokens > context:
             raise InputError(
                 f"speed_tokens {num_tokens} after a prompt of {len(starts[name])} are beyond "

@@ -74,6 +74,12 @@ def position_limit(model: nn.Module) -> int | None:
     return min(rows, default=None)
 
 
+def text_limit(model: nn.Module) -> int | None:
+    """Return how many tokens a prompt and what follows it may have; None if nothing says."""
+    limits = (context_length(model), position_limit(model))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
 

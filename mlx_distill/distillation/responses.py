@@ -2,7 +2,8 @@
 
 A drafter has to predict what *its* target writes, so the target writes the training text itself:
 in batches, at several temperatures, one JSON line per answer. The file begins with a header that
-says which target wrote it; a run that was stopped goes on where the file ends.
+says which target wrote it; a run that was stopped goes on where the file ends. An answer that was
+cut off at its longest allowed length holds no end token, so nothing learns to end there.
 """
 
 import json
@@ -18,8 +19,12 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_distill.config import check_seed
 from mlx_distill.core.sampling import Sampling
+from mlx_distill.data.report import Drop, Report
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl
+from mlx_distill.target.context import text_limit
+
+FORMAT_VERSION = 2  # since then every prompt has a temperature of its own, and not every batch
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,11 @@ class ResponseConfig:
     """How the answers are written; kept in the header of their file.
 
     Args:
-        max_tokens: The longest answer, in tokens.
-        temperatures: Batch i is answered at temperature ``temperatures[i % len]``; 0 is greedy.
-        response_batch_size: How many answers are written at once.
-        response_seed: Makes the answers repeatable, batch by batch.
+        max_tokens: The longest answer, in tokens; at least 1. It ends where the model's context
+            does, too.
+        temperatures: The i-th prompt is answered at the i-th of them, over and over; 0 is greedy.
+        response_batch_size: How many answers are written at once; at least 1.
+        response_seed: Makes the answers repeatable, batch by batch; between 0 and 2**32 - 1.
     """
 
     max_tokens: int = 192
@@ -55,6 +61,10 @@ class ResponseConfig:
         for temperature in self.temperatures:
             Sampling(temperature)  # its ranges
         check_seed("response_seed", self.response_seed)
+
+    def temperature(self, row: int) -> float:
+        """Return at which temperature a prompt is answered; its neighbours' are others."""
+        return self.temperatures[row % len(self.temperatures)]
 
 
 def write_responses(
@@ -115,7 +125,11 @@ def open_responses(
     Raises:
         InputError: If the file is none of answers, or of other ones than these would be.
     """
-    header = {"target": target, "config": json.loads(json.dumps(asdict(config)))}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "target": target,
+        "config": json.loads(json.dumps(asdict(config))),
+    }
     first = json.dumps(header).encode() + b"\n"
     if not path.exists():
         path.write_bytes(first)
@@ -155,23 +169,53 @@ def answer(
     start: int,
     config: ResponseConfig,
 ) -> list[list[int]]:
-    """Return the answers to one batch; seed and temperature depend on its place, for resuming."""
+    """Return the answers to one batch; the seed depends on its place, for resuming.
+
+    Args:
+        model: The target.
+        eos_token_ids: What ends an answer.
+        prompts: Token ids; one that leaves no room within the model's context has an empty answer.
+        start: Which of all prompts the first one is.
+        config: How to write.
+    """
     mx.random.seed(config.response_seed * 1_000_003 + start)
-    temperature = config.temperatures[
-        start // config.response_batch_size % len(config.temperatures)
-    ]
+    limit = text_limit(model)
+    rooms = [limit - len(prompt) if limit else config.max_tokens for prompt in prompts]
+    asked = [row for row, room in enumerate(rooms) if room > 0]
+    samplers = {temperature: make_sampler(temperature) for temperature in config.temperatures}
     generator = BatchGenerator(
         model,
-        max_tokens=config.max_tokens,
         stop_tokens=[[token] for token in sorted(eos_token_ids)],
-        sampler=make_sampler(temperature),
         completion_batch_size=config.response_batch_size,
         prefill_batch_size=config.response_batch_size,
     )
-    uids = generator.insert([list(prompt) for prompt in prompts])
-    answers: dict[int, list[int]] = {uid: [] for uid in uids}
+    uids = generator.insert(
+        [list(prompts[row]) for row in asked],
+        max_tokens=[min(config.max_tokens, rooms[row]) for row in asked],
+        samplers=[samplers[config.temperature(start + row)] for row in asked],
+    )
+    places = dict(zip(uids, asked, strict=True))
+    answers: list[list[int]] = [[] for _ in prompts]
     while batch := generator.next_generated():
         for response in batch:
-            answers[response.uid].append(response.token)
+            answers[places[response.uid]].append(response.token)
     generator.close()
-    return [answers[uid] for uid in uids]
+    return answers
+
+
+def prompts_with_room(
+    model: nn.Module, prompts: Sequence[list[int]], report: Report
+) -> list[list[int]]:
+    """Return the prompts that an answer can follow within what a model can read.
+
+    The others are counted as dropped.
+    """
+    limit = text_limit(model)
+    kept = []
+    for number, prompt in enumerate(prompts, start=1):
+        with report.counting(f"prompt {number}"):
+            if limit is not None and len(prompt) >= limit:
+                raise Drop(f"without room for an answer in the model's {limit} tokens")
+            kept.append(prompt)
+    report.kept = len(kept)
+    return kept

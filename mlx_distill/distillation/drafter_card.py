@@ -1,0 +1,81 @@
+"""A drafter's model card: what it is, how it was made, and what was measured."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_distill.arrays import num_values
+from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.names import for_markdown
+
+
+def card(
+    name: str,
+    network: RecurrentDrafter,
+    settings: Mapping[str, Any],
+    counts: Mapping[str, int],
+    rows: Mapping[str, Any],
+    log: list[dict[str, Any]],
+) -> str:
+    """Return the card.
+
+    Args:
+        name: Of the drafter's folder.
+        network: The drafter.
+        settings: What it was made with: ``config``, ``target``, and perhaps ``data``,
+            ``start_from``, ``adapter_path``, ``chat_template_config``.
+        counts: Of answers and tokens that were learned, and of answers held out.
+        rows: What became of the rows of the data, as a report says it.
+        log: Of the training; the last entry holds the figures.
+    """
+    shape = network.config
+    config = settings["config"]
+    data = ", ".join(for_markdown(one) for one in settings.get("data", ()))
+    return f"""# {for_markdown(name)}
+A recurrent drafter of {num_values(network.parameters()):,} parameters for one target: hidden size \
+{shape.hidden_size}, {shape.vocab_size:,} tokens, tokenizer hash \
+{settings["target"]["tokenizer_hash"]}. It drafts \
+{shape.draft_vocab_size or shape.vocab_size:,} of the tokens. It is useless on its own, and it \
+never changes what its target writes: the target verifies every token.
+
+Trained with `python -m mlx_distill.train_drafter` on {counts["answers"]:,} answers \
+({counts["tokens"]:,} tokens) that the target wrote to prompts from {data or "elsewhere"}; \
+{log[-1]["step"]:,} steps of {config["batch_size"]} answers; the settings and the log are in \
+`training.json`.{_more(settings)}{_dropped(rows)}
+
+Acceptance of a drafted chain on {counts["held_out"]} held-out answers, chosen by seed, by depth: \
+how often the drafter's best token is the target's (greedy), and the target's probability of it \
+(temperature 1).
+
+| depth | greedy | temperature 1 |
+|---|---|---|
+{_table(log[-1])}
+
+The licence is that of the target.
+"""
+
+
+def _more(settings: Mapping[str, Any]) -> str:
+    """Return what else decided what was learned, as sentences."""
+    sentences = {
+        "start_from": " It started from {}.",
+        "adapter_path": " The target had the adapters {}.",
+        "chat_template_config": " Its chat template was given {}.",
+    }
+    return "".join(
+        sentence.format(for_markdown(str(settings[name])))
+        for name, sentence in sentences.items()
+        if settings.get(name)
+    )
+
+
+def _dropped(rows: Mapping[str, Any]) -> str:
+    reasons = [f"{one['count']} {reason}" for reason, one in rows["dropped"].items()]
+    return f" Of {rows['rows']:,} rows were not used: {'; '.join(reasons)}." if reasons else ""
+
+
+def _table(last: Mapping[str, Any]) -> str:
+    pairs = zip(last["acceptance_greedy"], last["acceptance_sampled"], strict=True)
+    return "\n".join(
+        f"| {depth} | {greedy:.3f} | {sampled:.3f} |"
+        for depth, (greedy, sampled) in enumerate(pairs, start=1)
+    )

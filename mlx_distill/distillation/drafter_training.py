@@ -1,0 +1,185 @@
+"""A recurrent drafter for a model, from prompts to a folder: the model writes, the drafter learns.
+
+prompts -> the target's answers (a file, used again) -> batches by length -> drafter -> folder
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
+from tqdm import tqdm
+
+from mlx_distill import machine
+from mlx_distill.data.report import Report
+from mlx_distill.distillation.drafter_card import card
+from mlx_distill.distillation.drafter_config import DrafterTraining
+from mlx_distill.distillation.drafter_memory import memory_estimate
+from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
+from mlx_distill.distillation.responses import (
+    Response,
+    prompts_with_room,
+    read_responses,
+    write_responses,
+)
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent_folder import save_drafter
+from mlx_distill.drafters.registry import fingerprint
+from mlx_distill.errors import InputError
+from mlx_distill.files import write_whole
+from mlx_distill.hashes import weights_hash
+from mlx_distill.locks import locked
+from mlx_distill.target.context import text_limit
+from mlx_distill.target.target import Target
+from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
+
+
+def train_drafter(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    output: str | Path,
+    config: DrafterTraining,
+    *,
+    start: RecurrentDrafter | None = None,
+    responses: str | Path | None = None,
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+    report: Report | None = None,
+    quiet: bool = False,
+) -> Log:
+    """Train a drafter for a model and write its folder; return the log.
+
+    The drafter computes in the model's type.
+
+    Args:
+        model: The target; never changes.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, as ``read_prompts`` returns them.
+        output: The drafter's folder; must not exist.
+        config: How.
+        start: A drafter to start from, of the configuration's shape.
+        responses: Where the model's answers are kept; None puts them beside the output.
+        resume: Go on with the unfinished training of this output.
+        about: What settings and card say about data and model beside all that: ``data``, a list of
+            names, ``start_from`` and whatever else decides what is learned.
+        report: What became of the rows that the prompts were made of.
+        quiet: Draw no progress bar.
+
+    Raises:
+        InputError: If something does not fit, or the training cannot go on.
+    """
+    output = Path(output)
+    work = partial_folder(output)
+    check_output(output, resume)
+    target = Target.of(model)
+    _check_target(target)
+    known = fingerprint(target, tokenizer)
+    settings = {"config": asdict(config), "target": known, **(about or {})}
+    if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
+        check_settings(work / SETTINGS, settings)
+    report = report or Report(rows=len(prompts), kept=len(prompts))
+    prompts = _usable(model, prompts, config, report)
+    _check_start(start, config.network(target))
+    print(memory_estimate(target, config, longest_text(model, prompts, config)), file=sys.stderr)
+    path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
+    if not path.parent.is_dir() and path.parent != output.parent:
+        raise InputError(f"{path} cannot be written: its folder does not exist")
+    writer = {**known, "weights_hash": weights_hash(model)}
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work / "lock", work):
+        try:
+            write_whole(work / SETTINGS, json.dumps(settings, indent=1))
+            with locked(path):
+                written = _answers(path, model, tokenizer, prompts, config, writer, quiet)
+        except InputError:
+            if not resume:  # nothing has been done that could go on
+                shutil.rmtree(work)
+            raise
+        trainer = DrafterTrainer(target, written, config, start)
+        log = trainer.run(work, quiet)
+        _write(output, trainer, settings, known, report, log)
+        shutil.rmtree(work)
+    return log
+
+
+def _write(
+    output: Path,
+    trainer: DrafterTrainer,
+    settings: dict[str, Any],
+    known: dict[str, Any],
+    report: Report,
+    log: Log,
+) -> None:
+    """Write the drafter's folder."""
+    rows = report.to_dict()
+    made = {**settings, "rows": rows, "log": log, **machine.provenance()}
+    files = {
+        "training.json": json.dumps(made, indent=1),
+        "README.md": card(output.name, trainer.network, settings, trainer.counts(), rows, log),
+    }
+    save_drafter(output, trainer.network, known, files)
+
+
+def longest_text(model: nn.Module, prompts: Sequence[list[int]], config: DrafterTraining) -> int:
+    """Return the most tokens that a prompt and its answer can have."""
+    longest = max(map(len, prompts)) + config.responses.max_tokens
+    return min(longest, text_limit(model) or longest)
+
+
+def _usable(
+    model: nn.Module, prompts: Sequence[list[int]], config: DrafterTraining, report: Report
+) -> list[list[int]]:
+    """Return the prompts that can be answered; say what was dropped, and whether too few remain."""
+    limit, wanted = text_limit(model), config.responses.max_tokens
+    if limit is not None and wanted > limit:
+        raise InputError(
+            f"answers of {wanted} tokens are too long: the model's context is {limit}; "
+            "use a smaller --max-tokens"
+        )
+    kept = prompts_with_room(model, prompts, report)
+    lines = report.lines() if report.dropped else []
+    if len(kept) <= config.held_out:
+        lost = "".join(f"; {line}" for line in lines[1:])
+        raise InputError(f"{len(kept)} prompts are too few: {config.held_out} are held out{lost}")
+    for line in lines:
+        print(line, file=sys.stderr)
+    return kept
+
+
+def _check_start(start: RecurrentDrafter | None, shape: RecurrentDrafterConfig) -> None:
+    if start is not None and start.config != shape:
+        raise InputError(
+            f"the drafter to start from has another shape: {start.config}, not {shape}"
+        )
+
+
+def _check_target(target: Target) -> None:
+    target.require_drafting()
+    if not all(hasattr(part, "merge") for part in make_prompt_cache(target.model)):
+        raise InputError("mlx-lm cannot write answers in batches with this model's kind of cache")
+
+
+def _answers(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    config: DrafterTraining,
+    writer: dict[str, Any],
+    quiet: bool,
+) -> list[Response]:
+    """Let the target answer the prompts that it has not answered yet; return all the answers."""
+    written = write_responses(
+        path, model, tokenizer.eos_token_ids, prompts, config.responses, writer
+    )
+    title = "the target writes"
+    with tqdm(total=len(prompts), unit="answer", desc=title, leave=False, disable=quiet) as bar:
+        for count in written:
+            bar.update(count - bar.n)
+    return read_responses(path)[: len(prompts)]

@@ -1,0 +1,371 @@
+"""The training of drafters: the command from end to end, and what is made of the answers."""
+
+import importlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+
+import mlx_distill
+from mlx_distill import benchmark, train_drafter
+from mlx_distill.checkpoint import bundled
+from mlx_distill.data.report import Report
+from mlx_distill.data.texts import Text, batch_order
+from mlx_distill.distillation.drafter_config import DrafterTraining
+from mlx_distill.distillation.drafter_trainer import (
+    DrafterTrainer,
+    frequent_tokens,
+    held_out_rows,
+)
+from mlx_distill.distillation.drafter_training import train_drafter as train_drafter_of
+from mlx_distill.distillation.responses import (
+    Response,
+    ResponseConfig,
+    answer,
+    read_responses,
+    write_responses,
+)
+from mlx_distill.drafters.registry import fingerprint
+from mlx_distill.locks import locked
+from mlx_distill.target.target import Target
+from mlx_distill.training.config import TrainingConfig
+
+TINY = [
+    *("--exit-dim", "32", "--draft-vocab-size", "256", "--unroll", "3", "--batch-size", "2"),
+    *("--max-tokens", "8", "--held-out", "2", "--steps", "6", "--checkpoint-every", "2"),
+    *("--max-prompts", "6", "--prompt-tokens", "6", "--response-batch-size", "2", "--quiet"),
+    *("--evaluate-every", "3", "--seed", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    return mlx_distill.load(bundled("stories-14m"))
+
+
+def bits(network: nn.Module) -> dict[str, bytes]:
+    """Return every parameter as bytes."""
+    arrays: dict[str, Any] = dict(tree_flatten(network.parameters()))
+    return {name: np.array(x.view(mx.uint8)).tobytes() for name, x in arrays.items()}
+
+
+def arguments(output: Path) -> list[str]:
+    return ["--data", str(benchmark.PROMPTS), "--output", str(output), *TINY]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a drafter whose training was never stopped."""
+    output = tmp_path_factory.mktemp("finished") / "drafter"
+    assert train_drafter.main(arguments(output)) == 0
+    return output
+
+
+def killed_when(command: list[str], ready: Callable[[], bool]) -> None:
+    """Start a command and kill it without notice as soon as something has happened."""
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 120
+        while not ready():
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+
+
+def test_killed_training_resumes_with_the_same_bits(tmp_path: Path, finished: Path) -> None:
+    """Twice: while the target writes, and after the first checkpoint; on to the same file."""
+    output = tmp_path / "drafter"
+    command = [sys.executable, "-m", "mlx_distill.train_drafter", *arguments(output)]
+    responses = tmp_path / "drafter.responses.jsonl"
+    killed_when(command, lambda: responses.exists() and responses.stat().st_size > 0)
+    assert not output.exists()
+    work = tmp_path / "drafter.partial"
+    killed_when([*command, "--resume"], lambda: (work / "step-0000002").exists())
+    assert not output.exists()
+    assert train_drafter.main([*arguments(output), "--resume"]) == 0
+    assert not work.exists()
+    for name in ("model.safetensors", "config.json"):
+        assert (output / name).read_bytes() == (finished / name).read_bytes()
+    log = json.loads((output / "training.json").read_text())["log"]
+    assert log == json.loads((finished / "training.json").read_text())["log"]
+    assert [row["step"] for row in log] == [3, 6]
+    others = finished.with_name("drafter.responses.jsonl")
+    assert responses.read_bytes() == others.read_bytes()
+
+
+def test_training_twice_gives_the_same_bits(tmp_path: Path, finished: Path) -> None:
+    output = tmp_path / "again"
+    mx.random.seed(99)
+    assert train_drafter.main(arguments(output)) == 0
+    found = (output / "model.safetensors").read_bytes()
+    assert found == (finished / "model.safetensors").read_bytes()
+
+
+def test_trained_drafter_loads_and_generates(pair: tuple[Any, Any], finished: Path) -> None:
+    drafter = mlx_distill.load_drafter(finished, *pair)
+    assert drafter.config.exit_dim == 32
+    assert drafter.config.draft_vocab_size == 256
+    expected = mlx_distill.generate(*pair, "Once upon a time", max_tokens=20)
+    found = mlx_distill.generate(*pair, "Once upon a time", drafter=drafter, max_tokens=20)
+    assert found == expected
+    weights = mx.load(str(finished / "model.safetensors"))
+    assert isinstance(weights, dict)
+    ids = weights["token_ids"].tolist()
+    assert ids == sorted(set(ids))
+    assert len(ids) == 256
+    assert max(ids) < 4096
+    assert all(x.dtype in (mx.float32, mx.int32) for x in weights.values())
+
+
+def test_target_is_bit_identical_after_training(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = pair
+    before = bits(model)
+    trainable = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    prompts = [tokenizer.encode(text) for text in ("Once upon", "Ben had a", "The dog", "A cat")]
+    config = DrafterTraining(
+        exit_dim=32,
+        draft_vocab_size=128,
+        unroll=2,
+        batch_size=2,
+        held_out=1,
+        responses=ResponseConfig(max_tokens=6),
+        training=TrainingConfig(steps=3),
+    )
+    target = Target.of(model)
+    path = tmp_path / "responses.jsonl"
+    list(write_responses(path, model, {2}, prompts, config.responses, fingerprint(target)))
+    trainer = DrafterTrainer(target, read_responses(path), config)
+    start = bits(trainer.network)
+    log = trainer.run(tmp_path / "work", quiet=True)
+    assert bits(model) == before
+    assert [name for name, _ in tree_flatten(model.trainable_parameters())] == trainable
+    moved = {name for name, value in bits(trainer.network).items() if value != start[name]}
+    assert moved == set(start) - {"token_ids"}
+    assert log[-1]["step"] == 3
+    assert all(0 <= x <= 1 for x in log[-1]["acceptance_greedy"] + log[-1]["acceptance_sampled"])
+
+
+def test_tiny_task_is_overfitted(pair: tuple[Any, Any], tmp_path: Path) -> None:
+    """Trained on one answer and judged on the same, the drafter knows it by heart."""
+    model, tokenizer = pair
+    target = Target.of(model)
+    prompt = tokenizer.encode("Once upon a time")
+    path = tmp_path / "responses.jsonl"
+    config = DrafterTraining(
+        exit_dim=64,
+        draft_vocab_size=256,
+        unroll=3,
+        batch_size=1,
+        held_out=1,
+        responses=ResponseConfig(max_tokens=24, temperatures=(0.0,)),
+        training=TrainingConfig(steps=60, learning_rate=3e-3, evaluate_every=60),
+    )
+    list(write_responses(path, model, {2}, [prompt] * 2, config.responses, fingerprint(target)))
+    trainer = DrafterTrainer(target, read_responses(path), config)
+    before = trainer.evaluate()["acceptance_greedy"]
+    after = trainer.run(tmp_path / "work", quiet=True)[-1]["acceptance_greedy"]
+    assert max(before) < 0.3
+    assert min(after) > 0.85
+
+
+# ------------------------------------------------------------------------------------ the answers
+
+
+def test_most_frequent_tokens_of_the_answers() -> None:
+    texts = [Text.behind([9, 9, 9, 5, 5, 2], 3), Text.behind([9, 5, 7, 2], 1)]
+    assert frequent_tokens(texts, 2, 10) == [2, 5]
+    assert frequent_tokens(texts, 3, 10) == [2, 5, 7]
+    assert frequent_tokens(texts, 5, 10) == [0, 1, 2, 5, 7]
+
+
+def test_held_out_answers_are_of_every_temperature() -> None:
+    config = DrafterTraining(held_out=9, responses=ResponseConfig(temperatures=(0.0, 0.7, 1.0)))
+    rows = held_out_rows(40, config)
+    assert rows == sorted(set(rows)) == held_out_rows(40, config)
+    assert np.bincount([row % 3 for row in rows]).tolist() == [3, 3, 3]
+    assert rows != list(range(31, 40))
+    assert rows != held_out_rows(40, replace(config, seed=1))
+    # Where a temperature has few answers, the others make up for it.
+    few = replace(config, responses=ResponseConfig(temperatures=tuple([0.5] * 10)), held_out=11)
+    assert len(held_out_rows(12, few)) == 11
+
+
+def trainer_of(pair: tuple[Any, Any], lengths: list[int], **options: Any) -> DrafterTrainer:
+    """Return the training of a tiny drafter on made-up answers of some lengths."""
+    random = np.random.default_rng(0)
+    responses = [
+        Response([1, 5], random.integers(3, 4096, size=length).tolist()) for length in lengths
+    ]
+    config = DrafterTraining(exit_dim=32, draft_vocab_size=64, unroll=2, held_out=2, **options)
+    return DrafterTrainer(Target.of(pair[0]), responses, config)
+
+
+def test_batches_are_padded_to_their_own_longest(pair: tuple[Any, Any]) -> None:
+    """One long answer makes one batch long."""
+    trainer = trainer_of(pair, [*range(4, 20), 200], batch_size=4)
+    assert max(len(text.tokens) for text in trainer.training) == 202
+    seen = []
+    read = trainer.target.model.__class__.__call__
+
+    def recording(model: nn.Module, inputs: mx.array, *args: Any, **options: Any) -> mx.array:
+        seen.append(inputs.shape)
+        return read(model, inputs, *args, **options)
+
+    order = batch_order([len(text.tokens) for text in trainer.training], 4, seed=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.target.model.__class__, "__call__", recording)
+        views = [trainer.view(trainer.training, order(step)) for step in range(4)]
+    widths = sorted(shape[1] for shape in seen)
+    assert widths[-1] == 201
+    assert widths[-2] < 22
+    assert sorted(row for view in views for row in view.rows) == list(range(15))
+
+
+def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, Any]) -> None:
+    trainer = trainer_of(pair, [5, 9, 12, 3, 7])
+    view = trainer.view(trainer.training, [2, 0, 1])
+    found = np.array(view.log_probs(mx.arange(view.hidden.shape[0])))
+    expected, hidden, ahead = [], [], []
+    for row in (2, 0, 1):
+        text = trainer.training[row]
+        logits, states = trainer.target.read(mx.array([text.tokens[:-1]]))
+        ids = trainer.network.token_ids
+        expected.append(np.array(mx.softmax(logits[0, 1:][:, ids], axis=-1)))
+        hidden.append(np.array(states[0, 1:]))
+        ahead += range(len(expected[-1]) - 1, -1, -1)
+    np.testing.assert_allclose(np.exp(found), np.concatenate(expected), atol=1e-5)
+    np.testing.assert_allclose(np.array(view.hidden), np.concatenate(hidden), atol=1e-4)
+    assert view.ahead.tolist() == ahead
+
+
+# ------------------------------------------------------------------- the command, as it is used
+
+
+def figures(output: Path) -> dict[str, Any]:
+    return json.loads((output / "training.json").read_text())
+
+
+def test_command_on_weights_as_a_gpu_loads_them(
+    tiny_on_a_gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The drafter learns in the model's type and drafts for it."""
+    output = tmp_path / "drafter"
+    flags = ["--model", str(tiny_on_a_gpu), *arguments(output), "--steps", "40"]
+    assert train_drafter.main([*flags, "--learning-rate", "0.01"]) == 0
+    assert "memory: about" in capsys.readouterr().err
+    log = figures(output)["log"]
+    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
+    generate = importlib.import_module("mlx_distill.generate")
+    flags = ["--model", str(tiny_on_a_gpu), "--drafter", str(output), "--json"]
+    assert generate.main([*flags, "--max-tokens", "8"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["drafted_tokens"] > 0
+
+
+def test_start_from_a_drafter(tmp_path: Path, finished: Path) -> None:
+    """It begins where the other one ended, and card and settings say so."""
+    output = tmp_path / "more"
+    flags = [*arguments(output), "--start-from", str(finished), "--learning-rate", "1e-9"]
+    assert train_drafter.main(flags) == 0
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (finished, output))
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    for name, array in before.items():
+        np.testing.assert_allclose(np.array(after[name]), np.array(array), atol=1e-3)
+    assert figures(output)["start_from"] == finished.name
+    assert f"started from {finished.name}" in (output / "README.md").read_text()
+
+
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<{{ who or 'bot' }}>"
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the bundled model with a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    shutil.copytree(bundled("stories-14m"), folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    return folder
+
+
+def test_chats_are_never_cut(tmp_path: Path, chat_model: Path) -> None:
+    questions = [f"Who ran {number}?" for number in range(6)] + ["Tom ran. " * 40]
+    data = tmp_path / "chats.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in questions))
+    output = tmp_path / "drafter"
+    flags = ["--model", str(chat_model), "--data", str(data), "--output", str(output), *TINY]
+    flags += ["--prompt-tokens", "32", "--max-prompts", "20"]
+    assert train_drafter.main([*flags, "--chat-template-config", '{"who": "Lily"}']) == 0
+    rows = (tmp_path / "drafter.responses.jsonl").read_text().splitlines()[1:]
+    _, tokenizer = mlx_distill.load(chat_model)
+    asked = [tokenizer.decode(json.loads(row)["prompt"]) for row in rows]
+    assert len(set(asked)) == 6
+    assert all(text.endswith("\n<Lily>") for text in asked)
+    made = figures(output)
+    assert made["rows"]["rows"] == 7
+    assert made["rows"]["kept"] == 6
+    assert sum(one["count"] for one in made["rows"]["dropped"].values()) == 1
+    assert made["chat_template_config"] == {"who": "Lily"}
+    card = (output / "README.md").read_text()
+    assert "Of 7 rows were not used: 1 " in card
+    assert "who" in card
+
+
+def test_prompts_without_room_for_an_answer_are_counted(tmp_path: Path) -> None:
+    """The model reads 512 tokens; an answer that comes near is shorter, and there is no more."""
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    prompts = [[1] * length for length in (10, 600, 508, 512, 20)]
+    report = Report(rows=5)
+    config = DrafterTraining(
+        exit_dim=32,
+        draft_vocab_size=64,
+        unroll=2,
+        batch_size=2,
+        held_out=1,
+        responses=ResponseConfig(max_tokens=8),
+        training=TrainingConfig(steps=1),
+    )
+    output = tmp_path / "drafter"
+    train_drafter_of(model, tokenizer, prompts, output, config, report=report, quiet=True)
+    assert (report.kept, report.dropped.total()) == (3, 2)
+    lengths = [len(r.prompt) for r in read_responses(tmp_path / "drafter.responses.jsonl")]
+    assert lengths == [10, 508, 20]
+    answers = [len(r.response) for r in read_responses(tmp_path / "drafter.responses.jsonl")]
+    assert answers[1] <= 4 < answers[0]
+    assert "2 without room for an answer" in (output / "README.md").read_text()
+
+
+def test_an_answer_that_was_cut_off_does_not_end(tmp_path: Path) -> None:
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    end = next(iter(tokenizer.eos_token_ids))
+    config = ResponseConfig(max_tokens=3, temperatures=(0.0,))
+    [cut] = answer(model, {end}, [[1, 5]], 0, config)
+    assert len(cut) == 3
+    assert end not in cut
+    [ended] = answer(model, {cut[1]}, [[1, 5]], 0, config)
+    assert ended == cut[:2]
+
+
+def test_two_trainings_do_not_share_a_file(tmp_path: Path) -> None:
+    shared = tmp_path / "answers.jsonl"
+    flags = [*arguments(tmp_path / "a"), "--responses", str(shared)]
+    with locked(shared):
+        command = [sys.executable, "-m", "mlx_distill.train_drafter", *flags]
+        run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert f"{shared} is being written by another run" in run.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
+    assert train_drafter.main(flags) == 0
