@@ -6,6 +6,7 @@ releases have it.
 
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import _get_classes
 
@@ -18,3 +19,13 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
 def ring_index(cache: RotatingKVCache) -> int:
     """Return where the next token of a rotating cache goes."""
     return cache._idx
+
+
+RING_NAMES = ("keys", "values", "_idx")
+"""The attributes of a rotating cache that hold its content and the order it is in."""
+
+
+def set_ring(cache: RotatingKVCache, keys: mx.array | None, values: mx.array | None) -> None:
+    """Give a rotating cache its content, in the order of the text."""
+    cache.keys, cache.values = keys, values
+    cache._idx = 0 if keys is None else keys.shape[2]

@@ -15,7 +15,7 @@ from tiny_models import NOT_BUILT, TINY_CONFIGS, tiny_model
 
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.target.target import Target
-from mlx_distill.target.tree_cache import _tail, _temporal
+from mlx_distill.target.window import tail, temporal
 
 TABLE = REPOSITORY / "docs" / "architectures.md"
 # Everything that sets in at some length of the text sets in at 40 tokens: inside the first prompt's
@@ -72,8 +72,8 @@ def leaves(caches: list[Any]) -> list[Any]:
 def content(cache: Any) -> list[mx.array]:
     """Return what a cache holds, in the text's order; of a window, what the next token sees."""
     if isinstance(cache, RotatingKVCache):
-        arrays = [_temporal(cache, x) for x in (cache.keys, cache.values)]
-        return [_tail(x, cache.keep, cache.max_size - 1) for x in arrays]
+        arrays = [temporal(cache, x) for x in (cache.keys, cache.values)]
+        return [tail(x, cache.keep, cache.max_size - 1) for x in arrays]
     arrays = cache.keys_and_values()
     return [a for x in arrays for a in (x if isinstance(x, tuple | list) else [x])]
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Bool, Int
 from mlx.utils import tree_map
 from mlx_lm.models.cache import (
@@ -28,10 +29,10 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
-from mlx_distill.compat import ring_index
+from mlx_distill.target.window import InTreeLayout, window_of
 
 APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
-BRANCHING = (*APPENDING, RotatingKVCache)
+BRANCHING = (*APPENDING, RotatingKVCache, InTreeLayout)
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,7 @@ class TreeCache:
         self, num_tokens: int, window_size: int | None = None, return_array: bool = False
     ) -> Bool[mx.array, "..."]:
         """Return which cached tokens and which nodes every node attends to."""
-        past, start = self.begin, self.layout.start
-        slots = lambda: mx.arange(start - past, start)  # noqa: E731
-        return _mask(self.layout, (past, window_size), slots, window_size)
+        return _mask(self.layout, self.begin, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Append the nodes' keys and values; return them behind the cached ones."""
@@ -127,72 +126,57 @@ class TreeCache:
 
 
 class RotatingTreeCache(TreeCache):
-    """A sliding-window cache: the tree is kept beside the window until it is committed."""
+    """A sliding-window cache: the tree is written into the room beside the window."""
 
     def __init__(self, base: RotatingKVCache, layout: TreeLayout):
         super().__init__(base, layout)
-        self.before = base.state
-        self.path: list[int] = []
-        if base.empty():
-            self.past, self.begin = None, 0
-        else:
-            keys, values = (_temporal(base, x) for x in (base.keys, base.values))  # pyright: ignore
-            # Of a window of n tokens the new token is one, so n - 1 older ones can matter.
-            self.past = tuple(_tail(x, base.keep, base.max_size - 1) for x in (keys, values))
-            self.begin = self.past[0].shape[-2]
+        self.num_nodes = layout.depths.size
+        self.window = window_of(base, self.num_nodes)
+        self.window.reserve(layout.start + self.num_nodes)
 
     def make_mask(
         self, num_tokens: int, window_size: int | None = None, return_array: bool = False
     ) -> Bool[mx.array, "..."]:
-        """Return which cached tokens and which nodes every node attends to."""
-        keep, size = self.base.keep, self.base.max_size
-        window = min(window_size or size, size) if keep == 0 else size - keep
-        past, start = self.begin, self.layout.start
+        """Return which slots of the window every node attends to."""
+        ring, masks = self.window, self.layout.masks
+        size = min(window_size or ring.size, ring.size) if ring.keep == 0 else ring.size - ring.keep
+        key = (ring.length, ring.oldest, ring.capacity, ring.keep, size)
+        if key not in masks:
+            mask = self._mask(size)
+            masks[key] = mask[:, None, None, :] if self.layout.batched else mask
+        return masks[key]
 
-        def slots() -> mx.array:
-            recent = past - min(keep, past)
-            return mx.concatenate([mx.arange(past - recent), mx.arange(start - recent, start)])
+    def _mask(self, size: int) -> Bool[mx.array, "N S"]:
+        """Return the mask of a window that reaches over ``size`` tokens."""
+        start, at, keep = self.layout.start, self.layout.positions, self.window.keep
+        nodes = self.window.slots(start, start + self.num_nodes)
+        held = self.window.held(start)
+        held[nodes] = -1
+        node_of = np.full(self.window.length, self.num_nodes)  # the column of zeros
+        node_of[nodes] = np.arange(self.num_nodes)
+        past = mx.array(held)
+        cached = (past >= 0) & ((past > at[:, None] - size) | (past < keep))
+        inside = self.layout.mask & ((at > at[:, None] - size) | (at < keep))
+        inside = mx.pad(inside, ((0, 0), (0, 1)))
+        return cached | inside[:, mx.array(node_of)]
 
-        key = (past, window, keep, size)
-        return _mask(self.layout, key, slots, window, keep)
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the nodes' keys and values behind those of the window."""
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Write the nodes' keys and values; return the window's."""
         batched = self.layout.batched
         self.nodes = tuple(_to_sequence(x) if batched else x for x in (keys, values))
-        self.fetched = tuple(self._append(self.nodes))
+        self.window.write(self.nodes, self.layout.start)
         return self.keys_and_values()
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> tuple[Any, Any]:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
-        return self._broadcast(self.fetched)
+        return self._broadcast(self.window.arrays)
 
     def commit(self, path: list[int]) -> None:
-        """Append the accepted path to the window."""
-        self.path = path
-        _, _, offset, keep, max_size, _ = self.before
-        if path == list(range(len(path))):  # it is there already
-            keys, values = (x[..., : self.begin + len(path), :] for x in self.fetched)
-        else:
+        """Keep the nodes of the accepted path, in their order, and drop the others."""
+        if path != list(range(len(path))):
             rows = mx.array(path)
-            keys, values = self._append([mx.take(x, rows, axis=-2) for x in self.nodes])
-        # The state that the cache's own multi-token update would leave: temporal order, the
-        # window and what was appended; its next update trims to the window.
-        self.base.state = (keys, values, offset + len(path), keep, max_size, keys.shape[-2])
-
-    def rewind(self, num_tokens: int) -> None:
-        """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
-        if num_tokens:
-            self.commit(self.path[:num_tokens])
-        else:
-            self.base.state = self.before
-
-    def _append(self, rows: Any) -> list[mx.array]:
-        past = self.past or (None, None)
-        return [
-            new if old is None else mx.concatenate([old, new], axis=-2)
-            for old, new in zip(past, rows, strict=True)
-        ]
+            self.window.write([mx.take(x, rows, axis=-2) for x in self.nodes], self.layout.start)
+        self.rewind(len(path))
 
 
 class TreeCacheList:
@@ -257,25 +241,21 @@ def leaves(caches: Sequence[Any]) -> Iterator[Any]:
             yield cache
 
 
-def _mask(
-    layout: TreeLayout, key: Any, slots: Any, window: int | None, keep: int = 0
-) -> Bool[mx.array, "..."]:
-    """Return the mask of the cached slots and the nodes; layers with equal caches share one.
+def _mask(layout: TreeLayout, past: int, window: int | None) -> Bool[mx.array, "..."]:
+    """Return the mask of the cached tokens and the nodes; layers with equal caches share one.
 
-    ``slots`` gives the text position of every cached slot. With a window, a token is visible to a
-    node when it is less than ``window`` positions before it, or among the first ``keep``.
+    ``past`` counts the cached tokens. With a window, a token is visible to a node when it is less
+    than ``window`` positions before it.
     """
+    key = (past, window)
     if key not in layout.masks:
-        nodes = layout.depths.size
-        if window is None:
-            visible = mx.ones((nodes, key[0]), dtype=mx.bool_)
-            mask = mx.concatenate([visible, layout.mask], axis=1)
-        else:
-            at = layout.positions
-            past = slots()
-            visible = (past > at[:, None] - window) | (past < keep)
-            inside = layout.mask & ((at > at[:, None] - window) | (at < keep))
-            mask = mx.concatenate([visible, inside], axis=1)
+        visible = mx.ones((layout.depths.size, past), dtype=mx.bool_)
+        inside = layout.mask
+        if window is not None:
+            first = layout.positions[:, None] - window
+            visible = mx.arange(layout.start - past, layout.start) > first
+            inside = inside & (layout.positions > first)
+        mask = mx.concatenate([visible, inside], axis=1)
         layout.masks[key] = mask[:, None, None, :] if layout.batched else mask
     return layout.masks[key]
 
@@ -288,25 +268,3 @@ def _length(base: Any) -> int:
 def _to_sequence(x: mx.array) -> mx.array:
     """Turn nodes on the batch axis, (N, H, 1, D), into a sequence, (1, H, N, D)."""
     return x.transpose(2, 1, 0, 3)
-
-
-def _temporal(base: RotatingKVCache, x: mx.array) -> mx.array:
-    """Return the ring's content in the order of the text.
-
-    The ring is full up to its length once it has turned.
-    """
-    index = ring_index(base)
-    if index == x.shape[2] or index >= base.offset:
-        return x[..., :index, :]
-    keep = base.keep
-    return mx.concatenate([x[..., :keep, :], x[..., index:, :], x[..., keep:index, :]], axis=2)
-
-
-def _tail(x: mx.array, keep: int, size: int) -> mx.array:
-    """Return the first ``keep`` tokens and the latest others, ``size`` in all at the most."""
-    excess = x.shape[2] - size
-    if excess <= 0:
-        return x
-    if keep == 0:
-        return x[..., excess:, :]
-    return mx.concatenate([x[..., :keep, :], x[..., keep + excess :, :]], axis=2)
