@@ -18,7 +18,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import (
     KVCache,
     QuantizedKVCache,
@@ -32,9 +32,11 @@ from tiny_models import tiny_model
 import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan, GenerationResponse
 from mlx_distill.checkpoint import bundled
+from mlx_distill.core import filters
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.sampling import Sampling
-from mlx_distill.drafters.bound import MOST_COMPILED, BoundDrafter
+from mlx_distill.drafters import bound
+from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.protocol import Features, FixedPlanner
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.speculation import cycle as cycle_module
@@ -875,12 +877,72 @@ def test_another_thread_generates_and_reads(
     np.testing.assert_allclose(found["sums"], 1, atol=1e-4)
 
 
-def test_a_drafter_keeps_few_compiled_searches(pair: tuple[Any, Any]) -> None:
+def test_another_law_compiles_nothing(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
-    for number in range(20):
-        options = {"drafter": drafter, "temperature": 1 + number / 100, "max_tokens": 3}
-        list(ours(pair, PROMPTS[0], seed=0, **options))
-    assert len(drafter._compiled) <= MOST_COMPILED
+    options: dict[str, Any] = {"drafter": drafter, "seed": 0, "max_tokens": 3}
+    list(ours(pair, PROMPTS[0], temperature=1.0, **options))
+
+    def compile(*arguments: Any, **more: Any) -> Any:
+        raise AssertionError("something is compiled")
+
+    monkeypatch.setattr(mx, "compile", compile)
+    for temperature, top_p, top_k in [(0.5, 1.0, 0), (1.2, 0.9, 0), (1.0, 0.7, 9)]:
+        options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+        list(ours(pair, PROMPTS[0], **options))
+
+
+def test_a_drafter_keeps_few_compiled_searches(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those used last; and threads that draft at once do not take each other's away."""
+    monkeypatch.setattr(bound, "MOST_COMPILED", 2)
+    drafter = random_drafter(pair[0], 64)
+    hidden, root = mx.zeros((384,)), mx.array([5])
+    mx.eval(hidden, root)
+    found = []
+
+    def work(first: int) -> None:
+        with mx.stream(generation_stream):
+            for length in range(first, first + 6):
+                draft = drafter.draft(hidden, root, DraftPlan(1, 1 + length % 3))
+                found.append(draft.tokens.size == 2 + length % 3)
+
+    threads = [threading.Thread(target=work, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 18
+    assert len(drafter.searches) == 2
+
+
+@pytest.mark.parametrize("name", ["bundled", "hiding"])
+@pytest.mark.parametrize(
+    "law", [{"top_p": 0.9}, {"top_p": 0.99}, {"top_k": 24}, {"top_p": 0.95, "min_p": 0.01}], ids=str
+)
+def test_filters_that_look_at_few_tokens_change_no_text(
+    pair: tuple[Any, Any],
+    drafters: dict[str, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    law: dict[str, Any],
+    name: str,
+) -> None:
+    """Some draws are not certain then, and have to be made again; the drafts behind them, too."""
+    drafter = drafters["hiding"][0]
+    if name == "bundled":
+        drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 40, **law}
+    expected = seen(ours(pair, PROMPTS[0], **options))
+    again = []
+    walk_again = cycle_module.sample
+    monkeypatch.setattr(filters, "CANDIDATES", 24)
+    monkeypatch.setattr(cycle_module, "sample", lambda *a: again.append(a) or walk_again(*a))
+    assert seen(ours(pair, PROMPTS[0], drafter=drafter, **options)) == expected
+    assert len(again) < 40
+    if law["top_p" if "top_p" in law else "top_k"] == 0.99:
+        assert again  # far more than 24 tokens hold so much
 
 
 def test_model_is_as_before(pair: tuple[Any, Any], drafters: dict[str, list[Any]]) -> None:

@@ -1,19 +1,21 @@
 """Logits to tokens: the only place where a distribution is shaped and drawn from.
 
 The order of the filters is mlx-lm's (top-p, min-p, top-k, each on the distribution at temperature
-1, then the temperature), and the filters are mlx-lm's own, so that a text is drawn from the law
-that mlx-lm draws it from.
+1, then the temperature), and they keep the tokens that mlx-lm's keep (``filters``), so that a text
+is drawn from the law that mlx-lm draws it from.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
-from jaxtyping import Float, Int
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_sampler
+from jaxtyping import Bool, Float, Int
+from mlx_lm.sample_utils import make_sampler
 
+from mlx_distill.core.filters import can_filter_fast, filter_exactly, filter_fast
 from mlx_distill.errors import InputError
+
+HOTTEST = 100
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,11 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        temperature: 0 takes the most probable token.
-        top_p: Draw from the smallest set of tokens with this probability; 1 is all.
+        temperature: 0 takes the most probable token; else 1e-6 to 100.
+        top_p: Draw from the smallest set of tokens with this probability, above 0; 1 is all.
         top_k: Draw from this many tokens; 0 is all.
-        min_p: Draw from tokens at least this many times as probable as the best; 0 is all.
+        min_p: Draw from tokens at least this many times as probable as the best, up to 1; 0 is
+            all.
 
     Raises:
         InputError: If a value is out of its range.
@@ -36,10 +39,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        # Below a millionth, float32 cannot hold the scaled logits.
-        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+        # Below a millionth, float32 cannot hold the scaled logits; far above 1, all are alike.
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= HOTTEST:
             raise InputError(
-                f"temperature must be 0 or at least 1e-6, and finite, got {self.temperature}"
+                f"temperature must be 0, or between 1e-6 and {HOTTEST}, got {self.temperature}"
             )
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
@@ -47,6 +50,10 @@ class Sampling:
             raise InputError(f"top_k must be a whole number of at least 0, got {self.top_k}")
         if not 0 <= self.min_p <= 1:
             raise InputError(f"min_p must be between 0 and 1, got {self.min_p}")
+
+    def filters(self, vocab_size: int) -> bool:
+        """Return whether any token of a vocabulary of this size can be dropped."""
+        return self.top_p < 1 or self.min_p > 0 or 0 < self.top_k < vocab_size
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise InputError if top_k is above the number of tokens there are."""
@@ -64,28 +71,14 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def log_probs(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
-    """Return the normalised log-probabilities, in float32."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
 def shaped_logits(logits: Float[mx.array, "... V"], sampling: Sampling) -> mx.array:
     """Return logits whose softmax is the distribution that ``sampling`` draws from.
 
     Tokens that a filter drops are at -inf. Needs a temperature above 0.
     """
-    vocab_size = logits.shape[-1]
-    if sampling.top_p < 1 or sampling.min_p > 0 or 0 < sampling.top_k < vocab_size:
-        logits = log_probs(logits)
-    if sampling.top_p < 1:
-        logits = apply_top_p(logits, sampling.top_p)
-    if sampling.min_p > 0:
-        logits = apply_min_p(logits, sampling.min_p)
-    if 0 < sampling.top_k < vocab_size:
-        logits = apply_top_k(logits, sampling.top_k)
-    logits = logits.astype(mx.float32)
-    return logits if sampling.temperature == 1 else logits * (1 / sampling.temperature)
+    if sampling.filters(logits.shape[-1]):
+        logits = filter_exactly(logits, sampling.top_p, sampling.min_p, sampling.top_k)
+    return _tempered(logits, sampling)
 
 
 def sample(
@@ -102,13 +95,52 @@ def sample(
         sampling: The law; at temperature 0 the most probable token is taken.
         noise: Gumbel noise; needed above temperature 0.
     """
-    if logits.dtype != mx.float32:
-        # mlx-lm normalises first, and in half precision that rounds: it makes ties, for example.
-        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if sampling.temperature == 0:
-        return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return _best(logits)
+    return _drawn(shaped_logits(_normalised(logits), sampling), noise)
+
+
+def sample_fast(
+    logits: Float[mx.array, "... V"],
+    sampling: Sampling,
+    noise: Float[mx.array, "... V"] | None = None,
+) -> tuple[Int[mx.array, "..."], Bool[mx.array, "..."] | None]:
+    """Return what ``sample`` returns, and where that is certain; None means everywhere.
+
+    Where it is not, the filters would have had to look at more tokens: ask ``sample``. The
+    arguments are those of ``sample``.
+    """
+    vocab_size = logits.shape[-1]
+    fast = can_filter_fast(vocab_size, sampling.top_p, sampling.top_k)
+    if sampling.temperature == 0 or not fast or not sampling.filters(vocab_size):
+        return sample(logits, sampling, noise), None
+    filters = sampling.top_p, sampling.min_p, sampling.top_k
+    kept, certain = filter_fast(_normalised(logits), *filters)
+    return _drawn(_tempered(kept, sampling), noise), certain
+
+
+def _best(logits: mx.array) -> mx.array:
+    return mx.argmax(_normalised(logits), axis=-1).astype(mx.int32)
+
+
+def _drawn(shaped: mx.array, noise: mx.array | None) -> mx.array:
     assert noise is not None
-    return mx.argmax(shaped_logits(logits, sampling) + noise, axis=-1).astype(mx.int32)
+    return mx.argmax(shaped + noise, axis=-1).astype(mx.int32)
+
+
+def _normalised(logits: mx.array) -> mx.array:
+    """Return half-precision logits as mlx-lm draws from them: normalised, which rounds.
+
+    It makes ties, for example. In float32 the difference is none that counts.
+    """
+    if logits.dtype == mx.float32:
+        return logits
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _tempered(logits: mx.array, sampling: Sampling) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits if sampling.temperature == 1 else logits * (1 / sampling.temperature)
 
 
 class TextNoise:

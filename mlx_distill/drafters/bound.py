@@ -11,7 +11,7 @@ from mlx import nn
 
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.draft import Draft
-from mlx_distill.core.sampling import log_probs
+from mlx_distill.core.filters import log_probs
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 
@@ -37,6 +37,9 @@ class BoundDrafter:
         network: The drafter's network.
         embed: The target's input embedding.
         target: Fingerprint of the target that the network was trained for.
+
+    Attributes:
+        searches: Those that are compiled, the one used last behind the others.
     """
 
     taps: tuple[int, ...] = ()
@@ -51,7 +54,7 @@ class BoundDrafter:
         if num_tokens * network.config.hidden_size * 4 <= TABLE_BYTES:
             self._table = network.read(embed(mx.arange(num_tokens)))
             mx.eval(self._table)
-        self._compiled: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
+        self.searches: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
         self._compiling = threading.Lock()
 
     @property
@@ -82,12 +85,12 @@ class BoundDrafter:
         """
         kind = (width, length, noisy)
         with self._compiling:
-            search = self._compiled.pop(kind, None)
+            search = self.searches.pop(kind, None)
             if search is None:
                 search = mx.compile(partial(self._search, width, length))
-            self._compiled[kind] = search  # behind the others, as the last one used
-            if len(self._compiled) > MOST_COMPILED:
-                del self._compiled[next(iter(self._compiled))]
+            self.searches[kind] = search  # behind the others, as the last one used
+            if len(self.searches) > MOST_COMPILED:
+                del self.searches[next(iter(self.searches))]
         return search
 
     def _search(

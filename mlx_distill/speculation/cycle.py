@@ -11,7 +11,7 @@ from mlx_lm.generate import generation_stream
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.core.sampling import Sampling, TextNoise, sample
+from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
 from mlx_distill.core.verification import Walk, follow
 from mlx_distill.drafters.protocol import Drafter, DraftState, Features, Outcome, Planner
 from mlx_distill.errors import InputError, not_numbers
@@ -123,8 +123,9 @@ class Cycle:
         call: The target's word on it.
         start: How many tokens the text had up to the root, the root included.
         history: The text up to the root, for the processors.
-        report: Per node its parent, whether it was accepted, what was drawn there, and whether its
-            logits are no numbers. None if logits processors have to walk on the host.
+        report: Per node its parent, whether it was accepted, what was drawn there, whether its
+            logits are no numbers, and, with filters, whether its draw is certain. None if logits
+            processors have to walk on the host.
         walk: Where the draws led; None as the report is.
         root: The root of the next tree; None until that is drafted.
         draft: The draft of the next tree.
@@ -134,7 +135,7 @@ class Cycle:
     call: TreeCall
     start: int
     history: Int[mx.array, " T"]
-    report: Int[mx.array, "4 N"] | None = None
+    report: Int[mx.array, "R N"] | None = None
     walk: Walk | None = None
     root: Int[mx.array, " 1"] | None = None
     draft: PrefixTree | Draft | None = None
@@ -175,16 +176,42 @@ def launch(
         if decoding.logits_processors:
             mx.async_eval(call.logits, call.hidden)
             return Cycle(tree, call, num_tokens, mx.concatenate([history, root]))
-        # A node at depth d draws token num_tokens + d.
-        noise = decoding.rows(num_tokens, tree.max_depth + 1)
-        at_nodes = None if noise is None else noise[tree.depths]
-        drawn = sample(call.logits, decoding.sampling, at_nodes)
-        walk = follow(tree, drawn)
-        failed = mx.isnan(call.logits).any(axis=-1)
-        rows = (tree.parents, walk.accepted, drawn, failed)
-        report = mx.stack([row.astype(mx.int32) for row in rows])
-        mx.async_eval(report)
-        return Cycle(tree, call, num_tokens, history, report, walk)
+        cycle = Cycle(tree, call, num_tokens, history)
+        _walk(
+            decoding, cycle, *sample_fast(call.logits, decoding.sampling, _noise(decoding, cycle))
+        )
+        return cycle
+
+
+def _noise(decoding: Decoding, cycle: Cycle) -> Float[mx.array, "N V"] | None:
+    """Return the noise at the nodes: one at depth d draws the text's token ``start`` + d."""
+    noise = decoding.rows(cycle.start, cycle.tree.max_depth + 1)
+    return None if noise is None else noise[cycle.tree.depths]
+
+
+def _walk(
+    decoding: Decoding, cycle: Cycle, drawn: mx.array, certain: mx.array | None = None
+) -> None:
+    """Follow the draws through a cycle's tree, on the device; the report is on its way then."""
+    cycle.walk = follow(cycle.tree, drawn)
+    failed = mx.isnan(cycle.call.logits).any(axis=-1)
+    rows = [cycle.tree.parents, cycle.walk.accepted, drawn, failed]
+    if certain is not None:
+        rows.append(certain)
+    cycle.report = mx.stack([row.astype(mx.int32) for row in rows])
+    mx.async_eval(cycle.report)
+
+
+def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
+    """Draw with filters that look at all tokens, and draft what follows then."""
+    assert cycle.walk is not None
+    if cycle.root is not None:
+        assert decoding.state is not None
+        decoding.state.rewind(int(to_number(cycle.walk.accepted.sum())))
+    with mx.stream(generation_stream):
+        noise = _noise(decoding, cycle)
+        _walk(decoding, cycle, sample(cycle.call.logits, decoding.sampling, noise))
+    draft_next(decoding, cycle)
 
 
 def draft_next(decoding: Decoding, cycle: Cycle) -> None:
@@ -215,7 +242,10 @@ def read(decoding: Decoding, cycle: Cycle) -> Accepted:
     """
     if cycle.report is None:
         return _walk_on_host(decoding, cycle)
-    parents, accepted, drawn, failed = to_host(cycle.report)
+    parents, accepted, drawn, failed, *certain = to_host(cycle.report)
+    if certain and not all(sure for sure, kept in zip(*certain, accepted, strict=True) if kept):
+        _walk_again(decoding, cycle)
+        return read(decoding, cycle)
     # Parents have smaller indices than their children, so the path is already in order.
     path = [node for node, on_path in enumerate(accepted) if on_path]
     for length, node in enumerate(path):
@@ -239,10 +269,10 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
     with mx.stream(generation_stream):
         while True:
             logits = call.logits[path[-1]][None]
-            if mx.isnan(logits).any().item():
+            if to_number(mx.isnan(logits).any()):
                 raise failed_after(start + len(drawn))
             rows.append(decoding.process(cycle.history, logits))
-            token = sample(rows[-1], decoding.sampling, decoding.rows(start + len(drawn), 1))
+            token = _draw(decoding, rows[-1], start + len(drawn))
             drawn.append(int(to_number(token)))
             child = children.get((path[-1], drawn[-1]))
             if child is None:
@@ -256,6 +286,15 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
         after = start + len(drawn)
         cycle.draft = decoding.draft(token, lambda length: decoding.rows(after, length))
     return Accepted(path, drawn, [(row, 0) for row in rows], parents)
+
+
+def _draw(decoding: Decoding, logits: Float[mx.array, "1 V"], place: int) -> mx.array:
+    """Return the token of a place in the text; this may wait for its logits."""
+    noise = decoding.rows(place, 1)
+    token, certain = sample_fast(logits, decoding.sampling, noise)
+    if certain is None or to_number(certain.all()):
+        return token
+    return sample(logits, decoding.sampling, noise)
 
 
 def failed_after(num_tokens: int) -> InputError:
