@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx import nn
 
-from mlx_distill.core.sampling import log_probs
+from mlx_distill.core.filters import log_probs
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.losses.chunked import chunk_rows, chunked_loss
 from mlx_distill.losses.response import entropy, kl_divergence
