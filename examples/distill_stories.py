@@ -38,8 +38,10 @@ import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
 from mlx_distill import cli, machine
 from mlx_distill.arrays import num_values
 from mlx_distill.checkpoint import bundled
+from mlx_distill.data.encoding import read_texts
+from mlx_distill.data.selection import fit
 from mlx_distill.data.teacher_cache import TeacherCache, write_cache
-from mlx_distill.data.texts import Text, fit, read_texts
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.responses import ResponseConfig, read_responses, write_responses
 from mlx_distill.distillation.students import (

@@ -20,8 +20,9 @@ import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
 from mlx_distill import cli, machine
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
+from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.prompts import read_prompts
-from mlx_distill.data.texts import fit, read_texts
+from mlx_distill.data.selection import fit
 from mlx_distill.distillation.responses import ResponseConfig, answer
 from mlx_distill.distillation.students import from_layers, read_config
 from mlx_distill.evaluation.metrics import report

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.alignment import read_otherwise
-from mlx_distill.data.texts import Source, Text, encode_row, fit
+from mlx_distill.data.encoding import encode_row
+from mlx_distill.data.selection import fit
+from mlx_distill.data.texts import Source, Text
 from mlx_distill.errors import InputError
 
 THEIRS = (

@@ -12,9 +12,11 @@ from transformers import AddedToken
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
+from mlx_distill.data.encoding import encode_row
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
-from mlx_distill.data.texts import Text, encode_row, fit, pack
+from mlx_distill.data.selection import fit, pack
+from mlx_distill.data.texts import Text
 from mlx_distill.errors import InputError
 
 USER, OTHER = ({"role": "user", "content": text} for text in ("Hi", "And now?"))

@@ -18,8 +18,9 @@ from mlx_distill.data.completions import (
     read_completions,
 )
 from mlx_distill.data.condition import Undecided, compile_where
+from mlx_distill.data.encoding import encode_row
 from mlx_distill.data.report import Report
-from mlx_distill.data.texts import Text, encode_row
+from mlx_distill.data.texts import Text
 from mlx_distill.errors import InputError
 
 TEMPLATE = (

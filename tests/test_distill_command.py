@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mlx_distill import cli, machine
 from mlx_distill.checkpoint import bundled
-from mlx_distill.data.texts import fit, read_texts
+from mlx_distill.data.encoding import read_texts
+from mlx_distill.data.selection import fit
 from mlx_distill.distillation.students import compact, export, from_config
 from mlx_distill.evaluation.texts import evaluate
 from mlx_distill.hashes import tokenizer_hash

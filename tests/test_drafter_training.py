@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten
 import mlx_distill
 from mlx_distill import benchmark, train_drafter
 from mlx_distill.checkpoint import bundled
+from mlx_distill.data.batches import batch_order
 from mlx_distill.data.report import Report
-from mlx_distill.data.texts import Text, batch_order
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_trainer import (
     DrafterTrainer,

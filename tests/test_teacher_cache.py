@@ -364,6 +364,7 @@ def test_a_full_disk_keeps_what_is_whole(
         write(stopped)
     monkeypatch.undo()
     assert set(contents(stopped)) == {
+        "lock",
         "manifest.json",
         "shard-00000.safetensors",
         "shard-00001.safetensors",
@@ -376,6 +377,15 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"manifest.json could not be written .* 0 of 21 texts"):
         write(tmp_path / "file" / "cache")
+
+
+def test_two_writers_at_once(tmp_path: Path) -> None:
+    first = write_cache(tmp_path, Speaker(TEACHER), TEXTS, HEADER, 8, 5, 2)
+    next(first)
+    with pytest.raises(InputError, match="is being written by another run"):
+        write(tmp_path)
+    assert list(first)[-1] == len(TEXTS)
+    assert write(tmp_path) == []
 
 
 def remove(path: Path) -> None:

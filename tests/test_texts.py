@@ -11,21 +11,12 @@ import numpy as np
 import pytest
 
 from mlx_distill.checkpoint import bundled
+from mlx_distill.data.batches import batch_order
+from mlx_distill.data.encoding import encode_row, read_texts
 from mlx_distill.data.report import Report
+from mlx_distill.data.selection import fit, held_out_rows, limited, pack, split_held_out
 from mlx_distill.data.sources import local_file
-from mlx_distill.data.texts import (
-    Source,
-    Text,
-    batch_order,
-    encode_row,
-    fit,
-    held_out_rows,
-    limited,
-    pack,
-    read_texts,
-    split_held_out,
-    text_batch,
-)
+from mlx_distill.data.texts import Source, Text, text_batch
 from mlx_distill.errors import InputError
 
 TEMPLATE = (

@@ -13,7 +13,6 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_distill import InputError
-from mlx_distill.data.batches import shuffled_rows
 from mlx_distill.training.checkpoints import checkpoints, save
 from mlx_distill.training.config import TrainingConfig, schedule
 from mlx_distill.training.loop import train
@@ -247,23 +246,3 @@ def test_long_gradients_are_scaled_down(tmp_path: Path) -> None:
         sum(mx.square(x).sum().item() for x in moments)
     )
     assert norm == pytest.approx(0.1 * 0.5, rel=1e-3)
-
-
-# ------------------------------------------------------------------------------------ the batches
-
-
-def test_every_row_is_used_once_per_epoch() -> None:
-    rows = [shuffled_rows(10, 4, step, seed=3) for step in range(10)]
-    assert all(len(row) == 4 for row in rows)
-    stream = np.concatenate(rows)
-    for epoch in range(4):
-        assert sorted(stream[10 * epoch : 10 * epoch + 10]) == list(range(10))
-    assert stream[:10].tolist() != stream[10:20].tolist()
-    np.testing.assert_array_equal(rows[3], shuffled_rows(10, 4, 3, seed=3))
-    assert not np.array_equal(rows[3], shuffled_rows(10, 4, 3, seed=4))
-
-
-def test_batch_larger_than_the_data_takes_several_epochs() -> None:
-    rows = shuffled_rows(3, 8, 1, seed=0)
-    assert len(rows) == 8
-    assert set(rows.tolist()) == {0, 1, 2}

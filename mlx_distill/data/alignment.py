@@ -74,9 +74,10 @@ def read_otherwise(
 
 def _ended(tokens: list[int], text: Text, ours: Any, theirs: Any) -> list[int]:
     """Return tokens with their end, if the text has ours."""
-    end = theirs.eos_token_id
-    has_end = text.tokens[-1] == ours.eos_token_id and end is not None and tokens[-1:] != [end]
-    return [*tokens, end] if has_end else tokens
+    end: int | None = theirs.eos_token_id
+    if end is None or text.tokens[-1] != ours.eos_token_id or tokens[-1:] == [end]:
+        return tokens
+    return [*tokens, end]
 
 
 def _said(text: Text, source: Source, ours: Any) -> Chat:

@@ -7,7 +7,7 @@ would be read all the same.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,3 +173,42 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_values(
+    path: Path, arrays: Mapping[str, np.ndarray], counts: Sequence[int], vocab_size: int
+) -> None:
+    """Raise InputError if a shard's values would be read out of bounds, or are none.
+
+    Args:
+        path: The shard.
+        arrays: What it holds.
+        counts: Learned tokens of its texts.
+        vocab_size: The teacher's.
+    """
+    ends = np.cumsum([0, *counts])
+    tail = arrays["tail"]
+    wrong = {
+        "has other numbers of tokens than its texts": not np.array_equal(arrays["offsets"], ends),
+        "holds tokens beyond its vocabulary": bool((arrays["ids"] >= vocab_size).any()),
+        "holds no probabilities": bool(
+            np.isnan(arrays["log_probs"]).any() or not ((tail >= 0) & (tail <= 1)).all()
+        ),
+    }
+    for how, found in wrong.items():
+        if found:
+            raise InputError(f"{path} {how}; remove it, and {AGAIN} makes it anew")
+
+
+def whole_shards(folder: Path, header: dict[str, Any], verify: bool) -> dict[str, Shard]:
+    """Return the shards of a folder that need not be made again."""
+    if not (folder / MANIFEST).exists():
+        return {}
+    found, shards = read_manifest(folder)
+    check_made(folder, found, header, "remove it or name another folder")
+    for name, shard in list(shards.items()):
+        try:
+            check_shard(folder / name, shard, header, content=verify)
+        except InputError:
+            del shards[name]
+    return shards

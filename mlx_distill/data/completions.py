@@ -20,9 +20,10 @@ from typing import Any
 
 from mlx_distill.data.completion_layouts import UNKNOWN, Completion, row_completions
 from mlx_distill.data.condition import Undecided, compile_where
+from mlx_distill.data.encoding import encode_row
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.sources import read_rows
-from mlx_distill.data.texts import Text, encode_row
+from mlx_distill.data.texts import Text
 from mlx_distill.errors import InputError
 
 REFUSAL_CHARS = 200

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
+from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.report import Report
+from mlx_distill.data.selection import fit, limited, pack, split_held_out
 from mlx_distill.data.sources import SUFFIXES, check_sources, local_file
-from mlx_distill.data.texts import Text, fit, limited, pack, read_texts, split_held_out
+from mlx_distill.data.texts import Text
 
 LAYOUTS = ("texts", "completions")
 

@@ -33,18 +33,22 @@ from mlx_distill.data.cache_files import (
     Shard,
     check_made,
     check_shard,
+    check_values,
     manifest,
     map_arrays,
     read_manifest,
     sha256,
     shard_name,
+    whole_shards,
 )
 from mlx_distill.data.texts import Text, text_batch
-from mlx_distill.data.top_tokens import tail_draws, top_tokens
+from mlx_distill.data.top_tokens import rescaled, tail_draws, top_tokens
 from mlx_distill.errors import InputError, not_numbers, one_line
 from mlx_distill.files import check_safetensors, write_whole
+from mlx_distill.locks import locked
 
 WRITING = "writing.safetensors"
+LOCK = "lock"
 MAX_LOADED = 8
 CHUNK_BYTES = 2**25  # of logits in float32; finding the largest holds a few arrays of that size
 
@@ -149,7 +153,7 @@ class TeacherCache:
             at = np.flatnonzero(learned[place])[: stop - start]
             some = slice(start, start + len(at))
             ids[place, at] = arrays["ids"][some]
-            log_probs[place, at] = _rescale(arrays["log_probs"][some], arrays["tail"][some])
+            log_probs[place, at] = rescaled(arrays["log_probs"][some], arrays["tail"][some])
         return mx.array(ids), mx.array(log_probs)
 
     def _load(self, index: int) -> dict[str, np.ndarray]:
@@ -161,29 +165,13 @@ class TeacherCache:
             unread = index not in self._verified
             arrays = map_arrays(path, check_shard(path, shard, self.header, content=unread))
             if unread:
-                self._check_values(path, shard, arrays)
+                counts = self._counts[shard.first : shard.first + shard.count]
+                check_values(path, arrays, counts, self.vocab_size)
                 self._verified.add(index)
             if len(self._loaded) == MAX_LOADED:
                 del self._loaded[next(iter(self._loaded))]
         self._loaded[index] = arrays
         return arrays
-
-    def _check_values(self, path: Path, shard: Shard, arrays: dict[str, np.ndarray]) -> None:
-        """Raise InputError if a shard's values would be read out of bounds, or are none."""
-        counts = self._counts[shard.first : shard.first + shard.count]
-        wrong = {
-            "has other numbers of tokens than its texts": not np.array_equal(
-                arrays["offsets"], np.cumsum([0, *counts])
-            ),
-            "holds tokens beyond its vocabulary": bool((arrays["ids"] >= self.vocab_size).any()),
-            "holds no probabilities": bool(
-                np.isnan(arrays["log_probs"]).any()
-                or not ((arrays["tail"] >= 0) & (arrays["tail"] <= 1)).all()
-            ),
-        }
-        for how, found in wrong.items():
-            if found:
-                raise InputError(f"{path} {how}; remove it, and {AGAIN} makes it anew")
 
 
 def write_cache(
@@ -237,7 +225,25 @@ def write_cache(
         "tail": tail,
         "texts_per_shard": texts_per_shard,
     }
-    shards = _whole_shards(folder, header, verify)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(folder / MANIFEST, error, header, {}) from None
+    with locked(folder / LOCK, folder):
+        yield from _write(folder, teacher, texts, header, batch_size, verify)
+
+
+def _write(
+    folder: Path,
+    teacher: Reader,
+    texts: Sequence[Text],
+    header: dict[str, Any],
+    batch_size: int,
+    verify: bool,
+) -> Iterator[int]:
+    """Write what is not there yet; yield how many texts are done, after each batch."""
+    texts_per_shard = header["texts_per_shard"]
+    shards = whole_shards(folder, header, verify)
     _write_manifest(folder, header, shards)
     done = sum(shard.count for shard in shards.values())
     for first in range(0, len(texts), texts_per_shard):
@@ -302,17 +308,6 @@ def _ask_rows(
         yield [np.array(x).astype(kind) for x, kind in zip(arrays, kinds, strict=True)]
 
 
-def _rescale(log_probs: np.ndarray, tail: np.ndarray) -> np.ndarray:
-    """Return the log-probabilities in float32 such that they and the tail sum to one.
-
-    Float16 is off by up to 0.4 % of a probability. That would be the tail's error, too, if it were
-    taken as what is missing to one, and a tail can be smaller than that.
-    """
-    known = log_probs.astype(np.float64)
-    mass = np.exp(known).sum(axis=-1)
-    return (known + np.log((1 - tail.astype(np.float64)) / mass)[..., None]).astype(np.float32)
-
-
 def _write_shard(
     folder: Path,
     name: str,
@@ -339,7 +334,6 @@ def _write_shard(
 
 def _write_manifest(folder: Path, header: dict[str, Any], shards: dict[str, Shard]) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / MANIFEST, json.dumps(manifest(header, shards), indent=2) + "\n")
     except OSError as error:
         raise _not_written(folder / MANIFEST, error, header, shards) from None
@@ -353,17 +347,3 @@ def _not_written(
         f"{path} could not be written ({one_line(error)}); {done} of {header['num_texts']} texts "
         f"are kept, and {AGAIN} goes on after them"
     )
-
-
-def _whole_shards(folder: Path, header: dict[str, Any], verify: bool) -> dict[str, Shard]:
-    """Return the shards of a folder that need not be made again."""
-    if not (folder / MANIFEST).exists():
-        return {}
-    found, shards = read_manifest(folder)
-    check_made(folder, found, header, "remove it or name another folder")
-    for name, shard in list(shards.items()):
-        try:
-            check_shard(folder / name, shard, header, content=verify)
-        except InputError:
-            del shards[name]
-    return shards

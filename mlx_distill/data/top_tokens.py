@@ -1,6 +1,7 @@
 """A distribution as its most probable tokens and the mass of all others, or as draws."""
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Float32, UInt32
 
 PART = 256  # values summed at once: in one sum, 70,000 in float32 are off by 1e-4 on a CPU
@@ -49,6 +50,17 @@ def tail_draws(logits: Float[mx.array, "T V"], k: int, key: mx.array) -> Float32
     # Rounding may put a draw on a token of no probability, behind one that has some.
     drawn = mx.where((counts > 0) & (tail > 0), mx.log(counts * mass / num_draws), -mx.inf)
     return mx.put_along_axis(drawn, ids, top, axis=-1)
+
+
+def rescaled(log_probs: np.ndarray, tail: np.ndarray) -> np.ndarray:
+    """Return the log-probabilities in float32 such that they and the tail sum to one.
+
+    Float16 is off by up to 0.4 % of a probability. That would be the tail's error, too, if it were
+    taken as what is missing to one, and a tail can be smaller than that.
+    """
+    known = log_probs.astype(np.float64)
+    mass = np.exp(known).sum(axis=-1)
+    return (known + np.log((1 - tail.astype(np.float64)) / mass)[..., None]).astype(np.float32)
 
 
 def _largest(x: mx.array, count: int) -> mx.array:

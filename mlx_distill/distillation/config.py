@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from mlx_distill.config import check_seed
 from mlx_distill.data.completions import CompletionFilter
 from mlx_distill.data.corpus import LAYOUTS, Reading, Sizes
+from mlx_distill.data.selection import LONG
 from mlx_distill.data.teacher_cache import TAILS
-from mlx_distill.data.texts import LONG
 from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.students import DTYPES, AdapterConfig

@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_distill.arrays import to_host
-from mlx_distill.data.texts import Text, batch_order, text_batch
+from mlx_distill.data.batches import batch_order
+from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.drafter import (
     TargetView,
     acceptance_by_depth,

@@ -12,9 +12,9 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mlx_distill.data.batches import shuffled_rows
+from mlx_distill.data.batches import batch_order
 from mlx_distill.data.teacher_cache import texts_hash
-from mlx_distill.data.texts import Text, batch_order, text_batch
+from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.distiller import Distiller, Examples
 from mlx_distill.distillation.objective import LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts, answered
@@ -289,8 +289,10 @@ def _batches(
             raise InputError("only language models can write what they learn from")
         size = data.labels.size
 
+        order = batch_order([1] * size, batch_size, seed)
+
         def examples(number: int) -> Examples:
-            batch = data.take(shuffled_rows(size, min(batch_size, size), number, seed).tolist())
+            batch = data.take(order(number))
             return augment(batch, number) if augment else batch
 
         return examples

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import check_seed
+from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.report import Report
-from mlx_distill.data.texts import Text, fit, limited, read_texts
+from mlx_distill.data.selection import fit, limited
+from mlx_distill.data.texts import Text
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.metrics import report, resampled, with_interval
 from mlx_distill.evaluation.models import Loaded
