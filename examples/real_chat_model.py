@@ -245,6 +245,7 @@ def evaluate(run: Run, students: dict[str, Path], held_out: Path) -> None:
     named = [f"{name}={folder}" for name, folder in students.items()]
     command(
         *("evaluate", "--teacher", run.model, "--student", *named, "--data", held_out),
+        *("--data-layout", "completions", "--no-drop-truncated"),
         *("--speed-tokens", run.sizes.max_tokens),
     )
 

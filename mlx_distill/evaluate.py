@@ -14,6 +14,8 @@ from collections.abc import Sequence
 
 from mlx_distill import cli, machine
 from mlx_distill.config import add_flags, from_flags
+from mlx_distill.data.completions import CompletionFilter
+from mlx_distill.data.corpus import LAYOUTS, Reading
 from mlx_distill.data.sources import check_sources
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
 from mlx_distill.evaluation.models import Sources
@@ -28,15 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     config = from_flags(EvaluationConfig, arguments)
     asking = from_flags(QuestionConfig, arguments)
-    template_config = cli.template_config(arguments)
+    keep = from_flags(CompletionFilter, arguments)
+    reading = Reading(arguments.data_layout, keep, template_config=cli.template_config(arguments))
     sources = Sources.named(arguments.teacher, arguments.student, arguments.adapter_path)
     output = cli.new_file(arguments.output)
     check_sources([arguments.data], "valid")  # before anything is loaded
     questions = read_questions(arguments.qa)[: config.max_texts] if arguments.qa else []
     loaded = sources.load(cli.code_options(arguments.trust_remote_code))
-    figures = measure(
-        loaded, arguments.data, config, sources.teacher, questions, asking, template_config
-    )
+    figures = measure(loaded, arguments.data, config, sources.teacher, questions, asking, reading)
     result = {"models": figures, "config": cli.settings(arguments), **machine.provenance()}
     show(result)
     if output:
@@ -85,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
         help="JSONL of held-out texts, or a folder with valid.jsonl",
     )
     parser.add_argument(
+        "--data-layout",
+        choices=LAYOUTS,
+        default="texts",
+        help="texts for mlx-lm's layouts, completions for stored answers (default: texts)",
+    )
+    parser.add_argument(
         "--qa",
         type=cli.path,
         metavar="JSONL",
@@ -92,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, EvaluationConfig)
     add_flags(parser, QuestionConfig)
+    add_flags(parser, CompletionFilter)
     cli.add_reading_flags(parser)
     parser.add_argument(
         "--json", action="store_true", help="print everything as a last line of JSON"

@@ -649,6 +649,26 @@ def test_command_on_weights_as_a_gpu_loads_them(
         assert found == pytest.approx(expected[name]["value"], rel=tolerance, abs=tolerance)
 
 
+def test_stored_answers_are_filtered_and_a_cut_one_has_no_end(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"prompt": "Who ran?", "completion": "Tom ran home.", "finish_reason": end}
+        for end in ("stop", "length")
+    ]
+    file = tmp_path / "stored.jsonl"
+    counts = []
+    for row in rows:
+        file.write_text(json.dumps(row) + "\n")
+        flags = ["--data", file, "--data-layout", "completions", "--no-drop-truncated", "--json"]
+        assert run("--student", f"a={folders['a']}", *flags, "--speed-tokens", 0) == 0
+        figures = json.loads(capsys.readouterr().out.splitlines()[-1])["models"]["a"]
+        counts.append(figures["tokens"])
+    assert counts[0] == counts[1] + 1  # the end
+    assert run("--student", f"a={folders['a']}", *flags[:4]) == 2
+    assert "truncated" in capsys.readouterr().err
+
+
 def test_adapters_by_name(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

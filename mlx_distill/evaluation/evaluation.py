@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import check_seed
-from mlx_distill.data.encoding import read_texts
+from mlx_distill.data.corpus import Reading
 from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit, limited
 from mlx_distill.data.texts import Text
@@ -67,7 +67,7 @@ def measure(
     teacher: str | None = None,
     questions: Sequence[Question] = (),
     asking: QuestionConfig | None = None,
-    template_config: dict[str, Any] | None = None,
+    reading: Reading | None = None,
 ) -> Figures:
     """Return every model's figures.
 
@@ -76,22 +76,23 @@ def measure(
 
     Args:
         loaded: The models by name.
-        data: Held-out texts; see ``read_texts``.
+        data: Held-out texts.
         config: How much is measured.
         teacher: The name of the model that the others are compared with.
         questions: What the models are asked beside.
         asking: How.
-        template_config: Further arguments of the chat templates.
+        reading: How rows become texts, and further arguments of the chat templates.
 
     Raises:
         InputError: If the tokenizers differ and there is a teacher, or a text or a model cannot be
             used.
     """
+    reading = reading or Reading()
     groups = [dict(loaded)] if teacher else [{name: one} for name, one in loaded.items()]
     figures: Figures = {}
     prompts: dict[str, list[int]] = {}
     for group in groups:
-        texts, rows = _read(data, group, config, template_config)
+        texts, rows = _read(data, group, config, reading)
         models = {name: one.model for name, one in group.items()}
         sums = evaluate(models, texts, teacher, config.batch_size)
         figures |= report(sums, teacher, config.bootstrap, config.seed)
@@ -105,7 +106,7 @@ def measure(
         figures[name] |= one.sizes()
         if questions:
             scores = answer_scores(
-                one.model, one.tokenizer, questions, asking, template_config, name
+                one.model, one.tokenizer, questions, asking, reading.template_config, name
             )
             figures[name] |= _answer_figures(*scores, config)
     return figures
@@ -129,7 +130,7 @@ def _read(
     data: str | Path,
     loaded: dict[str, Loaded],
     config: EvaluationConfig,
-    template_config: dict[str, Any] | None,
+    reading: Reading,
 ) -> tuple[list[Text], Report]:
     """Return the texts for models that share a tokenizer; what the models cut is said on stderr."""
     (first, one), *others = loaded.items()
@@ -152,9 +153,7 @@ def _read(
     if length < config.max_length:
         print(f"texts are cut to {length} tokens, the models' context", file=sys.stderr)
     rows = Report()
-    texts = read_texts(
-        data, one.tokenizer, split="valid", template_config=template_config, report=rows
-    )
+    texts = reading.texts(data, one.tokenizer, rows, "valid")
     texts, rows = fit(limited(texts, config.max_texts, rows), length, report=rows)
     print("\n".join(rows.lines()), file=sys.stderr)
     return texts, rows

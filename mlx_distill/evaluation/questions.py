@@ -1,7 +1,7 @@
 """Questions with known answers: their file, and how well models answer them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ def answer_scores(
     tokenizer: Any,
     questions: Sequence[Question],
     config: QuestionConfig | None = None,
-    template_config: dict[str, Any] | None = None,
+    template_config: Mapping[str, Any] | None = None,
     title: str = "questions",
 ) -> tuple[Sums, int]:
     """Return exact match and F1 of a model's greedy answers, one value per question.
@@ -118,7 +118,7 @@ def question_prompt(
     tokenizer: Any,
     question: Question,
     config: QuestionConfig,
-    template_config: dict[str, Any] | None = None,
+    template_config: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return a question's token ids, as a chat with the instruction where there is a template."""
     if not getattr(tokenizer, "has_chat_template", False):
