@@ -21,7 +21,6 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.generate import generation_stream, wired_limit
-from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.core.sampling import TextNoise
@@ -34,6 +33,7 @@ from mlx_distill.speculation.plain import PlainDecoding, decode_plainly, decode_
 from mlx_distill.speculation.requests import Request
 from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
 from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.target import Target
 
@@ -205,7 +205,7 @@ class Engine:
         if caches is None:
             size = request.cache.max_kv_size
             models = (self.model, self.draft_model)
-            caches = [c for m in models if m is not None for c in make_prompt_cache(m, size)]
+            caches = [c for m in models if m is not None for c in prompt_caches(m, size)]
         if self.draft_model is not None:
             checks.check_trimmable(caches)
         return caches
