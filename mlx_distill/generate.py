@@ -17,13 +17,12 @@ from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx import nn
 from rich.console import Console
 from rich.style import Style
 
 from mlx_distill import cli, machine
-from mlx_distill.arrays import to_number
+from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
@@ -34,27 +33,8 @@ from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.generation import generate, stream_generate
 from mlx_distill.speculation.responses import GenerationResponse
-from mlx_distill.target.target import Target
 
 DRAFTED = Style(color="green")
-
-
-@dataclass
-class Comparison:
-    """The same prompt decoded plainly by mlx-lm, in the same process.
-
-    Args:
-        generation_tps: mlx-lm's tokens per second.
-        speedup: How many times faster drafting was.
-        first_difference: Index of the first token that differs, None if none does; above
-            temperature 0 the texts are different draws and are not compared.
-        margin: There, by how much mlx-lm's best log-probability is above the second.
-    """
-
-    generation_tps: float
-    speedup: float
-    first_difference: int | None = None
-    margin: float | None = None
 
 
 @cli.command
@@ -101,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     comparison = None
     if arguments.compare and run.last is not None and not run.interrupted:
-        comparison = compare(model, tokenizer, prompt, run, sampling, cache, arguments.max_tokens)
+        written = (run.tokens, run.last.generation_tps)
+        law = (sampling, cache, arguments.max_tokens)
+        comparison = compare(model, tokenizer, prompt, *written, *law)
     if arguments.verbose:
         _print_statistics(run.last, bool(drafter or draft_model), comparison)
     if arguments.json:
@@ -141,46 +123,6 @@ def show(responses: Iterator[GenerationResponse], console: Console, show_draft: 
     console.file.write("\n")
     console.file.flush()
     return Run("".join(pieces), tokens, last, interrupted)
-
-
-def compare(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: list[int],
-    run: Run,
-    sampling: Sampling,
-    cache: CacheConfig,
-    max_tokens: int,
-) -> Comparison:
-    """Decode the prompt with mlx-lm alone and compare speed and, when greedy, tokens."""
-    assert run.last is not None
-    first_difference, differing = None, None
-    other = None
-    for place, other in enumerate(plain(model, tokenizer, prompt, sampling, cache, max_tokens)):
-        if first_difference is None and run.tokens[place : place + 1] != [other.token]:
-            first_difference, differing = place, other.logprobs
-    assert other is not None
-    result = Comparison(other.generation_tps, run.last.generation_tps / other.generation_tps)
-    if sampling.temperature == 0 and differing is not None:
-        best = mx.sort(differing.astype(mx.float32))[-2:]
-        result.first_difference = first_difference
-        result.margin = to_number(best[1] - best[0])
-    return result
-
-
-def plain(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: list[int],
-    sampling: Sampling,
-    cache: CacheConfig,
-    max_tokens: int,
-) -> Iterator[Any]:
-    """Return mlx-lm's responses, by its own loop."""
-    sampler = sampling.mlx_lm_sampler(Target.of(model).vocab_size)
-    return mlx_lm.stream_generate(
-        model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
-    )
 
 
 def _parser() -> argparse.ArgumentParser:

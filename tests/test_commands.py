@@ -19,6 +19,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_distill
 from mlx_distill import DraftPlan, GenerationResponse, benchmark, cli, train_drafter
+from mlx_distill.benchmarking import studies
+from mlx_distill.benchmarking.arms import OURS, Bench
 from mlx_distill.checkpoint import bundled
 
 # The package has a function of that name, too.
@@ -416,7 +418,7 @@ def test_benchmark_sampling_sharing_and_draft_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "result.json"
-    monkeypatch.setattr(benchmark, "SHARING_SHAPES", ((5, 4), (10, 4)))
+    monkeypatch.setattr(studies, "SHARING_SHAPES", ((5, 4), (10, 4)))
     more = ["--sharing", "--temp", "1", "--tree", "beam"]
     model = ["--draft-model", str(bundled("stories-14m")), "--num-draft-tokens", "2"]
     files = ["--data", str(prompts), "--output", str(output)]
@@ -432,16 +434,16 @@ def test_benchmark_sampling_sharing_and_draft_model(
 def test_long_run_reports_every_thousand_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds = []
 
-    def arms(self: benchmark.Bench, plan: DraftPlan) -> dict[str, Any]:
+    def arms(self: Bench, plan: DraftPlan) -> dict[str, Any]:
         def decode(prompt: list[int], seed: int) -> Iterator[int]:
             seeds.append(seed)
             return iter(range(300))
 
-        return {benchmark.OURS: decode}
+        return {OURS: decode}
 
-    monkeypatch.setattr(benchmark.Bench, "arms", arms)
-    bench = benchmark.Bench.__new__(benchmark.Bench)
-    rows = benchmark.long_run(bench, [[1], [2]], DraftPlan(), 2500)
+    monkeypatch.setattr(Bench, "arms", arms)
+    bench = Bench.__new__(Bench)
+    rows = studies.long_run(bench, [[1], [2]], DraftPlan(), 2500)
     assert [row["tokens"] for row in rows][:2] == [1000, 2000]
     assert all(row["resident_bytes"] > 1e6 for row in rows)
     assert len(seeds) == len(set(seeds)) == 9

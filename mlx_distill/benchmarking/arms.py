@@ -1,0 +1,158 @@
+"""The arms of a benchmark: what decodes a prompt, and what is measured of it.
+
+All arms run in one process and take turns prompt by prompt, so that a machine whose speed drifts
+does not decide.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx import nn
+from tqdm import tqdm
+
+from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.core.sampling import Sampling
+from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.generation import stream_generate
+from mlx_distill.target.target import Target
+
+PLAIN, DRAFT_MODEL, OURS = "mlx-lm", "mlx-lm with draft model", "mlx_distill"
+
+
+@dataclass
+class Sample:
+    """One prompt decoded by one arm.
+
+    Args:
+        tokens: The answer.
+        tokens_per_s: Speed after the first token.
+        first_token_s: Time to the first token.
+        tokens_per_call: Tokens per call of the target.
+        peak_memory_bytes: Of the arrays, during this decoding; every arm's models are loaded.
+        target_calls: Calls of the target after the prompt.
+        beam_tokens: Tokens of the trees' paths without shared prefixes.
+        verified_tokens: Tokens that were verified.
+        acceptance_by_depth: Share of the calls that accepted at least 1, 2, ... drafted tokens.
+    """
+
+    tokens: list[int]
+    tokens_per_s: float
+    first_token_s: float
+    tokens_per_call: float
+    peak_memory_bytes: int
+    target_calls: int
+    beam_tokens: int = 0
+    verified_tokens: int = 0
+    acceptance_by_depth: tuple[float, ...] = ()
+
+
+@dataclass
+class Bench:
+    """A pair, its prompts and what is asked of it.
+
+    Args:
+        model: The target.
+        tokenizer: Its tokenizer.
+        drafter: Drafts for it.
+        draft_model: A second model for mlx-lm's own drafting, or None.
+        sampling: How tokens are drawn.
+        config: How much is measured.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    drafter: Drafter
+    draft_model: nn.Module | None
+    sampling: Sampling
+    config: BenchmarkConfig
+
+    def arms(self, plan: DraftPlan) -> dict[str, Callable[[list[int], int], Iterator[Any]]]:
+        """Return what decodes a prompt, by name; each takes the prompt and a seed."""
+        law, limit = self.sampling, self.config.max_tokens
+        sampler = law.mlx_lm_sampler(Target.of(self.model).vocab_size)
+
+        def plain(prompt: list[int], seed: int) -> Iterator[Any]:
+            mx.random.seed(seed)
+            return mlx_lm.stream_generate(
+                self.model, self.tokenizer, prompt, limit, sampler=sampler
+            )
+
+        def with_draft_model(prompt: list[int], seed: int) -> Iterator[Any]:
+            mx.random.seed(seed)
+            return mlx_lm.stream_generate(
+                self.model,
+                self.tokenizer,
+                prompt,
+                limit,
+                draft_model=self.draft_model,
+                num_draft_tokens=self.config.num_draft_tokens,
+                sampler=sampler,
+            )
+
+        def ours(prompt: list[int], seed: int) -> Iterator[Any]:
+            return stream_generate(
+                self.model,
+                self.tokenizer,
+                prompt,
+                drafter=self.drafter,
+                max_tokens=limit,
+                seed=seed,
+                plan=plan,
+                **asdict(law),
+            )
+
+        arms = {PLAIN: plain, DRAFT_MODEL: with_draft_model, OURS: ours}
+        return arms if self.draft_model is not None else {PLAIN: plain, OURS: ours}
+
+    def run(
+        self, prompts: Sequence[list[int]], plan: DraftPlan, title: str
+    ) -> dict[str, list[Sample]]:
+        """Return the samples of every arm, after a prompt that does not count."""
+        arms = self.arms(plan)
+        samples: dict[str, list[Sample]] = {name: [] for name in arms}
+        for decode in arms.values():
+            measure(decode, prompts[0], 0)
+        names = list(arms)
+        for number, prompt in enumerate(tqdm(prompts, desc=title, unit="prompt", leave=False)):
+            names.append(names.pop(0))  # no arm always follows the same other
+            for name in names:
+                samples[name].append(measure(arms[name], prompt, self.config.seed + number))
+        return samples
+
+
+def measure(
+    decode: Callable[[list[int], int], Iterator[Any]], prompt: list[int], seed: int
+) -> Sample:
+    """Decode a prompt once."""
+    mx.synchronize()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    tokens: list[int] = []
+    start = time.perf_counter()
+    first = last = None
+    own = 0
+    for last in decode(prompt, seed):
+        first = first or time.perf_counter()
+        tokens.append(last.token)
+        own += not last.from_draft
+    end = time.perf_counter()
+    if first is None or last is None:
+        raise InputError("nothing was written, so there is nothing to measure")
+    # Of mlx-lm: every token that was not drafted took a call, the first one that of the prefill.
+    calls = getattr(last, "target_calls", own - 1)
+    return Sample(
+        tokens=tokens,
+        tokens_per_s=(len(tokens) - 1) / max(end - first, 1e-9),
+        first_token_s=first - start,
+        tokens_per_call=len(tokens) / max(calls, 1),
+        peak_memory_bytes=mx.get_peak_memory(),
+        target_calls=max(calls, 1),
+        beam_tokens=getattr(last, "beam_tokens", 0),
+        verified_tokens=getattr(last, "verified_tokens", 0),
+        acceptance_by_depth=getattr(last, "acceptance_by_depth", ()),
+    )

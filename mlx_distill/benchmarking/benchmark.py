@@ -1,0 +1,125 @@
+"""A whole benchmark: a pair, its prompts and what is asked of it to one result."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
+
+from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, Sample
+from mlx_distill.benchmarking.comparison import first_difference
+from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.benchmarking.figures import equal_texts, mean_by_depth, summary
+from mlx_distill.benchmarking.studies import long_run, overhead, sharing, sweep
+from mlx_distill.data.report import Report
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.errors import InputError
+from mlx_distill.target.context import text_limit
+from mlx_distill.target.target import Target
+
+
+@dataclass(frozen=True)
+class Studies:
+    """What is measured beside the arms.
+
+    Args:
+        sharing: What shared prefixes save.
+        long_run: Tokens that are written for the memory; None for none.
+    """
+
+    sharing: bool = False
+    long_run: int | None = None
+
+
+def run(
+    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan, studies: Studies
+) -> dict[str, Any]:
+    """Return what a benchmark found: figures per arm, and of every study.
+
+    Args:
+        bench: The pair and what is asked of it.
+        prompts: Token ids; all leave room for an answer, see ``usable``.
+        plan: The shape of the drafts.
+        studies: What is measured beside.
+
+    Raises:
+        InputError: If nothing was written that could be timed.
+    """
+    config = bench.config
+    samples = bench.run(prompts, plan, "benchmark")
+    greedy = bench.sampling.temperature == 0
+    result: dict[str, Any] = {
+        "arms": summary(samples),
+        "equal_texts": equal_texts(samples) if greedy else None,
+        "differences": differences(bench, prompts, samples, plan) if greedy else [],
+        "acceptance_by_depth": mean_by_depth(samples[OURS]),
+        "overhead": overhead(bench, prompts[: config.timed_prompts], plan),
+        "dtype": _dtype(bench.model),
+    }
+    if studies.sharing:
+        result["sharing"] = sharing(bench, prompts[:4])
+    if studies.long_run:
+        result["long_run"] = long_run(bench, prompts, plan, studies.long_run)
+    if config.sweep_prompts:
+        result["sweep"] = sweep(bench, prompts[: config.sweep_prompts], plan)
+    return result
+
+
+def differences(
+    bench: Bench,
+    prompts: Sequence[list[int]],
+    samples: dict[str, list[Sample]],
+    plan: DraftPlan,
+) -> list[dict[str, Any]]:
+    """Return where drafted greedy texts part from mlx-lm's, which is decoded once more for that."""
+    plain, found = bench.arms(plan)[PLAIN], []
+    pairs = zip(samples[PLAIN], samples[OURS], strict=True)
+    for number, (theirs, ours) in enumerate(pairs):
+        if theirs.tokens != ours.tokens:
+            one = first_difference(plain(prompts[number], bench.config.seed), ours.tokens)
+            if one is not None:
+                found.append({"prompt": number, "token": one.place, "margin": one.margin})
+    return found
+
+
+def usable(
+    model: nn.Module,
+    prompts: Sequence[list[int]],
+    config: BenchmarkConfig,
+    report: Report,
+) -> list[list[int]]:
+    """Return the first prompts whose answers fit into what a model can read; others are counted.
+
+    Raises:
+        InputError: If there are too few.
+    """
+    limit, max_tokens = text_limit(model), config.max_tokens
+    fitting = []
+    for number, prompt in enumerate(prompts, start=1):
+        if limit is not None and len(prompt) + max_tokens > limit:
+            reason = f"prompt without room for {max_tokens} tokens in the model's {limit}"
+            report.drop(reason, f"prompt {number}")
+        else:
+            fitting.append(prompt)
+    report.kept = len(fitting)
+    wanted = config.num_prompts
+    if len(fitting) < wanted:
+        lost = f" ({report.reasons()})" if report.dropped else ""
+        raise InputError(f"{wanted} prompts were asked for, there are {len(fitting)}{lost}")
+    return fitting[:wanted]
+
+
+def check_draft_model(model: nn.Module, draft_model: nn.Module | None) -> None:
+    """Raise InputError if mlx-lm's own drafting cannot take back what it drafts."""
+    for one in (model, draft_model) if draft_model is not None else ():
+        if not can_trim_prompt_cache(make_prompt_cache(one)):
+            raise InputError("mlx-lm's own drafting needs caches that can be trimmed")
+
+
+def _dtype(model: nn.Module) -> str:
+    """Return the type of a model's activations."""
+    embed = Target.of(model).embed
+    assert embed is not None
+    return str(embed(mx.array([0])).dtype).rpartition(".")[2]

@@ -1,0 +1,54 @@
+"""Samples of the arms as figures: medians, quartiles, ratios prompt by prompt."""
+
+import statistics
+from collections.abc import Sequence
+from itertools import compress
+from typing import Any
+
+import numpy as np
+
+from mlx_distill.benchmarking.arms import OURS, PLAIN, Sample
+from mlx_distill.errors import InputError
+
+
+def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
+    """Return a row per arm: medians, quartiles, and the speed-up prompt by prompt."""
+    rows = []
+    timed = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
+    if not any(timed):
+        raise InputError("every answer ended with its first token, so there is no speed to measure")
+    for name, whole in samples.items():
+        mine, plain = (list(compress(part, timed)) for part in (whole, samples[PLAIN]))
+        pairs = zip(mine, plain, strict=True)
+        ratios = [sample.tokens_per_s / other.tokens_per_s for sample, other in pairs]
+        rows.append(
+            {
+                "arm": name,
+                "prompts": len(mine),
+                "tokens_per_s": spread([sample.tokens_per_s for sample in mine]),
+                "speedup": spread(ratios),
+                "tokens_per_call": statistics.mean(s.tokens_per_call for s in mine),
+                "first_token_s": spread([sample.first_token_s for sample in mine]),
+                "peak_memory_bytes": max(sample.peak_memory_bytes for sample in mine),
+            }
+        )
+    return rows
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the median and the quartiles of some values."""
+    low, median, high = np.percentile(values, [25, 50, 75]).tolist()
+    return {"median": median, "quartile_1": low, "quartile_3": high}
+
+
+def mean_by_depth(samples: Sequence[Sample]) -> list[float]:
+    """Return the acceptance by depth, averaged over the samples."""
+    depth = max(len(sample.acceptance_by_depth) for sample in samples)
+    padded = [[*s.acceptance_by_depth, *[0.0] * depth][:depth] for s in samples]
+    return [statistics.mean(column) for column in zip(*padded, strict=True)]
+
+
+def equal_texts(samples: dict[str, list[Sample]]) -> int:
+    """Return on how many prompts drafting wrote exactly mlx-lm's tokens."""
+    pairs = zip(samples[PLAIN], samples[OURS], strict=True)
+    return sum(plain.tokens == ours.tokens for plain, ours in pairs)

@@ -1,0 +1,87 @@
+"""A benchmark as tables and sentences."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print a benchmark's tables."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)  # a pipe has no width of its own
+    found = result["machine"]
+    table = Table(title=escape(f"{found['processor']}, {result['dtype']}"), title_justify="left")
+    for name in ("arm", "tokens/s", "speed-up", "tokens/call", "first token", "peak memory"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in result["arms"]:
+        table.add_row(
+            row["arm"],
+            _range(row["tokens_per_s"], ".0f"),
+            _range(row["speedup"], ".2f"),
+            f"{row['tokens_per_call']:.2f}",
+            f"{1e3 * row['first_token_s']['median']:.0f} ms",
+            f"{row['peak_memory_bytes'] / 1e6:.0f} MB",
+        )
+    console.print(table)
+    console.print(f"Medians over {result['arms'][0]['prompts']} prompts, quartiles in brackets.")
+    _show_differences(console, result)
+    depths = " ".join(f"{share:.2f}" for share in result["acceptance_by_depth"])
+    console.print(f"Acceptance by depth: {depths}")
+    cost = result["overhead"]
+    console.print(
+        f"A cycle takes {cost['cycle_ms']:.2f} ms: target {cost['verify_ms']:.2f}, drafter "
+        f"{cost['draft_ms']:.2f}, overhead {cost['overhead_ms']:.2f} "
+        f"({cost['overhead_share_of_step']:.0%} of a plain step of {cost['plain_step_ms']:.2f})."
+    )
+    _show_studies(console, result)
+
+
+def _show_differences(console: Console, result: dict[str, Any]) -> None:
+    """Say on how many prompts the greedy texts are equal, and where the others part."""
+    if result["equal_texts"] is None:
+        return
+    prompts = result["config"]["num_prompts"]
+    console.print(f"Tokens equal mlx-lm's on {result['equal_texts']} of {prompts} prompts.")
+    if result["differences"]:
+        widest = max(one["margin"] for one in result["differences"])
+        console.print(
+            f"Where the others part from it, its best two tokens are at most {widest:.4f} nats "
+            "apart."
+        )
+
+
+def _show_studies(console: Console, result: dict[str, Any]) -> None:
+    """Print what was measured beside the arms."""
+    for row in result.get("sharing", ()):
+        console.print(
+            f"Beams {row['beam_width']} x {row['beam_length']}: {row['beam_tokens']} tokens, "
+            f"{row['saved_share']:.0%} saved by shared prefixes, "
+            f"{row['tokens_per_call']:.2f} tokens per call"
+        )
+    if "long_run" in result:
+        first, last = result["long_run"][0], result["long_run"][-1]
+        console.print(
+            f"Peak memory: {first['resident_bytes'] / 1e6:.1f} MB after {first['tokens']:,} "
+            f"tokens, {last['resident_bytes'] / 1e6:.1f} MB after {last['tokens']:,}"
+        )
+    for row in result.get("sweep", ()):
+        console.print(
+            f"Beam width {row['beam_width']}, draft length {row['draft_length']}: "
+            f"{_range(row['speedup'], '.2f')}, {row['tokens_per_call']:.2f} tokens per call"
+        )
+
+
+def _range(values: dict[str, float], form: str) -> str:
+    low, high = values["quartile_1"], values["quartile_3"]
+    return f"{values['median']:{form}} ({low:{form}}-{high:{form}})"
+
+
+def loss_sentence(num_tokens: int, num_entries: int, found: dict[str, Any]) -> str:
+    """Return what was found of a loss over a vocabulary, in words."""
+    return (
+        f"KL over {num_tokens:,} tokens x {num_entries:,} entries with its gradients: "
+        f"{found['whole_bytes'] / 1e6:.0f} MB at once, {found['chunked_bytes'] / 1e6:.0f} MB in "
+        f"chunks ({found['share']:.0%}); gradients differ by {found['gradient_difference']:.0e}"
+    )

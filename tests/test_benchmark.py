@@ -1,0 +1,198 @@
+"""The benchmark on chats, on weights as a GPU loads them, and what the example for Macs runs."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from conftest import REPOSITORY
+
+import mlx_distill
+from mlx_distill import InputError, benchmark
+from mlx_distill.benchmarking.benchmark import usable
+from mlx_distill.benchmarking.comparison import first_difference
+from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.checkpoint import bundled
+from mlx_distill.data.report import Report
+
+generate = importlib.import_module("mlx_distill.generate")
+TINY = ["--num-prompts", "2", "--max-tokens", "6", "--timed-prompts", "1"]
+CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<{{ who or 'bot' }}>"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def rows_of(tmp_path: Path, texts: list[str]) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+# ------------------------------------------------------------------------------------------ chats
+
+
+def test_chats_are_never_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All prompts stay different and ask for an answer; too long ones are counted."""
+    model = tmp_path / "model"
+    shutil.copytree(bundled("stories-14m"), model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
+    data = rows_of(tmp_path, ["Tom ran. " * 40, "Who?", "Where?", "When?"])
+    asked: list[list[int]] = []
+
+    def run(bench: Any, prompts: list[list[int]], *arguments: Any) -> dict[str, Any]:
+        asked.extend(prompts)
+        raise InputError("enough")
+
+    monkeypatch.setattr(benchmark, "run", run)
+    drafter = bundled("stories-14m-redrafter")
+    flags = ["--model", str(model), "--drafter", str(drafter), "--data", str(data)]
+    flags += ["--num-prompts", "3", "--prompt-tokens", "24"]
+    assert benchmark.main([*flags, "--chat-template-config", '{"who": "Lily"}']) == 2
+    assert "4 rows read, 3 prompts kept, 1 dropped" in capsys.readouterr().err
+    _, tokenizer = mlx_distill.load(model)
+    texts = [tokenizer.decode(ids) for ids in asked]
+    assert [text.removeprefix("<s>").strip() for text in texts] == [
+        f"<user> {word}?\n<Lily>" for word in ("Who", "Where", "When")
+    ]
+
+
+def test_prompts_that_leave_no_room() -> None:
+    model, _ = mlx_distill.load(bundled("stories-14m"))
+    prompts = [[1] * length for length in (500, 5, 507, 506)]
+    report = Report(rows=4)
+    config = BenchmarkConfig(num_prompts=2, sweep_prompts=0, max_tokens=6)
+    assert usable(model, prompts, config, report) == [prompts[0], prompts[1]]
+    assert (report.kept, report.dropped.total()) == (3, 1)
+    few = BenchmarkConfig(num_prompts=4, sweep_prompts=0, max_tokens=6)
+    with pytest.raises(InputError, match=r"4 prompts were asked for, there are 3 \(1 prompt with"):
+        usable(model, prompts, few, Report(rows=4))
+
+
+# ------------------------------------------------------------------------------------- half types
+
+
+@pytest.fixture(scope="module")
+def drafters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Keep drafters of the tiny models between the tests."""
+    return {}
+
+
+@pytest.fixture
+def tiny_pair(
+    tiny_on_a_gpu: Path, tmp_path_factory: pytest.TempPathFactory, drafters: dict[str, Path]
+) -> list[str]:
+    """Return the flags of a tiny model as a GPU loads it, and of a drafter for it."""
+    name = tiny_on_a_gpu.name
+    if name not in drafters:
+        output = tmp_path_factory.mktemp("drafter") / name
+        sizes = ["--exit-dim", "16", "--draft-vocab-size", "64", "--unroll", "2", "--steps", "1"]
+        counts = ["--max-tokens", "6", "--held-out", "1", "--max-prompts", "4", "--quiet"]
+        flags = ["--data", str(benchmark.PROMPTS), "--output", str(output), *sizes, *counts]
+        from mlx_distill import train_drafter
+
+        assert train_drafter.main(["--model", str(tiny_on_a_gpu), *flags]) == 0
+        drafters[name] = output
+    return ["--model", str(tiny_on_a_gpu), "--drafter", str(drafters[name])]
+
+
+def test_benchmark_on_weights_as_a_gpu_loads_them(
+    tiny_pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "result.json"
+    assert benchmark.main([*tiny_pair, *TINY, "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert result["dtype"] in ("float16", "bfloat16")
+    assert result["equal_texts"] + len(result["differences"]) == 2
+    for one in result["differences"]:
+        assert one["margin"] < 0.1
+    assert "A cycle takes" in capsys.readouterr().out
+
+
+def test_generate_on_weights_as_a_gpu_loads_them(
+    tiny_pair: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--max-tokens", "16", "--compare", "--json"]
+    for more in ([], ["--temp", "1", "--seed", "1"]):
+        assert generate.main([*tiny_pair, *flags, *more]) == 0
+        found = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert found["drafted_tokens"] > 0
+        margin = found["comparison"]["margin"]
+        assert margin is None or margin < 0.1
+
+
+def test_where_texts_part() -> None:
+    rows = [[0.0, 2.0, 0.5], [3.0, 0.0, 1.0], [0.0, 0.0, 1.0]]
+    steps = [
+        SimpleNamespace(token=token, logprobs=mx.array(row).astype(mx.bfloat16))
+        for token, row in zip((1, 0, 2), rows, strict=True)
+    ]
+    assert first_difference(steps, [1, 0, 2]) is None
+    found = first_difference(steps, [1, 2, 2])
+    assert found is not None
+    assert (found.place, found.margin) == (1, 2.0)
+    shorter = first_difference(steps, [1, 0])
+    assert shorter is not None
+    assert (shorter.place, shorter.margin) == (2, 1.0)
+
+
+# ----------------------------------------------------------------------------------------- others
+
+
+def test_loss_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More tokens and entries than 16 bits count."""
+    output = tmp_path / "memory.json"
+    assert benchmark.main(["--loss-memory", "300", "70000", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["chunked_bytes"] < found["whole_bytes"]
+    assert found["gradient_difference"] < 1e-4
+    assert "300 tokens x 70,000 entries" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--loss-memory 0 5", "loss_memory must be at least 1, got 0"),
+        ("--loss-memory 1000000000000 1000", "takes about 16,000,000 GB, this machine has"),
+        ("--num-draft-tokens 1000000000000", "num_draft_tokens must be at most 64"),
+        ("--sweep-widths 1 1000000000000", "sweep_widths must be at least 1 and at most 256"),
+        ("--sweep-lengths 0", "sweep_lengths must be at least 1 and at most 64, got 0"),
+        ("--prompt-tokens 0", "prompt_tokens must be at least 1, got 0"),
+        ("--data nowhere.jsonl", "nowhere.jsonl"),
+        ("--chat-template-config [", "--chat-template-config is not JSON"),
+    ],
+)
+def test_refused(capsys: pytest.CaptureFixture[str], flags: str, sentence: str) -> None:
+    assert benchmark.main(flags.split()) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert sentence in err
+
+
+def test_the_example_for_macs_runs_small(tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    example = REPOSITORY / "examples" / "m2_ultra_benchmark.py"
+    sizes = ["--num-prompts", "5", "--max-tokens", "3", "--timed-prompts", "1"]
+    shapes = ["--sweep-prompts", "1", "--sweep-widths", "2", "--sweep-lengths", "2"]
+    command = [sys.executable, str(example), "--output", str(output), *sizes, *shapes]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    names = sorted(path.name for path in output.iterdir())
+    assert names == [f"temperature-{t}.{kind}" for t in (0, 1) for kind in ("json", "png")]
+    result = json.loads((output / "temperature-0.json").read_text())
+    assert result["equal_texts"] == 5
+    assert len(result["sharing"]) == 6
+    assert result["config"]["tree"] == "beam"
