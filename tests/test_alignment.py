@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.alignment import read_otherwise
 from mlx_distill.data.encoding import encode_row
-from mlx_distill.data.selection import fit
+from mlx_distill.data.selection import fit, pack
 from mlx_distill.data.texts import Source, Text
 from mlx_distill.errors import InputError
 
@@ -117,3 +117,12 @@ def test_chat_needs_a_template_to_be_read() -> None:
     text = encode_row({"messages": CHAT}, ours, "f.jsonl, line 3")
     with pytest.raises(InputError, match=r"f\.jsonl, line 3: the teacher's tokenizer has no chat"):
         read_otherwise(text, ours, theirs)
+
+
+def test_packed_chats_cannot_be_read_otherwise() -> None:
+    ours, theirs = byte_tokenizer(templates.CHATML), word_tokenizer(THEIRS)
+    (row,) = pack([encode_row({"messages": CHAT}, ours, "here")] * 2, 4096)
+    with pytest.raises(InputError, match="packed chats cannot be read in another tokenizer's"):
+        read_otherwise(row, ours, theirs)
+    (row,) = pack([encode_row({"text": "A dog."}, ours, "here")] * 2, 4096)
+    assert theirs.decode(read_otherwise(row, ours, theirs).tokens).count("A dog.") == 2

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_trainer import (
     DrafterTrainer,
     frequent_tokens,
-    held_out_rows,
 )
 from mlx_distill.distillation.drafter_training import train_drafter as train_drafter_of
 from mlx_distill.distillation.responses import (
@@ -192,26 +190,28 @@ def test_most_frequent_tokens_of_the_answers() -> None:
     assert frequent_tokens(texts, 5, 10) == [0, 1, 2, 5, 7]
 
 
-def test_held_out_answers_are_of_every_temperature() -> None:
-    config = DrafterTraining(held_out=9, responses=ResponseConfig(temperatures=(0.0, 0.7, 1.0)))
-    rows = held_out_rows(40, config)
-    assert rows == sorted(set(rows)) == held_out_rows(40, config)
-    assert np.bincount([row % 3 for row in rows]).tolist() == [3, 3, 3]
-    assert rows != list(range(31, 40))
-    assert rows != held_out_rows(40, replace(config, seed=1))
-    # Where a temperature has few answers, the others make up for it.
-    few = replace(config, responses=ResponseConfig(temperatures=tuple([0.5] * 10)), held_out=11)
-    assert len(held_out_rows(12, few)) == 11
-
-
 def trainer_of(pair: tuple[Any, Any], lengths: list[int], **options: Any) -> DrafterTrainer:
     """Return the training of a tiny drafter on made-up answers of some lengths."""
     random = np.random.default_rng(0)
     responses = [
         Response([1, 5], random.integers(3, 4096, size=length).tolist()) for length in lengths
     ]
-    config = DrafterTraining(exit_dim=32, draft_vocab_size=64, unroll=2, held_out=2, **options)
+    options = {"held_out": 2, **options}
+    config = DrafterTraining(exit_dim=32, draft_vocab_size=64, unroll=2, **options)
     return DrafterTrainer(Target.of(pair[0]), responses, config)
+
+
+def test_held_out_answers_are_of_every_temperature(pair: tuple[Any, Any]) -> None:
+    lengths = list(range(10, 50))  # so that each answer is known by its length
+    options = {"responses": ResponseConfig(temperatures=(0.0, 0.7, 1.0)), "held_out": 9}
+    rows = []
+    for seed in (0, 0, 1):
+        trainer = trainer_of(pair, lengths, seed=seed, **options)
+        rows.append([len(text.tokens) - 12 for text in trainer.held_out])
+        assert len(trainer.training) == 31
+    assert rows[0] == rows[1] != rows[2]
+    assert np.bincount([row % 3 for row in rows[0]]).tolist() == [3, 3, 3]
+    assert rows[0] != list(range(31, 40))
 
 
 def test_batches_are_padded_to_their_own_longest(pair: tuple[Any, Any]) -> None:

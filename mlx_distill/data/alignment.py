@@ -53,6 +53,8 @@ def read_otherwise(
         InputError: If it is a chat that the other tokenizer has no template for.
     """
     source = text.source
+    if source and source.templated and source.chat is None:
+        raise InputError("packed chats cannot be read in another tokenizer's template; do not pack")
     if source is None or source.chat is None or not source.answers:
         whole = decoded_behind(ours, text.tokens, 0).rstrip(UNFINISHED)
         tokens = _ended(encode_text(theirs, whole), text, ours, theirs)

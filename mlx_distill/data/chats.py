@@ -117,13 +117,13 @@ def write_chat(
     whole = writer.text(chat)
     last = len(chat.messages) - 1
     asked, opening = writer.asked(chat.upto(last))
-    # What ends a turn is what the template writes behind a last answer.
-    closing = (writer.around(chat, last, whole) or ("", ""))[1]
+    at_end = writer.around(chat, last, whole)
+    closing = at_end[1] if at_end else ""  # what a template writes behind a last answer ends a turn
     answers, lost = [], 0
     for place, message in enumerate(chat.messages):
         if message.get("role") != "assistant":
             continue
-        around = writer.around(chat, place, whole)
+        around = at_end if place == last else writer.around(chat, place, whole)
         answer = _locate(place, whole, around, opening, closing) if around else None
         if answer is None and place == last:
             answer = _behind(asked, last, whole, closing)

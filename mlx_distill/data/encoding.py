@@ -161,10 +161,11 @@ def _templated(
     learned = np.zeros(len(tokens), bool)
     answers = []
     for answer in written.answers:
-        start, content, stop = (
-            tokens_before(tokenizer, written.text, place, tokens)
-            for place in (answer.start, answer.content, answer.stop)
-        )
+        before = {
+            place: tokens_before(tokenizer, written.text, place, tokens)
+            for place in {answer.start, answer.content, answer.stop}
+        }
+        start, content, stop = (before[x] for x in (answer.start, answer.content, answer.stop))
         learned[start:stop] = True
         answers.append((answer.message, content, stop))
     if written.lost and report is not None:

@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 
 from mlx_distill.data.report import Report
-from mlx_distill.data.texts import Text
+from mlx_distill.data.texts import Source, Text
 from mlx_distill.errors import InputError
 
 LONG = ("cut", "drop", "refuse")
@@ -82,7 +82,9 @@ def pack(texts: Sequence[Text], length: int) -> list[Text]:
     )
     starts = range(0, len(stream.tokens), length - 1)
     parts = [slice(start, start + length) for start in starts]
-    rows = [Text(stream.tokens[part], stream.learned[part]) for part in parts]
+    templated = any(text.source and text.source.templated for text in texts)
+    source = Source("a row of packed texts", templated=templated)
+    rows = [Text(stream.tokens[part], stream.learned[part], source) for part in parts]
     return [row for row in rows if row.num_learned]
 
 

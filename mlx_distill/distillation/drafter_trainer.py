@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mlx_distill.arrays import to_host
 from mlx_distill.data.batches import batch_order
+from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.drafter import (
     TargetView,
@@ -52,7 +53,8 @@ class DrafterTrainer:
         self.target = target
         self.embed = target.embed
         self.config = config
-        held = held_out_rows(len(responses), config)
+        kinds = [config.responses.temperature(row) for row in range(len(responses))]
+        held = held_out_rows(kinds, config.held_out, config.seed)
         self.held_out = [_text(responses[row]) for row in held]
         self.training = [_text(one) for row, one in enumerate(responses) if row not in set(held)]
         self._answers = Answers(target.model, texts=True)
@@ -146,16 +148,6 @@ class DrafterTrainer:
             "tokens": sum(text.num_learned for text in self.training),
             "held_out": len(self.held_out),
         }
-
-
-def held_out_rows(num_rows: int, config: DrafterTraining) -> list[int]:
-    """Return which answers are held out: chosen by seed, of every temperature as many."""
-    kinds = len(config.responses.temperatures)
-    random = np.random.default_rng(config.seed)
-    by_kind = [random.permutation(np.arange(kind, num_rows, kinds)) for kind in range(kinds)]
-    # In turns, so that kinds with few answers are made up for by the others.
-    turns = [rows[turn] for turn in range(num_rows) for rows in by_kind if turn < len(rows)]
-    return sorted(int(row) for row in turns[: config.held_out])
 
 
 def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> list[int]:
