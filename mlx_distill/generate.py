@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields
 from types import ModuleType
@@ -31,10 +31,11 @@ from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.checks import check_num_draft_tokens
 from mlx_distill.speculation.generation import generate, stream_generate
 from mlx_distill.speculation.responses import GenerationResponse
 
-DRAFTED = Style(color="green")
+DRAFTED, GIVEN = Style(color="green"), Style(dim=True)
 
 
 @cli.command
@@ -45,14 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = from_flags(DraftPlan, arguments)
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
-    if arguments.max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, got {arguments.max_tokens}")
-    if arguments.num_draft_tokens < 1:
-        raise InputError(f"num_draft_tokens must be at least 1, got {arguments.num_draft_tokens}")
     if arguments.draft_model and arguments.drafter:
         raise InputError("--drafter and --draft-model exclude each other")
     if arguments.compare and arguments.no_drafter:
         raise InputError("--compare needs a drafter; leave --no-drafter out")
+    _check_numbers(arguments)
+    text = _prompt(arguments)
     model, tokenizer = cli.load_model(arguments)
     drafter = _drafter(arguments, model, tokenizer)
     draft_model = cli.load_draft_model(arguments, tokenizer)
@@ -60,24 +59,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError("--compare needs a drafter; name one with --drafter")
     prompt = encode_prompt(
         tokenizer,
-        _prompt(arguments),
+        text,
         system_prompt=arguments.system_prompt,
         chat_template=not arguments.ignore_chat_template,
         template_config=template_config,
     )
-    options: dict[str, Any] = {"max_tokens": arguments.max_tokens, **asdict(sampling)}
+    options: dict[str, Any] = {"drafter": drafter, "plan": plan, "cache": cache, **asdict(sampling)}
     options |= {"seed": arguments.seed, "stop": arguments.stop}
     options |= {"draft_model": draft_model, "num_draft_tokens": arguments.num_draft_tokens}
     if arguments.compare:  # both arms warm: what is compiled and cached is so for both
-        warm = options | {"max_tokens": 16, "plan": plan, "cache": cache}
-        list(stream_generate(model, tokenizer, prompt, drafter=drafter, **warm))
+        list(stream_generate(model, tokenizer, prompt, max_tokens=16, **options))
         list(plain(model, tokenizer, prompt, sampling, cache, 16))
         mx.reset_peak_memory()
     start = time.perf_counter()
     responses = stream_generate(
-        model, tokenizer, prompt, drafter=drafter, plan=plan, cache=cache, **options
+        model, tokenizer, prompt, max_tokens=arguments.max_tokens, **options
     )
-    run = show(responses, Console(), arguments.show_draft)
+    raw = arguments.ignore_chat_template or not tokenizer.has_chat_template
+    run = show(responses, Console(), arguments.show_draft, text if raw else "")
     seconds = time.perf_counter() - start
     comparison = None
     if arguments.compare and run.last is not None and not run.interrupted:
@@ -101,17 +100,25 @@ class Run:
     interrupted: bool
 
 
-def show(responses: Iterator[GenerationResponse], console: Console, show_draft: bool) -> Run:
+def show(
+    responses: Generator[GenerationResponse, None, None],
+    console: Console,
+    show_draft: bool,
+    prompt: str = "",
+) -> Run:
     """Print a text while it is written; Ctrl-C ends it.
 
     Args:
         responses: From ``stream_generate``.
         console: Where to; the text goes there as it is.
         show_draft: Colour the pieces that were drafted; plain where colours are not understood.
+        prompt: What the text goes on with; shown before it, dimmed, where somebody looks at it.
     """
+    if prompt and console.is_terminal:
+        console.file.write(GIVEN.render(prompt))
     pieces, tokens, last, interrupted = [], [], None, False
     try:
-        with closing(responses):  # pyright: ignore[reportArgumentType]
+        with closing(responses):
             for last in responses:
                 pieces.append(last.text)
                 tokens.append(last.token)
@@ -143,11 +150,18 @@ def _parser() -> argparse.ArgumentParser:
         help="a small model that drafts instead, by mlx-lm's own loop (default: none)",
     )
     parser.add_argument(
-        "--num-draft-tokens", type=int, default=3, help="tokens that it drafts (default: 3)"
+        "--num-draft-tokens",
+        type=int,
+        default=3,
+        help="tokens that it drafts, 1 to 64 (default: 3)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
     parser.add_argument(
-        "--prompt", "-p", help="the prompt; - reads stdin (default: Once upon a time)"
+        "--prompt",
+        "-p",
+        default="Once upon a time",
+        help=r"the prompt, where \n is a line's end and \t a tab; - reads stdin as it is "
+        "(default: %(default)s)",
     )
     parser.add_argument("--system-prompt", help="put in front of the chat")
     parser.add_argument(
@@ -198,7 +212,14 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise InputError(
                 f"stdin is not {error.encoding} text: {error.reason} at byte {error.start}"
             ) from None
-    return "Once upon a time" if arguments.prompt is None else arguments.prompt
+    return arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm's command does
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    """Raise InputError before anything is loaded."""
+    if arguments.max_tokens < 1:
+        raise InputError(f"max_tokens must be at least 1, got {arguments.max_tokens}")
+    check_num_draft_tokens(arguments.num_draft_tokens)
 
 
 def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:

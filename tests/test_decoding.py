@@ -44,7 +44,7 @@ from mlx_distill.speculation import decoding as decoding_module
 from mlx_distill.speculation.cycle import Decoding
 from mlx_distill.speculation.decoding import decode
 from mlx_distill.target.target import Target
-from mlx_distill.target.tree_cache import _tail, _temporal
+from mlx_distill.target.window import tail, temporal
 
 PROMPTS = (
     "Once upon a time",
@@ -208,8 +208,8 @@ def with_eos(tokenizer: Any, ids: set[int]) -> Any:
 def content(cache: Any) -> list[mx.array]:
     """Return what a cache holds, in the text's order; of a window, what the next token sees."""
     if isinstance(cache, RotatingKVCache):
-        arrays = [_temporal(cache, x) for x in (cache.keys, cache.values)]
-        return [_tail(x, cache.keep, cache.max_size - 1) for x in arrays]
+        arrays = [temporal(cache, x) for x in (cache.keys, cache.values)]
+        return [tail(x, cache.keep, cache.max_size - 1) for x in arrays]
     arrays = cache.keys_and_values()
     return [array for x in arrays for array in (x if isinstance(x, tuple | list) else [x])]
 

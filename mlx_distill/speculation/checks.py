@@ -9,7 +9,7 @@ from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_pro
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.arrays import to_number
-from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.drafters.protocol import LARGEST, Drafter
 from mlx_distill.drafters.registry import check_fingerprint, fingerprint
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
@@ -67,8 +67,15 @@ def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
     """Raise InputError if a draft model cannot be used."""
     if drafter is not None:
         raise InputError("a drafter and a draft model exclude each other")
-    if num_draft_tokens < 1:
-        raise InputError(f"num_draft_tokens must be at least 1, got {num_draft_tokens}")
+    check_num_draft_tokens(num_draft_tokens)
+
+
+def check_num_draft_tokens(number: int) -> None:
+    """Raise InputError if a draft model cannot draft so many tokens at a time."""
+    most = LARGEST["draft_length"]
+    if not 1 <= number <= most:
+        rule = "at least 1" if number < 1 else f"at most {most}"
+        raise InputError(f"num_draft_tokens must be {rule}, got {number}")
 
 
 def check_trimmable(caches: list[Any]) -> None:

@@ -108,7 +108,7 @@ class Ledger:
             except KeyboardInterrupt as error:
                 interrupt = error
             except BaseException:
-                self.caches[:] = [Unusable() for _ in self.caches]
+                give_up(self.caches)
                 raise
         if interrupt is not None:
             raise interrupt
@@ -123,6 +123,9 @@ class Ledger:
             record.start.restore(self.caches)
         for cache in self.caches:
             _even_out(cache)
+        if any(_is_torn(cache) for cache in self.caches):
+            give_up(self.caches)
+            return
         if record.missing is not None:
             self.target.forward(mx.array([record.missing]), self.caches)
             self.cache.quantize(self.caches)
@@ -151,21 +154,33 @@ class PlainLedger:
         """Let the cache hold the text; it is given up where that cannot be done."""
         wanted = self.num_tokens
         if not all(can_branch(cache) for cache in self.caches):
-            self.give_up(self.caches)
+            give_up(self.caches)
         elif self.start and any(cached_tokens([cache]) < wanted for cache in self.caches):
             self.start.restore(self.caches)  # interrupted while the prompt was read
         elif all(can_trim(cache) for cache in self.caches):
             for cache in self.caches:
                 _restore(cache, _state_at(cache, wanted))
         elif any(cached_tokens([cache]) != wanted for cache in self.caches):
-            self.give_up(self.caches)
+            give_up(self.caches)
         for cache in self.caches:
             _even_out(cache)
 
-    @staticmethod
-    def give_up(caches: list[Any]) -> None:
-        """Put something in the caches' place that says so."""
-        caches[:] = [Unusable() for _ in caches]
+
+def give_up(caches: list[Any]) -> None:
+    """Put something in the place of caches whose content is not known, which says so."""
+    caches[:] = [Unusable() for _ in caches]
+
+
+def _is_torn(cache: Any) -> bool:
+    """Return whether a window lost its content, interrupted while it was moved."""
+    if isinstance(cache, CacheList):
+        return any(_is_torn(part) for part in cache.caches)
+    if not isinstance(cache, RotatingKVCache) or not cache.offset:
+        return False
+    try:
+        return cache.keys is None or cache.values is None
+    except (AttributeError, KeyError):
+        return True
 
 
 def _state(cache: Any) -> Any:

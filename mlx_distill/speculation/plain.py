@@ -15,7 +15,7 @@ from mlx_distill.core.sampling import Sampling, TextNoise, sample
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.cycle import LogitsProcessor, failed_after
 from mlx_distill.speculation.decoding import DecodedToken
-from mlx_distill.speculation.ledger import PlainLedger
+from mlx_distill.speculation.ledger import PlainLedger, give_up
 from mlx_distill.speculation.statistics import DraftCounters
 
 
@@ -152,5 +152,5 @@ def decode_with_model(
         raise
     except BaseException:
         if decoding.keep_caches:
-            PlainLedger.give_up(decoding.caches)
+            give_up(decoding.caches)
         raise

@@ -32,7 +32,7 @@ class Window:
     Args:
         keep: The first so many tokens of the text always stay.
         size: Tokens in the window, those among them.
-        room: How many more slots there are; a tree may have one node more.
+        room: How many more slots there are.
     """
 
     def __init__(self, keep: int, size: int, room: int):
@@ -158,11 +158,14 @@ InTreeLayout.__name__ = RotatingKVCache.__name__
 
 
 def window_of(cache: RotatingKVCache, num_nodes: int) -> Window:
-    """Return the window that holds a cache's content, with room for a tree; it stays there."""
+    """Return the window that holds a cache's content, with room for trees; it stays there.
+
+    There is room for two: what a tree made text may be taken back when the next one is written.
+    """
     window = vars(cache).get("window")
-    if window is not None and num_nodes <= window.capacity - window.size + 1:
+    if window is not None and 2 * num_nodes <= window.capacity - window.size:
         return window
-    window = Window.of(cache, max(ROOM, num_nodes - 1))
+    window = Window.of(cache, max(ROOM, 2 * num_nodes))
     for name in RING_NAMES:
         delattr(cache, name)
     cache.__class__ = InTreeLayout

@@ -1,0 +1,203 @@
+"""Ctrl-C at any moment: the prompt cache holds the prompt and what was handed out, or says so.
+
+The moments are calls and returns, those of built-in functions too, counted by a profiler: it raises
+KeyboardInterrupt where a signal's handler would.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from test_decoding import KnowingDrafter, assert_equal_caches, with_eos
+from tiny_models import tiny_model
+
+import mlx_distill
+from mlx_distill import CacheConfig, InputError
+from mlx_distill.checkpoint import bundled
+from mlx_distill.speculation.ledger import Unusable
+
+PROMPT = [5, 17, 42, 8, 23, 61, 9]
+MAX_TOKENS = 14
+MOMENTS = 24
+QUANTISED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}
+KINDS = ("growing", "window", "quantised", "processors", "hiding", "plain")
+
+
+class Countdown:
+    """A profiler that interrupts at a moment; without one it counts them."""
+
+    def __init__(self, moment: int | None = None):
+        self.moment = moment
+        self.count = 0
+
+    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
+        self.count += 1
+        if self.count == self.moment:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any]:
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    model["model"].layers = model["model"].layers[:2]
+    return model, with_eos(tokenizer, set())
+
+
+@pytest.fixture(scope="module")
+def answer(pair: tuple[Any, Any]) -> list[int]:
+    return plain_answer(pair, None)
+
+
+def plain_answer(pair: tuple[Any, Any], caches: list[Any] | None) -> list[int]:
+    options: dict[str, Any] = {"max_tokens": MAX_TOKENS + 2, "prompt_cache": caches}
+    return [r.token for r in mlx_distill.stream_generate(*pair, PROMPT, **options)]
+
+
+def new_caches(kind: str, model: Any) -> list[Any]:
+    if kind == "window":
+        return [RotatingKVCache(max_size=12, keep=4) for _ in model.layers]
+    return make_prompt_cache(model)
+
+
+def responses(kind: str, pair: tuple[Any, Any], caches: list[Any], drafter: Any) -> Iterator[Any]:
+    options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "prompt_cache": caches}
+    options["drafter"] = None if kind == "plain" else drafter
+    if kind == "quantised":
+        options["cache"] = CacheConfig(**QUANTISED)
+    if kind == "processors":
+        options["logits_processors"] = [lambda tokens, logits: logits]
+    return mlx_distill.stream_generate(*pair, PROMPT, **options)
+
+
+def interrupted(make: Callable[[], Iterator[Any]], moment: int | None) -> tuple[list[int], int]:
+    """Return the tokens that came before the interrupt, and how many moments there were."""
+    found, countdown = [], Countdown(moment)
+    try:
+        stream = make()
+        sys.setprofile(countdown)
+        for response in stream:
+            found.append(response.token)
+        sys.setprofile(None)
+    except KeyboardInterrupt:
+        sys.setprofile(None)
+    return found, countdown.count
+
+
+# Where an iterator is being thrown away, Python reports the interrupt and goes on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_holds_what_was_handed_out(
+    pair: tuple[Any, Any], answer: list[int], kind: str
+) -> None:
+    model = pair[0]
+    if kind == "window":
+        answer = plain_answer(pair, new_caches(kind, model))
+    drafter = KnowingDrafter(model, PROMPT, 20, hide=kind == "hiding")
+    run = lambda caches: lambda: responses(kind, pair, caches, drafter)  # noqa: E731
+    interrupted(run(new_caches(kind, model)), None)  # what is compiled is compiled
+    _, total = interrupted(run(new_caches(kind, model)), None)
+    places = set()
+    for moment in np.linspace(1, total, MOMENTS).astype(int).tolist():
+        caches = new_caches(kind, model)
+        found, _ = interrupted(run(caches), moment)
+        assert found == answer[: len(found)]
+        if kind == "window" and isinstance(caches[0], Unusable):
+            continue  # in the instant in which the window's arrays are written
+        held = {cache.offset for cache in caches}
+        assert len(held) == 1, f"layers disagree after moment {moment} of {total}"
+        (num_tokens,) = held
+        # At most the token that was on its way to the caller is in the cache already.
+        allowed = {len(PROMPT) + len(found), len(PROMPT) + min(len(found) + 1, MAX_TOKENS)}
+        assert num_tokens in allowed | ({0} if not found else set()), f"moment {moment} of {total}"
+        places.add(len(found))
+        if num_tokens:
+            expected = new_caches(kind, model)
+            text = mx.array([PROMPT + answer[: num_tokens - len(PROMPT)]])
+            mx.eval(model(text[:, :7], cache=expected))
+            for place in range(7, num_tokens):
+                if kind == "quantised":
+                    CacheConfig(**QUANTISED).quantize(expected)
+                mx.eval(model(text[:, place : place + 1], cache=expected))
+            if kind == "quantised":
+                CacheConfig(**QUANTISED).quantize(expected)
+            assert_equal_caches(caches, expected)
+    assert len(places) > 5, "the moments do not reach into the answer"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("place", range(1, 8))
+def test_a_logits_processor_that_fails(
+    pair: tuple[Any, Any], answer: list[int], place: int, error: type[BaseException]
+) -> None:
+    """Where several tokens of a draft may be accepted already, and none was handed out."""
+    calls = []
+
+    def fail(tokens: mx.array, logits: mx.array) -> mx.array:
+        calls.append(tokens.size)
+        if len(calls) == place:
+            raise error("stop")
+        return logits
+
+    caches = make_prompt_cache(pair[0])
+    drafter = KnowingDrafter(pair[0], PROMPT, 20)
+    options: dict[str, Any] = {"drafter": drafter, "logits_processors": [fail]}
+    stream = mlx_distill.stream_generate(*pair, PROMPT, prompt_cache=caches, **options)
+    found = []
+    with pytest.raises(error):
+        found += (response.token for response in stream)
+    assert {cache.offset for cache in caches} == {len(PROMPT) + len(found)}
+    rest = mlx_distill.stream_generate(
+        *pair, answer[len(found) : len(found) + 1], prompt_cache=caches, max_tokens=3
+    )
+    assert [r.token for r in rest] == answer[len(found) + 1 : len(found) + 4]
+
+
+def test_a_state_that_cannot_be_taken_back_says_so(pair: tuple[Any, Any]) -> None:
+    """A recurrent cache does not know how far it is."""
+    model = tiny_model("mamba")
+    caches = make_prompt_cache(model)
+    calls = []
+
+    def fail(tokens: mx.array, logits: mx.array) -> mx.array:
+        calls.append(tokens.size)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return logits
+
+    options: dict[str, Any] = {"prompt_cache": caches, "logits_processors": [fail]}
+    with pytest.raises(KeyboardInterrupt):
+        list(mlx_distill.stream_generate(model, pair[1], PROMPT, **options))
+    for use in (
+        lambda: mlx_distill.stream_generate(model, pair[1], PROMPT, prompt_cache=caches),
+        lambda: caches[0].offset,
+    ):
+        with pytest.raises(InputError, match="the prompt cache cannot be used any more"):
+            use()
+
+
+def test_an_interrupt_while_the_cache_is_settled_is_raised_afterwards(
+    pair: tuple[Any, Any], answer: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = make_prompt_cache(pair[0])
+    drafter = KnowingDrafter(pair[0], PROMPT, 20)
+    stream = mlx_distill.stream_generate(*pair, PROMPT, prompt_cache=caches, drafter=drafter)
+    found = [next(stream).token for _ in range(4)]
+    offset, interrupts = KVCache.__dict__.get("offset"), [KeyboardInterrupt, KeyboardInterrupt]
+    assert offset is None
+    evaluate = mx.eval
+
+    def interrupt(*arrays: Any) -> None:
+        if interrupts:
+            raise interrupts.pop()
+        evaluate(*arrays)
+
+    monkeypatch.setattr(mx, "eval", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stream.close()
+    assert not interrupts
+    assert {cache.offset for cache in caches} == {len(PROMPT) + len(found)}
