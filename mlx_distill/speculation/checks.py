@@ -13,35 +13,45 @@ from mlx_distill.drafters.protocol import LARGEST, Drafter
 from mlx_distill.drafters.registry import check_fingerprint, fingerprint
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.ledger import UNUSABLE, Unusable
 from mlx_distill.speculation.requests import Request
-from mlx_distill.target.context import context_length, position_limit
+from mlx_distill.target.context import context_length
 from mlx_distill.target.reading import read_whole, vocab_width
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import cached_tokens
 
 
-def check_request(model: nn.Module, request: Request, caches: list[Any]) -> int:
+def check_request(
+    model: nn.Module, positions: int | None, request: Request, caches: list[Any]
+) -> int:
     """Return how many tokens the answer can have: as many as asked for, or as have positions.
+
+    Args:
+        model: Writes.
+        positions: How many it has a learned row for; None where it computes them.
+        request: What is asked for.
+        caches: The text's.
 
     Raises:
         InputError: If the prompt is longer than what the model was made for, one of its tokens is
             none of the model's, or a setting does not fit the model.
     """
+    if any(isinstance(cache, Unusable) for cache in caches):
+        raise UNUSABLE
     size = _vocab_size(model)
     _check_tokens(request.prompt, size)
     _check_context(model, request, caches)
     request.sampling.check_vocabulary(size)
     if request.cache.kv_bits is not None:
         _check_quantization(model, request.cache)
-    limit = position_limit(model)
-    if limit is None:
+    if positions is None:
         return request.max_tokens
     # The last token of an answer is read, too, before it is known to be the last.
-    room = limit - cached_tokens(caches) - request.prompt.size
+    room = positions - cached_tokens(caches) - request.prompt.size
     if room < 1:
         raise InputError(
             f"the prompt leaves no room for an answer: with {request.prompt.size} tokens it fills "
-            f"the model's {limit} positions; shorten it"
+            f"the model's {positions} positions; shorten it"
         )
     return min(request.max_tokens, room)
 

@@ -40,6 +40,7 @@ class Decoding:
         keep_caches: Whether the caller goes on with the prompt cache, so that it has to hold
             exactly what was handed out.
         text: Number of the text, for the planner.
+        positions: How many the target has a learned row for; None where it computes them.
         counters: Counts what happens.
         outcome: What became of the latest draft that was read.
     """
@@ -54,6 +55,7 @@ class Decoding:
     logits_processors: Sequence[LogitsProcessor] = ()
     keep_caches: bool = False
     text: int = 0
+    positions: int | None = None
     counters: DraftCounters = field(default_factory=DraftCounters)
     outcome: Outcome | None = None
 
@@ -109,9 +111,14 @@ class Decoding:
     def tree(self, root: Int[mx.array, " 1"], draft: PrefixTree | Draft | None) -> PrefixTree:
         """Return the tree to verify."""
         start = cached_tokens(self.caches)
-        if draft is None or self.cache.quantizes_within(start, draft.max_depth + 1):
+        if draft is None or not self._reaches(start, draft.max_depth + 1):
             return PrefixTree.root(root)
         return PrefixTree.from_beams(draft.beams()) if isinstance(draft, Draft) else draft
+
+    def _reaches(self, start: int, num_tokens: int) -> bool:
+        """Return whether so many more tokens can be read in one call."""
+        beyond = self.positions is not None and start + num_tokens > self.positions
+        return not beyond and not self.cache.quantizes_within(start, num_tokens)
 
 
 @dataclass

@@ -16,6 +16,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -33,6 +34,7 @@ from mlx_distill.speculation.plain import PlainDecoding, decode_plainly, decode_
 from mlx_distill.speculation.requests import Request
 from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
 from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.target.context import position_limit
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.target import Target
@@ -85,6 +87,11 @@ class Engine:
         self._texts: dict[int, Iterator[GenerationResponse]] = {}
         self._ready: list[Emitted] = []
 
+    @cached_property
+    def positions(self) -> int | None:
+        """How many positions the model has a learned row for; None where it computes them."""
+        return position_limit(self.model)
+
     @property
     def texts(self) -> tuple[int, ...]:
         """The numbers of the texts that have not ended."""
@@ -104,7 +111,7 @@ class Engine:
         """
         number, counters = next(self._numbers), DraftCounters()
         caches = self._caches(request)
-        max_tokens = checks.check_request(self.model, request, caches)
+        max_tokens = checks.check_request(self.model, self.positions, request, caches)
         decode = self._plain if self.drafter is None else self._drafted
         tokens = decode(request, number, caches, max_tokens, counters)
         size = request.prompt.size
@@ -195,6 +202,7 @@ class Engine:
             request.logits_processors,
             keep_caches=request.prompt_cache is not None,
             text=number,
+            positions=self.positions,
             counters=counters,
         )
         return _with_drafting_threads(decoding, request.prompt)

@@ -37,14 +37,17 @@ class RestorePoint:
             _restore(cache, state)
 
 
+UNUSABLE = InputError(
+    "the prompt cache cannot be used any more: its last text was interrupted while the model read; "
+    "make a new one"
+)
+
+
 class Unusable:
     """Stands in for a cache whose content is not known; whoever touches it is told so."""
 
     def __getattr__(self, name: str) -> Any:
-        raise InputError(
-            "the prompt cache cannot be used any more: its last text was interrupted while the "
-            "model read; make a new one"
-        )
+        raise UNUSABLE
 
 
 @dataclass(frozen=True)
