@@ -42,15 +42,10 @@ from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.selection import fit
 from mlx_distill.data.teacher_cache import TeacherCache, write_cache
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation.exporting import ExportConfig, compact, export
 from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.responses import ResponseConfig, read_responses, write_responses
-from mlx_distill.distillation.students import (
-    compact,
-    export,
-    from_config,
-    from_layers,
-    read_config,
-)
+from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.distillation.teachers import Answers, CachedTeacher, LiveTeacher
 from mlx_distill.evaluation.metrics import report
 from mlx_distill.evaluation.texts import evaluate
@@ -139,7 +134,13 @@ class Study:
         if name == arguments.keep:
             folder = arguments.runs / name
             files = {"run.json": json.dumps(found, indent=1) + "\n"}
-            export(folder, student, compact(student, config), self.tokenizer, files)
+            export(
+                folder,
+                student,
+                compact(student, config, ExportConfig("float16")),
+                self.tokenizer,
+                files,
+            )
         shutil.rmtree(work)
         return {
             "recipe": recipe,

@@ -144,7 +144,7 @@ def check_sizes(config: dict[str, Any], tensors: dict[str, Tensor], place: str) 
         place: The configuration's, for the error.
     """
     widest = max((max(t.shape, default=1) for t in tensors.values() if t.size), default=1)
-    for name, value in _numbers(config):
+    for name, value in whole_numbers(config):
         if LAYERS.fullmatch(name) and value > len(tensors):
             raise InputError(f"{place}: {name} is {value}, the weights hold {len(tensors)} arrays")
         if is_width(name) and value > MOST_PACKED * widest:
@@ -158,13 +158,13 @@ def is_width(name: str) -> bool:
     return bool(WIDTHS.fullmatch(name)) and not NO_WIDTHS.search(name)
 
 
-def _numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+def whole_numbers(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield the whole numbers of a configuration, and of its parts that read text."""
     for name, value in config.items():
         if type(value) is int:
             yield name, value
         elif isinstance(value, dict) and not OTHER_PARTS.search(name):
-            yield from _numbers(value)
+            yield from whole_numbers(value)
 
 
 def _check_end_tokens(tokens: Any, place: Path) -> None:

@@ -31,7 +31,8 @@ from mlx_distill import cli, machine
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.selection import fit
-from mlx_distill.distillation.students import compact, export, from_config
+from mlx_distill.distillation.exporting import ExportConfig, compact, export
+from mlx_distill.distillation.students import from_config
 from mlx_distill.evaluation.texts import evaluate
 from mlx_distill.hashes import tokenizer_hash
 
@@ -89,7 +90,8 @@ def save(folder: Path, config: dict[str, Any], seed: int, tokenizer: Any) -> Pat
     """Write a model of random weights that are wide enough for clear distributions."""
     model = from_config(config, seed)
     model.update(tree_map(lambda x: 3 * x if x.ndim > 1 else x, model.parameters()))
-    export(folder, model, compact(model, config, "float32"), tokenizer, {})
+    own = compact(model, config, ExportConfig("float32"))
+    export(folder, model, own, tokenizer, {})
     return folder
 
 
@@ -212,6 +214,7 @@ def test_student_of_flags(
     assert run["texts"] == {
         **{"rows": 12, "kept": 12, "dropped": {}, "changed": {}},
         "held_out": {"rows": 3, "kept": 3, "dropped": {}, "changed": {}},
+        "learned_tokens": 149,
     }
     assert run["seed"] == 4
     assert {"python", "mlx", "mlx-lm", "mlx-distill"} <= set(run["versions"])
@@ -221,7 +224,7 @@ def test_student_of_flags(
         f"{count:,} parameters",
         "Teacher: teacher",
         "forward_kl",
-        "Data: texts, 12 texts",
+        "Data: texts: 12 texts of 12 rows",
     ):
         assert part in card
     assert f" | {log[-1]['held_out']['kl']:.4f} |" in card
@@ -405,13 +408,13 @@ def test_losses_of_a_file_that_cannot_be(
         ("--cache-k 0", "cache_k must be at least 1, got 0"),
         ("--max-length 1", "max_length must be at least 2, got 1"),
         ("--max-texts 0", "max_texts must be at least 1, got 0"),
-        ("--long keep", "long must be cut or drop or refuse, got keep"),
+        ("--long keep", "long must be cut, drop or refuse, got keep"),
         ("--data-layout tables", "data_layout must be texts or completions, got tables"),
         ("--teacher-mean mode", "teacher_mean must be probs or logits, got mode"),
-        ("--export-dtype float8", "export_dtype must be float16 or bfloat16 or float32, got"),
+        ("--export-dtype float8", "export_dtype must be float16, bfloat16 or float32, got"),
         ("--teacher-bits 7", "teacher_bits must be 2, 3, 4, 5, 6 or 8, got 7"),
         ("--export-bits 1", "export_bits must be 2, 3, 4, 5, 6 or 8, got 1"),
-        ("--seed -1", "seed must be between 0 and 2**32 - 1, got -1"),
+        ("--seed -1", "seed must be at least 0, got -1"),
         ("--steps 0", "steps must be at least 1, got 0"),
         ("--learning-rate 0", "learning_rate must be above 0 and finite, got 0.0"),
         ("--fine-tune some", "fine_tune must be full, lora or dora, got some"),
@@ -428,7 +431,7 @@ def test_losses_of_a_file_that_cannot_be(
         ("--teacher-weights 0", "teachers' weights must be above 0, got [0.0]"),
         ("--report-to carrier-pigeon", "--report-to: carrier-pigeon callback doesn't exist"),
         ("--teacher nowhere", "there is no folder nowhere"),
-        ("--student-config nowhere.json", "the config nowhere.json cannot be read: "),
+        ("--student-config nowhere.json", "the config nowhere.json cannot be read as JSON: "),
         ("--tokenizer nowhere", "there is no folder nowhere"),
         ("--data nowhere.jsonl", "there is no file nowhere.jsonl"),
         ("--valid nowhere.jsonl", "there is no file nowhere.jsonl"),
@@ -763,13 +766,13 @@ def test_quantised_teacher_and_export(world: Path, tmp_path: Path) -> None:
     model, tokenizer = mlx_lm.load(str(output))[:2]
     assert isinstance(model.layers[0].self_attn.q_proj, nn.QuantizedLinear)
     figures = json.loads((output / "training.json").read_text())["held_out"]
-    assert list(figures) == ["before", "after", "with 4 bits"]
-    assert "| | before | after | with 4 bits |" in (output / "README.md").read_text()
+    assert list(figures) == ["before", "trained", "after"]
+    assert "| | before | trained | after |" in (output / "README.md").read_text()
     valid, _ = fit(read_texts(world / "texts" / "valid.jsonl", tokenizer), 512)
     expected = evaluate({"student": model}, valid)["student"]
     nats = expected["nats"].sum() / expected["tokens"].sum()
-    assert figures["with 4 bits"]["nats"] == pytest.approx(nats, rel=1e-3)
-    assert figures["with 4 bits"]["nats"] != figures["after"]["nats"]
+    assert figures["after"]["nats"] == pytest.approx(nats, rel=1e-3)
+    assert figures["trained"]["nats"] != figures["after"]["nats"]
 
 
 def test_several_teachers(world: Path, tmp_path: Path, finished: Path) -> None:
@@ -882,9 +885,18 @@ def test_caching_again_does_nothing_more(
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--max-texts", "11"], "was made of other texts, or of the same ones cut or ordered"),
-        (["--max-length", "9"], "was made of other texts, or of the same ones cut or ordered"),
-        (["--pack"], "was made of other texts, or of the same ones cut or ordered otherwise"),
+        (
+            ["--max-texts", "11"],
+            "was made of other texts, or of the same ones cut, marked or ordered",
+        ),
+        (
+            ["--max-length", "9"],
+            "was made of other texts, or of the same ones cut, marked or ordered",
+        ),
+        (
+            ["--pack"],
+            "was made of other texts, or of the same ones cut, marked or ordered otherwise",
+        ),
         (["--loss", "sparse_kl:k=33"], "sparse_kl asks for 33 tokens per position, the cache has"),
         (["--loss", "sparse_kl", "hidden_mse"], "hidden_mse compares features, so it needs a live"),
     ],
@@ -1146,7 +1158,7 @@ def test_full_disk_at_the_export(
     output = tmp_path / "student"
     argv = arguments(world, output)
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_distill.distillation.students.save_config", full_disk)
+        patch.setattr("mlx_distill.distillation.exporting.save_config", full_disk)
         sentence = refused(argv)
     assert sentence == f"{output} could not be written: [Errno 28] No space left on device"
     assert {path.name for path in tmp_path.iterdir()} == {"student.partial"}
@@ -1184,9 +1196,11 @@ def test_full_disk_at_a_checkpoint(
 def test_poisoned_student_is_not_trained(
     world: Path, tmp_path: Path, refused: Refuse, tokenizer: Any
 ) -> None:
-    poisoned = from_config(TINY)
-    poisoned.model.norm.weight = mx.full((32,), mx.nan)  # pyright: ignore
-    export(tmp_path / "poisoned", poisoned, compact(poisoned, TINY, "float32"), tokenizer, {})
+    weights = save(tmp_path / "poisoned", TINY, 3, tokenizer) / "model.safetensors"
+    values: dict[str, mx.array] = mx.load(str(weights))  # pyright: ignore
+    mx.eval(values)
+    values["model.norm.weight"] = mx.full((32,), mx.nan)
+    mx.save_safetensors(str(weights), values, {"format": "mlx"})
     argv = without(arguments(world, tmp_path / "student"), "--student-config")
     sentence = refused([*argv, "--student", str(tmp_path / "poisoned")])
     found = re.match(

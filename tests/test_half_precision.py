@@ -13,7 +13,8 @@ from tiny_models import tiny_config, tiny_model
 
 from mlx_distill import Distilled, TrainingConfig, distill
 from mlx_distill.data.texts import Text
-from mlx_distill.distillation.students import AdapterConfig, from_config
+from mlx_distill.distillation.adapters import AdapterConfig
+from mlx_distill.distillation.students import from_config
 from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.gradients import Gradients
 from mlx_distill.training.loop import train

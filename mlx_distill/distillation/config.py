@@ -1,15 +1,18 @@
 """Everything that decides what a distillation of a language model makes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated, Any
 
-from mlx_distill.config import check_seed
+from mlx_distill.config import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.data.completions import CompletionFilter
 from mlx_distill.data.corpus import LAYOUTS, Reading, Sizes
 from mlx_distill.data.selection import LONG
 from mlx_distill.data.teacher_cache import TAILS
+from mlx_distill.distillation.adapters import AdapterConfig
+from mlx_distill.distillation.exporting import BITS, ExportConfig
 from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig
-from mlx_distill.distillation.students import DTYPES, AdapterConfig
 from mlx_distill.errors import InputError
 from mlx_distill.training.config import TrainingConfig
 
@@ -47,75 +50,64 @@ class DistillConfig:
         batch_size: Texts per batch.
         grad_checkpoint: Compute activations twice instead of keeping them.
         seed: Of first weights, order and draws.
-        export_dtype: Of the exported weights: float16, bfloat16 or float32.
-        export_bits: Quantise the exported student to so many bits.
+        teacher_adapter_path: Folder of adapters that mlx-lm trained for the (first) teacher.
+        adapter_path: The same of the student; they are merged before it learns.
         adapter: Which parameters are trained.
         rollouts: What the student writes itself.
         filter: Which stored completions are learned.
         training: Steps, learning rate and so on.
+        export: How the student is written.
     """
 
     teacher: tuple[str, ...] = ()
     teacher_weights: tuple[float, ...] = ()
-    teacher_mean: str = "probs"
-    teacher_bits: int | None = None
+    teacher_mean: Annotated[str, OneOf("probs", "logits")] = "probs"
+    teacher_bits: Annotated[int | None, OneOf(*BITS)] = None
     use_cache: str | None = None
-    cache_k: int = 64
-    cache_tail: str = "bucket"
+    cache_k: Count = 64
+    cache_tail: Annotated[str, OneOf(*TAILS)] = "bucket"
     student: str | None = None
     student_config: str | None = None
     student_layers: tuple[int, ...] = ()
     tokenizer: str | None = None
     data: tuple[str, ...] = ()
     valid: str | None = None
-    held_out: int = 64
-    held_out_seed: int = 0
-    data_layout: str = "texts"
+    held_out: Count = 64
+    held_out_seed: Seed = 0
+    data_layout: Annotated[str, OneOf(*LAYOUTS)] = "texts"
     learn_prompts: bool = False
-    max_texts: int | None = None
-    max_length: int = 512
-    long: str = "cut"
+    max_texts: Annotated[int | None, Between(1, 10**9)] = None
+    max_length: Annotated[int, Between(2, 10**9)] = 512
+    long: Annotated[str, OneOf(*LONG)] = "cut"
     pack: bool = False
     loss: tuple[str, ...] = ()
-    batch_size: int = 8
+    batch_size: Count = 8
     grad_checkpoint: bool = False
-    seed: int = 0
-    export_dtype: str = "float16"
-    export_bits: int | None = None
+    seed: Seed = 0
+    teacher_adapter_path: str | None = None
+    adapter_path: str | None = None
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     rollouts: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     filter: CompletionFilter = field(default_factory=CompletionFilter)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
 
     def __post_init__(self) -> None:
         if not self.loss:
             known = "sparse_kl" if self.use_cache else "forward_kl" if self.teacher else "hard"
             object.__setattr__(self, "loss", (known,))
-        for name in ("batch_size", "held_out", "cache_k"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 2:
-            raise InputError(f"max_length must be at least 2, got {self.max_length}")
-        if self.max_texts is not None and self.max_texts < 1:
-            raise InputError(f"max_texts must be at least 1, got {self.max_texts}")
-        for name, known in (
-            ("long", LONG),
-            ("data_layout", LAYOUTS),
-            ("teacher_mean", ("probs", "logits")),
-            ("export_dtype", tuple(DTYPES)),
-            ("cache_tail", TAILS),
-        ):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)}")
-        for name in ("teacher_bits", "export_bits"):
-            if getattr(self, name) not in (None, 2, 3, 4, 5, 6, 8):
-                raise InputError(f"{name} must be 2, 3, 4, 5, 6 or 8, got {getattr(self, name)}")
-        check_seed("seed", self.seed)
+        check_fields(self)
         if not self.data:
             raise InputError("there is no data; name it with --data")
         ways = [bool(self.student), bool(self.student_config), bool(self.student_layers)]
         if sum(ways) > 1:
             raise InputError("student, student_config and student_layers exclude each other")
+        if self.adapter_path and not self.student:
+            raise InputError("adapter_path is of a student; name it with --student")
+        if self.teacher_adapter_path and len(self.teacher) != 1:
+            raise InputError("teacher_adapter_path is of one teacher; name it with --teacher")
+        if self.export.keep_adapters and self.adapter.fine_tune == "full":
+            raise InputError("keep_adapters needs some; use --fine-tune lora")
         if self.use_cache and self.rollouts.on_policy:
             raise InputError("a cache does not know what the student will write; use a teacher")
         for term in self.terms:
@@ -129,13 +121,13 @@ class DistillConfig:
                     "use sparse_kl"
                 )
 
-    @property
-    def reading(self) -> Reading:
-        """How rows become texts."""
+    def reading(self, template_config: Mapping[str, Any] | None = None) -> Reading:
+        """Return how rows become texts; the chat template's further arguments are the command's."""
         return Reading(
             self.data_layout,
             self.filter,
             self.learn_prompts,
+            template_config,
             prompts=self.rollouts.on_policy > 0,
         )
 
@@ -162,4 +154,5 @@ PARTS: dict[str, type] = {
     "rollouts": OnPolicyConfig,
     "filter": CompletionFilter,
     "training": TrainingConfig,
+    "export": ExportConfig,
 }

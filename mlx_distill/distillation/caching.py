@@ -1,0 +1,62 @@
+"""What a teacher says about texts, written to disk once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_distill.data.corpus import Corpus, check_corpus, read_corpus
+from mlx_distill.data.teacher_cache import TeacherCache, write_cache
+from mlx_distill.distillation.config import DistillConfig
+from mlx_distill.distillation.parts import Opening, quantize
+from mlx_distill.distillation.teachers import Answers
+from mlx_distill.errors import InputError
+from mlx_distill.hashes import tokenizer_hash, weights_hash
+from mlx_distill.target.reading import vocab_width
+
+
+class CacheRun:
+    """A teacher and the texts that it is to say something about.
+
+    Args:
+        config: Names the teacher and the texts, and says how much is kept.
+        opening: How they are opened.
+
+    Raises:
+        InputError: If there is not one teacher, or something cannot be read.
+    """
+
+    def __init__(self, config: DistillConfig, opening: Opening):
+        if len(config.teacher) != 1:
+            raise InputError("a cache holds one teacher's answers; name it with --teacher")
+        check_corpus(config.data, config.valid)
+        self.config = config
+        self.teacher, self.tokenizer = opening.load(config.teacher[0], config.teacher_adapter_path)
+        quantize(self.teacher, config.teacher_bits)
+        reading = config.reading(opening.template_config)
+        self.corpus: Corpus = read_corpus(
+            config.data, config.valid, self.tokenizer, reading, config.sizes
+        )
+
+    def write(self, folder: Path) -> Iterator[int]:
+        """Write the cache; yield after every shard how many texts are done."""
+        header = {
+            "tokenizer_hash": tokenizer_hash(self.tokenizer),
+            "weights_hash": weights_hash(self.teacher),
+            "vocab_size": vocab_width(self.teacher),
+        }
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        answers = Answers(self.teacher, texts=True)
+        yield from write_cache(
+            folder,
+            answers,
+            self.corpus.texts,
+            header,
+            self.config.cache_k,
+            # Where a model makes its logits itself, they are there for a whole batch: one text.
+            batch_size=self.config.batch_size if answers.body else 1,
+            tail=self.config.cache_tail,
+        )
+
+    def bytes_per_token(self, folder: Path) -> float:
+        """Return the size of a cache that was written."""
+        cache = TeacherCache.open(folder, tokenizer_hash(self.tokenizer), self.corpus.texts)
+        return cache.bytes_per_token

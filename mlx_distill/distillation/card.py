@@ -1,0 +1,77 @@
+"""The model card of a student: what it is, how it was made, what was measured."""
+
+from typing import Any
+
+from mlx_distill.data.corpus import Corpus
+from mlx_distill.distillation.config import DistillConfig
+from mlx_distill.names import for_markdown
+
+Figures = dict[str, dict[str, float]]
+
+
+def model_card(
+    name: str,
+    config: DistillConfig,
+    corpus: Corpus,
+    figures: Figures,
+    parameters: int,
+    template_config: Any = None,
+) -> str:
+    """Return a model card.
+
+    Args:
+        name: Of the student.
+        config: What made it.
+        corpus: What it was made of.
+        figures: What was measured, by when: the last column is of the files themselves.
+        parameters: How many it has.
+        template_config: Further arguments of the chat template.
+    """
+    teachers = ", ".join(map(for_markdown, config.teacher)) or "stored text only"
+    adapted = [
+        f"{who} with the adapters {for_markdown(path)}"
+        for who, path in (
+            ("teacher", config.teacher_adapter_path),
+            ("student", config.adapter_path),
+        )
+        if path
+    ]
+    on_policy = config.rollouts.on_policy
+    written = f", {on_policy:.0%} of them written by the student" if on_policy else ""
+    learned = sum(text.num_learned for text in corpus.texts)
+    batch = config.batch_size * config.training.accumulate
+    apart = (
+        "\nIts adapters are in `adapters`; use them with `--adapter-path`."
+        if config.export.keep_adapters
+        else ""
+    )
+    template = f"\n* Chat template's arguments: `{template_config}`" if template_config else ""
+    return f"""# {for_markdown(name)}
+A language model of {parameters:,} parameters, distilled with \
+`python -m mlx_distill.distill`.{apart}
+
+* Teacher: {"; ".join([teachers, *adapted])}
+* Loss: {", ".join(str(term) for term in config.terms)}
+* Data: {", ".join(map(for_markdown, config.data))}: {corpus.report.sentence()}, \
+{learned:,} learned tokens; {corpus.valid_report.sentence()}
+* Training: {config.training.steps:,} steps of {batch} texts{written}
+* Trained: {config.adapter.fine_tune}, learning rate {config.training.learning_rate:g}{template}
+
+Held out, per token (`nats`: negative log-probability of the text; `perplexity`: its exponential; \
+`kl`: KL(teacher || student); `agreement`: of the most probable tokens). "after" was measured on \
+the files of this folder{", its adapters included" if apart else ""}:
+
+{figures_table(figures)}
+
+Settings: `config.yaml`, `training.json`; log: `log.jsonl`, `log.csv`, `curves.png`. The licence \
+is that of the teacher and of the data.
+"""
+
+
+def figures_table(figures: Figures) -> str:
+    """Return figures as a table in Markdown, a row for each and a column for each time."""
+    rows = [
+        f"| {key} | {' | '.join(f'{found[key]:.4f}' for found in figures.values())} |"
+        for key in figures["after"]
+    ]
+    return "\n".join([f"| | {' | '.join(figures)} |", f"|---|{'---|' * len(figures)}", *rows])

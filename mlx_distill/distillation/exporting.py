@@ -1,0 +1,193 @@
+"""A student's folder, which ``mlx_lm.generate`` loads, as it is loaded, read and judged.
+
+Adapters are merged or kept beside the model, weights take the type they are wanted in, and may be
+quantised. What is measured is measured on the files: merging into quantised weights, or a narrower
+type, makes another model of the one that was trained.
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+import mlx_lm
+from mlx import nn
+from mlx.utils import tree_map
+from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
+
+from mlx_distill.arrays import to_number
+from mlx_distill.config import OneOf, check_fields
+from mlx_distill.distillation.adapters import (
+    AdapterConfig,
+    drop_adapters,
+    has_adapters,
+    merge_adapters,
+)
+from mlx_distill.errors import InputError, not_numbers, one_line
+from mlx_distill.files import whole_folder, write_whole
+from mlx_distill.model_folder import weight_files
+from mlx_distill.safetensors import check_safetensors, read_header
+from mlx_distill.target.reading import read_whole
+
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+STORED = {"F16": "float16", "BF16": "bfloat16"}  # others are written as float32
+BITS = (2, 3, 4, 5, 6, 8)
+ADAPTERS = "adapters"
+# What belongs to a model beside its weights, its configuration and its tokenizer.
+COPIED = ("generation_config.json", "chat_template*", "additional_chat_templates", "*.py")
+Files = Mapping[str, str | bytes]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """How the student is written.
+
+    Args:
+        export_dtype: Of the exported weights (default: that of the student's own files, or of the
+            teacher's).
+        export_bits: Quantise the exported student to so many bits.
+        export_dequantized: Write the weights of a quantised student as floating-point numbers;
+            merging adapters then loses nothing.
+        keep_adapters: Write the adapters beside the model, in the folder adapters, instead of
+            merging them.
+    """
+
+    export_dtype: Annotated[str | None, OneOf(*DTYPES)] = None
+    export_bits: Annotated[int | None, OneOf(*BITS)] = None
+    export_dequantized: bool = False
+    keep_adapters: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.export_bits and self.export_dequantized:
+            raise InputError("export_bits and export_dequantized exclude each other")
+
+
+def stored_type(folder: Path) -> str:
+    """Return the type of a model's weights in its files: of most of the values."""
+    counts: dict[str, int] = {}
+    for file in weight_files(folder):
+        for tensor in read_header(file).values():
+            if tensor.dtype in ("F16", "BF16", "F32"):
+                counts[tensor.dtype] = counts.get(tensor.dtype, 0) + tensor.size
+    return STORED.get(max(counts, key=lambda name: counts[name], default=""), "float32")
+
+
+def compact(
+    student: nn.Module, config: Mapping[str, Any], how: ExportConfig, stored: str | None = None
+) -> dict[str, Any]:
+    """Make a student in place what is exported; return the configuration that goes with it.
+
+    Args:
+        student: Adapters are merged unless they are kept, and weights change their type.
+        config: The model's.
+        how: What is wanted.
+        stored: The type of the weights that the student began with; None takes the configuration's.
+
+    Raises:
+        InputError: If it cannot be quantised.
+    """
+    own = dict(config)
+    said = own.pop("torch_dtype", None) or own.pop("dtype", None)
+    own.pop("dtype", None)
+    dtype = how.export_dtype or stored or (said if said in DTYPES else "float32")
+    if not how.keep_adapters:
+        merge_adapters(student, how.export_dequantized)
+    if how.export_dequantized:
+        dequantize_model(student)
+        own = {k: v for k, v in own.items() if not k.startswith("quantization")}
+    student.set_dtype(DTYPES[dtype])
+    own["dtype"] = dtype
+    if how.export_bits is None:
+        return own
+    if any("scales" in module for module in student.modules()):
+        raise InputError("the student is quantised already; leave export_bits away")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # mlx-lm tells how many bits it came to
+            return quantize_model(student, own, None, how.export_bits)[1]
+    except ValueError as error:
+        raise InputError(f"the student cannot be quantised: {one_line(error)}") from None
+
+
+def export(
+    folder: Path,
+    student: nn.Module,
+    config: dict[str, Any],
+    tokenizer: Any,
+    files: Files | Callable[[Path], Files],
+    *,
+    source: Path | None = None,
+    adapter: AdapterConfig | None = None,
+) -> None:
+    """Write a student as an mlx-lm model's folder; it appears complete or not at all.
+
+    Args:
+        folder: Must not exist.
+        student: The model, as ``compact`` made it.
+        config: What ``compact`` returned.
+        tokenizer: Goes with it.
+        files: Further files by name, the model card among them; or what makes them of the folder
+            that is written, which has all else by then.
+        source: The folder that the tokenizer is from; its end tokens, templates and code go along.
+        adapter: What made the student's adapters; they are written apart.
+
+    Raises:
+        InputError: If it cannot be written, or its logits are no numbers in the type it is written
+            in; nothing is left behind.
+    """
+    with whole_folder(folder) as writing:
+        if adapter is not None and has_adapters(student):
+            adapter.save(student, writing / ADAPTERS)
+            drop_adapters(student)
+        save_model(writing, student)
+        save_config(config, writing / "config.json")
+        tokenizer.save_pretrained(str(writing))
+        _copy_others(source, writing, tokenizer)
+        if "model_file" not in config:  # code of its own is not run a second time
+            _check_logits(writing)
+        for name, content in (files(writing) if callable(files) else files).items():
+            data = content.encode() if isinstance(content, str) else content
+            (writing / name).write_bytes(data)
+
+
+def adapters_of(folder: Path) -> Path | None:
+    """Return where a student's folder keeps its adapters, None if it has none apart."""
+    return folder / ADAPTERS if (folder / ADAPTERS).is_dir() else None
+
+
+def _copy_others(source: Path | None, folder: Path, tokenizer: Any) -> None:
+    """Copy what else belongs to the source's model, and write down every token that ends a text."""
+    for pattern in COPIED if source else ():
+        for path in sorted(source.glob(pattern) if source else ()):
+            if (folder / path.name).exists():
+                continue
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name)
+            else:
+                shutil.copy(path, folder / path.name)
+    known = getattr(tokenizer, "eos_token_ids", ())  # one number, of a tokenizer without mlx-lm's
+    ends = sorted(known) if isinstance(known, set | list | tuple) else []
+    settings = folder / "generation_config.json"
+    if ends and not settings.exists() and ends != [tokenizer.eos_token_id]:
+        write_whole(settings, json.dumps({"eos_token_id": ends}) + "\n")
+
+
+def _check_logits(folder: Path) -> None:
+    """Raise InputError if a written model's logits are no numbers, in the type it is written in."""
+    for weights in weight_files(folder):
+        check_safetensors(weights)
+    model = mlx_lm.utils.load_model(folder, lazy=True)[0]
+    logits = read_whole(model, mx.arange(1, 9)[None])
+    if not to_number(mx.isfinite(logits.astype(mx.float32)).all()):
+        raise not_numbers(f"in {_types(model)}, the type that it would be written in")
+
+
+def _types(model: nn.Module) -> str:
+    found: set[str] = set()
+    tree_map(lambda x: found.add(str(x.dtype).removeprefix("mlx.core.")), model.parameters())
+    return " and ".join(sorted(name for name in found if "float" in name))
