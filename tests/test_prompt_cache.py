@@ -14,9 +14,9 @@ from mlx_distill import load, stream_generate
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.target.layer_cache import leaves
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
-from mlx_distill.target.tree_cache import leaves
 
 TEXT = [int(token) for token in np.random.default_rng(1).integers(1, 96, 34)]
 

@@ -16,9 +16,9 @@ from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.context import context_length
+from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.reading import read_whole, vocab_width
 from mlx_distill.target.target import Target
-from mlx_distill.target.tree_cache import cached_tokens
 
 
 def check_request(

@@ -18,8 +18,8 @@ from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.ledger import Ledger
 from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.target import Target, TreeCall
-from mlx_distill.target.tree_cache import cached_tokens
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 

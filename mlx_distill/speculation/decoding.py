@@ -29,7 +29,7 @@ from mlx_distill.speculation.cycle import (
     launch,
     read,
 )
-from mlx_distill.target.tree_cache import cached_tokens
+from mlx_distill.target.layer_cache import cached_tokens
 
 
 @dataclass(frozen=True)

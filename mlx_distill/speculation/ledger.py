@@ -17,8 +17,9 @@ from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKV
 
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.target import Target, TreeCall
-from mlx_distill.target.tree_cache import cached_tokens, can_branch, can_trim
+from mlx_distill.target.tree_cache import can_branch, can_trim
 
 
 class RestorePoint:

@@ -6,7 +6,7 @@ the model once more and puts the hidden states where they belong. MLX is lazy, s
 before that place costs nothing, and most models' bodies are not even entered.
 """
 
-from typing import Any
+from operator import methodcaller
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -56,8 +56,10 @@ class Body:
     def __call__(self, inputs: Int[mx.array, "B T"]) -> Float[mx.array, "B T D"]:
         """Return the hidden states."""
 
-        def stop(call: Call, *args: Any, **kwargs: Any) -> Any:
-            raise _Reached(args[0] if self.place.given else call(*args, **kwargs))
+        def stop(call: Call, *args: object, **kwargs: object) -> object:
+            hidden = args[0] if self.place.given else call(*args, **kwargs)
+            assert isinstance(hidden, mx.array)
+            raise _Reached(hidden)
 
         try:
             with listening([Heard(self.place.module, stop, self.place.method)]):
@@ -76,7 +78,7 @@ class TiedHead(nn.Module):
 
     def __call__(self, hidden: Float[mx.array, "... D"]) -> Float[mx.array, "... V"]:
         """Return the logits of hidden states."""
-        return self.embed.as_linear(hidden)  # pyright: ignore[reportCallIssue]
+        return methodcaller("as_linear", hidden)(self.embed)
 
 
 class ReplayedHead(nn.Module):
@@ -109,10 +111,10 @@ class ReplayedHead(nn.Module):
         place = self._place
         rows = hidden.reshape(1, -1, hidden.shape[-1])
 
-        def skip(_: Call, *args: Any, **kwargs: Any) -> mx.array:
+        def skip(_: Call, *args: object, **kwargs: object) -> mx.array:
             return rows
 
-        def give(call: Call, _: mx.array, *args: Any, **kwargs: Any) -> Any:
+        def give(call: Call, _: mx.array, *args: object, **kwargs: object) -> object:
             return call(rows, *args, **kwargs)
 
         heard = [] if place.body is None else [Heard(place.body, skip)]
@@ -122,12 +124,12 @@ class ReplayedHead(nn.Module):
             logits = read_whole(self._network, mx.zeros(rows.shape[:2], mx.int32))
         return logits.reshape(*hidden.shape[:-1], -1)
 
-    def trainable_parameters(self) -> dict[str, Any]:
+    def trainable_parameters(self) -> dict[str, object]:
         """Return the model's trainable parameters that its logits are made with."""
-        flat: list[tuple[str, mx.array]] = tree_flatten(self._network.trainable_parameters())
-        return tree_unflatten([(name, value) for name, value in flat if name in self._names])
+        flat = dict(tree_flatten(self._network.trainable_parameters()))
+        return tree_unflatten({name: flat[name] for name in flat if name in self._names})
 
-    def update(self, parameters: dict[str, Any], strict: bool = True) -> nn.Module:
+    def update(self, parameters: dict[str, object], strict: bool = True) -> nn.Module:
         """Replace parameters of the model."""
         self._network.update(parameters, strict=strict)
         return self

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import mlx.core as mx
 from mlx import nn
 
+from mlx_distill.arrays import to_host
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.watching import Call, Heard, listening_once
 
@@ -63,7 +64,7 @@ def position_limit(model: nn.Module) -> int | None:
         def around(call: Call, ids: mx.array) -> mx.array:
             steps = ids.reshape(-1)
             if steps.size == 4 and mx.array_equal(steps - steps[0], mx.arange(4)).item():
-                first[id(table)] = int(steps[0].item())
+                first[id(table)] = to_host(steps)[0]
             return call(ids)
 
         return Heard(table, around)

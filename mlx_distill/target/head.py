@@ -12,7 +12,7 @@ embedding returns. Drafters are given the hidden states; losses make logits of s
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 from mlx import nn
@@ -44,9 +44,11 @@ class Head:
         """Collect the hidden states of the calls from this thread within."""
         found: list[mx.array] = []
 
-        def around(call: Call, *args: Any, **kwargs: Any) -> Any:
+        def around(call: Call, *args: object, **kwargs: object) -> object:
             output = call(*args, **kwargs)
-            found.append(args[0] if self.given else output)
+            states = args[0] if self.given else output
+            if isinstance(states, mx.array):
+                found.append(states)
             return output
 
         with listening([Heard(self.module, around, self.method)]):
@@ -91,7 +93,7 @@ class _Event(NamedTuple):
         return isinstance(weight, mx.array) and weight.ndim == 2
 
 
-def find_head(network: nn.Module, tokens: mx.array, **inputs: Any) -> Found:
+def find_head(network: nn.Module, tokens: mx.array, **inputs: object) -> Found:
     """Call a network once, with every module watched, and find where its hidden states are.
 
     Args:
@@ -151,7 +153,7 @@ def _body(events: list[_Event], head: _Event) -> nn.Module | None:
 
 
 def _noting(events: list[_Event], module: nn.Module, method: str) -> Call:
-    def around(call: Call, *args: Any, **kwargs: Any) -> Any:
+    def around(call: Call, *args: object, **kwargs: object) -> object:
         begin = len(events)
         output = call(*args, **kwargs)
         if args and isinstance(args[0], mx.array) and isinstance(output, mx.array):

@@ -6,6 +6,7 @@ property ``layers``, which a prompt cache is made from: that is how the list is 
 """
 
 from collections.abc import Iterator, Sequence
+from typing import TypeGuard
 
 from mlx import nn
 
@@ -49,13 +50,13 @@ def _stacks(module: nn.Module, path: str) -> Iterator[tuple[str, list[nn.Module]
         if isinstance(value, nn.Module):
             below.append((f"{path}{name}.", value))
         elif _is_stack(value):
-            yield f"{path}{name}", value
+            yield f"{path}{name}", list(value)
             below += [(f"{path}{name}.{i}.", layer) for i, layer in enumerate(value)]
     for inner, part in below:
         yield from _stacks(part, inner)
 
 
-def _is_stack(value: object) -> bool:
+def _is_stack(value: object) -> TypeGuard[Sequence[nn.Module]]:
     return (
         isinstance(value, Sequence)
         and len(value) > 0

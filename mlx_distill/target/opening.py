@@ -9,7 +9,6 @@ architecture there, and those it found are named here.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float
@@ -20,6 +19,7 @@ from mlx_distill.arrays import to_number
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import not_numbers
 from mlx_distill.target.head import Head, find_head
+from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.tree_cache import can_branch, can_trim
 from mlx_distill.target.tree_call import Support, call_on_text, call_on_tree
 from mlx_distill.target.tree_rope import wrap_ropes
@@ -109,7 +109,8 @@ class _Trial:
     """
 
     def __init__(self, model: nn.Module, head: Head, support: Support):
-        self.model, self.head, self.support = model, head, support
+        self.model, self.head = model, head
+        self.support: Support = support
         parents, nodes = (_CHAIN, [0, 1, 2, 3]) if support == "chain" else (_TREE, _LOOKED_AT)
         tokens = mx.array(_TOKENS[: len(parents)])
         self.tree = PrefixTree.from_parents(tokens, mx.array(parents), 3)
@@ -182,7 +183,7 @@ class _Trial:
         noticed = errors[1] > FLOOR.get(read[0].dtype, 0.3)
         return min(errors) if noticed else errors[0]
 
-    def _prefilled(self) -> list[Any]:
+    def _prefilled(self) -> list[LayerCache]:
         caches = make_prompt_cache(self.model)
         mx.eval(call_on_text(self.model, self.head, mx.array(_PREFIX), caches))
         return caches

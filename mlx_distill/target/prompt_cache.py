@@ -5,8 +5,6 @@ a model makes its own caches, as 52 of its files do, Llama's among them. There, 
 keeps all of the text gets the rotating cache that mlx-lm gives to the other models.
 """
 
-from typing import Any
-
 from mlx import nn
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -18,7 +16,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_distill.errors import InputError
-from mlx_distill.target.tree_cache import leaves
+from mlx_distill.target.layer_cache import LayerCache, leaves
 
 # Windows, chunks and states do not grow with the text.
 BOUNDED = (RotatingKVCache, ChunkedKVCache, ArraysCache)
@@ -27,7 +25,7 @@ PICKED_BY_SLOT = {"deepseek_v32", "glm_moe_dsa"}
 KEEP = 4  # as mlx-lm: the first tokens stay, which attention leans on
 
 
-def prompt_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+def prompt_caches(model: nn.Module, max_kv_size: int | None = None) -> list[LayerCache]:
     """Return empty caches for a text.
 
     Args:
@@ -53,7 +51,7 @@ def prompt_caches(model: nn.Module, max_kv_size: int | None = None) -> list[Any]
     return caches
 
 
-def _bounded(cache: Any, max_kv_size: int) -> Any:
+def _bounded(cache: LayerCache, max_kv_size: int) -> LayerCache:
     if isinstance(cache, CacheList):
         return CacheList(*(_bounded(part, max_kv_size) for part in cache.caches))
     if type(cache) is KVCache:

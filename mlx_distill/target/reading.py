@@ -7,12 +7,13 @@ is given, gradients flow through it, and nothing is allocated for tokens to come
 """
 
 import inspect
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
+
+from mlx_distill.target.layer_cache import LayerCache
 
 
 class WholeTextCache(KVCache):
@@ -27,13 +28,13 @@ class WholeTextCache(KVCache):
         return keys, values
 
 
-def fresh_caches(model: nn.Module) -> list[Any]:
+def fresh_caches(model: nn.Module) -> list[LayerCache]:
     """Return empty caches for one call on whole texts, right-padded, any number of them."""
     return [_light(cache) for cache in make_prompt_cache(model)]
 
 
 def read_whole(
-    network: nn.Module, texts: Int[mx.array, "B T"], **inputs: Any
+    network: nn.Module, texts: Int[mx.array, "B T"], **inputs: object
 ) -> Float[mx.array, "B T V"]:
     """Return a network's logits for whole texts.
 
@@ -45,7 +46,7 @@ def read_whole(
     return network(texts, **{**fresh_inputs(network), **inputs})
 
 
-def fresh_inputs(network: nn.Module) -> dict[str, Any]:
+def fresh_inputs(network: nn.Module) -> dict[str, list[LayerCache]]:
     """Return what a network is called with beside whole texts: a cache, if it takes one."""
     takes = "cache" in inspect.signature(type(network).__call__).parameters
     can_make = hasattr(network, "make_cache") or hasattr(network, "layers")
@@ -57,7 +58,7 @@ def vocab_width(network: nn.Module) -> int:
     return read_whole(network, mx.array([[0, 0]])).shape[-1]
 
 
-def _light(cache: Any) -> Any:
+def _light(cache: LayerCache) -> LayerCache:
     if isinstance(cache, CacheList):
         cache.caches = tuple(_light(part) for part in cache.caches)
     return WholeTextCache() if type(cache) is KVCache else cache

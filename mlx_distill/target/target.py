@@ -7,7 +7,6 @@ up in a list but found out when it is opened (``opening``).
 
 import threading
 import weakref
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -17,10 +16,11 @@ from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
 from mlx_distill.target.context import context_length
 from mlx_distill.target.head import Head
+from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.opening import Opened, open_model
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.tree_cache import can_branch, can_trim
-from mlx_distill.target.tree_call import TreeCall, call_on_text, call_on_tree
+from mlx_distill.target.tree_call import Support, TreeCall, call_on_text, call_on_tree
 
 _opening = threading.Lock()
 
@@ -48,7 +48,7 @@ class Target:
     def __init__(self, model: nn.Module):
         self.model = model
         opened = _opened(model)
-        self.support = opened.support
+        self.support: Support = opened.support
         self.reason = opened.reason
         self.embed = opened.embed
         self.hidden_size = opened.hidden_size
@@ -76,7 +76,7 @@ class Target:
             kind = getattr(self.model, "model_type", type(self.model).__name__)
             raise InputError(f"{kind} cannot be drafted for: {self.reason}; use --no-drafter")
 
-    def check_caches(self, caches: list[Any]) -> None:
+    def check_caches(self, caches: list[LayerCache]) -> None:
         """Raise InputError if a prompt cache is not one that this target can draft with."""
         fits = can_trim if self.support == "chain" else can_branch
         wrong = sorted({type(cache).__name__ for cache in caches if not fits(cache)})
@@ -87,7 +87,7 @@ class Target:
             )
 
     def forward(
-        self, tokens: Int[mx.array, " T"], caches: list[Any]
+        self, tokens: Int[mx.array, " T"], caches: list[LayerCache]
     ) -> tuple[Float[mx.array, "T V"], Float[mx.array, "T D"]]:
         """Return logits and hidden states of consecutive tokens, which the caches then hold."""
         return call_on_text(self.model, self.head, tokens, caches)
@@ -100,7 +100,7 @@ class Target:
             logits = read_whole(self.model, texts)
         return logits, seen[-1].reshape(*texts.shape, -1)
 
-    def verify(self, tree: PrefixTree, caches: list[Any]) -> TreeCall:
+    def verify(self, tree: PrefixTree, caches: list[LayerCache]) -> TreeCall:
         """Return the target's word on every node of a tree; commit the result's path afterwards.
 
         Args:

@@ -13,9 +13,7 @@ Two layouts, chosen by the target:
   every mlx-lm model understands, because that is how it decodes batches.
 """
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -29,7 +27,11 @@ from mlx_lm.models.cache import (
     RotatingKVCache,
 )
 
+from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.window import InTreeLayout, window_of
+
+# Keys and values, or what stands for them: quantised ones are tuples.
+Fetched = tuple[object, object] | None
 
 APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
 BRANCHING = (*APPENDING, RotatingKVCache, InTreeLayout)
@@ -50,7 +52,7 @@ class TreeLayout:
     depths: Int[mx.array, " N"]
     start: int
     batched: bool
-    masks: dict[Any, mx.array] = field(default_factory=dict, compare=False, repr=False)
+    masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def positions(self) -> Int[mx.array, " N"]:
@@ -63,16 +65,16 @@ class TreeLayout:
 class TreeCache:
     """A cache that appends: plain, quantised and chunked KV."""
 
-    def __init__(self, base: Any, layout: TreeLayout):
+    def __init__(self, base: LayerCache, layout: TreeLayout):
         self.base = base
         self.layout = layout
         self.begin = _length(base)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         # What this class does not answer (bits, group_size, ...) is asked of the cache itself.
         return getattr(self.base, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         # Some models tidy up the arrays of their cache.
         if name in ("keys", "values"):
             setattr(self.base, name, value)
@@ -90,17 +92,17 @@ class TreeCache:
         """Return which cached tokens and which nodes every node attends to."""
         return _mask(self.layout, self.begin, window_size)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Append the nodes' keys and values; return them behind the cached ones."""
         batched = self.layout.batched
         self.nodes = tuple(_to_sequence(x) if batched else x for x in (keys, values))
         return self._broadcast(self.base.update_and_fetch(*self.nodes))
 
-    def keys_and_values(self) -> tuple[Any, Any]:
+    def keys_and_values(self) -> Fetched:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
         return self._broadcast(self.base.keys_and_values())
 
-    def _broadcast(self, fetched: Any) -> Any:
+    def _broadcast(self, fetched: Fetched) -> Fetched:
         """Return keys and values for every batch row, where nodes are batch rows."""
         if not self.layout.batched:
             return fetched
@@ -157,17 +159,17 @@ class RotatingTreeCache(TreeCache):
         past = mx.array(held)
         cached = (past >= 0) & ((past > at[:, None] - size) | (past < keep))
         inside = self.layout.mask & ((at > at[:, None] - size) | (at < keep))
-        inside = mx.pad(inside, ((0, 0), (0, 1)))
+        inside = mx.pad(inside, [(0, 0), (0, 1)])
         return cached | inside[:, mx.array(node_of)]
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Write the nodes' keys and values; return the window's."""
         batched = self.layout.batched
         self.nodes = tuple(_to_sequence(x) if batched else x for x in (keys, values))
         self.window.write(self.nodes, self.layout.start)
         return self.keys_and_values()
 
-    def keys_and_values(self) -> tuple[Any, Any]:
+    def keys_and_values(self) -> Fetched:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
         return self._broadcast(self.window.arrays)
 
@@ -186,7 +188,7 @@ class TreeCacheList:
         self.base = base
         self.caches = [tree_cache(cache, layout) for cache in base.caches]
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> "TreeView":
         return self.caches[index]
 
     def commit(self, path: list[int]) -> None:
@@ -203,42 +205,25 @@ class TreeCacheList:
 TreeView = TreeCache | TreeCacheList
 
 
-def tree_cache(base: Any, layout: TreeLayout) -> TreeView:
+def tree_cache(base: LayerCache, layout: TreeLayout) -> TreeView:
     """Return the view of one layer's cache for one tree call."""
     if isinstance(base, CacheList):
         return TreeCacheList(base, layout)
     return (RotatingTreeCache if isinstance(base, RotatingKVCache) else TreeCache)(base, layout)
 
 
-def can_branch(cache: Any) -> bool:
+def can_branch(cache: LayerCache) -> bool:
     """Return whether a cache can hold a tree; recurrent states cannot."""
     if isinstance(cache, CacheList):
         return all(can_branch(part) for part in cache.caches)
     return type(cache) in BRANCHING
 
 
-def can_trim(cache: Any) -> bool:
+def can_trim(cache: LayerCache) -> bool:
     """Return whether a cache can drop its latest tokens at any length."""
     if isinstance(cache, CacheList):
         return all(can_trim(part) for part in cache.caches)
     return type(cache) in APPENDING
-
-
-def cached_tokens(caches: Sequence[Any]) -> int:
-    """Return how many tokens a prompt cache has seen; recurrent parts do not say."""
-    for cache in leaves(caches):
-        if hasattr(cache, "offset"):
-            return cache.offset
-    return 0
-
-
-def leaves(caches: Sequence[Any]) -> Iterator[Any]:
-    """Yield all caches, also those that a layer with several keeps in a list."""
-    for cache in caches:
-        if isinstance(cache, CacheList):
-            yield from leaves(cache.caches)
-        else:
-            yield cache
 
 
 def _mask(layout: TreeLayout, past: int, window: int | None) -> Bool[mx.array, "..."]:
@@ -260,7 +245,7 @@ def _mask(layout: TreeLayout, past: int, window: int | None) -> Bool[mx.array, "
     return layout.masks[key]
 
 
-def _length(base: Any) -> int:
+def _length(base: LayerCache) -> int:
     """Return how many slots an appending cache holds."""
     return base.offset - getattr(base, "start_position", 0)
 

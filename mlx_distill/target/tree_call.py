@@ -7,7 +7,7 @@ parents  -  A  A  B                1 1 . .
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -15,7 +15,8 @@ from mlx import nn
 
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.target.head import Head
-from mlx_distill.target.tree_cache import TreeLayout, TreeView, cached_tokens, tree_cache
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.tree_cache import TreeLayout, TreeView, tree_cache
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
 
 Support = Literal["row", "batch", "chain", "none"]
@@ -49,14 +50,14 @@ class TreeCall:
         for cache in self.caches:
             cache.rewind(num_tokens)
 
-    def rebase(self, caches: list[Any]) -> None:
+    def rebase(self, caches: list[LayerCache]) -> None:
         """Let the views stand for caches that were replaced, by quantised ones for example."""
         for view, cache in zip(self.caches, caches, strict=True):
             view.base = cache
 
 
 def call_on_text(
-    model: nn.Module, head: Head, tokens: Int[mx.array, " T"], caches: list[Any]
+    model: nn.Module, head: Head, tokens: Int[mx.array, " T"], caches: list[LayerCache]
 ) -> tuple[Float[mx.array, "T V"], Float[mx.array, "T D"]]:
     """Return logits and hidden states of consecutive tokens, which the caches then hold."""
     with head.seen() as seen:
@@ -65,7 +66,7 @@ def call_on_text(
 
 
 def call_on_tree(
-    model: nn.Module, head: Head, tree: PrefixTree, caches: list[Any], support: Support
+    model: nn.Module, head: Head, tree: PrefixTree, caches: list[LayerCache], support: Support
 ) -> TreeCall:
     """Return a model's word on every node of a tree, in the layout that ``support`` names."""
     start, batched = cached_tokens(caches), support == "batch"

@@ -105,7 +105,7 @@ def _asking(kind: type[nn.Module], name: str) -> Call:
     # The method is that of the class before, not of ``super``: while it runs, the module may get
     # its former class back.
     @functools.wraps(method)
-    def ask(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def ask(self: nn.Module, *args: object, **kwargs: object) -> object:
         around = _here.around
         if not around or (id(self), name) not in around:
             return method(self, *args, **kwargs)

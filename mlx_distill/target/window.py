@@ -12,7 +12,6 @@ Whatever asks a cache in this layout for its arrays, plain decoding among it, ge
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -136,13 +135,13 @@ class Window:
 class InTreeLayout(RotatingKVCache):
     """A rotating cache whose content is in a ``Window`` at the moment."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name not in RING_NAMES:
             raise AttributeError(name)
         settle(self)
         return getattr(self, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if name in RING_NAMES:
             settle(self)
         object.__setattr__(self, name, value)
@@ -169,7 +168,7 @@ def window_of(cache: RotatingKVCache, num_nodes: int) -> Window:
     for name in RING_NAMES:
         delattr(cache, name)
     cache.__class__ = InTreeLayout
-    cache.window = window
+    vars(cache)["window"] = window
     return window
 
 
