@@ -168,12 +168,20 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore-chat-template", action="store_true", help="use the prompt as it is"
     )
     parser.add_argument(
-        "--max-tokens", "-m", type=int, default=256, help="the longest answer (default: 256)"
+        "--max-tokens",
+        "-m",
+        type=int,
+        default=256,
+        help="the longest answer, in tokens; at least 1 (default: 256)",
     )
     parser.add_argument(
         "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the answer"
     )
-    parser.add_argument("--seed", type=int, help="repeat the random numbers")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        help="repeats the random numbers; at least 0 (default: others every time)",
+    )
     add_flags(parser, Sampling, {"temperature": "temp"})
     add_flags(parser, DraftPlan)
     add_flags(parser, CacheConfig)
@@ -184,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=True,
         metavar="BOOL",
-        help="print statistics on stderr (default: True)",
+        help="print statistics on stderr, True or False (default: True)",
     )
     parser.add_argument(
         "--show-draft", action="store_true", help="colour the tokens that were drafted"

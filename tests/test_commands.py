@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -469,7 +470,7 @@ def test_benchmark_has_prompts_of_its_own() -> None:
 # ------------------------------------------------------------------------------------------- cli
 
 
-@pytest.mark.parametrize("verb", ["generate", "train_drafter", "benchmark"])
+@pytest.mark.parametrize("verb", cli.VERBS)
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])
@@ -480,6 +481,10 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str], verb: str)
     for action in parser._actions:
         assert action.help, action.option_strings
         assert action.option_strings[0] in text
+        if action.type in (int, float):
+            told = parser._get_formatter()._expand_help(action)
+            assert re.search(r"at least|between|above|at most|\d to \d|\d or \d|\d on", told), told
+            assert re.search(r"default|Without", told) or action.default == (), told
 
 
 def test_flags_keep_mlx_lms_names() -> None:

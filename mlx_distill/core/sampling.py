@@ -25,7 +25,7 @@ class Sampling:
     Args:
         temperature: 0 takes the most probable token; else 1e-6 to 100.
         top_p: Draw from the smallest set of tokens with this probability, above 0; 1 is all.
-        top_k: Draw from this many tokens; 0 is all.
+        top_k: Draw from this many tokens, at most the whole vocabulary; 0 is all.
         min_p: Draw from tokens at least this many times as probable as the best, up to 1; 0 is
             all.
 

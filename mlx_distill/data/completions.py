@@ -52,8 +52,9 @@ class CompletionFilter:
     """Which stored completions are learned.
 
     Args:
-        min_answer_chars: The shortest answer, in characters.
-        max_answer_chars: The longest answer, in characters.
+        min_answer_chars: The shortest answer, in characters; at least 1.
+        max_answer_chars: The longest answer, in characters; at least the shortest one. Without it,
+            any.
         drop_duplicates: Leave out what differs in white space alone from one that is kept.
         drop_refusals: Leave out answers that begin like a refusal or are marked as one.
         drop_truncated: Leave out answers that ended at their longest allowed length.

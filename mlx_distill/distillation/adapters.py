@@ -24,7 +24,7 @@ class AdapterConfig:
         fine_tune: "full" trains all of them, "lora" and "dora" train adapters of low rank.
         lora_rank: Rank of the adapters.
         lora_scale: What the adapters' output is multiplied by.
-        lora_layers: Layers with adapters, counted from the last; -1 is all.
+        lora_layers: Layers with adapters, at least 1, counted from the last; -1 is all.
     """
 
     fine_tune: Annotated[str, OneOf("full", "lora", "dora")] = "full"

@@ -23,16 +23,16 @@ class DistillConfig:
 
     Args:
         teacher: Folders or hub repositories; several make an ensemble. None: text only.
-        teacher_weights: Weights of several teachers.
+        teacher_weights: Weights of several teachers, above 0. Without them, equal ones.
         teacher_mean: What of several teachers is averaged: probs or logits.
-        teacher_bits: Quantise the teachers to so many bits.
+        teacher_bits: Quantise the teachers to so many bits. Without it, they stay as they are.
         use_cache: Learn from this teacher cache instead of a live teacher.
         cache_k: Tokens per position that a new cache keeps.
         cache_tail: What a new cache keeps of all other tokens: bucket, their mass, or draws, which
             take the place of half of the most probable ones.
         student: The student's folder or hub repository.
         student_config: Make the student from this config.json, with random weights.
-        student_layers: Make the student from these layers of the teacher.
+        student_layers: Make the student from these layers of the teacher, numbers from 0 on.
         tokenizer: Folder of a new student's tokenizer (default: the teacher's).
         data: JSONL file, folder with train.jsonl and valid.jsonl, or hub dataset; several are
             joined.
@@ -41,7 +41,7 @@ class DistillConfig:
         held_out_seed: Decides which ones; it is not the training's, so that trainings compare.
         data_layout: texts for mlx-lm's layouts, completions for a teacher's stored answers.
         learn_prompts: Also learn the prompts.
-        max_texts: Use the first so many texts.
+        max_texts: Use the first so many texts. Without it, all.
         max_length: The longest text, in tokens.
         long: Longer texts are cut, dropped, or refused: cut, drop or refuse.
         pack: Join texts into rows of max_length tokens, so that nothing is padded.

@@ -20,7 +20,8 @@ class DrafterTraining:
         exit_dim: Width of the drafter's head; at least 1. Without it, two thirds of the target's
             width.
         num_draft_layers: Residual blocks in the head; at least 0.
-        draft_vocab_size: Tokens that can be drafted, the most frequent in the answers; 0 is all.
+        draft_vocab_size: Tokens that can be drafted, the most frequent in the answers; at most the
+            vocabulary, 0 is all.
             Without it, all up to a vocabulary of 2,048, else three eighths of it and 32,768 at the
             most.
         unroll: Drafted tokens per start; at least 1.

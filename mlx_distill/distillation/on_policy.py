@@ -26,13 +26,14 @@ class OnPolicyConfig:
     """When the student writes its own texts, and how.
 
     Args:
-        on_policy: Share of the batches that the student writes; 0 is none.
+        on_policy: Share of the batches that the student writes, between 0 and 1; 0 is none.
         rollout_every: Batches between two sets of texts.
-        rollout_texts: Texts per set.
-        rollout_prompt_tokens: Cut the prompts to so many tokens; answers' prompts stay whole.
-        rollout_max_tokens: Longest text that is written to a prompt, in tokens.
-        rollout_temperature: At which the student writes; 0 is greedy.
-        replay: Sets that are kept and drawn from.
+        rollout_texts: Texts per set; at least 1.
+        rollout_prompt_tokens: Cut the prompts to so many tokens, at least 1; answers' prompts stay
+            whole.
+        rollout_max_tokens: Longest text that is written to a prompt, in tokens; at least 1.
+        rollout_temperature: At which the student writes; at least 0, which is greedy.
+        replay: Sets that are kept and drawn from; at least 1.
     """
 
     on_policy: float = 0.0

@@ -42,7 +42,8 @@ class ResponseConfig:
     Args:
         max_tokens: The longest answer, in tokens; at least 1. It ends where the model's context
             does, too.
-        temperatures: The i-th prompt is answered at the i-th of them, over and over; 0 is greedy.
+        temperatures: The i-th prompt is answered at the i-th of them, over and over; at least 0,
+            which is greedy.
         response_batch_size: How many answers are written at once; at least 1.
         response_seed: Makes the answers repeatable, batch by batch; between 0 and 2**32 - 1.
     """

@@ -13,11 +13,12 @@ class CacheConfig:
     """The cache of keys and values.
 
     Args:
-        max_kv_size: Longest context that is kept; older tokens are dropped.
-        kv_bits: Quantise the cache to so many bits.
-        kv_group_size: Group size of that quantisation.
-        quantized_kv_start: Quantise from so many tokens on.
-        prefill_step_size: Tokens of the prompt that are read at once.
+        max_kv_size: Longest context that is kept, in tokens, at least 1; older ones are dropped.
+            Without it, all are kept.
+        kv_bits: Quantise the cache to so many bits, 2, 3, 4, 5, 6 or 8. Without it, it is not.
+        kv_group_size: Group size of that quantisation: 32, 64 or 128.
+        quantized_kv_start: Quantise from so many tokens on; at least 0.
+        prefill_step_size: Tokens of the prompt that are read at once; at least 1.
     """
 
     max_kv_size: int | None = None

@@ -14,15 +14,17 @@ class TrainingConfig:
     """How a network is trained.
 
     Args:
-        steps: Number of updates.
-        learning_rate: At its peak; it rises linearly over ``warmup`` and falls along a cosine.
-        warmup: Share of the steps.
-        weight_decay: Of AdamW.
-        max_grad_norm: Longer gradients are scaled down to this norm.
-        accumulate: Batches per update; their gradients are added and divided once.
-        evaluate_every: Steps between evaluations on held-out data.
-        checkpoint_every: Steps between checkpoints.
-        patience: Evaluations without a better one after which the training ends; 0 for never.
+        steps: Number of updates; at least 1.
+        learning_rate: At its peak, above 0; it rises linearly over ``warmup`` and falls along a
+            cosine.
+        warmup: Share of the steps, between 0 and 1.
+        weight_decay: Of AdamW; at least 0.
+        max_grad_norm: Longer gradients are scaled down to this norm; above 0.
+        accumulate: Batches per update, at least 1; their gradients are added and divided once.
+        evaluate_every: Steps between evaluations on held-out data; at least 1.
+        checkpoint_every: Steps between checkpoints; at least 1.
+        patience: Evaluations without a better one after which the training ends, at least 1; 0 for
+            never.
         keep_best: End with the weights of the best evaluation instead of the last step's.
     """
 
