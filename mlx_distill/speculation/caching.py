@@ -1,11 +1,15 @@
 """How keys and values are kept while a text is written."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mlx_distill.errors import InputError
+from mlx_distill.target.layer_cache import LayerCache
+
+# One entry per layer.
+PromptCache: TypeAlias = list[LayerCache]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class CacheConfig:
                 "cannot be quantised"
             )
 
-    def quantize(self, caches: list[Any]) -> None:
+    def quantize(self, caches: PromptCache) -> None:
         """Quantise the caches that have grown long enough, in place."""
         try:
             maybe_quantize_kv_cache(

@@ -1,7 +1,6 @@
 """What is refused before the first token."""
 
 from dataclasses import replace
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -12,7 +11,7 @@ from mlx_distill.arrays import to_number
 from mlx_distill.drafters.protocol import LARGEST, Drafter
 from mlx_distill.drafters.registry import check_fingerprint, fingerprint
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.context import context_length
@@ -22,7 +21,7 @@ from mlx_distill.target.target import Target
 
 
 def check_request(
-    model: nn.Module, positions: int | None, request: Request, caches: list[Any]
+    model: nn.Module, positions: int | None, request: Request, caches: PromptCache
 ) -> int:
     """Return how many tokens the answer can have: as many as asked for, or as have positions.
 
@@ -56,13 +55,14 @@ def check_request(
     return min(request.max_tokens, room)
 
 
-def check_drafter(drafter: Any, target: Target, tokenizer: TokenizerWrapper) -> None:
+def check_drafter(drafter: object, target: Target, tokenizer: TokenizerWrapper) -> None:
     """Raise InputError if the target cannot be drafted for, or not with this drafter."""
     target.require_drafting()
     if not isinstance(drafter, Drafter):
         raise InputError(f"a {type(drafter).__name__} is no drafter; load one with load_drafter")
-    if getattr(drafter, "target", None):
-        check_fingerprint(drafter.target, fingerprint(target, tokenizer))
+    made_for = getattr(drafter, "target", None)
+    if made_for:
+        check_fingerprint(made_for, fingerprint(target, tokenizer))
     drafted = getattr(getattr(drafter, "config", None), "vocab_size", 0)
     if drafted > target.vocab_size:
         raise InputError(
@@ -88,7 +88,7 @@ def check_num_draft_tokens(number: int) -> None:
         raise InputError(f"num_draft_tokens must be {rule}, got {number}")
 
 
-def check_trimmable(caches: list[Any]) -> None:
+def check_trimmable(caches: PromptCache) -> None:
     """Raise InputError if caches cannot drop what a draft model drafted in vain."""
     if not can_trim_prompt_cache(caches):
         raise InputError("a draft model needs caches that can be trimmed; use --drafter")
@@ -108,7 +108,7 @@ def _check_tokens(prompt: mx.array, size: int) -> None:
         raise InputError(f"the prompt holds the token {wrong}; the model has {size}")
 
 
-def _check_context(model: nn.Module, request: Request, caches: list[Any]) -> None:
+def _check_context(model: nn.Module, request: Request, caches: PromptCache) -> None:
     """Raise InputError if a prompt is longer than what the model was made for."""
     context = context_length(model)
     windows = (c.max_size for c in caches if isinstance(c, RotatingKVCache))

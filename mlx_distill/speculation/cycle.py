@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -15,7 +14,7 @@ from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
 from mlx_distill.core.verification import Walk, follow
 from mlx_distill.drafters.protocol import Drafter, DraftState, Features, Outcome, Planner
 from mlx_distill.errors import InputError, not_numbers
-from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import Ledger
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.layer_cache import cached_tokens
@@ -51,7 +50,7 @@ class Decoding:
     sampling: Sampling
     noise: TextNoise | None
     cache: CacheConfig
-    caches: list[Any]
+    caches: PromptCache
     logits_processors: Sequence[LogitsProcessor] = ()
     keep_caches: bool = False
     text: int = 0

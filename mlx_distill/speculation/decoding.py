@@ -10,8 +10,9 @@ the device works while the caller prints; then the next draft, which needs only 
 knows, so that the device has it to do while the host reads, commits and builds the next call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -50,7 +51,10 @@ class DecodedToken:
     from_draft: bool
 
 
-def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> Iterator[DecodedToken]:
+DecodedTokens: TypeAlias = Generator[DecodedToken, None, None]
+
+
+def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
     """Yield the tokens that the target writes after a prompt, without end.
 
     The caller stops by closing the iterator. A cache that is kept then holds the prompt and every

@@ -14,7 +14,6 @@ not made yet.
 
 import itertools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -28,11 +27,12 @@ from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation import checks
+from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.cycle import Decoding
-from mlx_distill.speculation.decoding import DecodedToken, decode
+from mlx_distill.speculation.decoding import DecodedTokens, decode
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly, decode_with_model
 from mlx_distill.speculation.requests import Request
-from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
+from mlx_distill.speculation.responses import GenerationResponse, Responses, ResponseWriter
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.prompt_cache import prompt_caches
@@ -84,7 +84,7 @@ class Engine:
         if draft_model is not None:
             checks.check_draft_model(drafter, num_draft_tokens)
         self._numbers = itertools.count()
-        self._texts: dict[int, Iterator[GenerationResponse]] = {}
+        self._texts: dict[int, Responses] = {}
         self._ready: list[Emitted] = []
 
     @cached_property
@@ -142,22 +142,20 @@ class Engine:
         """End a text; a prompt cache then holds what was handed out."""
         text = self._texts.pop(number, None)
         if text is not None:
-            text.close()  # pyright: ignore[reportAttributeAccessIssue]
+            text.close()
 
-    def _responses(
-        self, writer: ResponseWriter, tokens: Iterator[DecodedToken]
-    ) -> Iterator[GenerationResponse]:
-        with wired_limit(self.model, [generation_stream]):
+    def _responses(self, writer: ResponseWriter, tokens: DecodedTokens) -> Responses:
+        with wired_limit(self.model, [generation_stream]):  # pyright: ignore[reportArgumentType]
             yield from writer.responses(tokens)
 
     def _plain(
         self,
         request: Request,
         number: int,
-        caches: list[Any],
+        caches: PromptCache,
         max_tokens: int,
         counters: DraftCounters,
-    ) -> Iterator[DecodedToken]:
+    ) -> DecodedTokens:
         """Return the tokens of a text by mlx-lm's loops."""
         plain = PlainDecoding(
             self.model,
@@ -181,10 +179,10 @@ class Engine:
         self,
         request: Request,
         number: int,
-        caches: list[Any],
+        caches: PromptCache,
         max_tokens: int,
         counters: DraftCounters,
-    ) -> Iterator[DecodedToken]:
+    ) -> DecodedTokens:
         """Return the tokens of a text by the drafting loop."""
         assert self.drafter is not None
         target = Target.of(self.model)
@@ -207,7 +205,7 @@ class Engine:
         )
         return _with_drafting_threads(decoding, request.prompt)
 
-    def _caches(self, request: Request) -> list[Any]:
+    def _caches(self, request: Request) -> PromptCache:
         """Return the caches of a text: those that it brings, or new ones."""
         caches = request.prompt_cache
         if caches is None:
@@ -219,7 +217,7 @@ class Engine:
         return caches
 
 
-def _with_drafting_threads(decoding: Decoding, prompt: mx.array) -> Iterator[DecodedToken]:
+def _with_drafting_threads(decoding: Decoding, prompt: mx.array) -> DecodedTokens:
     with drafting_threads():
         yield from decode(decoding, prompt)
 

@@ -5,7 +5,7 @@ they yield, with the counters of the drafting beside it. Without a drafter, mlx-
 decodes.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -16,11 +16,11 @@ from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import LogitsProcessor
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
-from mlx_distill.speculation.responses import GenerationResponse
+from mlx_distill.speculation.responses import Responses
 
 
 def stream_generate(
@@ -39,10 +39,10 @@ def stream_generate(
     seed: int | None = None,
     stop: Sequence[str] = (),
     logits_processors: Sequence[LogitsProcessor] | None = None,
-    prompt_cache: list[Any] | None = None,
+    prompt_cache: PromptCache | None = None,
     plan: DraftPlan | Planner | None = None,
     cache: CacheConfig | None = None,
-) -> Generator[GenerationResponse, None, None]:
+) -> Responses:
     """Yield a response per token that the model writes after a prompt.
 
     The distribution of the text is the model's own, with and without a drafter.
@@ -89,7 +89,7 @@ def stream_generate(
     return _stream(engine, engine.submit(request))
 
 
-def _stream(engine: Engine, number: int) -> Generator[GenerationResponse, None, None]:
+def _stream(engine: Engine, number: int) -> Responses:
     try:
         while engine.busy:
             for emitted in engine.step():

@@ -10,14 +10,14 @@ finds the record of before or that of after. Settling is idempotent: interrupted
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.caching import CacheConfig
-from mlx_distill.target.layer_cache import cached_tokens
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import can_branch, can_trim
 
@@ -29,10 +29,10 @@ class RestorePoint:
         caches: The prompt cache, one entry per layer.
     """
 
-    def __init__(self, caches: list[Any]):
+    def __init__(self, caches: PromptCache):
         self.states = [_state(cache) for cache in caches]
 
-    def restore(self, caches: list[Any]) -> None:
+    def restore(self, caches: PromptCache) -> None:
         """Put the caches back; entries that were quantised since stay quantised."""
         for cache, state in zip(caches, self.states, strict=True):
             _restore(cache, state)
@@ -47,7 +47,7 @@ UNUSABLE = InputError(
 class Unusable:
     """Stands in for a cache whose content is not known; whoever touches it is told so."""
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> NoReturn:
         raise UNUSABLE
 
 
@@ -77,7 +77,7 @@ class Ledger:
         caches: The prompt cache.
     """
 
-    def __init__(self, target: Target, cache: CacheConfig, caches: list[Any]):
+    def __init__(self, target: Target, cache: CacheConfig, caches: PromptCache):
         self.target = target
         self.cache = cache
         self.caches = caches
@@ -144,7 +144,7 @@ class PlainLedger:
         prompt_tokens: Length of the prompt that is going to be read.
     """
 
-    def __init__(self, caches: list[Any], prompt_tokens: int):
+    def __init__(self, caches: PromptCache, prompt_tokens: int):
         self.caches = caches
         self.num_tokens = cached_tokens(caches) + prompt_tokens
         self.start: RestorePoint | None = RestorePoint(caches)
@@ -170,12 +170,12 @@ class PlainLedger:
             _even_out(cache)
 
 
-def give_up(caches: list[Any]) -> None:
+def give_up(caches: PromptCache) -> None:
     """Put something in the place of caches whose content is not known, which says so."""
     caches[:] = [Unusable() for _ in caches]
 
 
-def _is_torn(cache: Any) -> bool:
+def _is_torn(cache: LayerCache) -> bool:
     """Return whether a window lost its content, interrupted while it was moved."""
     if isinstance(cache, CacheList):
         return any(_is_torn(part) for part in cache.caches)
@@ -187,15 +187,16 @@ def _is_torn(cache: Any) -> bool:
         return True
 
 
-def _state(cache: Any) -> Any:
+def _state(cache: LayerCache) -> object:
     if isinstance(cache, CacheList):
         return [_state(part) for part in cache.caches]
     # Of a cache that appends, the rows before its offset never change; of a window they do.
     return cache.state if isinstance(cache, RotatingKVCache) else getattr(cache, "offset", None)
 
 
-def _restore(cache: Any, state: Any) -> None:
+def _restore(cache: LayerCache, state: object) -> None:
     if isinstance(cache, CacheList):
+        assert isinstance(state, list)
         for part, one in zip(cache.caches, state, strict=True):
             _restore(part, one)
     elif isinstance(cache, RotatingKVCache):
@@ -204,7 +205,7 @@ def _restore(cache: Any, state: Any) -> None:
         cache.offset = state
 
 
-def _even_out(cache: Any) -> None:
+def _even_out(cache: LayerCache) -> None:
     """Give keys and values one length, where only one of them had grown."""
     if isinstance(cache, CacheList):
         for part in cache.caches:
@@ -227,7 +228,7 @@ def _cut(x: Any, rows: slice) -> Any:
     return tuple(part[..., rows, :] for part in x) if quantised else x[..., rows, :]
 
 
-def _state_at(cache: Any, offset: int) -> Any:
+def _state_at(cache: LayerCache, offset: int) -> object:
     """Return the state of a cache that appends when it held so many tokens."""
     if isinstance(cache, CacheList):
         return [_state_at(part, offset) for part in cache.caches]

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from mlx import nn
 from mlx_lm.generate import generate_step, speculative_generate_step
 
 from mlx_distill.core.sampling import Sampling, TextNoise, sample
-from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import LogitsProcessor, failed_after
-from mlx_distill.speculation.decoding import DecodedToken
+from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
 from mlx_distill.speculation.ledger import PlainLedger, give_up
 from mlx_distill.speculation.statistics import DraftCounters
 
@@ -37,7 +37,7 @@ class PlainDecoding:
     model: nn.Module
     sampling: Sampling
     cache: CacheConfig
-    caches: list[Any]
+    caches: PromptCache
     logits_processors: tuple[LogitsProcessor, ...]
     max_tokens: int
     keep_caches: bool
@@ -87,9 +87,7 @@ class PlainSampler:
         return sample(log_probs.astype(mx.float32), self.sampling, rows)
 
 
-def decode_plainly(
-    decoding: PlainDecoding, tokens: mx.array, key: mx.array
-) -> Iterator[DecodedToken]:
+def decode_plainly(decoding: PlainDecoding, tokens: mx.array, key: mx.array) -> DecodedTokens:
     """Yield the tokens of mlx-lm's own loop.
 
     Raises:
@@ -122,7 +120,7 @@ def decode_with_model(
     num_draft_tokens: int,
     vocab_size: int,
     tokens: mx.array,
-) -> Iterator[DecodedToken]:
+) -> DecodedTokens:
     """Yield the tokens of mlx-lm's own loop with a draft model.
 
     It draws at every drafted place from the model's distribution and accepts what is equal, so the
@@ -132,7 +130,8 @@ def decode_with_model(
         InputError: If the model's logits are not numbers.
     """
     sampler = decoding.sampling.mlx_lm_sampler(vocab_size)
-    options = decoding.options(sampler) | {"num_draft_tokens": num_draft_tokens}
+    options = decoding.options(sampler)
+    options["num_draft_tokens"] = num_draft_tokens
     steps = speculative_generate_step(tokens, decoding.model, draft_model, **options)
     max_tokens, accepted = decoding.max_tokens, 0
     try:

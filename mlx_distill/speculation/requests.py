@@ -1,7 +1,6 @@
 """What can be asked of the engine."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Int
@@ -9,7 +8,7 @@ from jaxtyping import Int
 from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
-from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import LogitsProcessor
 
 
@@ -39,7 +38,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
-    prompt_cache: list[Any] | None = None
+    prompt_cache: PromptCache | None = None
     planner: Planner = field(default_factory=lambda: FixedPlanner(DraftPlan()))
     cache: CacheConfig = field(default_factory=CacheConfig)
 

@@ -1,16 +1,17 @@
 """Tokens into responses: the text of each, the counters so far, and where the answer ends."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import mlx.core as mx
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.core.filters import log_probs
-from mlx_distill.speculation.decoding import DecodedToken
+from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.stop_texts import StopCutter
 
@@ -56,6 +57,9 @@ class GenerationResponse(MlxLmResponse):
         self._logits = logits
 
 
+Responses: TypeAlias = Generator[GenerationResponse, None, None]
+
+
 class ResponseWriter:
     """Writes the responses of one answer, and ends it where plain decoding ends it.
 
@@ -85,14 +89,14 @@ class ResponseWriter:
         self._prompt_tps = 0.0
         self._start = time.perf_counter()
 
-    def responses(self, tokens: Iterator[DecodedToken]) -> Iterator[GenerationResponse]:
+    def responses(self, tokens: DecodedTokens) -> Responses:
         """Yield a response per token until the answer ends; the last one when the caches settled.
 
         The answer's time begins with the first response that is asked for.
         """
         self._start = time.perf_counter()
         response = None
-        with closing(tokens):  # pyright: ignore[reportArgumentType]
+        with closing(tokens):
             for one in tokens:
                 response = self._write(one)
                 if response.finish_reason:

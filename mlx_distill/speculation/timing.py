@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
+from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.target.target import Target, TreeCall
 
 
@@ -43,7 +43,7 @@ class CycleClock:
         """Time the target's calls meanwhile."""
         verify = target.verify
 
-        def timed(tree: PrefixTree, caches: list[Any]) -> TreeCall:
+        def timed(tree: PrefixTree, caches: PromptCache) -> TreeCall:
             mx.eval(tree.tokens, tree.mask, tree.depths)
             start = time.perf_counter()
             call = verify(tree, caches)
