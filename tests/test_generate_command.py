@@ -32,7 +32,7 @@ def test_stdin_is_read_as_it_is(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO(r"Ben ran.\nMom"))
-    assert run(capsys, "--prompt", "-")["prompt_tokens"] == 8
+    assert run(capsys, "--prompt", "-")["prompt_tokens"] == 7
     assert run(capsys, "--prompt", r"Ben ran.\nMom")["prompt_tokens"] == 6
 
 
