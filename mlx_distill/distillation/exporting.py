@@ -50,7 +50,7 @@ class ExportConfig:
     Args:
         export_dtype: Of the exported weights (default: that of the student's own files, or of the
             teacher's).
-        export_bits: Quantise the exported student to so many bits.
+        export_bits: Quantise the exported student to so many bits. Without it, it is not.
         export_dequantized: Write the weights of a quantised student as floating-point numbers;
             merging adapters then loses nothing.
         keep_adapters: Write the adapters beside the model, in the folder adapters, instead of
