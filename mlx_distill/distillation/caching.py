@@ -29,6 +29,7 @@ class CacheRun:
             raise InputError("a cache holds one teacher's answers; name it with --teacher")
         check_corpus(config.data, config.valid)
         self.config = config
+        self.template_config = opening.template_config
         self.teacher, self.tokenizer = opening.load(config.teacher[0], config.teacher_adapter_path)
         quantize(self.teacher, config.teacher_bits)
         reading = config.reading(opening.template_config)
@@ -38,10 +39,13 @@ class CacheRun:
 
     def write(self, folder: Path) -> Iterator[int]:
         """Write the cache; yield after every shard how many texts are done."""
+        adapter = self.config.teacher_adapter_path
         header = {
             "tokenizer_hash": tokenizer_hash(self.tokenizer),
             "weights_hash": weights_hash(self.teacher),
             "vocab_size": vocab_width(self.teacher),
+            "template_config": dict(self.template_config or {}),
+            "adapter": adapter and Path(adapter).name,
         }
         folder.parent.mkdir(parents=True, exist_ok=True)
         answers = Answers(self.teacher, texts=True)

@@ -1,7 +1,7 @@
 """All that takes part in a distillation, opened and checked against each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import merge_adapters
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.exporting import stored_type
+from mlx_distill.distillation.on_policy import answered
 from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.distillation.teachers import (
     CachedTeacher,
@@ -22,6 +23,7 @@ from mlx_distill.distillation.teachers import (
     Teacher,
     TextTeacher,
 )
+from mlx_distill.distillation.training import readers, text_limit
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.context import context_length
@@ -110,10 +112,18 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
     config.adapter.apply(student.network, config.seed)
     teacher = judging = None
     if others:
-        teacher = RetokenizedTeacher(networks[0], student.tokenizer, loaded[0][1])
+        teacher = RetokenizedTeacher(
+            networks[0], student.tokenizer, loaded[0][1], opening.template_config
+        )
     elif networks:
         weights = config.teacher_weights or None
         teacher = LiveTeacher(networks, True, weights, config.teacher_mean)
+    # The last of them reads the same tokens, and knows more, where there is a live teacher.
+    reading_same = readers(student.network, teacher)
+    ends = set(student.tokenizer.eos_token_ids)
+    limit = text_limit(reading_same)
+    valid = answered(corpus.valid, reading_same[-1], ends, config.rollouts, limit)
+    corpus = replace(corpus, valid=valid)
     if config.use_cache:
         judging = teacher or TextTeacher()
         cache = TeacherCache.open(Path(config.use_cache), known, corpus.texts)
