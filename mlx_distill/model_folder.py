@@ -30,6 +30,8 @@ WIDTHS = re.compile(r"(\w+_)?(size|dim|dims|heads?|rank|experts|embd|model|group
 NO_WIDTHS = re.compile(r"window|chunk|block|image|patch|kernel|batch|tile|seq|step|context|buffer")
 # Other parts of a model than the one that reads text; mlx-lm leaves them out.
 OTHER_PARTS = re.compile(r"vision|audio|speech|image|video|quant|talker|tts")
+BITS_PACKED = (1, 2, 3, 4, 5, 6, 8)
+GROUPS = (16, 32, 64, 128)
 MOST_PACKED = 32  # values in one: no quantised array is narrower than this share of its width
 
 
@@ -50,6 +52,7 @@ def check_model(path: Path, in_float32: bool) -> dict[str, Any]:
     tensors = _weights(path)
     _check_memory(path, tensors, in_float32)
     check_sizes(config, tensors, str(path / "config.json"))
+    _check_quantization(config.get("quantization"), path / "config.json")
     for name in SETTINGS:
         if (path / name).exists():
             values = read_json(path / name)
@@ -172,3 +175,17 @@ def _check_end_tokens(tokens: Any, place: Path) -> None:
     for token in tokens if isinstance(tokens, list) else [tokens]:
         if token is not None and (type(token) is not int or not 0 <= token < 2**31):
             raise InputError(f"{place}: eos_token_id must be token ids, got {tokens}")
+
+
+def _check_quantization(settings: Any, place: Path) -> None:
+    """Raise InputError if weights are said to be packed as nothing is."""
+    if settings is None:
+        return
+    known = isinstance(settings, dict) and (
+        settings.get("bits") in BITS_PACKED and settings.get("group_size") in GROUPS
+    )
+    if not known:
+        raise InputError(
+            f"{place}: a quantization has {', '.join(map(str, BITS_PACKED))} bits in groups of "
+            f"{', '.join(map(str, GROUPS))}, got {settings}"
+        )

@@ -20,6 +20,7 @@ hook = install_import_hook("mlx_distill", "beartype.beartype")
 import mlx_distill  # noqa: E402, F401  (the BLAS comes first)
 
 # isort: split
+from damage import refused  # noqa: E402, F401
 from half_models import TYPES, write_model  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.files import read_jsonl, write_whole
+from mlx_distill.names import for_plot
 from mlx_distill.training.loop import Progress
 
 LOG, TABLE, CURVES = "log.jsonl", "log.csv", "curves.png"
@@ -125,7 +126,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
         axis.set(title=label, xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.legend()
-    figure.suptitle(title)
+    figure.suptitle(for_plot(title))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
