@@ -1,10 +1,17 @@
-"""Where arrays leave the device."""
+"""What every layer does with arrays: leaving the device, sizes, and logits as log-probabilities."""
 
 from typing import Any
 
 import mlx.core as mx
+from jaxtyping import Float
 from mlx import nn
 from mlx.utils import tree_flatten
+
+
+def log_probs(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
+    """Return the normalised log-probabilities, in float32."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def to_host(array: mx.array) -> list[Any]:

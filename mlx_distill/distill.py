@@ -24,9 +24,9 @@ from mlx_distill.config import add_flags, from_flags, read_yaml
 from mlx_distill.distillation.caching import CacheRun
 from mlx_distill.distillation.config import PARTS, DistillConfig
 from mlx_distill.distillation.memory import memory_estimate
-from mlx_distill.distillation.objective import LossTerm
 from mlx_distill.distillation.parts import Opening, Parts, open_parts
 from mlx_distill.distillation.run import Outcome, finish, train_student
+from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import output_path

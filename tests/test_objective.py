@@ -8,15 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mlx_distill.distillation.objective import (
-    FEATURE,
-    LOSSES,
-    RELATION,
-    RESPONSE,
-    Goal,
-    LossTerm,
-    response_losses,
-)
+from mlx_distill.arrays import log_probs
+from mlx_distill.distillation.objective import Goal, response_losses
+from mlx_distill.distillation.terms import FEATURE, LOSSES, RELATION, RESPONSE, LossTerm
 from mlx_distill.errors import InputError
 from mlx_distill.losses import response
 
@@ -139,7 +133,7 @@ def test_unknown_loss_lists_the_known_ones() -> None:
     [
         ("forward_kl:temprature=2", "forward_kl has no option temprature; it has"),
         ("hard:temperature=2", "hard has no option temperature; it has weight"),
-        ("hidden_mse:student=2", "hidden_mse has no option student; it has weight"),
+        ("hidden_mse:student=2", "hidden_mse has no option student; it has relative, weight"),
         ("forward_kl:2", "forward_kl:2: expected option=value, got 2"),
         ("forward_kl:weight=1,weight=2", "weight is given twice"),
         ("hard:weight=much", "the weight of hard must be a number, got much"),
@@ -226,9 +220,12 @@ def test_heads_of_other_widths_are_cut_to_the_shared_one(name: str, ours: int, g
 def test_sorted_losses_see_whole_vocabularies() -> None:
     logits, theirs = draw(N, V), draw(N, V + 3, seed=1)
     found = total("sorted_l1", logits, Goal(theirs), LABELS, MASK)
-    expected = response.sorted_l1(logits, theirs, MASK)[0].item()
-    assert found == expected
-    assert found != pytest.approx(response.sorted_l1(logits, theirs[:, :V], MASK)[0].item())
+    whole, cut = (
+        (response.sorted_l1(log_probs(logits), log_probs(goal)) * MASK).sum().item()
+        for goal in (theirs, theirs[:, :V])
+    )
+    assert found == pytest.approx(whole, rel=1e-6)
+    assert found != pytest.approx(cut)
 
 
 @pytest.mark.parametrize("name", sorted(set(RESPONSE) - {"hard"}))
@@ -277,6 +274,22 @@ def test_sparse_kl_uses_as_many_cached_tokens_as_it_is_told(
     assert found == pytest.approx(live, rel=1e-5)
     with pytest.raises(InputError, match="asks for 9 tokens per position, the cache has 8"):
         total("sparse_kl:k=9", logits, top_of(theirs, 8), LABELS, MASK)
+
+
+def test_sparse_kl_of_a_narrower_cached_teacher() -> None:
+    """What the student's head has beyond the teacher's vocabulary is never a token."""
+    logits, theirs = draw(N, V + 5), draw(N, V, seed=1)
+    for tail in ("bucket", "teacher"):
+        found = total(f"sparse_kl:tail={tail}", logits, top_of(theirs, 4), LABELS, MASK)
+        cut = total(f"sparse_kl:tail={tail}", logits[:, :V], top_of(theirs, 4), LABELS, MASK)
+        assert found == pytest.approx(cut, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(RESPONSE))
+def test_labels_that_are_none_count_nothing(name: str, logits: mx.array, theirs: mx.array) -> None:
+    spoilt = mx.where(MASK > 0, LABELS, -100)
+    found = total(name, logits, Goal(theirs), spoilt, MASK)
+    assert found == total(name, logits, Goal(theirs), LABELS, MASK)
 
 
 def test_sparse_kl_of_a_wider_teacher(logits: mx.array) -> None:

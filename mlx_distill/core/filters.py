@@ -13,16 +13,12 @@ import math
 import mlx.core as mx
 from jaxtyping import Bool, Float
 
+from mlx_distill.arrays import log_probs
+
 # A model's 95 % are within a few hundred tokens; a flat row needs more.
 CANDIDATES = 2048
 # Masses of other roundings differ by half as much; what is nearer to a border is in doubt.
 ROUNDING = 2e-6
-
-
-def log_probs(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
-    """Return the normalised log-probabilities, in float32."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def filter_exactly(

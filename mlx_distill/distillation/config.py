@@ -11,8 +11,8 @@ from mlx_distill.data.selection import LONG
 from mlx_distill.data.teacher_cache import TAILS
 from mlx_distill.distillation.adapters import AdapterConfig
 from mlx_distill.distillation.exporting import BITS, ExportConfig
-from mlx_distill.distillation.objective import CACHED, RESPONSE, LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig
+from mlx_distill.distillation.terms import CACHED, RESPONSE, LossTerm
 from mlx_distill.errors import InputError
 from mlx_distill.training.config import TrainingConfig
 

@@ -10,7 +10,6 @@ labels; a network makes logits with the labels' leading axes.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -18,22 +17,16 @@ import numpy as np
 from mlx import nn
 
 from mlx_distill.arrays import to_host
+from mlx_distill.distillation.comparison import compare
 from mlx_distill.distillation.features import Layer, find_layer, uniform_map
 from mlx_distill.distillation.judgement import judge
-from mlx_distill.distillation.objective import (
-    LOSSES,
-    PROJECTED,
-    RESPONSE,
-    LossTerm,
-    response_losses,
-)
+from mlx_distill.distillation.learned import learned_rows
+from mlx_distill.distillation.objective import response_losses
 from mlx_distill.distillation.teachers import Answers, Lesson, Teacher
+from mlx_distill.distillation.terms import PROJECTED, RESPONSE, LossTerm
 from mlx_distill.errors import InputError
-from mlx_distill.losses import relation
 from mlx_distill.losses.chunked import chunk_rows, chunked_loss
 from mlx_distill.target.layers import numbered_layers
-
-RELATION_TOKENS = 128  # of a batch of texts, that relation losses compare
 
 
 @dataclass(frozen=True)
@@ -192,12 +185,8 @@ class Distiller:
             total, sums = response_losses(terms, logits, goal, labels, mask)
             return total, mx.stack(sums)
 
-        depth = batch.labels.ndim
-        inputs = [
-            array.reshape(-1, *array.shape[depth:])
-            for array in (batch.labels, batch.mask, *lesson.rows)
-        ]
-        hidden = hidden.reshape(-1, *hidden.shape[depth:])
+        labels, mask, hidden, *rows = learned_rows(batch, hidden, *lesson.rows)
+        inputs = [labels, mask, *rows]
         if body is None:
             total, sums = on_rows(hidden, *inputs)
         else:
@@ -219,54 +208,14 @@ class Distiller:
         for number, (ours, theirs) in enumerate(self.pairs[place]):
             project = projections.get(f"pair_{place}_{number}", lambda x: x)
             pairs.append((project(features[ours]), goals[theirs]))
-        mask = batch.mask if self.texts else None
-        if term.name == "flow_of_solution":
-            flows = [((a, c), (b, d)) for (a, b), (c, d) in pairwise(pairs)]
-            values = [
-                relation.flow_of_solution(
-                    _masked_all(ours, mask), _masked_all(theirs, mask), **term.options
-                )
-                for ours, theirs in flows
-            ]
-        else:
-            values = [self._of_pair(term, ours, theirs, mask) for ours, theirs in pairs]
-        return sum((v for v, _ in values), mx.array(0.0)), sum(
-            (n for _, n in values), mx.array(0.0)
-        )
-
-    def _of_pair(
-        self, term: LossTerm, ours: mx.array, theirs: mx.array, mask: mx.array | None
-    ) -> tuple[mx.array, mx.array]:
-        loss, options = LOSSES[term.name], term.options
-        ours, theirs = same_places(ours, theirs)
-        if term.name in ("hidden_mse", "hidden_cosine", "patient_kd"):
-            return loss(ours, theirs, mask, **options)
-        if term.name in ("attention_transfer", "neuron_selectivity"):
-            if mask is None:
-                return loss(ours, theirs, **options)
-            total, count = loss(ours * mask[..., None], theirs * mask[..., None], **options)
-            # Maps have an entry per token, and padding is none.
-            return total, mask.sum() if term.name == "attention_transfer" else count
-        if mask is not None:
-            some = _some_places(mask)
-            ours, theirs = (x.reshape(-1, x.shape[-1])[some] for x in (ours, theirs))
-        if term.name == "contrastive":
-            if ours.shape[0] < 2:  # an epoch's last batch: there is nothing to tell it from
-                return mx.array(0.0), mx.array(0.0)
-            ours, theirs = (
-                x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs)
-            )
-            return loss(ours, theirs, self.num_examples, **options)
-        return loss(ours, theirs, **options)
+        return compare(term, pairs, batch.mask if self.texts else None, self.num_examples)
 
     def _open(self, batch: Any, seed: int) -> dict[str, nn.Module]:
         """Try a batch, check that widths fit, and return the projections."""
         hidden, features = self.answers.read(batch.inputs, self.student_layers)
         lesson = self.teacher.lesson(batch, self.teacher_layers)
-        depth = batch.labels.ndim
-        first, labels, mask, *rows = (
-            array.reshape(-1, *array.shape[depth:])[:1]
-            for array in (hidden, batch.labels, batch.mask, *lesson.rows)
+        labels, mask, first, *rows = (
+            array[:1] for array in learned_rows(batch, hidden, *lesson.rows)
         )
         logits = self.answers.logits(first)
         ours = logits.shape[-1]
@@ -308,28 +257,6 @@ class Distiller:
         )
 
 
-def same_places(ours: mx.array, theirs: mx.array) -> tuple[mx.array, mx.array]:
-    """Return two images' features with the same height and width: the larger one is averaged.
-
-    Raises:
-        InputError: If neither is a whole multiple of the other.
-    """
-    if ours.ndim != 4 or theirs.ndim != 4 or ours.shape[1:3] == theirs.shape[1:3]:
-        return ours, theirs
-    height, width = (min(a, b) for a, b in zip(ours.shape[1:3], theirs.shape[1:3], strict=True))
-    if any(x.shape[1] % height or x.shape[2] % width for x in (ours, theirs)):
-        raise InputError(
-            f"features of {ours.shape[1:3]} and {theirs.shape[1:3]} places do not fit each other"
-        )
-
-    def shrunk(x: mx.array) -> mx.array:
-        batch, tall, wide, channels = x.shape
-        parts = x.reshape(batch, height, tall // height, width, wide // width, channels)
-        return parts.mean(axis=(2, 4))
-
-    return shrunk(ours), shrunk(theirs)
-
-
 def _pairs(term: LossTerm, student: nn.Module, teacher: Any) -> list[tuple[Layer, Layer]]:
     """Return the layers that a term compares."""
     pairs: list[tuple[Layer, Layer]]
@@ -351,21 +278,6 @@ def _pairs(term: LossTerm, student: nn.Module, teacher: Any) -> list[tuple[Layer
 def _teaching_network(teacher: Teacher) -> nn.Module | None:
     answers = getattr(teacher, "answers", None)
     return answers[0].network if answers else None
-
-
-def _some_places(mask: mx.array) -> mx.array:
-    """Return where evenly spaced learned tokens of a batch of texts are, in its flat order."""
-    learned = [place for place, one in enumerate(to_host(mask.reshape(-1))) if one]
-    return mx.array(learned[:: -(-len(learned) // RELATION_TOKENS) or 1], mx.int32)
-
-
-def _masked_all(parts: tuple[mx.array, mx.array], mask: mx.array | None) -> Any:
-    """Return two layers' features such that the mean of their products is of learned tokens."""
-    if mask is None:
-        return parts
-    share = mask.sum(axis=1, keepdims=True) / mask.shape[1]
-    weights = mask * mx.rsqrt(mx.maximum(share, 1e-12))
-    return tuple(part * weights[..., None] for part in parts)
 
 
 def _names(terms: Sequence[LossTerm]) -> list[str]:

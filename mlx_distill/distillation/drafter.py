@@ -22,10 +22,11 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx import nn
 
-from mlx_distill.core.filters import log_probs
+from mlx_distill.arrays import log_probs
+from mlx_distill.distillation.objective import weighted_sum
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.losses.chunked import chunk_rows, chunked_loss
-from mlx_distill.losses.response import entropy, kl_divergence
+from mlx_distill.losses.response import forward_kl
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,8 @@ def drafter_loss(
 
     def loss(logits: mx.array, places: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         goals = view.log_probs(places[::length])  # a goal is that of drafts of every depth
-        probs, uncertainty = mx.exp(goals), entropy(goals)
-        probs, uncertainty = (mx.repeat(x, length, axis=0) for x in (probs, uncertainty))
-        return kl_divergence(probs, uncertainty, logits, weights)
+        goals, probs = (mx.repeat(x, length, axis=0) for x in (goals, mx.exp(goals)))
+        return weighted_sum(forward_kl(logits, goals, probs), weights), weights.sum()
 
     flat = features.reshape(-1, features.shape[-1])
     size = length * goal_rows(drafter.head, length)

@@ -6,10 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.arrays import to_host, to_number
+from mlx_distill.arrays import log_probs, to_host, to_number
+from mlx_distill.distillation.learned import learned_rows
+from mlx_distill.distillation.objective import weighted_sum
 from mlx_distill.distillation.teachers import Answers, Teacher
 from mlx_distill.losses.chunked import chunk_rows
-from mlx_distill.losses.response import entropy, kl_divergence
+from mlx_distill.losses.response import forward_kl, hard_labels
 
 
 def judge(
@@ -27,14 +29,10 @@ def judge(
     for batch in batches:
         hidden, _ = answers.read(batch.inputs)
         lesson = teacher.lesson(batch)
-        depth = batch.labels.ndim
-        flat = [
-            array.reshape(-1, *array.shape[depth:])
-            for array in (hidden, batch.labels, batch.mask, *lesson.rows)
-        ]
-        size = 8 * chunk_rows(answers.logits(flat[0][:1]).shape[-1])  # no gradients here
+        flat = learned_rows(batch, hidden, *lesson.rows)
+        size = 8 * chunk_rows(answers.logits(flat[2][:1]).shape[-1])  # no gradients here
         for start in range(0, flat[0].shape[0], size):
-            here, labels, mask, *rows = (array[start : start + size] for array in flat)
+            labels, mask, here, *rows = (array[start : start + size] for array in flat)
             goal = lesson.spell(*rows) if rows else None
             theirs = goal.logits if goal is not None and goal.known is None else None
             found = _figures(answers.logits(here), labels, mask, theirs)
@@ -52,19 +50,14 @@ def judge(
 def _figures(
     logits: mx.array, labels: mx.array, mask: mx.array, goal: mx.array | None
 ) -> dict[str, mx.array]:
-    logits = logits.astype(mx.float32)
-    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    at_label = mx.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+    """Return the sums over rows; where the mask is 0, labels may be none, as -100."""
+    nats = hard_labels(log_probs(logits), labels)
     best = mx.argmax(logits, axis=-1)
-    found = {
-        "nats": -(at_label * mask).sum(),
-        "accuracy": ((best == labels) * mask).sum(),
-    }
+    found = {"nats": weighted_sum(nats, mask), "accuracy": ((best == labels) * mask).sum()}
     if goal is not None:
         width = min(logits.shape[-1], goal.shape[-1])
-        goal = goal[..., :width].astype(mx.float32)
-        goal = goal - mx.logsumexp(goal, axis=-1, keepdims=True)
-        total, _ = kl_divergence(mx.exp(goal), entropy(goal), logits[..., :width], mask)
-        found["kl"] = total
+        goal = goal[..., :width]
+        found["kl"] = weighted_sum(forward_kl(logits[..., :width], goal), mask)
+        best = mx.argmax(logits[..., :width], axis=-1)
         found["agreement"] = ((best == mx.argmax(goal, axis=-1)) * mask).sum()
     return found

@@ -1,146 +1,19 @@
-"""The objective: any weighted sum of losses, named.
+"""The objective: any weighted sum of losses, over positions.
 
-    forward_kl:weight=0.9,temperature=2  hard:weight=0.1  hidden_mse:layers=0-3/1-7
-
-A term has a weight, the loss's own options, and, if it compares features, pairs of layers
-(student-teacher). Response losses are summed over positions and divided once by their number;
-feature and relation losses are means over a batch.
+Losses return one value per position. What is the same for all of them is done here, once: the
+logits are cut to the vocabulary that both networks have and divided by the temperature, the values
+are weighted by the mask, added up, and weighed against each other.
 """
 
-import inspect
-import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_distill.distillation.features import Layer
+from mlx_distill.arrays import log_probs
+from mlx_distill.distillation.terms import LOSSES, ON_LOGITS, SCALED, LossTerm
 from mlx_distill.errors import InputError
-from mlx_distill.losses import feature, relation, response
-
-RESPONSE: dict[str, Callable[..., response.Loss]] = {
-    "hard": response.hard_labels,
-    "forward_kl": response.forward_kl,
-    "reverse_kl": response.reverse_kl,
-    "jensen_shannon": response.jensen_shannon,
-    "skew_forward_kl": response.skew_forward_kl,
-    "skew_reverse_kl": response.skew_reverse_kl,
-    "total_variation": response.total_variation,
-    "soft_cross_entropy": response.soft_cross_entropy,
-    "logit_mse": response.logit_mse,
-    "decoupled_kd": response.decoupled_kd,
-    "sparse_kl": response.sparse_kl,
-    "sorted_l1": response.sorted_l1,
-}
-FEATURE: dict[str, Callable[..., response.Loss]] = {
-    "hidden_mse": feature.hidden_mse,
-    "hidden_cosine": feature.hidden_cosine,
-    "patient_kd": feature.patient_kd,
-    "attention_transfer": feature.attention_transfer,
-}
-RELATION: dict[str, Callable[..., response.Loss]] = {
-    "flow_of_solution": relation.flow_of_solution,
-    "relational_distance": relation.relational_distance,
-    "relational_angle": relation.relational_angle,
-    "similarity_preserving": relation.similarity_preserving,
-    "probabilistic_transfer": relation.probabilistic_transfer,
-    "neuron_selectivity": relation.neuron_selectivity,
-    "contrastive": relation.contrastive,
-}
-LOSSES = RESPONSE | FEATURE | RELATION
-# Response losses that need no more of the teacher than its top tokens.
-CACHED = {"hard", "sparse_kl"}
-# Losses whose student features go through a learned projection where the widths differ.
-PROJECTED = {"hidden_mse", "hidden_cosine", "patient_kd", "contrastive", "flow_of_solution"}
-GIVEN = {
-    "student_logits",
-    "teacher_logits",
-    "student",
-    "teacher",
-    "mask",
-    "labels",
-    "top_ids",
-    "top_log_probs",
-    "num_examples",
-    "log_prior",
-}
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One loss of a weighted sum.
-
-    Args:
-        name: Which loss; a key of ``LOSSES``.
-        weight: What it is multiplied by.
-        options: The loss's own arguments.
-        layers: Pairs (student layer, teacher layer) of a loss on features; "uniform" spreads the
-            student's layers over the teacher's, "last" compares the last ones.
-    """
-
-    name: str
-    weight: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
-    layers: str | tuple[tuple[Layer, Layer], ...] = "uniform"
-
-    def __post_init__(self) -> None:
-        if self.name not in LOSSES:
-            raise InputError(f"there is no loss {self.name}; there are {', '.join(LOSSES)}")
-        if not 0 <= self.weight < float("inf"):
-            raise InputError(f"the weight of {self.name} must be at least 0, got {self.weight}")
-        known = _options(self.name)
-        wrong = sorted(set(self.options) - set(known))
-        if wrong:
-            options = ", ".join(sorted({"weight", *known}))
-            raise InputError(f"{self.name} has no option {wrong[0]}; it has {options}")
-        checked = {k: _checked(self.name, k, v, known[k]) for k, v in self.options.items()}
-        object.__setattr__(self, "options", checked)
-        if self.name in RESPONSE and self.layers != "uniform":
-            raise InputError(f"{self.name} compares answers, not layers; leave layers out")
-        if isinstance(self.layers, str) and self.layers not in ("uniform", "last"):
-            raise InputError(f"layers must be pairs, uniform or last, got {self.layers}")
-        if self.name in RESPONSE:  # the loss itself knows the ranges of its options
-            goal, one = Goal(mx.zeros((1, 2))), mx.zeros((1,), mx.int32)
-            try:
-                _response(self, mx.zeros((1, 2)), goal, one, mx.ones((1,)))
-            except ValueError as error:
-                raise InputError(f"{self.name}: {error}") from None
-
-    @classmethod
-    def parse(cls, text: str) -> "LossTerm":
-        """Return the term of ``name:option=value,layers=0-3/1-7``."""
-        name, _, rest = text.partition(":")
-        values: dict[str, Any] = {}
-        for part in filter(None, rest.split(",")):
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise InputError(f"{text}: expected option=value, got {part}")
-            if key.strip() in values:
-                raise InputError(f"{text}: {key.strip()} is given twice")
-            values[key.strip()] = value.strip()
-        return cls.of({"name": name.strip(), **values})
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> "LossTerm":
-        """Return the term that a mapping describes, as a YAML file has it."""
-        rest = dict(values)
-        name = rest.pop("name", None)
-        if not isinstance(name, str):
-            raise InputError(f"a loss needs a name, got {values}")
-        weight = _number(rest.pop("weight", 1.0), f"the weight of {name}")
-        layers = _layers(rest.pop("layers", "uniform"))
-        return cls(name, weight, {key: _value(value) for key, value in rest.items()}, layers)
-
-    def __str__(self) -> str:
-        parts = [f"weight={self.weight}", *(f"{k}={v}" for k, v in self.options.items())]
-        if self.name not in RESPONSE:
-            pairs = self.layers
-            if not isinstance(pairs, str):
-                pairs = "/".join(f"{ours}-{theirs}" for ours, theirs in pairs)
-            parts.append(f"layers={pairs}")
-        return f"{self.name}:{','.join(parts)}"
+from mlx_distill.losses import response
 
 
 @dataclass(frozen=True)
@@ -171,50 +44,107 @@ def response_losses(
     labels: mx.array,
     mask: mx.array,
 ) -> tuple[mx.array, list[mx.array]]:
-    """Return the weighted sum of the response terms over positions, and each term's own sum."""
+    """Return the weighted sum of the response terms over positions, and each term's own sum.
+
+    Args:
+        terms: The losses; here and nowhere else their temperatures, weights and the mask count.
+        logits: The student's, (N, V).
+        goal: What the teacher says there; None for nothing.
+        labels: The true tokens, (N,); where the mask is 0, anything.
+        mask: Weight of every position, (N,).
+    """
     total, sums = mx.array(0.0), []
+    answers = _Answers(logits, goal)
     for term in terms:
-        value, _ = _response(term, logits, goal, labels, mask)
+        values = _values(term, answers, labels)
+        weights = mask if term.name == "hard" else mask * answers.known
+        value = weighted_sum(values, weights)
+        temperature = term.options.get("temperature", 1.0)
+        if term.name in SCALED and term.options.get("scaled", True):
+            value = value * temperature**2
         total = total + term.weight * value
         sums.append(mx.stop_gradient(value))
     return total, sums
 
 
-def _response(
-    term: LossTerm, logits: mx.array, goal: Goal | None, labels: mx.array, mask: mx.array
-) -> response.Loss:
-    if term.name == "hard":
-        return response.hard_labels(logits, labels, mask, **term.options)
-    if goal is None or (goal.logits is None and goal.top_ids is None):
-        raise InputError(f"{term.name} needs a teacher")
-    if goal.known is not None:
-        mask = mask * goal.known
-    if term.name == "sparse_kl":
-        return _sparse(term, logits, goal, mask)
-    if goal.logits is None:
-        raise InputError(
-            f"{term.name} needs all of the teacher's logits, and a cache has the top ones; "
-            "use sparse_kl"
+def weighted_sum(values: mx.array, weights: mx.array) -> mx.array:
+    """Return the weighted sum of values; where the weight is 0, whatever they are."""
+    weights = weights.astype(mx.float32)
+    return mx.where(weights > 0, values * weights, 0).sum()
+
+
+class _Answers:
+    """What student and teacher say at some positions, at the temperatures that terms ask for."""
+
+    def __init__(self, logits: mx.array, goal: Goal | None):
+        self.student = logits.astype(mx.float32)
+        self.goal = Goal() if goal is None else goal
+        self._log_probs: dict[tuple[str, float, int], mx.array] = {}
+
+    @property
+    def known(self) -> mx.array:
+        """1 where the teacher says something."""
+        known = self.goal.known
+        return mx.array(1.0) if known is None else known
+
+    def pair(self, name: str, temperature: float) -> tuple[mx.array, mx.array]:
+        """Return the student's and the teacher's logits, or what a loss is given of them."""
+        if self.goal.logits is None:
+            known = self.goal.top_ids is not None
+            raise InputError(
+                f"{name} needs all of the teacher's logits, and a cache has the top ones; "
+                "use sparse_kl"
+                if known
+                else f"{name} needs a teacher"
+            )
+        ours, theirs = self.student.shape[-1], self.goal.logits.shape[-1]
+        if name != "sorted_l1":  # padded heads: what only one of them has is never a token
+            ours = theirs = min(ours, theirs)
+        if name in ON_LOGITS:
+            goal = self.goal.logits[..., :theirs].astype(mx.float32)
+            return self.student[..., :ours] / temperature, goal / temperature
+        return self.student_log_probs(temperature, ours), self._kept(
+            "teacher", self.goal.logits, temperature, theirs
         )
-    theirs = goal.logits
-    if term.name != "sorted_l1":  # padded heads: what only one of them has is never a token
-        width = min(logits.shape[-1], theirs.shape[-1])
-        logits, theirs = logits[..., :width], theirs[..., :width]
-    if term.name == "decoupled_kd":
-        return response.decoupled_kd(logits, theirs, labels, mask, **term.options)
-    return LOSSES[term.name](logits, theirs, mask, **term.options)
+
+    def student_log_probs(self, temperature: float, width: int) -> mx.array:
+        """Return the student's log-probabilities of the first tokens; made once."""
+        return self._kept("student", self.student, temperature, width)
+
+    def _kept(self, who: str, logits: mx.array, temperature: float, width: int) -> mx.array:
+        key = (who, temperature, width)
+        if key not in self._log_probs:
+            cut = logits[..., :width].astype(mx.float32)
+            self._log_probs[key] = log_probs(cut / temperature)
+        return self._log_probs[key]
 
 
-def _sparse(term: LossTerm, logits: mx.array, goal: Goal, mask: mx.array) -> response.Loss:
-    options = {key: value for key, value in term.options.items() if key != "k"}
-    width = logits.shape[-1]
-    ids, log_probs = _top(goal, term.options.get("k"), width)
+def _values(term: LossTerm, answers: _Answers, labels: mx.array) -> mx.array:
+    """Return a response term's value at every position."""
+    loss = LOSSES[term.name]
+    own = term.own_options
+    temperature = float(term.options.get("temperature", 1.0))
+    if term.name == "hard":
+        return loss(answers.student_log_probs(1.0, answers.student.shape[-1]), labels, **own)
+    if term.name == "sparse_kl":
+        return _sparse(term, answers, temperature)
+    pair = answers.pair(term.name, temperature)
+    return loss(*pair, labels, **own) if term.name == "decoupled_kd" else loss(*pair, **own)
+
+
+def _sparse(term: LossTerm, answers: _Answers, temperature: float) -> mx.array:
+    """Return the divergence from the teacher's top tokens."""
+    goal = answers.goal
+    theirs = goal.vocab_size if goal.logits is None else goal.logits.shape[-1]
+    width = min(answers.student.shape[-1], theirs or answers.student.shape[-1])
+    ids, known = _top(goal, term.options.get("k"), width)
+    student = answers.student_log_probs(temperature, width)
     if goal.vocab_size > width:  # padded heads: one more entry stands for what is never a token
-        logits = mx.pad(logits, [(0, 0), (0, 1)], constant_values=-mx.inf)
-        log_probs = mx.where(ids < width, log_probs, -mx.inf)
+        student = mx.pad(student, [(0, 0), (0, 1)], constant_values=-mx.inf)
+        known = mx.where(ids < width, known, -mx.inf)
         ids = mx.minimum(ids, width)
     return response.sparse_kl(
-        logits, ids, log_probs, mask, **options, log_prior=_prior(goal, logits)
+        student, ids, known / temperature, **term.own_options, log_prior=_prior(goal, student)
     )
 
 
@@ -232,75 +162,9 @@ def _top(goal: Goal, k: int | None, width: int) -> tuple[mx.array, mx.array]:
         if k is not None and k > known:
             raise InputError(f"sparse_kl asks for {k} tokens per position, the cache has {known}")
         return goal.top_ids[..., :k], goal.top_log_probs[..., :k]
-    assert goal.logits is not None
-    logits = goal.logits[..., :width].astype(mx.float32)
-    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    k = min(64 if k is None else k, logits.shape[-1])
-    ids = mx.argpartition(-log_probs, k - 1, axis=-1)[..., :k]
-    return ids, mx.take_along_axis(log_probs, ids, axis=-1)
-
-
-def _options(name: str) -> dict[str, Any]:
-    """Return a loss's own options and their defaults."""
-    parameters = inspect.signature(LOSSES[name]).parameters
-    known = {key: item.default for key, item in parameters.items() if key not in GIVEN}
-    return known | {"k": 64} if name == "sparse_kl" else known
-
-
-def _checked(name: str, key: str, value: Any, default: Any) -> Any:
-    """Return an option, or raise InputError if it is unlike its default, or of no use."""
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}
-        wanted = kind.get(type(default), "a text")
-        raise InputError(f"the {key} of {name} must be {wanted}, got {value}")
-    if isinstance(default, float) and not math.isfinite(value):
-        raise InputError(f"the {key} of {name} must be finite, got {value}")
-    if key in ("k", "temperature", "eps") and value <= 0:
-        raise InputError(f"the {key} of {name} must be above 0, got {value}")
-    return type(default)(value)
-
-
-def _layers(value: Any) -> str | tuple[tuple[Layer, Layer], ...]:
-    if isinstance(value, str) and "-" not in value:
-        return value
-    pairs = value.split("/") if isinstance(value, str) else value
-    try:
-        split = [_split(pair) if isinstance(pair, str) else pair for pair in pairs]
-        return tuple((_layer(ours), _layer(theirs)) for ours, theirs in split)
-    except (TypeError, ValueError):
-        raise InputError(f"layers must be pairs as 0-3/1-7, uniform or last, got {value}") from None
-
-
-def _split(pair: str) -> Sequence[str]:
-    """Return both sides of a pair of layers; their numbers may be negative."""
-    found = re.fullmatch(r"(.*[^-])-(-?[^-]+)", pair.strip())
-    return found.groups() if found else ()
-
-
-def _layer(value: Any) -> Layer:
-    if isinstance(value, int):
-        return value
-    text = str(value).strip()
-    return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _value(value: Any) -> Any:
-    """Return a flag's text as the number or truth value it spells."""
-    if not isinstance(value, str):
-        return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} must be a number, got {value}") from None
+    if goal.logits is None:
+        raise InputError("sparse_kl needs a teacher")
+    known = log_probs(goal.logits[..., :width])
+    k = min(64 if k is None else k, width)
+    ids = mx.argpartition(-known, k - 1, axis=-1)[..., :k]
+    return ids, mx.take_along_axis(known, ids, axis=-1)

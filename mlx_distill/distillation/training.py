@@ -16,9 +16,9 @@ from mlx_distill.data.batches import batch_order
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.distiller import Distiller, Examples
-from mlx_distill.distillation.objective import LossTerm
 from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts, answered
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
+from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash

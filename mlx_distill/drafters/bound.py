@@ -9,9 +9,9 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
+from mlx_distill.arrays import log_probs
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.draft import Draft
-from mlx_distill.core.filters import log_probs
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.core.filters import log_probs
+from mlx_distill.arrays import log_probs
 
 NUM_BINS = 15
 Sums = dict[str, Any]  # NumPy arrays, or its numbers where no axis is left

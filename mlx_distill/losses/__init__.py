@@ -1,1 +1,4 @@
-"""Losses: arrays in, ``(sum, count)`` in float32 out."""
+"""Losses: arrays in, one value per position or example out, in float32.
+
+They know no temperature, no mask and no weight: those, and sums, are the objective's.
+"""

@@ -8,6 +8,7 @@ hidden states and, in float32, of what is trained of the head.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,9 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 CHUNK_ROWS = 256  # with fewer, a product of matrices does not keep a machine busy
+# A head's gradient is added up in parts. MLX makes room for what it will compute some operations
+# ahead: in one piece that would be four gradients instead of two.
+PART_BYTES, MOST_PARTS = 2**23, 16
 
 # (sum, what else is to be known of it): only the sum has a gradient.
 Sums = tuple[mx.array, mx.array]
@@ -58,12 +62,12 @@ def chunked_loss(
     @mx.custom_function
     def whole(rows: mx.array, *weights: mx.array) -> tuple[mx.array, ...]:
         total, others = mx.array(0.0), mx.array(0.0)
-        row_grads = []
-        sums = [mx.zeros(weight.shape, mx.float32) for weight in weights]
+        row_grads: list[mx.array] = []
+        sums: list[list[mx.array]] = [[] for _ in weights]
         for start in range(0, rows.shape[0], chunk_size):
             here = slice(start, start + chunk_size)
             # A chunk waits for the one before, so that only one is in memory.
-            part = mx.depends([rows[here]], [total, *sums])[0]
+            part = mx.depends([rows[here]], [total, *chain.from_iterable(sums)])[0]
             goals = [mx.stop_gradient(array[here]) for array in inputs]
             logits = backward.logits(part, list(weights))
             on_logits = mx.value_and_grad(partial(_of_logits, loss, goals))
@@ -71,7 +75,8 @@ def chunked_loss(
             total, others = total + value, others + other
             gradient, sums = backward(part, list(weights), slope, logits.dtype, sums)
             row_grads.append(gradient)
-        return total, others, mx.concatenate(row_grads), *sums
+        gradients = (mx.concatenate(parts) if len(parts) > 1 else parts[0] for parts in sums)
+        return total, others, mx.concatenate(row_grads), *gradients
 
     @whole.vjp
     def whole_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, ...]:
@@ -114,9 +119,9 @@ class _Backward:
         weights: list[mx.array],
         slope: mx.array,
         kind: mx.Dtype,
-        sums: list[mx.array],
-    ) -> tuple[mx.array, list[mx.array]]:
-        """Return the gradient of some rows, and the weights' sums with theirs added.
+        sums: list[list[mx.array]],
+    ) -> tuple[mx.array, list[list[mx.array]]]:
+        """Return the gradient of some rows, and the weights' sums, in parts, with theirs added.
 
         ``slope`` is the logits' gradient in float32, ``kind`` the type that the head makes them in.
         """
@@ -132,7 +137,22 @@ class _Backward:
         _, found = mx.vjp(forward, primals, [slope.astype(kind)])
         sums = list(sums)
         for at, gradient in zip(others, found[1:], strict=True):
-            sums[at] = sums[at] + gradient.astype(mx.float32)
+            sums[at] = _added(sums[at], [gradient.astype(mx.float32)])
         if self.matrix is not None:
-            sums[self.matrix] = mx.addmm(sums[self.matrix], slope.T, rows.astype(mx.float32))
+            sums[self.matrix] = _product_added(sums[self.matrix], slope, rows.astype(mx.float32))
         return found[0], sums
+
+
+def _added(sums: list[mx.array], values: list[mx.array]) -> list[mx.array]:
+    return [a + b for a, b in zip(sums, values, strict=True)] if sums else values
+
+
+def _product_added(sums: list[mx.array], slope: mx.array, rows: mx.array) -> list[mx.array]:
+    """Return the parts of a matrix's gradient with ``slope.T @ rows`` added."""
+    height = slope.shape[1]
+    count = max(1, min(MOST_PARTS, 4 * height * rows.shape[1] // PART_BYTES))
+    size = -(-height // count)
+    slopes = [slope[:, start : start + size].T for start in range(0, height, size)]
+    if not sums:
+        return [part @ rows for part in slopes]
+    return [mx.addmm(total, part, rows) for total, part in zip(sums, slopes, strict=True)]

@@ -1,4 +1,4 @@
-"""Losses on how examples, or layers, relate to each other: ``(sum, count)`` in float32.
+"""Losses on how examples, or layers, relate to each other: one value per example, in float32.
 
 They compare matrices that do not depend on the networks' widths, so no projection is needed. B is
 the number of examples in a batch. The gradient reaches the student only.
@@ -8,20 +8,22 @@ import mlx.core as mx
 from jaxtyping import Float
 
 from mlx_distill.losses.feature import normalise
-from mlx_distill.losses.response import Loss
 
 
 def flow_of_solution(
     student: tuple[Float[mx.array, "B *S C"], Float[mx.array, "B *S E"]],
     teacher: tuple[Float[mx.array, "B *R U"], Float[mx.array, "B *R V"]],
-) -> Loss:
-    """Return the sum of squared differences of two layers' inner products, and their entries.
+    relative: bool = True,
+) -> Float[mx.array, " B"]:
+    """Return the mean squared difference of two layers' inner products.
 
     G = F1^T F2 / S for the features of two layers at S places: pixels, or tokens of a text.
 
     Args:
         student: Features of an earlier and a later layer, channels last.
         teacher: The same of the teacher, with as many channels.
+        relative: In units of the mean square of the teacher's products, as in
+            ``feature.hidden_mse``; False leaves them as they are, as in the paper.
 
     Raises:
         ValueError: If the teacher's and the student's channels differ in number.
@@ -39,51 +41,53 @@ def flow_of_solution(
         raise ValueError(
             f"the layers' widths must be the teacher's, got {ours.shape[1:]} and {theirs.shape[1:]}"
         )
-    return _mean_square(ours - theirs)
+    values = mx.square(ours - theirs).mean(axis=(1, 2))
+    size = mx.maximum(mx.square(theirs).mean(axis=(1, 2)), 1e-12)
+    return values / size if relative else values
 
 
 def similarity_preserving(
     student: Float[mx.array, "B *S C"], teacher: Float[mx.array, "B *R U"]
-) -> Loss:
-    """Return the sum of squared differences of normalised similarity matrices, and B^2.
+) -> Float[mx.array, " B"]:
+    """Return the mean squared difference of the rows of normalised similarity matrices.
 
     Source:
         Tung and Mori 2019, arXiv:1907.09682, equations 3 and 4.
     """
     ours, theirs = _flat(student), mx.stop_gradient(_flat(teacher))
-    return _mean_square(normalise(ours @ ours.T) - normalise(theirs @ theirs.T))
+    return mx.square(normalise(ours @ ours.T) - normalise(theirs @ theirs.T)).mean(axis=-1)
 
 
 def relational_distance(
     student: Float[mx.array, "B *S C"], teacher: Float[mx.array, "B *R U"]
-) -> Loss:
-    """Return the sum of Huber losses of pairwise distances, and B^2.
+) -> Float[mx.array, " B"]:
+    """Return the mean Huber loss of an example's distances from all, itself among them.
 
-    Distances are measured in units of the batch's mean distance.
+    Distances are measured in units of the batch's mean distance, of all pairs of two examples.
 
     Source:
         Park et al. 2019 (RKD), arXiv:1904.05068, equations 6 and 7.
     """
     ours, theirs = (_relative_distances(_flat(x)) for x in (student, teacher))
-    return _huber(ours - mx.stop_gradient(theirs))
+    return _huber(ours - mx.stop_gradient(theirs)).mean(axis=-1)
 
 
 def relational_angle(
     student: Float[mx.array, "B *S C"], teacher: Float[mx.array, "B *R U"]
-) -> Loss:
-    """Return the sum of Huber losses of the cosines of all angles, and B^3.
+) -> Float[mx.array, " B"]:
+    """Return the mean Huber loss of the cosines of all angles at an example.
 
     Source:
         Park et al. 2019 (RKD), arXiv:1904.05068, equations 8 and 9.
     """
     ours, theirs = (_angles(_flat(x)) for x in (student, teacher))
-    return _huber(ours - mx.stop_gradient(theirs))
+    return _huber(ours - mx.stop_gradient(theirs)).mean(axis=(1, 2))
 
 
 def probabilistic_transfer(
     student: Float[mx.array, "B *S C"], teacher: Float[mx.array, "B *R U"], eps: float = 1e-7
-) -> Loss:
-    """Return the sum of p log(p / q) for the neighbourhoods of the examples, and B^2.
+) -> Float[mx.array, " B"]:
+    """Return the mean of p log(p / q) over an example's neighbourhood.
 
     p and q say how probable each example is as another's neighbour, by the cosine of the features.
 
@@ -97,14 +101,13 @@ def probabilistic_transfer(
     """
     ours, theirs = (_neighbourhoods(_flat(x)) for x in (student, teacher))
     theirs = mx.stop_gradient(theirs)
-    values = theirs * mx.log((theirs + eps) / (ours + eps))
-    return values.sum(), mx.array(values.size, mx.float32)
+    return (theirs * mx.log((theirs + eps) / (ours + eps))).mean(axis=-1)
 
 
 def neuron_selectivity(
     student: Float[mx.array, "B *S C"], teacher: Float[mx.array, "B *S U"]
-) -> Loss:
-    """Return the sum of squared MMDs of the channels' maps with k(x, y) = (x.y)^2, and B.
+) -> Float[mx.array, " B"]:
+    """Return the squared MMD of the channels' maps with k(x, y) = (x.y)^2.
 
     Source:
         Huang and Wang 2017, arXiv:1707.01219, equation 5.
@@ -117,8 +120,7 @@ def neuron_selectivity(
         return mx.square(x @ y.swapaxes(1, 2)).mean(axis=(1, 2))
 
     ours, theirs = maps(student), mx.stop_gradient(maps(teacher))
-    values = kernel(ours, ours) + kernel(theirs, theirs) - 2 * kernel(ours, theirs)
-    return values.sum(), mx.array(values.size, mx.float32)
+    return kernel(ours, ours) + kernel(theirs, theirs) - 2 * kernel(ours, theirs)
 
 
 def contrastive(
@@ -126,8 +128,8 @@ def contrastive(
     teacher: Float[mx.array, "B D"],
     num_examples: int,
     temperature: float = 0.1,
-) -> Loss:
-    """Return the sum over examples of the contrastive loss, and B.
+) -> Float[mx.array, " B"]:
+    """Return the contrastive loss of each example.
 
     The student's and the teacher's embedding of one example are a pair; those of two different
     examples of the batch are none. A critic h = e / (e + N / M), e = exp(cosine / temperature), N
@@ -155,8 +157,7 @@ def contrastive(
     # log h = -log(1 + c / e) and log(1 - h) = -log(1 + e / c), with c = N / M.
     logit = cosines / temperature - mx.log((batch - 1) / mx.array(num_examples, mx.float32))
     pair = mx.eye(batch) > 0
-    values = mx.logaddexp(mx.where(pair, -logit, logit), 0.0)
-    return values.sum(), mx.array(batch, mx.float32)
+    return mx.logaddexp(mx.where(pair, -logit, logit), 0.0).sum(axis=-1)
 
 
 def _flat(x: mx.array) -> mx.array:
@@ -164,12 +165,13 @@ def _flat(x: mx.array) -> mx.array:
 
 
 def _relative_distances(x: mx.array) -> mx.array:
-    """Return pairwise distances over their mean, which equal examples do not enter."""
+    """Return pairwise distances over the mean of those between two examples."""
     squares = mx.square(x[:, None] - x[None]).sum(axis=-1)
     apart = squares > 0
     # The root has no gradient at zero: equal examples keep a distance of zero without it.
     distances = mx.where(apart, mx.sqrt(mx.where(apart, squares, 1)), 0)
-    return distances / mx.maximum(distances.sum() / mx.maximum(apart.sum(), 1), 1e-12)
+    pairs = x.shape[0] * (x.shape[0] - 1)
+    return distances / mx.maximum(distances.sum() / max(pairs, 1), 1e-12)
 
 
 def _angles(x: mx.array) -> mx.array:
@@ -184,11 +186,6 @@ def _neighbourhoods(x: mx.array) -> mx.array:
     return near / near.sum(axis=1, keepdims=True)
 
 
-def _huber(difference: mx.array) -> Loss:
+def _huber(difference: mx.array) -> mx.array:
     size = mx.abs(difference)
-    values = mx.where(size < 1, 0.5 * mx.square(difference), size - 0.5)
-    return values.sum(), mx.array(values.size, mx.float32)
-
-
-def _mean_square(difference: mx.array) -> Loss:
-    return mx.square(difference).sum(), mx.array(difference.size, mx.float32)
+    return mx.where(size < 1, 0.5 * mx.square(difference), size - 0.5)

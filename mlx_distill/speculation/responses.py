@@ -10,7 +10,7 @@ import mlx.core as mx
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_distill.core.filters import log_probs
+from mlx_distill.arrays import log_probs
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.stop_texts import StopCutter
