@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from mlx_lm.models.cache import CacheList, ChunkedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.utils import MODEL_REMAPPING
 from tiny_models import NOT_BUILT, TINY_CONFIGS, tiny_model
 
 from mlx_distill.core.prefix_tree import PrefixTree
@@ -142,6 +143,11 @@ def test_table_of_architectures() -> None:
         target = Target.of(model_of(name))
         support = {"row": "tree", "batch": "tree (nodes on the batch axis)", "chain": "chain"}
         rows.append(f"| {name} | {support.get(target.support, 'refused')} | {target.reason} |")
+    rows += [
+        f"| {name} | as {other} |  |"
+        for name, other in sorted(MODEL_REMAPPING.items())
+        if name not in TINY_CONFIGS
+    ]
     rows += [f"| {n} | not tested | {reason} |" for n, reason in sorted(NOT_BUILT.items())]
     text = TABLE_HEAD + "\n".join(rows) + "\n"
     if os.environ.get("MLX_DISTILL_WRITE_DOCS"):
@@ -154,6 +160,7 @@ Written by `tests/test_architectures.py` from tiny random models of every archit
 *Tree*: the logits of all nodes of a tree equal those of plain decoding along each path, and so does
 the cache after the commit. *Chain*: the same for a single drafted continuation; beams are cut to
 the best one. *Refused*: `generate` says so in a sentence and decodes plainly with `--no-drafter`.
+*As*: mlx-lm builds models of that type with another one's classes.
 
 | architecture | drafting | why not trees |
 |---|---|---|

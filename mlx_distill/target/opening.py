@@ -29,9 +29,11 @@ NOT_CAUSAL = {"phi3small"}
 # Beyond its block budget it places queries by their slot: siblings would count as successors.
 PLACED_BY_SLOT = {"minimax_m3_vl", "minimax_m3"}
 
-# Any tokens do; these are apart, small enough for every vocabulary, and not all the same.
-_PREFIX = [1, 2, 3]
-_TOKENS = [4, 5, 6, 7, 8, 9, 5]
+# Any tokens do in float32. In half precision some texts are all but noise (the first tokens of a
+# vocabulary are often marks), so others are tried, too: what is wrong is wrong in all of them.
+# The tokens are apart and not all the same; the first three are the text before the tree.
+_LOW = [1, 2, 3, 4, 5, 6, 7, 8, 9, 5]
+_SPREAD = ([3, 11, 7, 17, 5, 19, 2, 13, 9, 5], [16, 4, 14, 8, 20, 1, 10, 18, 6, 20])
 # Five siblings, so that with a wrong mask the last one sees more that it should not than it should,
 # and a child of the first. Those two and the root are looked at.
 _TREE, _LOOKED_AT = [0, 0, 0, 0, 0, 0, 1], [0, 5, 6]
@@ -81,7 +83,7 @@ def open_model(model: nn.Module) -> Opened:
     if not all(can_branch(cache) for cache in caches):
         names = sorted({type(c).__name__ for c in caches if not can_branch(c)})
         return Opened("none", f"its cache ({', '.join(names)}) cannot hold the branches of a tree")
-    logits, hidden, head, embed = find_head(model, mx.array([_PREFIX]), cache=caches)
+    logits, hidden, head, embed = find_head(model, mx.array([_LOW[:3]]), cache=caches)
     if to_number(mx.isnan(logits).any()):
         raise not_numbers("after a few tokens")
     if head is None or hidden is None or embed is None:
@@ -92,7 +94,11 @@ def open_model(model: nn.Module) -> Opened:
         ways.append("chain")
     reason = "its logits for several tokens at once differ from those one by one"
     known = Opened("none", reason, logits.shape[-1], hidden.shape[-1], head, embed)
-    support = next((way for way in ways if _Trial(model, head, way).agrees()), None)
+    texts = [_LOW]
+    if logits.dtype != mx.float32:
+        texts += [[logits.shape[-1] * part // 23 for part in parts] for parts in _SPREAD]
+    tries = ((way, _Trial(model, head, way, text)) for way in ways for text in texts)
+    support = next((way for way, trial in tries if trial.agrees()), None)
     if support is None:
         return known
     reason = "its attention cannot take a tree" if support == "chain" else ""
@@ -106,13 +112,15 @@ class _Trial:
         model: The model.
         head: Where its hidden states are.
         support: The layout.
+        text: Three tokens before the tree, and the tree's.
     """
 
-    def __init__(self, model: nn.Module, head: Head, support: Support):
+    def __init__(self, model: nn.Module, head: Head, support: Support, text: Sequence[int]):
         self.model, self.head = model, head
         self.support: Support = support
         parents, nodes = (_CHAIN, [0, 1, 2, 3]) if support == "chain" else (_TREE, _LOOKED_AT)
-        tokens = mx.array(_TOKENS[: len(parents)])
+        self.prefix, self.tokens = list(text[:3]), list(text[3:])
+        tokens = mx.array(self.tokens[: len(parents)])
         self.tree = PrefixTree.from_parents(tokens, mx.array(parents), 3)
         paths = self.tree.paths()
         self.nodes, self.paths = mx.array(nodes), [paths[node] for node in nodes]
@@ -129,8 +137,8 @@ class _Trial:
         try:
             found = self._found()
             read = [self._read(path) for path in self.paths]
-            read.append(self._read(self.kept, _PREFIX[:1]))
-            error = max(_errors(found, read))
+            read.append(self._read(self.kept, self.prefix[:1]))
+            error = _mean(_errors(found, read))
             noise = max(_errors([self._plainly(self.paths[-1])], read[-2:-1]))
             wrong = self._wrong(read[:-1])
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
@@ -148,12 +156,12 @@ class _Trial:
         call = call_on_tree(self.model, self.head, self.tree, caches, self.support)
         mx.eval(call.logits)
         call.commit(self.kept)
-        after, _ = call_on_text(self.model, self.head, mx.array(_PREFIX[:1]), caches)
+        after, _ = call_on_text(self.model, self.head, mx.array(self.prefix[:1]), caches)
         mx.eval(after)
         return [*call.logits[self.nodes], after[0]]
 
     def _read(self, path: Sequence[int], more: Sequence[int] = ()) -> Float[mx.array, " V"]:
-        text = [*_PREFIX, *(_TOKENS[node] for node in path), *more]
+        text = [*self.prefix, *(self.tokens[node] for node in path), *more]
         caches = make_prompt_cache(self.model)
         return call_on_text(self.model, self.head, mx.array(text), caches)[0][-1]
 
@@ -161,7 +169,7 @@ class _Trial:
         caches = self._prefilled()
         logits = mx.array(0)
         for node in path:
-            token = mx.array(_TOKENS[node : node + 1])
+            token = mx.array(self.tokens[node : node + 1])
             logits, _ = call_on_text(self.model, self.head, token, caches)
         return logits[-1]
 
@@ -179,18 +187,23 @@ class _Trial:
         errors = []
         for wrong in (siblings, moved):
             call = call_on_tree(self.model, self.head, wrong, self._prefilled(), self.support)
-            errors.append(min(_errors([*call.logits[self.nodes]][1:], read[1:])))
+            errors.append(_mean(_errors([*call.logits[self.nodes]][1:], read[1:])))
         noticed = errors[1] > FLOOR.get(read[0].dtype, 0.3)
         return min(errors) if noticed else errors[0]
 
     def _prefilled(self) -> list[LayerCache]:
         caches = make_prompt_cache(self.model)
-        mx.eval(call_on_text(self.model, self.head, mx.array(_PREFIX), caches))
+        mx.eval(call_on_text(self.model, self.head, mx.array(self.prefix), caches))
         return caches
 
 
 def _errors(found: Sequence[mx.array], expected: Sequence[mx.array]) -> list[float]:
     return [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+
+
+def _mean(errors: Sequence[float]) -> float:
+    """Return the root mean square of errors."""
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))
 
 
 def _difference(a: Float[mx.array, " V"], b: Float[mx.array, " V"]) -> float:
