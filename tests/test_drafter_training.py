@@ -24,6 +24,7 @@ from mlx_distill.data.batches import batch_order
 from mlx_distill.data.report import Report
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafter_config import DrafterTraining
+from mlx_distill.distillation.drafter_memory import needed_bytes
 from mlx_distill.distillation.drafter_trainer import (
     DrafterTrainer,
     frequent_tokens,
@@ -250,6 +251,32 @@ def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, An
     np.testing.assert_allclose(np.exp(found), np.concatenate(expected), atol=1e-5)
     np.testing.assert_allclose(np.array(view.hidden), np.concatenate(hidden), atol=1e-4)
     assert view.ahead.tolist() == ahead
+
+
+@pytest.mark.parametrize(("batch_size", "length", "exit_dim"), [(8, 120, None), (2, 24, 2048)])
+def test_memory_is_estimated(
+    pair: tuple[Any, Any], tmp_path: Path, batch_size: int, length: int, exit_dim: int | None
+) -> None:
+    """Where the batch takes most of it, and where the drafter does."""
+    target = Target.of(pair[0])
+    config = DrafterTraining(
+        exit_dim=exit_dim,
+        held_out=1,
+        batch_size=batch_size,
+        responses=ResponseConfig(max_tokens=length),
+        training=TrainingConfig(steps=2),
+    )
+    random = np.random.default_rng(0)
+    answers = random.integers(3, 4096, size=(batch_size + 1, length)).tolist()
+    limit = mx.set_cache_limit(0)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    trainer = DrafterTrainer(target, [Response([1, 5, 7], one) for one in answers], config)
+    trainer.run(tmp_path / "work", quiet=True)
+    mx.set_cache_limit(limit)
+    _, trained, batch = needed_bytes(target, config, length + 3)
+    # Beside what was there before: the target, and what other tests left.
+    assert trained + batch == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
 
 
 # ------------------------------------------------------------------- the command, as it is used

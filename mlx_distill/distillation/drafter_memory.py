@@ -26,16 +26,11 @@ def memory_estimate(target: Target, config: DrafterTraining, width: int) -> str:
     Raises:
         InputError: If that is more than the machine has.
     """
-    weights = num_bytes(target.model.parameters())
-    shape = config.network(target)
-    drafter = RecurrentDrafter(shape)  # lazy: no array is made
-    parameters = num_values(drafter.trainable_parameters())
-    batch = batch_bytes(target, drafter, config, width)
-    total = weights + TRAINED_BYTES * parameters + batch
+    weights, trained, batch = needed_bytes(target, config, width)
+    total = weights + trained + batch
     text = (
-        f"memory: about {total / 1e9:.1f} GB (target {weights / 1e9:.1f}, drafter and optimizer "
-        f"{TRAINED_BYTES * parameters / 1e9:.2f}, a batch of {config.batch_size} x {width} tokens "
-        f"{batch / 1e9:.1f})"
+        f"memory: about {total / 1e9:.2f} GB (target {weights / 1e9:.2f}, drafter and optimizer "
+        f"{trained / 1e9:.2f}, a batch of {config.batch_size} x {width} tokens {batch / 1e9:.2f})"
     )
     if total > machine.memory_bytes():
         raise InputError(
@@ -43,6 +38,14 @@ def memory_estimate(target: Target, config: DrafterTraining, width: int) -> str:
             "use a smaller --batch-size, --max-tokens, --prompt-tokens or --draft-vocab-size"
         )
     return text
+
+
+def needed_bytes(target: Target, config: DrafterTraining, width: int) -> tuple[int, int, int]:
+    """Return what the target, what is trained, and a batch take; no array is made."""
+    drafter = RecurrentDrafter(config.network(target))
+    trained = TRAINED_BYTES * num_values(drafter.trainable_parameters())
+    weights = num_bytes(target.model.parameters())
+    return weights, trained, batch_bytes(target, drafter, config, width)
 
 
 def batch_bytes(
