@@ -1,13 +1,13 @@
 """How a drafter is trained, and of which shape it is for a target."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import mlx.core as mx
 
-from mlx_distill.config import check_seed
+from mlx_distill.config import Between, Count, Seed, check_fields
 from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
-from mlx_distill.errors import InputError
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import TrainingConfig
 
@@ -17,42 +17,36 @@ class DrafterTraining:
     """Everything that decides what a training makes; kept with the result.
 
     Args:
-        exit_dim: Width of the drafter's head; at least 1. Without it, two thirds of the target's
+        exit_dim: Width of the drafter's head. Without it, two thirds of the target's
             width.
-        num_draft_layers: Residual blocks in the head; at least 0.
+        num_draft_layers: Residual blocks in the head.
         draft_vocab_size: Tokens that can be drafted, the most frequent in the answers; at most the
             vocabulary, 0 is all.
             Without it, all up to a vocabulary of 2,048, else three eighths of it and 32,768 at the
             most.
-        unroll: Drafted tokens per start; at least 1.
-        decay: The i-th drafted token weighs decay ** (i - 1) in the loss; above 0, at most 1.
-        batch_size: Answers per batch; at least 1.
-        held_out: Answers that are not learned but judge the drafter; at least 1. The seed chooses
+        unroll: Drafted tokens per start.
+        decay: The i-th drafted token weighs decay ** (i - 1) in the loss.
+        batch_size: Answers per batch.
+        held_out: Answers that are not learned but judge the drafter. The seed chooses
             them, of every temperature as many.
-        seed: Of the first weights, the order of the answers, and which are held out; between 0 and
-            2**32 - 1.
+        seed: Of the first weights, the order of the answers, and which are held out.
         responses: How the target writes.
         training: How the network is trained.
     """
 
-    exit_dim: int | None = None
-    num_draft_layers: int = 1
-    draft_vocab_size: int | None = None
-    unroll: int = 5
-    decay: float = 0.8
-    batch_size: int = 16
-    held_out: int = 64
-    seed: int = 0
+    exit_dim: Annotated[int | None, Between(1, 65_536)] = None
+    num_draft_layers: Annotated[int, Between(0, 64)] = 1
+    draft_vocab_size: Annotated[int | None, Between(0, 2**31 - 1)] = None
+    unroll: Annotated[int, Between(1, 512)] = 5
+    decay: Annotated[float, Between(above=0, high=1)] = 0.8
+    batch_size: Count = 16
+    held_out: Count = 64
+    seed: Seed = 0
     responses: ResponseConfig = field(default_factory=ResponseConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("unroll", "batch_size", "held_out"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_seed("seed", self.seed)
-        if not 0 < self.decay <= 1:
-            raise InputError(f"decay must be above 0 and at most 1, got {self.decay}")
+        check_fields(self)
 
     def network(self, target: Target) -> RecurrentDrafterConfig:
         """Return the shape of the drafter for a target."""
