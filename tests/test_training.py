@@ -16,6 +16,7 @@ from mlx_distill import InputError
 from mlx_distill.training.checkpoints import checkpoints, save
 from mlx_distill.training.config import TrainingConfig, schedule
 from mlx_distill.training.loop import train
+from mlx_distill.training.runs import check_output
 
 # ------------------------------------------------------------------------- a network of two layers
 
@@ -246,3 +247,9 @@ def test_long_gradients_are_scaled_down(tmp_path: Path) -> None:
         sum(mx.square(x).sum().item() for x in moments)
     )
     assert norm == pytest.approx(0.1 * 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("output", ["/", ".", ".."])
+def test_a_folder_that_is_there_is_no_output(output: str) -> None:
+    with pytest.raises(InputError, match="exists; name another"):
+        check_output(Path(output), resume=False)

@@ -23,9 +23,9 @@ def check_output(output: Path, resume: bool) -> None:
     Raises:
         InputError: If the output exists, or an unfinished run is in the way or missing.
     """
-    work = partial_folder(output)
-    if output.exists():
+    if output.exists():  # first: the root and the folder that one is in have no name to add to
         raise InputError(f"the output {output} exists; name another, or remove it")
+    work = partial_folder(output)
     if work.exists() and not resume:
         raise InputError(f"{work} holds an unfinished training; add --resume, or remove it")
     if resume and not work.exists():
