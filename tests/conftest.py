@@ -31,6 +31,15 @@ SHARED = Path(os.environ.get("MLX_DISTILL_SHARED", REPOSITORY.parent / "shared")
 ModelIn = Callable[[str, str], Path]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in two processes; tests that are named, in this one. ``-n`` decides."""
+    named = config.args_source is pytest.Config.ArgsSource.ARGS
+    alone = named or config.option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
+    if not alone and config.getoption("numprocesses", default=0) is None:  # 0 without xdist
+        config.option.numprocesses, config.option.dist = 2, "worksteal"
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of shared data and checkpoints, or skip the test."""
