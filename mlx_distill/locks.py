@@ -9,6 +9,10 @@ from pathlib import Path
 from mlx_distill.errors import InputError
 
 
+class Busy(InputError):
+    """Another run writes there; what lies there is that run's."""
+
+
 @contextmanager
 def locked(path: Path, name: Path | None = None) -> Iterator[None]:
     """Keep other runs away from a file meanwhile; a run that is killed lets go of it.
@@ -25,7 +29,7 @@ def locked(path: Path, name: Path | None = None) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise InputError(
+        raise Busy(
             f"{name or path} is being written by another run; wait for it, or name another"
         ) from None
     finally:

@@ -97,7 +97,9 @@ def bits(network: nn.Module) -> dict[str, bytes]:
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(set(row.pop("measured")) == {"tokens_per_second", "peak_memory_gb"} for row in rows)
+    return rows
 
 
 def run(folder: Path, student: Any, teacher: Any, texts: Any = None, **options: Any) -> Distilled:
@@ -1080,3 +1082,51 @@ def test_killed_training_counts_on(tmp_path: Path, step: int) -> None:
     total = sum(row["count"] for row in whole.log)
     assert heard.train[-1]["trained_tokens"] == total
     assert rows_of(tmp_path / "parts" / "log.jsonl") == done.log
+
+
+def test_a_log_that_a_kill_cut_goes_on(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", small(), tiny_model("llama"))
+    with pytest.raises(Killed):
+        run(tmp_path / "parts", small(), tiny_model("llama"), callback=KillAt(5))
+    log = tmp_path / "parts" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-7])
+    assert run(tmp_path / "parts", small(), tiny_model("llama")).log == whole.log
+    assert rows_of(log) == whole.log
+
+
+def test_two_trainings_in_one_folder(tmp_path: Path) -> None:
+    """The second one is told, and leaves the first one's files alone."""
+
+    class Second:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            if info["iteration"] == 3:
+                with pytest.raises(InputError, match="is being written by another run"):
+                    run(tmp_path, small(), tiny_model("llama"))
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            pass
+
+    done = run(tmp_path, small(), tiny_model("llama"), callback=Second())
+    assert [row["step"] for row in done.log] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_best_weights_are_kept_and_patience_ends(tmp_path: Path) -> None:
+    """A rate that is far too high: the first evaluation is the best one."""
+    steps = {"steps": 30, "learning_rate": 3e-2, "evaluate_every": 2, "checkpoint_every": 50}
+    training = {**steps, "patience": 2, "keep_best": True, "warmup": 1.0}
+    student = small()
+    done = run(tmp_path, student, tiny_model("llama"), valid=make_texts(6, 9), training=training)
+    judged = {row["step"]: row["held_out"]["kl"] for row in done.log if "held_out" in row}
+    best = min(judged, key=lambda step: judged[step])
+    assert done.finished
+    assert done.log[-1]["step"] == best + 4 < 30
+    again = small()
+    found = run(tmp_path, again, tiny_model("llama"), valid=make_texts(6, 9), training=training)
+    assert found.log == done.log
+    assert bits(again) == bits(student)
+    teacher = LiveTeacher([tiny_model("llama")])
+    made = make(["forward_kl"], text_batch(TEXTS, [0]), student, teacher)
+    kl = made.evaluate([text_batch(make_texts(6, 9), list(range(6)))])["kl"]
+    assert kl == pytest.approx(judged[best], rel=1e-4)
+    with pytest.raises(InputError, match="patience and keep_best need held-out data"):
+        run(tmp_path / "other", small(), tiny_model("llama"), training=training)

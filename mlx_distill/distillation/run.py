@@ -24,6 +24,7 @@ from mlx_distill.distillation.parts import Opening, Parts
 from mlx_distill.distillation.teachers import Answers, Teacher, TextTeacher
 from mlx_distill.distillation.training import Distilled, distill, slices
 from mlx_distill.errors import InputError
+from mlx_distill.locks import Busy
 from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
 from mlx_distill.training.runs import partial_folder
@@ -86,6 +87,8 @@ def train_student(
             callback=callback,
             quiet=quiet,
         )
+    except Busy:
+        raise  # what is there is another run's
     except (InputError, KeyboardInterrupt):
         if not checkpoints(work):  # nothing to resume
             shutil.rmtree(work, ignore_errors=True)

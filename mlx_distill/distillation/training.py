@@ -22,6 +22,7 @@ from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
+from mlx_distill.locks import locked
 from mlx_distill.target.context import context_length, position_limit
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.checkpoints import checkpoints, step_of
@@ -31,6 +32,7 @@ from mlx_distill.training.loop import Progress, stopping, train
 from mlx_distill.training.runs import begin_or_resume
 
 Data = Sequence[Text] | Examples
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,8 @@ def distill(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if texts and not data:
         raise InputError("there are no texts")
+    if valid is None and (training.patience or training.keep_best):
+        raise InputError("patience and keep_best need held-out data, by which to judge")
     teacher = _teacher(teachers, texts, weights, mean)
     limit = None
     if not isinstance(data, Examples):
@@ -136,39 +140,41 @@ def distill(
         "data": texts_hash(data) if texts else arrays_hash([data.inputs, data.labels, data.mask]),
         "student": _shapes(student),
     }
-    begin_or_resume(folder, settings)
-    batches = _batches(
-        student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
-    )
-    size = len(data) if texts else data.labels.size
-    first = _batch(data, range(min(2, size)), limit)
-    distiller = Distiller(student, teacher, terms, first, size, seed)
-    for examples in (data, valid):
-        if isinstance(examples, Examples):
-            distiller.check_labels(examples)
-
-    def evaluate() -> dict[str, float]:
-        if valid is None:
-            return {}
-        return distiller.evaluate(slices(valid, batch_size, limit), valid_teacher)
-
-    before = evaluate()
-    done = checkpoints(folder)
-    journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
-    student.train()
-    with stopping("finishing this step, then saving; Ctrl-C again ends at once") as stop:
-        steps = train(
-            distiller.network,
-            distiller.loss,
-            lambda number: distiller.teach(_seeded(batches(number), number, seed)),
-            evaluate,
-            training,
-            folder,
-            stop,
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK, folder):
+        begin_or_resume(folder, settings)
+        batches = _batches(
+            student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
         )
-        finished = _follow(steps, journal, training.steps, quiet)
-    student.eval()
-    return Distilled(before, journal.rows, distiller.notes, finished)
+        size = len(data) if texts else data.labels.size
+        first = _batch(data, range(min(2, size)), limit)
+        distiller = Distiller(student, teacher, terms, first, size, seed)
+        for examples in (data, valid):
+            if isinstance(examples, Examples):
+                distiller.check_labels(examples)
+
+        def evaluate() -> dict[str, float]:
+            if valid is None:
+                return {}
+            return distiller.evaluate(slices(valid, batch_size, limit), valid_teacher)
+
+        before = evaluate()
+        done = checkpoints(folder)
+        journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
+        student.train()
+        with stopping("finishing this step, then saving; Ctrl-C again ends at once") as stop:
+            steps = train(
+                distiller.network,
+                distiller.loss,
+                lambda number: distiller.teach(_seeded(batches(number), number, seed)),
+                evaluate,
+                training,
+                folder,
+                stop,
+            )
+            finished = _follow(steps, journal, training.steps, quiet)
+        student.eval()
+        return Distilled(before, journal.rows, distiller.notes, finished)
 
 
 def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool) -> bool:
@@ -185,8 +191,6 @@ def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool
             if progress.evaluation:
                 found = " ".join(f"{k} {v:.3f}" for k, v in progress.evaluation.items())
                 bar.set_postfix_str(f"held out: {found}")
-            if progress.evaluation or progress.saves:
-                journal.write()
     return not stopped
 
 

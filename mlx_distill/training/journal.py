@@ -1,7 +1,8 @@
 """What a training leaves to be read: a log, curves, and calls to mlx-lm's reporting callbacks.
 
-``log.jsonl`` has a row per step and is written whole every time, so that a kill leaves complete
-rows; ``log.csv`` and ``curves.png`` are made of it at the end.
+``log.jsonl`` gets a row with every step, and what that took: tokens per second, and the largest
+memory so far. What a kill leaves of a row, and rows of steps that a resumed run does again, are cut
+off first. ``log.csv`` and ``curves.png`` are made of it at the end.
 """
 
 import csv
@@ -18,6 +19,7 @@ from mlx_distill.names import for_plot
 from mlx_distill.training.loop import Progress
 
 LOG, TABLE, CURVES = "log.jsonl", "log.csv", "curves.png"
+MEASURED = "measured"  # of a row: what no other run would measure alike
 
 
 class Journal:
@@ -32,9 +34,9 @@ class Journal:
     def __init__(self, folder: Path, step: int, callback: Any = None):
         self.folder = folder
         self.callback = callback
-        path = folder / LOG
-        rows = [row for _, row in read_jsonl(path)] if path.exists() else []
-        self.rows = [row for row in rows if row["step"] <= step]
+        self._path = folder / LOG
+        kept = self._cut_back(step)
+        self.rows = [{name: x for name, x in row.items() if name != MEASURED} for row in kept]
         self.count = sum(row["count"] for row in self.rows)
         self._time = time.perf_counter()
 
@@ -53,13 +55,29 @@ class Journal:
         if progress.evaluation:
             row["held_out"] = progress.evaluation
         self.rows.append(row)
+        measured = {
+            "tokens_per_second": progress.count / max(seconds, 1e-9),
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**row, MEASURED: measured}) + "\n")
         if self.callback is not None:
             self._report(progress, seconds)
         return row
 
-    def write(self) -> None:
-        """Write the log; complete, or as it was."""
-        write_whole(self.folder / LOG, "".join(json.dumps(row) + "\n" for row in self.rows))
+    def _cut_back(self, step: int) -> list[dict[str, Any]]:
+        """Return the rows up to a step, and leave nothing else in the file."""
+        if not self._path.exists():
+            return []
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            write_whole(self._path, whole.decode("utf-8"))
+        rows = [row for _, row in read_jsonl(self._path)] if whole else []
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        return kept
 
     def _report(self, progress: Progress, seconds: float) -> None:
         """Call back as mlx-lm's own trainer does, with its names."""
