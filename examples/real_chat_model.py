@@ -37,12 +37,12 @@ SHOWN = 3  # answers that are printed
 class Sizes:
     """How much of everything."""
 
-    questions: int = 80  # the model's answers to them are learned
-    held_out: int = 16  # questions behind those
+    questions: int = 64  # the model's answers to them are learned
+    held_out: int = 12  # questions behind those
     max_tokens: int = 64  # of an answer
-    drafter_steps: int = 48
+    drafter_steps: int = 32
     student_layers: int = 10
-    student_steps: int = 30
+    student_steps: int = 20
 
 
 SHORT = Sizes(16, 4, 32, drafter_steps=4, student_layers=4, student_steps=4)
