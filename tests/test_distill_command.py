@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mlx_distill import cli, machine
-from mlx_distill.checkpoint import bundled
+from mlx_distill.checkpoint import bundled, load
 from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.selection import fit
 from mlx_distill.distillation.exporting import ExportConfig, compact, export
@@ -1233,3 +1233,38 @@ def test_training_that_explodes_keeps_its_last_good_checkpoint(
     assert isinstance(saved, dict)
     assert all(mx.isfinite(x).all().item() for x in saved.values())
     assert not (tmp_path / "student").exists()
+
+
+# --------------------------------------------------------------------------- what is in the folder
+
+
+def quantised(world: Path, where: Path) -> Path:
+    """Write a 4-bit student of two end tokens."""
+    wide = world.parent / f"{where.name}.json"
+    wide.write_text(json.dumps(TINY | {"hidden_size": 64, "intermediate_size": 64}))
+    more = ["--export-bits", "4", "--student-config", wide]
+    learn(world, where, *more)
+    (where / "generation_config.json").write_text('{"eos_token_id": [2, 17]}')
+    return where
+
+
+def test_adapters_over_packed_weights(world: Path, tmp_path: Path) -> None:
+    """Every way of writing them; the figures are those of the files, and all end tokens stay."""
+    base = quantised(world, tmp_path / "base")
+    for number, ways in enumerate(([], ["--keep-adapters"], ["--export-dequantized"])):
+        output = tmp_path / f"student-{number}"
+        argv = without(arguments(world, output, "--student", base), "--student-config")
+        assert main([*argv, "--fine-tune", "lora", *ways]) == 0
+        apart = output / "adapters" if "--keep-adapters" in ways else None
+        model, tokenizer = load(output, adapter_path=apart)
+        assert tokenizer.eos_token_ids == {2, 17}
+        packed = any("scales" in module for module in model.modules())
+        assert packed == ("--export-dequantized" not in ways)
+        valid, _ = fit(read_texts(world / "texts" / "valid.jsonl", tokenizer), 512)
+        found = evaluate({"student": model}, valid)["student"]
+        nats = found["nats"].sum() / found["tokens"].sum()
+        figures = json.loads((output / "training.json").read_text())["held_out"]
+        assert figures["after"]["nats"] == pytest.approx(nats, rel=1e-4)
+        trained = figures.get("trained", figures["after"])["nats"]
+        if ways:  # nothing is lost
+            assert figures["after"]["nats"] == pytest.approx(trained, rel=1e-3)
