@@ -10,11 +10,16 @@ import pytest
 from mlx import nn
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
-from mlx_distill.distillation.features import find_layer, tapped, uniform_map
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.distillation.features import uniform_map
 from mlx_distill.errors import InputError
 from mlx_distill.target.layers import layer_list, numbered_layers
+from mlx_distill.target.reading import read_whole
+from mlx_distill.target.taps import find_layer, tapped
+from mlx_distill.target.target import Target
 
 TOKENS = mx.array([[5, 9, 33, 2, 7], [60, 1, 1, 4, 90]])
 
@@ -178,3 +183,16 @@ def test_layers_of_a_network_that_has_no_property_for_them() -> None:
     assert layer_list(Deep())[0] == "inner.layers"
     with pytest.raises(InputError, match="Linear has no list of layers"):
         layer_list(nn.Linear(2, 2))
+
+
+def test_layers_are_tapped_while_a_tree_is_verified() -> None:
+    model = tiny_model("llama")
+    target = Target.of(model)
+    caches = make_prompt_cache(model)
+    target.forward(mx.array([5, 9, 33]), caches)
+    with tapped(target.model, [0, 2]) as outputs:
+        target.verify(PrefixTree.from_beams([[1, 2], [1, 4]]), caches)
+    with tapped(target.model, [0, 2]) as expected:
+        read_whole(model, mx.array([[5, 9, 33, 1, 4]]))
+    for layer in (0, 2):
+        np.testing.assert_allclose(outputs[layer][0, 2], expected[layer][0, -1], atol=1e-4)

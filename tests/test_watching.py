@@ -9,9 +9,9 @@ import numpy as np
 from mlx import nn
 from tiny_models import tiny_model
 
-from mlx_distill.distillation.features import tapped
 from mlx_distill.target.body import Body
 from mlx_distill.target.head import find_head
+from mlx_distill.target.taps import tapped
 from mlx_distill.target.watching import Heard, listening, listening_once
 
 TOKENS = mx.array([[5, 9, 33, 2, 7]])

@@ -18,7 +18,7 @@ from mlx import nn
 
 from mlx_distill.arrays import to_host
 from mlx_distill.distillation.comparison import compare
-from mlx_distill.distillation.features import Layer, find_layer, uniform_map
+from mlx_distill.distillation.features import uniform_map
 from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.learned import learned_rows
 from mlx_distill.distillation.objective import response_losses
@@ -27,6 +27,7 @@ from mlx_distill.distillation.terms import PROJECTED, RESPONSE, LossTerm
 from mlx_distill.errors import InputError
 from mlx_distill.losses.chunked import chunk_rows, chunked_loss
 from mlx_distill.target.layers import numbered_layers
+from mlx_distill.target.taps import Layer, find_layer
 
 
 @dataclass(frozen=True)

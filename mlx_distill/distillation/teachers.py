@@ -15,12 +15,12 @@ from mlx import nn
 
 from mlx_distill.data.alignment import OtherReading, read_otherwise
 from mlx_distill.data.texts import Text
-from mlx_distill.distillation.features import Layer, tapped
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
 from mlx_distill.target.body import Body
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.reading import read_whole
+from mlx_distill.target.taps import Layer, tapped
 
 if TYPE_CHECKING:
     from mlx_distill.data.teacher_cache import TeacherCache

@@ -16,9 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.distillation.features import Layer
 from mlx_distill.errors import InputError
 from mlx_distill.losses import feature, relation, response
+from mlx_distill.target.taps import Layer
 
 RESPONSE: dict[str, Callable[..., mx.array]] = {
     "hard": response.hard_labels,
