@@ -6,12 +6,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.arrays import log_probs, to_host, to_number
+from mlx_distill.arrays import to_host, to_number
 from mlx_distill.distillation.learned import learned_rows
 from mlx_distill.distillation.objective import weighted_sum
 from mlx_distill.distillation.teachers import Answers, Teacher
+from mlx_distill.evaluation.metrics import token_scores
 from mlx_distill.losses.chunked import chunk_rows
-from mlx_distill.losses.response import forward_kl, hard_labels
+
+# Names of the figures, and of the scores per label that they are the means of.
+FIGURES = {"nats": "nats", "accuracy": "right", "kl": "kl", "agreement": "agree"}
 
 
 def judge(
@@ -51,13 +54,6 @@ def _figures(
     logits: mx.array, labels: mx.array, mask: mx.array, goal: mx.array | None
 ) -> dict[str, mx.array]:
     """Return the sums over rows; where the mask is 0, labels may be none, as -100."""
-    nats = hard_labels(log_probs(logits), labels)
-    best = mx.argmax(logits, axis=-1)
-    found = {"nats": weighted_sum(nats, mask), "accuracy": ((best == labels) * mask).sum()}
-    if goal is not None:
-        width = min(logits.shape[-1], goal.shape[-1])
-        goal = goal[..., :width]
-        found["kl"] = weighted_sum(forward_kl(logits[..., :width], goal), mask)
-        best = mx.argmax(logits[..., :width], axis=-1)
-        found["agreement"] = ((best == mx.argmax(goal, axis=-1)) * mask).sum()
-    return found
+    scores = token_scores(logits, labels, goal)
+    found = {name: scores[key] for name, key in FIGURES.items() if key in scores}
+    return {name: weighted_sum(values.astype(mx.float32), mask) for name, values in found.items()}
