@@ -27,13 +27,10 @@ from mlx_distill.distillation.memory import memory_estimate
 from mlx_distill.distillation.parts import Opening, Parts, open_parts
 from mlx_distill.distillation.run import Outcome, finish, train_student
 from mlx_distill.distillation.terms import LossTerm
-from mlx_distill.distillation.training import Distilled, distill
+from mlx_distill.distillation.training import LEARNING_RATE, Distilled, distill
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import output_path
 from mlx_distill.training.runs import check_output, partial_folder
-
-# Where a student comes with weights, a drafter's 1e-3 would wash much of them out at first.
-LEARNING_RATE = 2.5e-4
 
 
 @cli.command
