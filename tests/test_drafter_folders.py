@@ -13,7 +13,7 @@ import pytest
 import mlx_distill
 from mlx_distill import InputError
 from mlx_distill.checkpoint import bundled
-from mlx_distill.drafters.registry import check_fingerprint
+from mlx_distill.drafters.fingerprint import check_fingerprint
 
 HASH = {"hidden_size": 8, "vocab_size": 100, "tokenizer_hash": "ab"}
 

@@ -37,7 +37,7 @@ from mlx_distill.distillation.responses import (
     read_responses,
     write_responses,
 )
-from mlx_distill.drafters.registry import fingerprint
+from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.locks import locked
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import TrainingConfig

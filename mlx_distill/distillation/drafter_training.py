@@ -27,9 +27,9 @@ from mlx_distill.distillation.responses import (
     read_responses,
     write_responses,
 )
+from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
-from mlx_distill.drafters.registry import fingerprint
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
 from mlx_distill.hashes import weights_hash

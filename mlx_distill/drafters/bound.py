@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -12,6 +11,7 @@ from mlx import nn
 from mlx_distill.arrays import log_probs
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.draft import Draft
+from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 
@@ -44,7 +44,7 @@ class BoundDrafter:
 
     taps: tuple[int, ...] = ()
 
-    def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: dict[str, Any]):
+    def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: Fingerprint):
         self.network = network
         self.embed = embed
         self.target = target

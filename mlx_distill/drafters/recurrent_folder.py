@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.recurrent import (
     FORMAT_VERSION,
     MODEL_TYPE,
@@ -22,9 +23,7 @@ from mlx_distill.safetensors import read_header
 from mlx_distill.target.target import Target
 
 
-def load(
-    path: Path, fields: dict[str, Any], target: Target, made_for: dict[str, Any]
-) -> BoundDrafter:
+def load(path: Path, fields: dict[str, Any], target: Target, made_for: Fingerprint) -> BoundDrafter:
     """Return the drafter of a folder, bound to a target.
 
     Args:
@@ -58,7 +57,7 @@ def load(
 
 
 def save_drafter(
-    folder: Path, network: RecurrentDrafter, target: dict[str, Any], files: dict[str, str]
+    folder: Path, network: RecurrentDrafter, target: Fingerprint, files: dict[str, str]
 ) -> None:
     """Write a drafter's folder; it appears complete or not at all.
 
@@ -73,7 +72,7 @@ def save_drafter(
     """
     fields = {k: v for k, v in vars(network.config).items() if v is not None}
     config = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **fields}
-    weights: dict[str, Any] = dict(tree_flatten(network.parameters()))
+    weights: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
     with whole_folder(folder) as writing:
         write_whole(writing / "config.json", json.dumps({**config, "target": target}, indent=2))
         for name, text in files.items():
@@ -81,7 +80,7 @@ def save_drafter(
         mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
 
 
-def _check_sizes(config: RecurrentDrafterConfig, weights: Path, made_for: dict[str, Any]) -> None:
+def _check_sizes(config: RecurrentDrafterConfig, weights: Path, made_for: Fingerprint) -> None:
     """Raise InputError if a configuration asks for more than its file holds; nothing is built."""
     if config.vocab_size != made_for.get("vocab_size"):
         raise InputError(
@@ -130,7 +129,7 @@ def _check_token_ids(token_ids: mx.array, num_tokens: int, weights: Path) -> Non
 
 def _check_numbers(network: RecurrentDrafter, weights: Path) -> None:
     """Raise InputError if a weight is no finite number: nothing useful would be drafted."""
-    arrays: dict[str, Any] = dict(tree_flatten(network.trainable_parameters()))
+    arrays: dict[str, mx.array] = dict(tree_flatten(network.trainable_parameters()))
     for name, array in arrays.items():
         if not to_number(mx.isfinite(array).all()):
             raise InputError(f"{weights}: {name} holds values that are no finite numbers")

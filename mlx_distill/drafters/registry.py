@@ -1,11 +1,11 @@
-"""Kinds of drafters by name, and which targets a drafter was made for.
+"""Kinds of drafters by name.
 
 A drafter's folder holds ``config.json``, ``model.safetensors`` and a model card. Its configuration
 names its kind and carries a fingerprint of the target it was trained for, so that it never runs on
 another one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,23 @@ from mlx import nn
 
 from mlx_distill.checkpoint import local_folder
 from mlx_distill.drafters import recurrent, recurrent_folder
+from mlx_distill.drafters.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
-from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.target import Target
 
 # By the model_type of config.json: takes the folder, the fields of its own, the target and the
 # fingerprint; returns the drafter.
-LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, dict[str, Any]], Drafter]] = {
+LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, Fingerprint], Drafter]] = {
     recurrent.MODEL_TYPE: recurrent_folder.load,
 }
 # Those that need no folder.
 WITHOUT_WEIGHTS: dict[str, Callable[[], Drafter]] = {"ngram": NGramDrafter}
 
 
-def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> Any:
+def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> Drafter:
     """Return the drafter of a folder or a hub repository, ready to draft for a model.
 
     Args:
@@ -55,35 +55,6 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
     target.require_drafting()
     check_fingerprint(made_for, fingerprint(target, tokenizer))
     return LOADERS[kind](path, config, target, made_for)
-
-
-def fingerprint(target: Target, tokenizer: Any = None) -> dict[str, Any]:
-    """Return what a drafter has to know its target by."""
-    known: dict[str, Any] = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
-    if tokenizer is not None:
-        known["tokenizer_hash"] = tokenizer_hash(tokenizer)
-    return known
-
-
-def check_fingerprint(made_for: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raise InputError if a drafter's target differs from the one it meets.
-
-    Models of one tokenizer may have vocabularies of different widths, padded for the hardware's
-    sake: a drafter fits all of them.
-    """
-    for name, value in found.items():
-        known = made_for.get(name)
-        padded = name == "vocab_size" and "tokenizer_hash" in found and similar(known, value)
-        if known != value and not padded:
-            raise InputError(
-                f"the drafter was made for another target: its {name.replace('_', ' ')} is "
-                f"{known}, this model's is {value}"
-            )
-
-
-def similar(known: Any, value: int) -> bool:
-    """Return whether two vocabularies can be one with and without padding."""
-    return type(known) is int and value <= 2 * known <= 4 * value
 
 
 def _read_config(path: Path) -> dict[str, Any]:

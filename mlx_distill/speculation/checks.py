@@ -8,8 +8,8 @@ from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_pro
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.arrays import to_number
+from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
 from mlx_distill.drafters.protocol import LARGEST, Drafter
-from mlx_distill.drafters.registry import check_fingerprint, fingerprint
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
