@@ -148,6 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, BenchmarkConfig)
     add_flags(parser, Sampling, {"temperature": "temp"})
     add_flags(parser, DraftPlan)
+    _add_study_flags(parser)
+    return parser
+
+
+def _add_study_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured beside the speed, and of where it goes."""
     parser.add_argument(
         "--sharing", action="store_true", help="also measure what shared prefixes save"
     )
@@ -171,7 +177,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plot", type=cli.path, help="draw the sweep to this PNG file; it must not exist"
     )
-    return parser
 
 
 if __name__ == "__main__":

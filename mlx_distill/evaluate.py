@@ -52,6 +52,22 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mlx_distill.evaluate",
         description="Measure how well a teacher and its students predict, answer and run.",
     )
+    _add_source_flags(parser)
+    add_flags(parser, EvaluationConfig)
+    add_flags(parser, QuestionConfig)
+    add_flags(parser, CompletionFilter)
+    cli.add_reading_flags(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="print everything as a last line of JSON"
+    )
+    parser.add_argument(
+        "--output", type=cli.path, help="write everything to this JSON file; it must not exist"
+    )
+    return parser
+
+
+def _add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name models, texts and questions."""
     parser.add_argument(
         "--teacher",
         type=cli.path,
@@ -97,17 +113,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="JSONL",
         help="questions, their contexts and answers (default: none)",
     )
-    add_flags(parser, EvaluationConfig)
-    add_flags(parser, QuestionConfig)
-    add_flags(parser, CompletionFilter)
-    cli.add_reading_flags(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print everything as a last line of JSON"
-    )
-    parser.add_argument(
-        "--output", type=cli.path, help="write everything to this JSON file; it must not exist"
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -138,6 +138,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Write text with a model, faster with a drafter.",
     )
     cli.add_model_flags(parser)
+    _add_drafter_flags(parser)
+    _add_prompt_flags(parser)
+    add_flags(parser, Sampling, {"temperature": "temp"})
+    add_flags(parser, DraftPlan)
+    add_flags(parser, CacheConfig)
+    _add_report_flags(parser)
+    return parser
+
+
+def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what drafts."""
     parser.add_argument(
         "--drafter",
         type=cli.path,
@@ -156,6 +167,10 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens that it drafts, 1 to 64 (default: 3)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
+
+
+def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is written, and how much of it."""
     parser.add_argument(
         "--prompt",
         "-p",
@@ -182,9 +197,10 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         help="repeats the random numbers; at least 0 (default: others every time)",
     )
-    add_flags(parser, Sampling, {"temperature": "temp"})
-    add_flags(parser, DraftPlan)
-    add_flags(parser, CacheConfig)
+
+
+def _add_report_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is told of it."""
     parser.add_argument(
         "--verbose",
         type=_truth,
@@ -203,7 +219,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", action="store_true", help="print the whole run as a last line of JSON"
     )
-    return parser
 
 
 def _truth(text: str) -> bool:
