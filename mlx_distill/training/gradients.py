@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 from mlx.nn.utils import value_and_grad
-from mlx.utils import tree_map, tree_reduce
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill.arrays import to_number
 from mlx_distill.training.masters import float32
@@ -119,8 +119,6 @@ def clipped(grads: Any, longest: float) -> tuple[Any, mx.array]:
 
 def squared_norm(grads: Any) -> mx.array:
     """Return the sum of all squares; the last axis first, as one sum over millions is off."""
-
-    def add(total: mx.array, gradient: mx.array) -> mx.array:
-        return total + mx.square(mx.atleast_1d(gradient)).sum(axis=-1).sum()
-
-    return tree_reduce(add, grads, mx.array(0.0))
+    arrays: dict[str, mx.array] = dict(tree_flatten(grads))
+    rows = [array[None] if array.ndim == 0 else array for array in arrays.values()]
+    return sum((mx.square(row).sum(axis=-1).sum() for row in rows), mx.array(0.0))

@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 def float32(tree: Any) -> Any:
     """Return a tree's arrays in float32, without the branches that hold none."""
-    return tree_unflatten([(name, array.astype(mx.float32)) for name, array in tree_flatten(tree)])
+    arrays: dict[str, mx.array] = dict(tree_flatten(tree))
+    return tree_unflatten([(name, array.astype(mx.float32)) for name, array in arrays.items()])
 
 
 class Masters:
