@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder=arguments.work,
         losses=["hard"],
         training=mlx_distill.TrainingConfig(steps=arguments.steps, checkpoint_every=50),
+        trained="chosen layers",
     )
     if not done.finished:
         raise KeyboardInterrupt

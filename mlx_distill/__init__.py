@@ -6,7 +6,9 @@ from mlx_distill.openblas import load_openblas
 load_openblas()  # has to come before the first import of mlx.core
 
 from mlx_distill.checkpoint import load
+from mlx_distill.data.encoding import read_texts
 from mlx_distill.distillation.distiller import Examples
+from mlx_distill.distillation.exporting import ExportConfig, export_student
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import DraftPlan
@@ -22,13 +24,16 @@ __all__ = [
     "Distilled",
     "DraftPlan",
     "Examples",
+    "ExportConfig",
     "GenerationResponse",
     "InputError",
     "NGramDrafter",
     "TrainingConfig",
     "distill",
+    "export_student",
     "generate",
     "load",
     "load_drafter",
+    "read_texts",
     "stream_generate",
 ]

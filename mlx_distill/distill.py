@@ -27,7 +27,7 @@ from mlx_distill.distillation.memory import memory_estimate
 from mlx_distill.distillation.parts import Opening, Parts, open_parts
 from mlx_distill.distillation.run import Outcome, finish, train_student
 from mlx_distill.distillation.terms import LossTerm
-from mlx_distill.distillation.training import LEARNING_RATE, Distilled, distill
+from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import output_path
 from mlx_distill.training.runs import check_output, partial_folder
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(output, arguments.resume)
     callback = _callback(arguments, config, partial_folder(output))
     parts = open_parts(config, opening)
-    _say(*parts.corpus.lines(), _memory(config, parts))
+    _say(*parts.corpus.lines(), _memory(config, parts), _rate(config))
     done = train_student(config, parts, output, opening, callback=callback, quiet=arguments.quiet)
     _say(*(f"note: {note}" for note in done.notes))
     if not done.finished:
@@ -69,6 +69,11 @@ def _memory(config: DistillConfig, parts: Parts) -> str:
     longest = max(len(text.tokens) for text in parts.corpus.texts)
     student, checkpointed = parts.student.network, config.grad_checkpoint
     return memory_estimate(student, parts.networks, config.batch_size, longest, checkpointed)
+
+
+def _rate(config: DistillConfig) -> str:
+    """Return the learning rate, in words; unless it was given, what is trained decides it."""
+    return f"training {config.trained} at a learning rate of {config.training.learning_rate:g}"
 
 
 def _report(output: Path, outcome: Outcome) -> None:
@@ -155,7 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, DistillConfig)
     for kind in PARTS.values():
         add_flags(parser, kind)
-    parser.set_defaults(learning_rate=LEARNING_RATE)
     return parser
 
 

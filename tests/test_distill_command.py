@@ -143,7 +143,9 @@ def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(set(row.pop("measured")) == {"tokens_per_second", "peak_memory_gb"} for row in rows)
+    return rows
 
 
 def weights_of(folder: Path) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mlx_distill.data.teacher_cache import TeacherCache, write_cache
 from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation import comparison
 from mlx_distill.distillation import distiller as module
+from mlx_distill.distillation.adapters import AdapterConfig
 from mlx_distill.distillation.comparison import same_places
 from mlx_distill.distillation.distiller import Distiller
 from mlx_distill.distillation.objective import Goal, response_losses
@@ -1130,3 +1132,70 @@ def test_the_best_weights_are_kept_and_patience_ends(tmp_path: Path) -> None:
     assert kl == pytest.approx(judged[best], rel=1e-4)
     with pytest.raises(InputError, match="patience and keep_best need held-out data"):
         run(tmp_path / "other", small(), tiny_model("llama"), training=training)
+
+
+# -------------------------------------------------------------- rates, scales of terms, two threads
+
+
+@pytest.mark.parametrize(
+    ("trained", "rate"),
+    [("new weights", 1e-3), ("chosen layers", 2.5e-4), (None, 3e-5), ("adapters", 1e-4)],
+)
+def test_learning_rate_by_what_is_trained(tmp_path: Path, trained: str | None, rate: float) -> None:
+    student = small()
+    if trained == "adapters":
+        AdapterConfig(fine_tune="lora").apply(student)
+    training = TrainingConfig(steps=1, warmup=1.0)
+    said = None if trained == "adapters" else trained
+    options = {"folder": tmp_path, "training": training, "quiet": True, "trained": said}
+    (row,) = distill(student, tiny_model("llama"), TEXTS, **options).log
+    assert row["learning_rate"] == pytest.approx(rate)
+
+
+def test_learning_rate_of_a_classifier(tmp_path: Path) -> None:
+    data = Examples.of(mx.random.normal((4, 4)), mx.array([0, 1, 2, 0]))
+    training = TrainingConfig(steps=1, warmup=1.0)
+    done = distill(
+        nn.Linear(4, 3), nn.Linear(4, 3), data, folder=tmp_path, training=training, quiet=True
+    )
+    assert done.log[0]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_a_term_that_drowns_another_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = ["forward_kl", "hard:weight=0.001"]
+    done = run(tmp_path / "one", small(), tiny_model("llama"), losses=losses, quiet=False)
+    first = done.log[0]
+    share = first["forward_kl"] / (first["forward_kl"] + 0.001 * first["hard"])
+    assert f"forward_kl {share:.1%}, hard {1 - share:.1%}" in capsys.readouterr().err
+    (note,) = done.notes
+    assert note.startswith(f"forward_kl was {share:.1%} of the first step's loss and hard ")
+    balanced = ["forward_kl", f"hard:weight={first['forward_kl'] / first['hard'] / 5}"]
+    assert not run(tmp_path / "two", small(), tiny_model("llama"), losses=balanced).notes
+
+
+def test_a_training_in_another_thread_is_refused(tmp_path: Path) -> None:
+    """MLX's random state is the process's: what one draws, the other would not."""
+    alone = run(tmp_path / "alone", small(), tiny_model("llama"))
+    said: list[str] = []
+
+    def second() -> None:
+        with pytest.raises(InputError) as refusal:
+            run(tmp_path / "second", small(), tiny_model("llama"))
+        said.append(str(refusal.value))
+
+    class Starting:
+        def on_train_loss_report(self, info: dict[str, Any]) -> None:
+            if info["iteration"] == 3:
+                thread = threading.Thread(target=second)
+                thread.start()
+                thread.join()
+
+        def on_val_loss_report(self, info: dict[str, Any]) -> None:
+            pass
+
+    done = run(tmp_path / "first", small(), tiny_model("llama"), callback=Starting())
+    assert done == alone
+    assert "another thread of this process is training" in said[0]
+    assert not (tmp_path / "second").exists()

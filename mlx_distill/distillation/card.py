@@ -55,7 +55,7 @@ A language model of {parameters:,} parameters, distilled with \
 * Data: {", ".join(map(for_markdown, config.data))}: {corpus.report.sentence()}, \
 {learned:,} learned tokens; {corpus.valid_report.sentence()}
 * Training: {config.training.steps:,} steps of {batch} texts{written}
-* Trained: {config.adapter.fine_tune}, learning rate {config.training.learning_rate:g}{template}
+* Trained: {config.trained}, learning rate {config.training.learning_rate:g}{template}
 
 Held out, per token (`nats`: negative log-probability of the text; `perplexity`: its exponential; \
 `kl`: KL(teacher || student); `agreement`: of the most probable tokens). "after" was measured on \

@@ -14,7 +14,7 @@ from mlx_distill.distillation.exporting import BITS, ExportConfig
 from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.terms import CACHED, RESPONSE, LossTerm
 from mlx_distill.errors import InputError
-from mlx_distill.training.config import TrainingConfig
+from mlx_distill.training.config import ADAPTERS, LAYERS, NEW, PRETRAINED, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class DistillConfig:
             known = "sparse_kl" if self.use_cache else "forward_kl" if self.teacher else "hard"
             object.__setattr__(self, "loss", (known,))
         check_fields(self)
+        object.__setattr__(self, "training", self.training.resolved(self.trained))
         if not self.data:
             raise InputError("there is no data; name it with --data")
         ways = [bool(self.student), bool(self.student_config), bool(self.student_layers)]
@@ -130,6 +131,15 @@ class DistillConfig:
             template_config,
             prompts=self.rollouts.on_policy > 0,
         )
+
+    @property
+    def trained(self) -> str:
+        """What is trained, by which the learning rate is chosen where none is given."""
+        if self.adapter.fine_tune != "full":
+            return ADAPTERS
+        if self.student_layers:
+            return LAYERS
+        return NEW if self.student_config else PRETRAINED
 
     @property
     def sizes(self) -> Sizes:

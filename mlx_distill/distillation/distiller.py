@@ -8,7 +8,7 @@ labels; a network makes logits with the labels' leading axes.
                                    \--> projections --> feature and relation losses
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,7 @@ class Distiller:
         self.notes: list[str] = []
         self.answers = Answers(student, self.texts)
         self.names = _names([*self.response, *self.others])
+        self.weights = [term.weight for term in (*self.response, *self.others)]
         first = _teaching_network(teacher)
         if any(answers.network is student for answers in getattr(teacher, "answers", ())):
             raise InputError("the student is its own teacher; load the network twice")
@@ -164,6 +165,17 @@ class Distiller:
             total = total + term.weight * count * mean
             means.append(mx.stop_gradient(mean))
         return total, count, dict(zip(self.names, means, strict=True))
+
+    def shares(self, parts: Mapping[str, Any]) -> dict[str, float]:
+        """Return every term's share of the loss, its weight included; of those that have one.
+
+        Args:
+            parts: The terms' means, by name, as ``loss`` names them.
+        """
+        pairs = zip(self.names, self.weights, strict=True)
+        values = {name: weight * abs(parts[name]) for name, weight in pairs if weight}
+        total = sum(values.values()) or 1.0
+        return {name: value / total for name, value in values.items()}
 
     def evaluate(self, batches: Iterable[Any], teacher: Teacher | None = None) -> dict[str, float]:
         """Return the student's held-out figures; ``teacher`` judges instead of its own."""

@@ -9,7 +9,7 @@ from mlx_distill.config import Between, Count, Seed, check_fields
 from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.target.target import Target
-from mlx_distill.training.config import TrainingConfig
+from mlx_distill.training.config import NEW, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class DrafterTraining:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "training", self.training.resolved(NEW))
 
     def network(self, target: Target) -> RecurrentDrafterConfig:
         """Return the shape of the drafter for a target."""

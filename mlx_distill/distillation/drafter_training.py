@@ -33,7 +33,7 @@ from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
 from mlx_distill.hashes import weights_hash
-from mlx_distill.locks import locked
+from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
@@ -91,8 +91,7 @@ def train_drafter(
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
     writer = {**known, "weights_hash": weights_hash(model)}
-    work.mkdir(parents=True, exist_ok=True)
-    with locked(work / "lock", work):
+    with only_training(), locked(work / "lock", work):
         try:
             write_whole(work / SETTINGS, json.dumps(settings, indent=1))
             with locked(path):

@@ -21,6 +21,7 @@ from mlx.utils import tree_map
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from mlx_distill.arrays import to_number
+from mlx_distill.checkpoint import local_folder
 from mlx_distill.config import OneOf, check_fields
 from mlx_distill.distillation.adapters import (
     AdapterConfig,
@@ -28,8 +29,9 @@ from mlx_distill.distillation.adapters import (
     has_adapters,
     merge_adapters,
 )
+from mlx_distill.distillation.students import read_config
 from mlx_distill.errors import InputError, not_numbers, one_line
-from mlx_distill.files import whole_folder, write_whole
+from mlx_distill.files import output_path, whole_folder, write_whole
 from mlx_distill.model_folder import weight_files
 from mlx_distill.safetensors import check_safetensors, read_header
 from mlx_distill.target.reading import read_whole
@@ -153,6 +155,38 @@ def export(
         for name, content in (files(writing) if callable(files) else files).items():
             data = content.encode() if isinstance(content, str) else content
             (writing / name).write_bytes(data)
+
+
+def export_student(
+    folder: str | Path,
+    student: nn.Module,
+    tokenizer: Any,
+    source: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    how: ExportConfig | None = None,
+) -> None:
+    """Write a student that was trained from Python as a folder that mlx-lm loads.
+
+    Args:
+        folder: Must not exist.
+        student: Changes its type, and is merged with its adapters, as the files have it.
+        tokenizer: Goes with it.
+        source: What it began as, or whose layers it has: a folder, or a name on the hub. Its end
+            tokens and templates go along, and its weights' type is kept unless ``how`` names one.
+        config: The student's; None for the source's.
+        how: Type and bits; None for the defaults.
+
+    Raises:
+        InputError: If it cannot be written; nothing is left behind.
+    """
+    how = how or ExportConfig()
+    if how.keep_adapters:
+        raise InputError("keep_adapters is of the command; export_student merges adapters")
+    begun = local_folder(source)
+    given = read_config(begun) if config is None else config
+    own = compact(student, given, how, stored_type(begun))
+    export(output_path(folder), student, own, tokenizer, {}, source=begun)
 
 
 def adapters_of(folder: Path) -> Path | None:

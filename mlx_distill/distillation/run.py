@@ -169,9 +169,8 @@ def _files(
     return {
         "config.yaml": yaml.safe_dump(flat(config), sort_keys=False),
         "training.json": json.dumps(run, indent=1) + "\n",
-        LOG: "".join(json.dumps(row) + "\n" for row in done.log),
         "README.md": model_card(name, config, parts.corpus, figures, parameters, template),
-        **{file: (work / file).read_bytes() for file in (TABLE, CURVES)},
+        **{file: (work / file).read_bytes() for file in (LOG, TABLE, CURVES)},
     }
 
 

@@ -10,7 +10,7 @@ feature and relation losses are means over a batch.
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ SCALED = TEMPERED - {"total_variation", "logit_mse", "sorted_l1"}
 CACHED = {"hard", "sparse_kl"}
 # Losses whose student features go through a learned projection where the widths differ.
 PROJECTED = {"hidden_mse", "hidden_cosine", "patient_kd", "contrastive", "flow_of_solution"}
+DROWNS = 10  # so many times another term of the loss, one leaves little of it to be learned
 GIVEN = {
     "student",
     "student_logits",
@@ -239,3 +240,20 @@ def _number(value: Any, name: str) -> float:
         return float(value)
     except (TypeError, ValueError):
         raise InputError(f"{name} must be a number, got {value}") from None
+
+
+def drowned(shares: Mapping[str, float]) -> list[str]:
+    """Return a note if one term of a loss leaves too little of another.
+
+    Args:
+        shares: Of the first step's loss, by the terms' names, weights included.
+    """
+    if not shares:
+        return []
+    most, least = max(shares, key=shares.__getitem__), min(shares, key=shares.__getitem__)
+    if shares[most] <= DROWNS * shares[least]:
+        return []
+    return [
+        f"{most} was {shares[most]:.1%} of the first step's loss and {least} {shares[least]:.1%}: "
+        "the larger one drowns the other; other weights may help"
+    ]

@@ -15,26 +15,25 @@ from tqdm import tqdm
 from mlx_distill.data.batches import batch_order
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text, text_batch
+from mlx_distill.distillation.adapters import has_adapters
 from mlx_distill.distillation.distiller import Distiller, Examples
 from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts, answered
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
-from mlx_distill.distillation.terms import LossTerm
+from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
-from mlx_distill.locks import locked
+from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import context_length, position_limit
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.checkpoints import checkpoints, step_of
-from mlx_distill.training.config import TrainingConfig
+from mlx_distill.training.config import ADAPTERS, NEW, PRETRAINED, TrainingConfig
 from mlx_distill.training.journal import Journal
 from mlx_distill.training.loop import Progress, stopping, train
 from mlx_distill.training.runs import begin_or_resume
 
 Data = Sequence[Text] | Examples
 LOCK = "lock"
-# Where a student comes with weights, a drafter's 1e-3 would wash much of them out at first.
-LEARNING_RATE = 2.5e-4
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,7 @@ def distill(
     valid: Data | None = None,
     valid_teacher: Teacher | None = None,
     training: TrainingConfig | None = None,
+    trained: str | None = None,
     batch_size: int = 8,
     weights: Sequence[float] | None = None,
     mean: str = "probs",
@@ -89,7 +89,10 @@ def distill(
         losses: A term or several of a weighted sum, as ``"forward_kl:weight=0.9,temperature=2"``.
         valid: Held out, of the same kind; None judges nothing.
         valid_teacher: Judges there instead; for a cache, which knows its own texts only.
-        training: Steps, learning rate and so on; None for the defaults, at a rate of 2.5e-4.
+        training: Steps, learning rate and so on; None for the defaults.
+        trained: What the learning rate follows from where ``training`` has none: "new weights",
+            "chosen layers", "pretrained weights" or "adapters". None: adapters where there are
+            some, else new weights of a classifier and pretrained ones of a language model.
         batch_size: Texts or examples per batch.
         weights: Of several teachers; None for equal ones.
         mean: Of several teachers: "probs" or "logits".
@@ -106,11 +109,11 @@ def distill(
         InputError: If the parts do not fit each other, the loss is not a number, or ``folder``
             holds a run with other settings.
     """
-    training = training or TrainingConfig(learning_rate=LEARNING_RATE)
     folder = Path(folder)
     losses = [losses] if isinstance(losses, str) else losses
     terms = [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
     texts = not isinstance(data, Examples)
+    training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if texts and not data:
@@ -142,8 +145,7 @@ def distill(
         "data": texts_hash(data) if texts else arrays_hash([data.inputs, data.labels, data.mask]),
         "student": _shapes(student),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK, folder):
+    with only_training(), locked(folder / LOCK, folder):
         begin_or_resume(folder, settings)
         batches = _batches(
             student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
@@ -174,12 +176,20 @@ def distill(
                 folder,
                 stop,
             )
-            finished = _follow(steps, journal, training.steps, quiet)
+            finished = _follow(steps, journal, distiller, training.steps, quiet)
         student.eval()
-        return Distilled(before, journal.rows, distiller.notes, finished)
+        notes = [*distiller.notes, *drowned(distiller.shares(journal.rows[0]))]
+        return Distilled(before, journal.rows, notes, finished)
 
 
-def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool) -> bool:
+def _trained(student: nn.Module, texts: bool) -> str:
+    """Return what is trained, as far as one can see."""
+    return ADAPTERS if has_adapters(student) else PRETRAINED if texts else NEW
+
+
+def _follow(
+    steps: Iterator[Progress], journal: Journal, distiller: Distiller, total: int, quiet: bool
+) -> bool:
     """Draw the bar and keep the log; return whether the training came to its end."""
     stopped = False
     done = journal.rows[-1]["step"] if journal.rows else 0
@@ -188,6 +198,10 @@ def _follow(steps: Iterator[Progress], journal: Journal, total: int, quiet: bool
             journal.add(progress)
             stopped = progress.stopped and not progress.ended
             bar.update()
+            if progress.step == 1 and not quiet:
+                terms = distiller.shares(progress.parts).items()
+                said = ", ".join(f"{name} {share:.1%}" for name, share in terms)
+                tqdm.write(f"loss {progress.loss:.4f} at first: {said}", file=sys.stderr)
             parts = " ".join(f"{name} {value:.3f}" for name, value in progress.parts.items())
             bar.set_description(parts or f"loss {progress.loss:.3f}")
             if progress.evaluation:
