@@ -1199,3 +1199,20 @@ def test_a_training_in_another_thread_is_refused(tmp_path: Path) -> None:
     assert done == alone
     assert "another thread of this process is training" in said[0]
     assert not (tmp_path / "second").exists()
+
+
+def test_the_example_of_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parents[1]
+    guide = (root / "docs" / "distillation.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (tmp_path / "models").symlink_to(bundled("stories-4m").parent)
+    (tmp_path / "texts").mkdir()
+    for name, text in (("train", "Once upon a time"), ("valid", "There was a girl")):
+        row = json.dumps({"text": text}) + "\n"
+        (tmp_path / "texts" / f"{name}.jsonl").write_text(row)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(code.replace("steps=20", "steps=1"), found)
+    assert found["done"].finished
+    written, _ = mlx_lm.load("student")
+    assert bits(written).keys() == bits(found["student"]).keys()
