@@ -8,6 +8,7 @@ import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
 
+from mlx_distill.distillation.loss_memory import loss_memory
 from mlx_distill.distillation.objective import Goal, response_losses
 from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.losses.chunked import Sums, chunked_loss
@@ -116,6 +117,12 @@ def test_memory_is_a_fraction() -> None:
         gradients(student, loss, x, [teacher_hidden, mask], chunk_size)
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 0.25 * peaks[0]
+
+
+def test_two_gradients_and_a_half_of_a_wide_head() -> None:
+    """With chunks of 256 tokens, which are a sixteenth of such a head."""
+    found = loss_memory(512, 8016, width=4096, compare=False)
+    assert found["head_gradients"] < 2.5
 
 
 def test_chunks_without_tokens_are_refused() -> None:
