@@ -154,11 +154,11 @@ def test_where_texts_part() -> None:
 def test_loss_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """More tokens and entries than 16 bits count."""
     output = tmp_path / "memory.json"
-    assert benchmark.main(["--loss-memory", "300", "70000", "--output", str(output)]) == 0
+    assert benchmark.main(["--loss-memory", "700", "70000", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["chunked_bytes"] < found["whole_bytes"]
     assert found["gradient_difference"] < 1e-4
-    assert "300 tokens x 70,000 entries" in capsys.readouterr().out
+    assert "700 tokens x 70,000 entries" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

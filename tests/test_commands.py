@@ -209,7 +209,8 @@ def test_generate_shows_the_draft(
     green = out.count("\x1b[32m")
     assert 0 < green <= run["accepted_tokens"]
     shown = out.rsplit("\n", 2)[0]
-    assert shown.replace("\x1b[32m", "").replace("\x1b[0m", "") == expected
+    shown = shown.replace("\x1b[32m", "").replace("\x1b[0m", "")
+    assert shown == "\x1b[2mOnce upon a time" + expected  # what it goes on with, dimmed
 
 
 class Fake:
