@@ -1,18 +1,24 @@
 """What a distillation needs in memory, before anything is written."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_distill import machine
 from mlx_distill.arrays import num_bytes, num_values
 from mlx_distill.errors import InputError
+from mlx_distill.losses.chunked import chunk_rows
+from mlx_distill.target.layers import numbered_layers
+from mlx_distill.target.reading import fresh_caches, vocab_width
+from mlx_distill.target.watching import Heard, listening_once
 
-CHUNK_BYTES = (
-    100e6  # of logits, goals and gradients of a chunk of the loss, over large vocabularies
-)
+# Measured: arrays as large as a chunk's logits that are there at once, of one chunk and of several,
+# as MLX makes room for some operations ahead; and arrays as large as attention's scores.
+ONE_CHUNK, CHUNKS, SCORES = 5, 8.5, 1.2
 
 
 def memory_estimate(
@@ -24,8 +30,9 @@ def memory_estimate(
 ) -> str:
     """Return the memory that training takes, in words.
 
-    Weights, gradients and the optimizer's two moments are known. Of the activations a layer keeps
-    what the student's own matrices make: the width of every output, attention's scores among them.
+    A layer keeps what its modules are given and return, which a reading that computes nothing
+    tells, and attention's scores; the backward holds as much again of one layer. An update needs
+    the old and the new moments at once. Held-out texts are not counted.
 
     Args:
         student: Its trainable parameters have gradients and moments.
@@ -39,18 +46,20 @@ def memory_estimate(
     """
     teaching = sum(num_bytes(teacher.parameters()) for teacher in teachers)
     weights = num_bytes(student.parameters())
-    trained = 3 * 4 * num_values(student.trainable_parameters())
-    tokens = batch_size * width
-    layers = getattr(student, "layers", ())
-    per_layer = [_outputs(layer, width) for layer in layers]
-    kept = max(per_layer, default=0) if checkpointed else sum(per_layer)
-    # The loss's chunk: logits, probabilities, goals and gradients.
-    activations = 4 * tokens * kept + CHUNK_BYTES
-    total = teaching + weights + trained + activations
+    trained = student.trainable_parameters()
+    floats = 4 * num_values(trained)
+    arrays: list[tuple[str, Any]] = [*tree_flatten(trained)]  # pyright: ignore
+    masters = sum(4 * x.size for _, x in arrays if x.dtype != mx.float32)
+    layers = [batch_size * size for size in layer_bytes(student, width)]
+    kept = max(layers, default=0) if checkpointed else sum(layers)
+    activations = kept + max(layers, default=0) + _chunk_bytes(student, batch_size * width)
+    # Gradients and moments; then, without activations, what an update makes of them.
+    training = masters + max(3 * floats + activations, 5 * floats)
+    total = teaching + weights + training
     text = (
         f"memory: about {total / 1e9:.2f} GB (teachers {teaching / 1e9:.2f}, student "
-        f"{weights / 1e9:.2f}, gradients and optimizer {trained / 1e9:.2f}, a batch of "
-        f"{batch_size} x {width} tokens {activations / 1e9:.2f})"
+        f"{weights / 1e9:.2f}, gradients and optimizer {(masters + 3 * floats) / 1e9:.2f}, a batch "
+        f"of {batch_size} x {width} tokens {activations / 1e9:.2f})"
     )
     if total > machine.memory_bytes():
         raise InputError(
@@ -60,10 +69,40 @@ def memory_estimate(
     return text
 
 
-def _outputs(layer: nn.Module, width: int) -> int:
-    """Return how many values per token a layer keeps for its backward."""
-    arrays: list[tuple[str, Any]] = [*tree_flatten(layer.parameters())]  # pyright: ignore
-    matrices = [x.shape for _, x in arrays if x.ndim >= 2]
+def layer_bytes(network: nn.Module, width: int) -> list[int]:
+    """Return what every layer keeps of one text for its backward; nothing is computed."""
+    try:
+        layers = numbered_layers(network)
+    except InputError:  # a network of one piece
+        return []
+    seen: list[dict[int, mx.array]] = [{} for _ in layers]
+    heard = [
+        Heard(module, partial(_note, arrays))
+        for layer, arrays in zip(layers, seen, strict=True)
+        for module in layer.modules()
+        if not module.children()
+    ]
+    with listening_once(heard):
+        network(mx.zeros((1, width), mx.int32), cache=fresh_caches(network))
+    return [
+        sum(array.nbytes for array in arrays.values()) + _score_bytes(layer, width)
+        for layer, arrays in zip(layers, seen, strict=True)
+    ]
+
+
+def _note(arrays: dict[int, mx.array], call: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    output = call(*given, **named)
+    arrays.update((id(one), one) for one in (*given, output) if isinstance(one, mx.array))
+    return output
+
+
+def _score_bytes(layer: nn.Module, width: int) -> int:
     heads = getattr(getattr(layer, "self_attn", None), "n_heads", 8)
-    # Every matrix's output, as it is and behind norms, rotations and gates; scores and weights.
-    return 3 * sum(shape[-2] for shape in matrices) + 2 * heads * width
+    return int(SCORES * 4 * heads * width * width)
+
+
+def _chunk_bytes(student: nn.Module, tokens: int) -> int:
+    """Return what the vocabulary's loss takes beside the head's gradient."""
+    entries = vocab_width(student)
+    rows = chunk_rows(entries)
+    return int((CHUNKS if tokens > rows else ONE_CHUNK) * 4 * min(tokens, rows) * entries)
