@@ -535,11 +535,11 @@ def test_output_that_exists(world: Path, tmp_path: Path, refused: Refuse) -> Non
 def test_memory_is_estimated_before_anything_is_written(
     world: Path, tmp_path: Path, refused: Refuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(machine, "memory_bytes", lambda: 50_000_000)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 5_000_000)
     sentence = refused(arguments(world, tmp_path / "student"))
     assert re.match(
         r"memory: about 0\.\d\d GB \(teachers 0\.\d\d, student 0\.\d\d, gradients and optimizer "
-        r"0\.\d\d, a batch of 3 x \d+ tokens 0\.\d\d\), but this machine has 0\.1 GB; use a "
+        r"0\.\d\d, a batch of 3 x \d+ tokens 0\.\d\d\), but this machine has 0\.0 GB; use a "
         r"smaller --batch-size with --accumulate, --grad-checkpoint, or adapters \(--fine-tune",
         sentence,
     )

@@ -16,7 +16,7 @@ from mlx_distill.data.batches import batch_order
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.adapters import has_adapters
-from mlx_distill.distillation.distiller import Distiller, Examples
+from mlx_distill.distillation.distiller import Distiller, Examples, Taught
 from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts, answered
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.distillation.terms import LossTerm, drowned
@@ -114,12 +114,7 @@ def distill(
     terms = [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
-    if texts and not data:
-        raise InputError("there are no texts")
-    if valid is None and (training.patience or training.keep_best):
-        raise InputError("patience and keep_best need held-out data, by which to judge")
+    _check(batch_size, data, valid, training)
     teacher = _teacher(teachers, texts, weights, mean)
     limit = None
     if not isinstance(data, Examples):
@@ -142,7 +137,7 @@ def distill(
         "on_policy": None if on_policy is None else asdict(on_policy),
         "eos_token_ids": sorted(eos_token_ids),
         "seed": seed,
-        "data": texts_hash(data) if texts else arrays_hash([data.inputs, data.labels, data.mask]),
+        "data": _hash(data),
         "student": _shapes(student),
     }
     with only_training(), locked(folder / LOCK, folder):
@@ -162,24 +157,54 @@ def distill(
                 return {}
             return distiller.evaluate(slices(valid, batch_size, limit), valid_teacher)
 
-        before = evaluate()
-        done = checkpoints(folder)
-        journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
-        student.train()
-        with stopping("finishing this step, then saving; Ctrl-C again ends at once") as stop:
-            steps = train(
-                distiller.network,
-                distiller.loss,
-                lambda number: distiller.teach(_seeded(batches(number), number, seed)),
-                evaluate,
-                training,
-                folder,
-                stop,
-            )
-            finished = _follow(steps, journal, distiller, training.steps, quiet)
-        student.eval()
-        notes = [*distiller.notes, *drowned(distiller.shares(journal.rows[0]))]
-        return Distilled(before, journal.rows, notes, finished)
+        return _run(
+            distiller,
+            lambda number: distiller.teach(_seeded(batches(number), number, seed)),
+            evaluate,
+            training,
+            folder,
+            callback,
+            quiet,
+        )
+
+
+def _run(
+    distiller: Distiller,
+    batch_at: Callable[[int], Taught],
+    evaluate: Callable[[], dict[str, float]],
+    training: TrainingConfig,
+    folder: Path,
+    callback: Any,
+    quiet: bool,
+) -> Distilled:
+    """Train what a distiller trains, from the last checkpoint on, and judge it before."""
+    student = distiller.network.student
+    before = evaluate()
+    done = checkpoints(folder)
+    journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
+    student.train()
+    with stopping("finishing this step, then saving; Ctrl-C again ends at once") as stop:
+        loss, network = distiller.loss, distiller.network
+        steps = train(network, loss, batch_at, evaluate, training, folder, stop)
+        finished = _follow(steps, journal, distiller, training.steps, quiet)
+    student.eval()
+    notes = [*distiller.notes, *drowned(distiller.shares(journal.rows[0]))]
+    return Distilled(before, journal.rows, notes, finished)
+
+
+def _check(batch_size: int, data: Data, valid: Data | None, training: TrainingConfig) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    if not isinstance(data, Examples) and not data:
+        raise InputError("there are no texts")
+    if valid is None and (training.patience or training.keep_best):
+        raise InputError("patience and keep_best need held-out data, by which to judge")
+
+
+def _hash(data: Data) -> str:
+    if isinstance(data, Examples):
+        return arrays_hash([data.inputs, data.labels, data.mask])
+    return texts_hash(data)
 
 
 def _trained(student: nn.Module, texts: bool) -> str:
