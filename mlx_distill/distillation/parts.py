@@ -23,10 +23,10 @@ from mlx_distill.distillation.teachers import (
     Teacher,
     TextTeacher,
 )
-from mlx_distill.distillation.training import readers, text_limit
+from mlx_distill.distillation.training import readers
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import tokenizer_hash
-from mlx_distill.target.context import context_length
+from mlx_distill.target.context import context_length, text_limit
 
 OTHER_TOKENIZER = (
     "the teacher's tokenizer is not the student's, so their tokens cannot be compared one by one; "
@@ -121,7 +121,7 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
     # The last of them reads the same tokens, and knows more, where there is a live teacher.
     reading_same = readers(student.network, teacher)
     ends = set(student.tokenizer.eos_token_ids)
-    limit = text_limit(reading_same)
+    limit = text_limit(*reading_same)
     valid = answered(corpus.valid, reading_same[-1], ends, config.rollouts, limit)
     corpus = replace(corpus, valid=valid)
     if config.use_cache:

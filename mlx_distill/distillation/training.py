@@ -24,7 +24,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
 from mlx_distill.locks import locked, only_training
-from mlx_distill.target.context import context_length, position_limit
+from mlx_distill.target.context import position_limit, text_limit
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import ADAPTERS, NEW, PRETRAINED, TrainingConfig
@@ -120,7 +120,7 @@ def distill(
     if not isinstance(data, Examples):
         assert not isinstance(valid, Examples)
         networks = readers(student, teacher)
-        limit = text_limit(networks)
+        limit = text_limit(*networks)
         _check_tokens(networks, [*data, *(valid or ())])
         # The last of them reads the same tokens, and knows more, where there is a teacher.
         config = on_policy or OnPolicyConfig()
@@ -263,12 +263,6 @@ def readers(student: nn.Module, teacher: Teacher | None) -> list[nn.Module]:
     if type(teacher) is LiveTeacher:  # others do not read these tokens
         return [student, *(answers.network for answers in teacher.answers)]
     return [student]
-
-
-def text_limit(networks: Sequence[nn.Module]) -> int | None:
-    """Return how many tokens a text may have that some networks read; None if nothing says."""
-    limits = [limit for one in networks for limit in (context_length(one), position_limit(one))]
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _check_tokens(networks: Sequence[nn.Module], texts: Sequence[Text]) -> None:

@@ -75,9 +75,9 @@ def position_limit(model: nn.Module) -> int | None:
     return min(rows, default=None)
 
 
-def text_limit(model: nn.Module) -> int | None:
-    """Return how many tokens a prompt and what follows it may have; None if nothing says."""
-    limits = (context_length(model), position_limit(model))
+def text_limit(*models: nn.Module) -> int | None:
+    """Return how many tokens a text may have that all models read; None if nothing says."""
+    limits = [limit for one in models for limit in (context_length(one), position_limit(one))]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
