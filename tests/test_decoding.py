@@ -897,7 +897,7 @@ def test_a_drafter_keeps_few_compiled_searches(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those used last; and threads that draft at once do not take each other's away."""
-    monkeypatch.setattr(bound, "MOST_COMPILED", 2)
+    monkeypatch.setattr(bound, "MOST_COMPILED", 2)  # so that many are freed, by any thread
     drafter = random_drafter(pair[0], 64)
     hidden, root = mx.zeros((384,)), mx.array([5])
     mx.eval(hidden, root)
@@ -905,7 +905,7 @@ def test_a_drafter_keeps_few_compiled_searches(
 
     def work(first: int) -> None:
         with mx.stream(generation_stream):
-            for length in range(first, first + 6):
+            for length in range(first, first + 24):
                 draft = drafter.draft(hidden, root, DraftPlan(1, 1 + length % 3))
                 found.append(draft.tokens.size == 2 + length % 3)
 
@@ -914,7 +914,7 @@ def test_a_drafter_keeps_few_compiled_searches(
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [True] * 18
+    assert found == [True] * 72
     assert len(drafter.searches) == 2
 
 

@@ -1,5 +1,6 @@
 """A recurrent drafter bound to a target, whose embedding it reads tokens with."""
 
+import itertools
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +27,11 @@ FLOOR = -1e4
 MOST_COMPILED = 16
 # Up to this size, what every token adds to the state is tabulated once.
 TABLE_BYTES = 64 * 2**20
+
+# MLX knows a compiled function by its address and forgets a freed one in the thread alone that
+# called it last (mlx 0.32, compile.cpp): in another thread, the next function at that address would
+# be given the old one's graph. A number that no other search has, as an argument, prevents that.
+SERIAL = itertools.count()
 
 Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
 
@@ -87,7 +93,8 @@ class BoundDrafter:
         with self._compiling:
             search = self.searches.pop(kind, None)
             if search is None:
-                search = mx.compile(partial(self._search, width, length))
+                compiled = mx.compile(partial(self._search, width, length))
+                search = partial(compiled, next(SERIAL))
             self.searches[kind] = search  # behind the others, as the last one used
             if len(self.searches) > MOST_COMPILED:
                 del self.searches[next(iter(self.searches))]
@@ -97,6 +104,7 @@ class BoundDrafter:
         self,
         width: int,
         length: int,
+        serial: int,
         hidden: mx.array,
         root: mx.array,
         noise: mx.array | None = None,
