@@ -71,12 +71,12 @@ class Features:
     Args:
         states: What its head saw at every row of the call that read them.
         walk: Which of the rows are the text's; None if all are.
-        taps: The outputs, at the same rows, of the layers that the drafter asked for.
+        taps: The outputs of the layers that the drafter asked for, in its order, at the same rows.
     """
 
     states: Float[mx.array, "N D"]
     walk: Walk | None = None
-    taps: tuple[Float[mx.array, "N D"], ...] = ()
+    taps: tuple[Float[mx.array, "N _"], ...] = ()
 
     @property
     def last(self) -> Float[mx.array, " D"]:
@@ -87,6 +87,17 @@ class Features:
     def hidden(self) -> Float[mx.array, "T D"]:
         """What the head saw at each of the tokens; see ``DraftState.accept`` for their number."""
         return self.states if self.walk is None else self.states[self.walk.path]
+
+    @property
+    def tapped(self) -> tuple[Float[mx.array, "T _"], ...]:
+        """What each tapped layer returned at each of the tokens, as ``hidden``."""
+        return self.taps if self.walk is None else tuple(x[self.walk.path] for x in self.taps)
+
+    def then(self, later: "Features", most: int) -> "Features":
+        """Return these and later ones of the same text, the last ``most`` of them; no walks."""
+        pairs = zip((self.states, *self.taps), (later.states, *later.taps), strict=True)
+        states, *taps = (mx.concatenate(pair)[-most:] for pair in pairs)
+        return Features(states, None, tuple(taps))
 
 
 @dataclass(frozen=True)
@@ -142,7 +153,8 @@ class Drafter(Protocol):
     """Predicts what the target will write: weights and settings, one for all texts.
 
     Attributes:
-        taps: Layers of the target whose outputs it wants to see beside the head's input.
+        taps: Numbers of the target's layers whose outputs it wants to see beside the head's input;
+            negative ones count from the last.
     """
 
     taps: tuple[int, ...]
@@ -153,7 +165,7 @@ class Drafter(Protocol):
         Args:
             prompt: The tokens before the first root. Where a prompt cache holds an earlier part of
                 the text, that is not among them.
-            features: Those of the prompt's last tokens; of the last one at least.
+            features: Those of the prompt's last tokens: of the last one; with taps, of up to 256.
         """
         ...
 

@@ -17,6 +17,7 @@ from mlx_distill.speculation.requests import Request
 from mlx_distill.target.context import context_length
 from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.reading import read_whole, vocab_width
+from mlx_distill.target.taps import find_layer
 from mlx_distill.target.target import Target
 
 
@@ -56,7 +57,10 @@ def check_request(
 
 
 def check_drafter(drafter: object, target: Target, tokenizer: TokenizerWrapper) -> None:
-    """Raise InputError if the target cannot be drafted for, or not with this drafter."""
+    """Raise InputError if the target cannot be drafted for, or not with this drafter.
+
+    The layers that it taps have to be there.
+    """
     target.require_drafting()
     if not isinstance(drafter, Drafter):
         raise InputError(f"a {type(drafter).__name__} is no drafter; load one with load_drafter")
@@ -69,8 +73,8 @@ def check_drafter(drafter: object, target: Target, tokenizer: TokenizerWrapper) 
             f"the drafter was loaded for a model of {drafted} tokens, this one has "
             f"{target.vocab_size}; load it for this one"
         )
-    if drafter.taps:
-        raise InputError("the drafter asks for outputs of the target's layers; only its head's")
+    for tap in drafter.taps:
+        find_layer(target.model, tap)
 
 
 def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:

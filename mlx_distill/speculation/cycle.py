@@ -178,7 +178,7 @@ def launch(
     """
     with mx.stream(generation_stream):
         tree = decoding.tree(root, draft)
-        call = decoding.target.verify(tree, decoding.caches)
+        call = decoding.target.verify(tree, decoding.caches, decoding.drafter.taps)
         if decoding.logits_processors:
             mx.async_eval(call.logits, call.hidden)
             return Cycle(tree, call, num_tokens, mx.concatenate([history, root]))
@@ -235,7 +235,7 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
         depth = tree.depths[walk.last]
         path = mx.arange(tree.max_depth + 1) <= depth
         tokens = mx.where(path, tree.tokens[walk.path], -1)
-        decoding.state.accept(tokens, Features(cycle.call.hidden, walk))
+        decoding.state.accept(tokens, Features(cycle.call.hidden, walk, cycle.call.taps))
         cycle.root = walk.next_token[None]
         cycle.draft = decoding.draft(cycle.root, noise)
 
@@ -287,7 +287,8 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
             cycle.history = mx.concatenate([cycle.history, token])
         assert decoding.state is not None
         nodes = mx.array(path)
-        decoding.state.accept(tree.tokens[nodes], Features(call.hidden[nodes]))
+        seen = Features(call.hidden[nodes], None, tuple(x[nodes] for x in call.taps))
+        decoding.state.accept(tree.tokens[nodes], seen)
         cycle.root = token
         after = start + len(drawn)
         cycle.draft = decoding.draft(token, lambda length: decoding.rows(after, length))

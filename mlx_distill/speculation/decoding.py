@@ -32,6 +32,9 @@ from mlx_distill.speculation.cycle import (
 )
 from mlx_distill.target.layer_cache import cached_tokens
 
+# A drafter with taps is shown so many of the prompt's last tokens.
+LOOK_BACK = 256
+
 
 @dataclass(frozen=True)
 class DecodedToken:
@@ -86,14 +89,14 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
 def _begin(decoding: Decoding, prompt: Int[mx.array, " T"]) -> tuple[DecodedToken, Cycle]:
     """Read the prompt; return the first token, and the cycle that it is the root of."""
     with mx.stream(generation_stream):
-        logits, hidden = prefill(decoding, prompt)
+        logits, features = prefill(decoding, prompt)
         decoding.ledger.prompt_is_read()
         failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
         logits = decoding.process(prompt, logits)
         root = sample(logits, decoding.sampling, decoding.rows(0, 1))
         report = mx.concatenate([root, failed])
         mx.async_eval(report)
-        decoding.state = decoding.drafter.open(prompt, Features(hidden))
+        decoding.state = decoding.drafter.open(prompt, features)
         draft = decoding.draft(root, lambda length: decoding.rows(1, length))
     token, failed = to_host(report)
     if failed:
@@ -103,18 +106,32 @@ def _begin(decoding: Decoding, prompt: Int[mx.array, " T"]) -> tuple[DecodedToke
 
 def prefill(
     decoding: Decoding, prompt: Int[mx.array, " T"]
-) -> tuple[Float[mx.array, "1 V"], Float[mx.array, "1 D"]]:
-    """Read a prompt into the cache, in chunks; return the last token's logits and hidden state."""
-    size = decoding.cache.prefill_step_size
-    rest = prompt.size - 1
+) -> tuple[Float[mx.array, "1 V"], Features]:
+    """Read a prompt into the cache, in chunks.
+
+    Return the last token's logits, and the features of the last tokens.
+    """
+    size, rest = decoding.cache.prefill_step_size, prompt.size - 1
+    features = None
     for start in range(0, rest, size):
-        decoding.target.forward(prompt[start : min(start + size, rest)], decoding.caches)
-        decoding.cache.quantize(decoding.caches)
+        _, chunk = _read(decoding, prompt[start : min(start + size, rest)])
+        if chunk.taps:
+            features = chunk if features is None else features.then(chunk, LOOK_BACK)
+            mx.eval(features.states, features.taps)
         mx.eval([cache.state for cache in decoding.caches])
         mx.clear_cache()
-    logits, hidden = decoding.target.forward(prompt[-1:], decoding.caches)
+    logits, last = _read(decoding, prompt[-1:])
+    return logits, last if features is None else features.then(last, LOOK_BACK)
+
+
+def _read(
+    decoding: Decoding, tokens: Int[mx.array, " T"]
+) -> tuple[Float[mx.array, "T V"], Features]:
+    """Read tokens into the cache; return their logits and features."""
+    taps = decoding.drafter.taps
+    logits, hidden, tapped = decoding.target.observe(tokens, decoding.caches, taps)
     decoding.cache.quantize(decoding.caches)
-    return logits, hidden
+    return logits, Features(hidden, None, tapped)
 
 
 def _commit(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> Cycle:

@@ -6,7 +6,7 @@ itself takes: noise, draws, walk, tree, commit, text, and the waiting.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,10 +43,10 @@ class CycleClock:
         """Time the target's calls meanwhile."""
         verify = target.verify
 
-        def timed(tree: PrefixTree, caches: PromptCache) -> TreeCall:
+        def timed(tree: PrefixTree, caches: PromptCache, taps: Sequence[int] = ()) -> TreeCall:
             mx.eval(tree.tokens, tree.mask, tree.depths)
             start = time.perf_counter()
-            call = verify(tree, caches)
+            call = verify(tree, caches, taps)
             mx.eval(call.logits, call.hidden)
             self.target_s += time.perf_counter() - start
             self.cycles += 1

@@ -156,21 +156,21 @@ class _Trial:
         call = call_on_tree(self.model, self.head, self.tree, caches, self.support)
         mx.eval(call.logits)
         call.commit(self.kept)
-        after, _ = call_on_text(self.model, self.head, mx.array(self.prefix[:1]), caches)
+        after = call_on_text(self.model, self.head, mx.array(self.prefix[:1]), caches).logits[0]
         mx.eval(after)
-        return [*call.logits[self.nodes], after[0]]
+        return [*call.logits[self.nodes], after]
 
     def _read(self, path: Sequence[int], more: Sequence[int] = ()) -> Float[mx.array, " V"]:
         text = [*self.prefix, *(self.tokens[node] for node in path), *more]
         caches = make_prompt_cache(self.model)
-        return call_on_text(self.model, self.head, mx.array(text), caches)[0][-1]
+        return call_on_text(self.model, self.head, mx.array(text), caches).logits[-1]
 
     def _plainly(self, path: Sequence[int]) -> Float[mx.array, " V"]:
         caches = self._prefilled()
         logits = mx.array(0)
         for node in path:
             token = mx.array(self.tokens[node : node + 1])
-            logits, _ = call_on_text(self.model, self.head, token, caches)
+            logits = call_on_text(self.model, self.head, token, caches).logits
         return logits[-1]
 
     def _wrong(self, read: list[mx.array]) -> float:

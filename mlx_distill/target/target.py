@@ -7,6 +7,7 @@ up in a list but found out when it is opened (``opening``).
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -20,7 +21,7 @@ from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.opening import Opened, open_model
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.tree_cache import can_branch, can_trim
-from mlx_distill.target.tree_call import Support, TreeCall, call_on_text, call_on_tree
+from mlx_distill.target.tree_call import Computed, Support, TreeCall, call_on_text, call_on_tree
 
 _opening = threading.Lock()
 
@@ -90,7 +91,13 @@ class Target:
         self, tokens: Int[mx.array, " T"], caches: list[LayerCache]
     ) -> tuple[Float[mx.array, "T V"], Float[mx.array, "T D"]]:
         """Return logits and hidden states of consecutive tokens, which the caches then hold."""
-        return call_on_text(self.model, self.head, tokens, caches)
+        return self.observe(tokens, caches)[:2]
+
+    def observe(
+        self, tokens: Int[mx.array, " T"], caches: list[LayerCache], taps: Sequence[int] = ()
+    ) -> Computed:
+        """Return the same, and what some layers return, by their numbers."""
+        return call_on_text(self.model, self.head, tokens, caches, taps)
 
     def read(
         self, texts: Int[mx.array, "B T"]
@@ -100,14 +107,17 @@ class Target:
             logits = read_whole(self.model, texts)
         return logits, seen[-1].reshape(*texts.shape, -1)
 
-    def verify(self, tree: PrefixTree, caches: list[LayerCache]) -> TreeCall:
+    def verify(
+        self, tree: PrefixTree, caches: list[LayerCache], taps: Sequence[int] = ()
+    ) -> TreeCall:
         """Return the target's word on every node of a tree; commit the result's path afterwards.
 
         Args:
             tree: Its root is the token that every path begins with.
             caches: The prompt cache, which does not hold the root yet.
+            taps: Numbers of the layers whose outputs the call has, too.
         """
-        return call_on_tree(self.model, self.head, tree, caches, self.support)
+        return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
 
     @property
     def head(self) -> Head:

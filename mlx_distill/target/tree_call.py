@@ -6,20 +6,37 @@ parents  -  A  A  B                1 1 . .
 1 1 . 1
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.errors import InputError
 from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.taps import tapped
 from mlx_distill.target.tree_cache import TreeLayout, TreeView, tree_cache
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
 
 Support = Literal["row", "batch", "chain", "none"]
+
+
+class Computed(NamedTuple):
+    """What a call of a model came to, a row per token.
+
+    Args:
+        logits: The model's word.
+        hidden: What its head saw.
+        taps: What the tapped layers returned.
+    """
+
+    logits: Float[mx.array, "N V"]
+    hidden: Float[mx.array, "N D"]
+    taps: tuple[Float[mx.array, "N _"], ...]
 
 
 @dataclass
@@ -29,11 +46,13 @@ class TreeCall:
     Args:
         logits: The target's logits at every node.
         hidden: What the target's head saw at every node.
+        taps: What the tapped layers returned at every node.
         caches: The views of the caches that took part.
     """
 
     logits: Float[mx.array, "N V"]
     hidden: Float[mx.array, "N D"]
+    taps: tuple[Float[mx.array, "N _"], ...]
     caches: list[TreeView]
 
     def commit(self, path: list[int]) -> None:
@@ -57,35 +76,61 @@ class TreeCall:
 
 
 def call_on_text(
-    model: nn.Module, head: Head, tokens: Int[mx.array, " T"], caches: list[LayerCache]
-) -> tuple[Float[mx.array, "T V"], Float[mx.array, "T D"]]:
-    """Return logits and hidden states of consecutive tokens, which the caches then hold."""
-    with head.seen() as seen:
-        logits = model(tokens[None], cache=caches)[0]
-    return logits, _hidden(seen, tokens.size)
+    model: nn.Module,
+    head: Head,
+    tokens: Int[mx.array, " T"],
+    caches: list[LayerCache],
+    taps: Sequence[int] = (),
+) -> Computed:
+    """Return what a model computes at consecutive tokens, which the caches then hold."""
+    return _called(model, head, tokens[None], caches, taps)
 
 
 def call_on_tree(
-    model: nn.Module, head: Head, tree: PrefixTree, caches: list[LayerCache], support: Support
+    model: nn.Module,
+    head: Head,
+    tree: PrefixTree,
+    caches: list[LayerCache],
+    support: Support,
+    taps: Sequence[int] = (),
 ) -> TreeCall:
-    """Return a model's word on every node of a tree, in the layout that ``support`` names."""
-    start, batched = cached_tokens(caches), support == "batch"
+    """Return a model's word on every node of a tree, in the layout that ``support`` names.
+
+    A root alone is called as any token of a text is: it costs what plain decoding costs.
+    """
+    start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
     layout = TreeLayout(tree.mask, tree.depths, start, batched)
     views = [tree_cache(cache, layout) for cache in caches]
     if support == "chain":
-        logits, hidden = call_on_text(model, head, tree.tokens, caches)
-        return TreeCall(logits, hidden, views)
-    nodes = tree.tokens.size
+        return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views)
+    tokens = tree.tokens[:, None] if batched else tree.tokens[None]
     span = tree_span.set(TreeSpan(start, tree.max_depth))
     try:
-        with head.seen() as seen:
-            logits = model(tree.tokens[:, None] if batched else tree.tokens[None], cache=views)
+        return TreeCall(*_called(model, head, tokens, views, taps), views)
     finally:
         tree_span.reset(span)
-    return TreeCall(logits.reshape(nodes, -1), _hidden(seen, nodes), views)
 
 
-def _hidden(seen: list[mx.array], num_tokens: int) -> Float[mx.array, "T D"]:
+def _called(
+    model: nn.Module,
+    head: Head,
+    tokens: Int[mx.array, "B T"],
+    caches: Sequence[LayerCache],
+    taps: Sequence[int],
+) -> Computed:
+    with head.seen() as seen, tapped(model, taps) as outputs:
+        logits = model(tokens, cache=caches)
     if not seen:
         raise RuntimeError("the head's input was not seen; was the model changed after load?")
-    return seen[-1].reshape(num_tokens, -1)
+    rows = tuple(_rows(outputs.get(tap), tokens.shape, tap) for tap in taps)
+    return Computed(logits.reshape(tokens.size, -1), seen[-1].reshape(tokens.size, -1), rows)
+
+
+def _rows(output: mx.array | None, shape: tuple[int, ...], tap: int) -> Float[mx.array, "N _"]:
+    """Return a layer's output, a row per token; several streams of one are put side by side."""
+    size = shape[0] * shape[1]
+    if output is not None and output.shape[:2] == shape:
+        return output.reshape(size, -1)
+    if output is not None and output.shape[-3:-1] == shape:
+        return output.reshape(-1, size, output.shape[-1]).swapaxes(0, 1).reshape(size, -1)
+    raise InputError(f"layer {tap} of the target returns nothing that can be tapped")
