@@ -1,6 +1,7 @@
 """Measure drafting against mlx-lm on this machine, in one process, arms interleaved.
 
     python -m mlx_distill.benchmark --output results.json
+    python -m mlx_distill.benchmark --dispatches
 
 Every prompt is decoded by every arm in turn: mlx-lm alone, mlx-lm with a draft model if one is
 named, and drafting. The speed-up is the median over prompts of the ratio on the same prompt, so
@@ -18,8 +19,9 @@ from mlx_distill import cli, machine
 from mlx_distill.benchmarking.arms import Bench
 from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, run, usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.benchmarking.dispatch_study import study
 from mlx_distill.benchmarking.plot import plot
-from mlx_distill.benchmarking.table import loss_sentence, show
+from mlx_distill.benchmarking.table import loss_sentence, show, show_dispatches
 from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
@@ -52,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(output, found | machine.provenance())
         return 0
     bench, prompts, report = _open(arguments, config, sampling)
+    if arguments.dispatches:
+        pair = bench.model, bench.tokenizer, bench.drafter
+        found = study(*pair, prompts[0], plan, others=arguments.model is None)
+        show_dispatches(found)
+        _write(output, found | {"config": cli.settings(arguments)} | machine.provenance())
+        return 0
     found = run(bench, prompts, plan, Studies(arguments.sharing, arguments.long_run))
     settings = {"config": cli.settings(arguments), "rows": report.to_dict()}
     result: dict[str, Any] = {**found, **settings, **machine.provenance()}
@@ -170,6 +178,12 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("TOKENS", "ENTRIES"),
         help="measure only the memory of a distillation loss over so large a vocabulary, both at "
         "least 1 (default: not measured)",
+    )
+    parser.add_argument(
+        "--dispatches",
+        action="store_true",
+        help="count only the operations that a GPU would be sent, on any machine, for the pair, "
+        "and without --model for models of other architectures, too",
     )
     parser.add_argument(
         "--output", type=cli.path, help="write the results to this JSON file; it must not exist"

@@ -73,6 +73,25 @@ def _show_studies(console: Console, result: dict[str, Any]) -> None:
         )
 
 
+def show_dispatches(result: dict[str, Any]) -> None:
+    """Print how many operations a GPU would be sent."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)
+    table = Table(title="Dispatches", title_justify="left")
+    table.add_column("model")
+    calls = [name for name in result["targets"][0] if name.startswith("target_call")]
+    heads = [f"call of {name.rpartition('_')[2]}" for name in calls]
+    for name in ("layers", "plain step", *heads, "8 rows of mlx-lm", "moving commit"):
+        table.add_column(name, justify="right")
+    for row in result["targets"]:
+        counts = ["layers", "plain_step", *calls, "mlx_lm_rows_8", "moving_commit"]
+        table.add_row(escape(row["model"]), *(str(row[name]) for name in counts))
+    console.print(table)
+    for law, parts in result["cycles"].items():
+        shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
+        console.print(f"The pair's cycle beside the target's call, {law}: {shown}")
+
+
 def _range(values: dict[str, float], form: str) -> str:
     low, high = values["quartile_1"], values["quartile_3"]
     return f"{values['median']:{form}} ({low:{form}}-{high:{form}})"

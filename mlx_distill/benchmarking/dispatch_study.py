@@ -1,0 +1,317 @@
+"""Dispatches of mlx-lm's plain step, and of every part of a cycle of drafting.
+
+A step and a call of the target are counted from their graphs, in which ``mx.fast`` calls are one
+operation each. The draft and the rest of a cycle have none; they are counted in a text that is
+really written, each operation when it is sent, and averaged over the cycles: what is paid for only
+now and then, noise and commits of branches, is in them with its share.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+from tqdm import tqdm
+
+from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu, in_graph
+from mlx_distill.compat import model_classes
+from mlx_distill.core.draft import Draft
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
+from mlx_distill.speculation.caching import PromptCache
+from mlx_distill.speculation.generation import stream_generate
+from mlx_distill.target.layer_cache import leaves
+from mlx_distill.target.layers import numbered_layers
+from mlx_distill.target.target import Target, TreeCall
+
+evaluate = mx.eval  # also while the name means to note what is launched
+
+NODES = (2, 4, 8, 16)
+CONTEXT = 128
+# The shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-3-1B, but for their widths, which cost no
+# dispatches. The second figure is after how many layers the kinds of layers repeat.
+_WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97, "head_dim": 64}
+_SHARED = {**_WIDTHS, "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+SHAPES: dict[str, tuple[dict[str, Any], int]] = {
+    "llama": ({"num_hidden_layers": 16, "rope_theta": 500000.0}, 1),
+    "qwen3": (
+        {
+            "num_hidden_layers": 28,
+            "rope_theta": 1000000.0,
+            "max_position_embeddings": 40960,
+            "tie_word_embeddings": True,
+        },
+        1,
+    ),
+    "gemma3_text": (
+        {
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 1,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+            "query_pre_attn_scalar": 256,
+        },
+        6,
+    ),
+}
+
+
+def shape(kind: str, num_layers: int | None = None) -> nn.Module:
+    """Return a narrow model with random weights and the layers of a real one."""
+    config = {"model_type": kind, **_SHARED, **SHAPES[kind][0]}
+    if num_layers is not None:
+        config["num_hidden_layers"] = num_layers
+    model_class, args_class = model_classes(config)
+    model = model_class(args_class.from_dict(config))
+    mx.eval(model.parameters())
+    return model
+
+
+def study(
+    model: nn.Module,
+    tokenizer: Any,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    plan: DraftPlan,
+    others: bool,
+) -> dict[str, Any]:
+    """Return the dispatches of a pair, and those of models of other architectures.
+
+    Args:
+        model: The target.
+        tokenizer: Its tokenizer.
+        drafter: Drafts.
+        prompt: What the pair continues.
+        plan: The shape of the drafts.
+        others: Whether to count the other models.
+    """
+    name, layers = getattr(model, "model_type", type(model).__name__), len(numbered_layers(model))
+    cycles = {
+        law: of_cycle(model, tokenizer, drafter, prompt, plan, temperature)
+        for law, temperature in (("greedy", 0.0), ("sampled", 1.0))
+    }
+    pair = {"model": f"the pair, {name}", "layers": layers, **of_target(model)}
+    return {"targets": [pair, *(shapes() if others else ())], "cycles": cycles}
+
+
+def shapes() -> list[dict[str, Any]]:
+    """Return the dispatches of every shape, whole and per layer."""
+    found = []
+    for kind, (config, period) in tqdm(SHAPES.items(), desc="models", leave=False):
+        layers = config["num_hidden_layers"]
+        whole, fewer = (of_target(shape(kind, num)) for num in (layers, layers - period))
+        per_layer = (whole["plain_step"] - fewer["plain_step"]) / period
+        found.append({"model": kind, "layers": layers, **whole, "plain_per_layer": per_layer})
+    return found
+
+
+def of_target(model: nn.Module) -> dict[str, Any]:
+    """Return the dispatches of a plain step, of calls on trees, and of a commit that moves nodes.
+
+    Beside them stand mlx-lm's own calls on as many consecutive tokens, as of a prompt: what several
+    rows cost in its models in any case.
+    """
+
+    def step(caches: PromptCache) -> None:
+        # It launches the step, and then is told that it was the last.
+        list(generate_step(mx.array([5]), model, max_tokens=0, prompt_cache=caches))
+
+    found = {"plain_step": _sent(model, step)}
+    for nodes in NODES:
+        found[f"target_call_{nodes}"] = _sent(model, _verifying(model, nodes))
+        found[f"mlx_lm_rows_{nodes}"] = _sent(model, _reading(model, nodes))
+    found["moving_commit"] = _sent(model, _committing(model))
+    kinds = {name: dict(found[name]) for name in ("plain_step", "target_call_8")}
+    return {**{name: kind.total() for name, kind in found.items()}, "kinds": kinds}
+
+
+Build = Callable[[PromptCache], object]
+
+
+def _sent(model: nn.Module, build: Build) -> Counter[str]:
+    """Return the dispatches of what is built on a cache that holds a text."""
+    target, caches = Target.of(model), make_prompt_cache(model)
+    target.forward(mx.full((CONTEXT,), 7), caches)
+    build(caches)  # compiles what is compiled; the caches must have room for trees, too
+    evaluate(arrays_of(caches))
+    with as_sent_to_a_gpu() as sent:
+        sent.add(build(caches), arrays_of(caches))
+    return sent.count()
+
+
+def _reading(model: nn.Module, num_tokens: int) -> Build:
+    return lambda caches: model(mx.array([[5] * num_tokens]), cache=caches)
+
+
+def _verifying(model: nn.Module, nodes: int) -> Build:
+    tree = _tree(nodes)
+
+    def build(caches: PromptCache) -> tuple[mx.array, mx.array]:
+        call = Target.of(model).verify(tree, caches)
+        call.rewind(0)
+        return call.logits, call.hidden
+
+    return build
+
+
+def _committing(model: nn.Module) -> Build:
+    """Return the building of a commit of a branch that lies apart."""
+    tree = _tree(8)
+
+    def build(caches: PromptCache) -> None:
+        call = Target.of(model).verify(tree, caches)
+        evaluate(arrays_of(caches))
+        call.commit([0, 2, 5])
+
+    return build
+
+
+def _tree(nodes: int) -> PrefixTree:
+    """Return a binary tree."""
+    parents = [0, *((node - 1) // 2 for node in range(1, nodes))]
+    tree = PrefixTree.from_parents(mx.array([5] * nodes), mx.array(parents), nodes.bit_length() - 1)
+    evaluate(tree.tokens, tree.parents, tree.mask, tree.depths)
+    return tree
+
+
+# --------------------------------------------------------------------- the draft and the rest
+
+
+class CycleCounter:
+    """Counts what is sent while a text is written, by part of the cycle.
+
+    Attributes:
+        found: Dispatches by part: draft, commit, rest.
+        cycles: Calls of the target.
+    """
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        self.cycles = 0
+
+    def reset(self) -> None:
+        """Start again."""
+        self.found.clear()
+        self.cycles = 0
+
+    def note(self, part: str, *tree: object) -> None:
+        """Count what arrays need, and compute them."""
+        arrays = [leaf for _, leaf in tree_flatten(list(tree)) if isinstance(leaf, mx.array)]
+        if arrays:
+            self.found[part] += in_graph(arrays).total()
+            evaluate(arrays)
+
+    @contextmanager
+    def watching(self, target: Target) -> Iterator[None]:
+        """Count what is launched meanwhile, but for the target's calls."""
+        verify, launch = target.verify, mx.async_eval
+
+        def counted(tree: PrefixTree, caches: PromptCache) -> TreeCall:
+            self.note("rest", tree.tokens, tree.mask, tree.depths)
+            self.note("commit", arrays_of(caches))
+            call = verify(tree, caches)
+            evaluate(call.logits, call.hidden, arrays_of(caches))
+            self.cycles += 1
+            return call
+
+        target.verify = counted
+        mx.async_eval = lambda *tree: self.note("rest", *tree)
+        try:
+            yield
+        finally:
+            mx.async_eval = launch
+            del target.verify  # the method of its class is there again
+
+
+@dataclass
+class CountedDrafter:
+    """A drafter whose calls are counted.
+
+    Args:
+        drafter: Drafts.
+        counter: Counts.
+    """
+
+    drafter: Drafter
+    counter: CycleCounter
+
+    def __post_init__(self) -> None:
+        self.taps = self.drafter.taps
+
+    def open(self, prompt: mx.array, features: Features) -> "CountedState":
+        """Return the state of a new text."""
+        return CountedState(self.drafter.open(prompt, features), self.counter)
+
+
+@dataclass
+class CountedState:
+    """One text of a counted drafter.
+
+    Args:
+        state: The drafter's state.
+        counter: Counts.
+    """
+
+    state: DraftState
+    counter: CycleCounter
+
+    def draft(self, root: mx.array, plan: DraftPlan, noise: mx.array | None) -> Draft | None:
+        """Return what the drafter drafts."""
+        self.counter.note("rest", root, noise)
+        draft = self.state.draft(root, plan, noise)
+        if draft is not None:
+            self.counter.note("draft", draft.tokens, draft.parents, draft.depths, draft.scores)
+        return draft
+
+    def accept(self, tokens: mx.array, features: Features) -> None:
+        """Hand on what became text."""
+        self.counter.note("rest", tokens)
+        self.state.accept(tokens, features)
+
+    def rewind(self, num_tokens: int) -> None:
+        """Hand on what did not."""
+        self.state.rewind(num_tokens)
+
+
+def of_cycle(
+    model: nn.Module,
+    tokenizer: Any,
+    drafter: Drafter,
+    prompt: Sequence[int],
+    plan: DraftPlan,
+    temperature: float,
+    max_tokens: int = 100,
+) -> dict[str, float]:
+    """Return the dispatches of a draft, of commits and of the rest of a cycle, on the average."""
+    counter = CycleCounter()
+    steps = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        drafter=CountedDrafter(drafter, counter),
+        plan=plan,
+        temperature=temperature,
+        seed=0,
+        max_tokens=max_tokens,
+    )
+    with counter.watching(Target.of(model)):
+        next(steps)
+        counter.reset()
+        for _ in steps:
+            pass
+    return {part: counter.found[part] / counter.cycles for part in ("draft", "commit", "rest")}
+
+
+def arrays_of(caches: PromptCache) -> list[object]:
+    """Return the arrays of caches as they are; asking a window for its state would turn it."""
+    windows = [(cache, vars(cache).get("window")) for cache in leaves(caches)]
+    return [
+        window.arrays if window is not None else (cache.keys, cache.values)
+        for cache, window in windows
+    ]
