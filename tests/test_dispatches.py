@@ -111,9 +111,9 @@ def test_a_plain_step_counted_by_hand() -> None:
 
 
 def test_names_come_back() -> None:
+    """Also when what is built fails."""
     before = (mx.eval, mx.async_eval, mx.default_device, mx.fast.rope, mx.array.reshape)
     with pytest.raises(ValueError, match="Received 2 axes"), as_sent_to_a_gpu():
-        assert mx.default_device() == mx.Device(mx.gpu)
         mx.array(1).transpose(0, 1)
     assert before == (mx.eval, mx.async_eval, mx.default_device, mx.fast.rope, mx.array.reshape)
 
