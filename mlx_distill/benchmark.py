@@ -33,6 +33,7 @@ from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
+from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
 
 PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
@@ -73,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(arguments: argparse.Namespace, config: BenchmarkConfig, picture: Path | None) -> None:
     """Raise InputError if arguments cannot be used; before anything is loaded."""
-    if arguments.long_run is not None and arguments.long_run < 1:
-        raise InputError(f"long_run must be at least 1, got {arguments.long_run}")
+    check_value("long_run", arguments.long_run, Count | None)
     if arguments.loss_memory:
         _check_loss_memory(*arguments.loss_memory)
     if picture and picture.suffix != ".png":
@@ -85,8 +85,7 @@ def _check(arguments: argparse.Namespace, config: BenchmarkConfig, picture: Path
 
 
 def _check_loss_memory(num_tokens: int, num_entries: int) -> None:
-    if min(num_tokens, num_entries) < 1:
-        raise InputError(f"loss_memory must be at least 1, got {min(num_tokens, num_entries)}")
+    check_value("loss_memory", (num_tokens, num_entries), tuple[Count, ...])
     needed = 4 * 4 * num_tokens * num_entries  # logits of both, probabilities, a gradient
     if needed > machine.memory_bytes():
         raise InputError(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
-from mlx_distill.errors import InputError
+from mlx_distill.errors import SENTENCE, InputError, printable, shorten
 
 VERBS = {
     "generate": "write text with a model, faster with a drafter",
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the sentence on stderr; exit with status 2."""
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(2, f"error: {shorten(printable(message), SENTENCE)}; see --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,111 +1,24 @@
 """Frozen dataclasses as flags and YAML files: every default, help text and check is written once.
 
 The help of a flag is the field's entry in the ``Args`` section of the dataclass's docstring, and
-its default is the field's. What a field may be stands in its type, is shown in the help, and is
-checked by ``check_fields``::
-
-    batch_size: Annotated[int, Between(1, 65_536)] = 8
-    long: Annotated[str, OneOf("cut", "drop", "refuse")] = "cut"
+its default is the field's. What a field may be stands in its type (see ``limits``) and is shown in
+the help.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import inspect
-import math
 import re
-import sys
-import types
-import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.limits import Between, OneOf, hints, kind_of
 from mlx_distill.parsing import parse_yaml
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Between:
-    """The numbers that a field takes; those of ``above`` lie beyond it, the others may be equal.
-
-    Args:
-        low: The smallest.
-        high: The largest; None for no end.
-        above: Larger than this one.
-    """
-
-    low: int | float | None = None
-    high: int | float | None = None
-    above: int | float | None = None
-
-    def __str__(self) -> str:
-        least = (
-            f"above {self.above:g}" if self.above is not None else f"at least {_number(self.low)}"
-        )
-        if self.high is None:
-            return least
-        if self.above is not None:
-            return f"{least} and at most {_number(self.high)}"
-        return f"between {_number(self.low)} and {_number(self.high)}"
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise InputError if a number lies beyond; NaN does."""
-        low = -math.inf if self.low is None else self.low
-        high = sys.float_info.max if self.high is None else self.high
-        if not low <= value <= high or (self.above is not None and not value > self.above):
-            # One limit reads better than two.
-            rule = Between(self.low) if self.low is not None and value < self.low else self
-            raise InputError(f"{name} must be {rule}, got {value}")
-
-
-@dataclasses.dataclass(frozen=True)
-class OneOf:
-    """The values that a field takes."""
-
-    values: tuple[Any, ...]
-
-    def __init__(self, *values: Any):
-        object.__setattr__(self, "values", values)
-
-    def __str__(self) -> str:
-        *first, last = map(str, self.values)
-        return f"{', '.join(first)} or {last}"
-
-    def check(self, name: str, value: Any) -> None:
-        """Raise InputError if a value is none of them."""
-        if value not in self.values:
-            raise InputError(f"{name} must be {self}, got {value}")
-
-
-Seed = Annotated[int, Between(0, 2**32 - 1)]
-Count = Annotated[int, Between(1, 10**9)]
-
-
-def check_fields(config: Any) -> None:
-    """Raise InputError if a field of a dataclass is not what its type says; None is left alone."""
-    for name, rule in _rules(type(config)).items():
-        value = getattr(config, name)
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if one is not None:
-                rule.check(name, one)
-
-
-def number(rule: Between, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
-    """Return what argparse takes for a ``type``: a number that a rule allows."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        try:
-            rule.check("it", value)
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def add_flags(
@@ -119,27 +32,24 @@ def add_flags(
         rename: Flags that are not called like their field, without the dashes.
     """
     helps = _field_helps(config)
-    hints = typing.get_type_hints(config)
-    rules = _rules(config)
+    kinds = {name: kind_of(hint) for name, hint in hints(config).items()}
     group = parser.add_argument_group(_title(config))
     for item in dataclasses.fields(config):
-        kind = hints[item.name]
-        if dataclasses.is_dataclass(kind):
+        kind = kinds[item.name]
+        if dataclasses.is_dataclass(kind.scalar):
             continue
         name = (rename or {}).get(item.name, item.name.replace("_", "-"))
         options: dict[str, Any] = {"dest": item.name, "default": item.default}
-        scalar, many = _scalar(kind)
-        if many:
+        if kind.many:
             options["nargs"] = "+"
         text = helps.get(item.name, "").rstrip(".").replace("%", "%%")
-        text += _limits(item.default, rules.get(item.name))
-        if scalar is bool:
+        text += _limits(item.default, kind.rule)
+        if kind.scalar is bool:
             action = argparse.BooleanOptionalAction
             group.add_argument(f"--{name}", action=action, help=text, **options)
             continue
-        group.add_argument(
-            f"--{name}", type=scalar, help=text, metavar=scalar.__name__.upper(), **options
-        )
+        metavar = kind.scalar.__name__.upper()
+        group.add_argument(f"--{name}", type=kind.scalar, help=text, metavar=metavar, **options)
 
 
 def from_flags(config: type[T], arguments: argparse.Namespace, **others: Any) -> T:
@@ -152,19 +62,19 @@ def from_flags(config: type[T], arguments: argparse.Namespace, **others: Any) ->
     return config(**values, **others)
 
 
-def from_file(kind: Any, value: Any) -> Any:
+def from_file(hint: Any, value: Any) -> Any:
     """Return a configuration file's value as a field of some type holds it.
 
     Raises:
         TypeError: If it is of another kind; the text says what is expected.
     """
-    scalar, many = _scalar(kind)
-    if value is None and type(None) in typing.get_args(kind):
+    kind = kind_of(hint)
+    if value is None and kind.optional:
         return None
-    if many:
+    if kind.many:
         values = value if isinstance(value, list) else [value]
-        return [_from_file(scalar, one) for one in values]
-    return _from_file(scalar, value)
+        return [_from_file(kind.scalar, one) for one in values]
+    return _from_file(kind.scalar, value)
 
 
 def _as_it_is(value: Any) -> Any:
@@ -173,7 +83,7 @@ def _as_it_is(value: Any) -> Any:
 
 def _from_file(kind: type, value: Any) -> Any:
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)  # YAML takes 1e-3 for a text
     if type(value) is not kind:
         raise TypeError(f"{value!r}, expected {kind.__name__}")
@@ -222,17 +132,6 @@ def flat(config: Any) -> dict[str, Any]:
     return values
 
 
-def check_seed(name: str, seed: int) -> None:
-    """Raise InputError if a number cannot seed the generators, NumPy's and MLX's alike."""
-    if not 0 <= seed < 2**32:
-        raise InputError(f"{name} must be between 0 and 2**32 - 1, got {seed}")
-
-
-def _number(value: int | float | None) -> str:
-    """Return a limit as one writes it: 4,294,967,295 and 0.5."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
-
-
 def _limits(default: Any, rule: Between | OneOf | None) -> str:
     """Return what the help says of a field's values; argparse knows the default in the end."""
     said = [] if rule is None else [str(rule)]
@@ -241,27 +140,6 @@ def _limits(default: Any, rule: Between | OneOf | None) -> str:
     elif default not in (None, ()):
         said.append("default: %(default)s")
     return f" ({'; '.join(said)})" if said else ""
-
-
-def _rules(config: type) -> dict[str, Between | OneOf]:
-    """Return what the fields of a dataclass may be, of those whose types say it."""
-    found = {}
-    for name, kind in typing.get_type_hints(config, include_extras=True).items():
-        parts = [kind, *typing.get_args(kind)]  # of T | None and tuple[T, ...] too
-        rules = (rule for part in parts for rule in getattr(part, "__metadata__", ()))
-        for rule in rules:
-            if isinstance(rule, Between | OneOf):
-                found[name] = rule
-    return found
-
-
-def _scalar(kind: Any) -> tuple[type, bool]:
-    """Return the type of a field's values, and whether it takes several."""
-    if typing.get_origin(kind) is tuple:
-        return typing.get_args(kind)[0], True
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(part for part in typing.get_args(kind) if part is not type(None)), False
-    return kind, False
 
 
 def _field_helps(config: type) -> dict[str, str]:

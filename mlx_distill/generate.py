@@ -27,11 +27,11 @@ from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
-from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.protocol import DraftLength, DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
-from mlx_distill.speculation.checks import check_num_draft_tokens
 from mlx_distill.speculation.generation import generate, stream_generate
 from mlx_distill.speculation.responses import GenerationResponse
 
@@ -240,9 +240,8 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
     """Raise InputError before anything is loaded."""
-    if arguments.max_tokens < 1:
-        raise InputError(f"max_tokens must be at least 1, got {arguments.max_tokens}")
-    check_num_draft_tokens(arguments.num_draft_tokens)
+    check_value("max_tokens", arguments.max_tokens, Count)
+    check_value("num_draft_tokens", arguments.num_draft_tokens, DraftLength)
 
 
 def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:

@@ -23,6 +23,7 @@ from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Count, check_value
 from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.runs import check_output
 
@@ -38,9 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         training=from_flags(TrainingConfig, arguments),
     )
     for name in ("max_prompts", "prompt_tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
+        check_value(name, getattr(arguments, name), Count | None)
     about = _about(arguments)
     check_output(Path(arguments.output), arguments.resume)
     check_sources(arguments.data)  # before anything is loaded

@@ -573,8 +573,8 @@ def test_calls_that_cannot_be(tmp_path: Path) -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"texts": []}, "there are no texts"),
         ({"weights": [1.0, 2.0]}, "2 weights do not fit 1 teachers"),
-        ({"weights": [0.0]}, "teachers' weights must be above 0"),
-        ({"mean": "median"}, "the teachers' mean must be of probs or logits, got median"),
+        ({"weights": [0.0]}, "teacher_weights must be above 0"),
+        ({"mean": "median"}, "teacher_mean must be probs or logits, got median"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(tmp_path, small(), tiny_model("llama"), **options)
@@ -1022,13 +1022,16 @@ def test_killed_training_on_its_own_texts_ends_with_the_same_bits(
     ("fields", "sentence"),
     [
         ({"on_policy": 1.5}, "on_policy must be between 0 and 1, got 1.5"),
-        ({"on_policy": -0.1}, "on_policy must be between 0 and 1, got -0.1"),
+        ({"on_policy": -0.1}, "on_policy must be at least 0, got -0.1"),
         ({"rollout_every": 0}, "rollout_every must be at least 1, got 0"),
         ({"rollout_texts": 0}, "rollout_texts must be at least 1, got 0"),
         ({"rollout_prompt_tokens": 0}, "rollout_prompt_tokens must be at least 1, got 0"),
         ({"rollout_max_tokens": 0}, "rollout_max_tokens must be at least 1, got 0"),
         ({"replay": 0}, "replay must be at least 1, got 0"),
-        ({"rollout_temperature": -1.0}, "rollout_temperature must be at least 0, got -1.0"),
+        (
+            {"rollout_temperature": -1.0},
+            "rollout_temperature must be 0, or between 1e-6 and 100",
+        ),
     ],
 )
 def test_settings_of_rollouts_that_mean_nothing(fields: dict[str, Any], sentence: str) -> None:

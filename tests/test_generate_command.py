@@ -66,11 +66,14 @@ def test_n_grams_draft_by_name(capsys: pytest.CaptureFixture[str]) -> None:
         (["--draft-model", " "], "argument --draft-model: must name something, got nothing"),
         (["--prompt", ""], "the prompt is empty"),
         (["--temp", "1e300"], "temperature must be 0, or between 1e-6 and 100, got 1e+300"),
-        (["--nodes", "1000000000000"], "nodes must be at most 1024, got 1000000000000"),
-        (["--beam-width", "1000000000000"], "beam_width must be at most 256, got 1000000000000"),
-        (["--draft-length", "65"], "draft_length must be at most 64, got 65"),
-        (["--num-draft-tokens", "1000000000000"], "num_draft_tokens must be at most 64"),
-        (["--seed", "-1"], "seed must be between 0 and"),
+        (["--nodes", "1000000000000"], "nodes must be between 1 and 1,024, got 1000000000000"),
+        (
+            ["--beam-width", "1000000000000"],
+            "beam_width must be between 1 and 256, got 1",
+        ),
+        (["--draft-length", "65"], "draft_length must be between 1 and 64, got 65"),
+        (["--num-draft-tokens", "1000000000000"], "num_draft_tokens must be between 1 and 64"),
+        (["--seed", "-1"], "seed must be at least 0, got -1"),
     ],
 )
 def test_what_is_out_of_range_is_said(

@@ -16,7 +16,8 @@ LAYERS = {
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses",
-    "ground": "errors locks parsing safetensors names arrays files machine openblas config compat",
+    "ground": "errors limits locks parsing safetensors names arrays files machine openblas config "
+    "compat",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 

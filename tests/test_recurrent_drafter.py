@@ -205,20 +205,20 @@ def unchecked_types(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"hidden_size": 0}, "hidden_size must be a whole number of at least 1, got 0"),
-        ({"vocab_size": -3}, "vocab_size must be a whole number of at least 1, got -3"),
-        ({"exit_dim": 2.5}, "exit_dim must be a whole number of at least 1, got 2.5"),
-        ({"exit_dim": "7"}, "exit_dim must be a whole number of at least 1, got '7'"),
-        ({"embedding_size": "x"}, "embedding_size must be a whole number of at least 1, got 'x'"),
+        ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
+        ({"vocab_size": -3}, "vocab_size must be at least 1, got -3"),
+        ({"exit_dim": 2.5}, "exit_dim must be a whole number, got 2.5"),
+        ({"exit_dim": "7"}, "exit_dim must be a whole number, got '7'"),
+        ({"embedding_size": "x"}, "embedding_size must be a whole number, got 'x'"),
         ({"rnn": "no"}, "rnn must be true or false, got 'no'"),
-        ({"num_draft_layers": -1}, "num_draft_layers must be a whole number of at least 0, got -1"),
+        ({"num_draft_layers": -1}, "num_draft_layers must be at least 0, got -1"),
         (
             {"num_draft_layers": None},
-            "num_draft_layers must be a whole number of at least 0, got None",
+            "num_draft_layers must be a whole number, got None",
         ),
         (
             {"draft_vocab_size": 0},
-            "draft_vocab_size must be a whole number of at least 1, got 0",
+            "draft_vocab_size must be at least 1, got 0",
         ),
         (
             {"draft_vocab_size": 12},

@@ -336,8 +336,8 @@ def test_all_layers_have_adapters() -> None:
     [
         ({"fine_tune": "some"}, "fine_tune must be full, lora or dora, got some"),
         ({"lora_rank": 0}, "lora_rank must be at least 1, got 0"),
-        ({"lora_layers": 0}, "lora_layers must be -1 or at least 1, got 0"),
-        ({"lora_layers": -2}, "lora_layers must be -1 or at least 1, got -2"),
+        ({"lora_layers": 0}, "lora_layers must be -1, or between 1 and 10,000, got 0"),
+        ({"lora_layers": -2}, "lora_layers must be -1, or between 1 and 10,000, got -2"),
     ],
 )
 def test_adapters_that_mean_nothing(fields: dict[str, Any], sentence: str) -> None:

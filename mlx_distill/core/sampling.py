@@ -7,6 +7,7 @@ is drawn from the law that mlx-lm draws it from.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int
@@ -14,8 +15,10 @@ from mlx_lm.sample_utils import make_sampler
 
 from mlx_distill.core.filters import can_filter_fast, filter_exactly, filter_fast
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, check_fields
 
-HOTTEST = 100
+# Below a millionth, float32 cannot hold the scaled logits; far above 1, all are alike.
+Temperature = Annotated[float, Between(1e-6, 100, also=0)]
 
 
 @dataclass(frozen=True)
@@ -23,33 +26,22 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        temperature: 0 takes the most probable token; else 1e-6 to 100.
-        top_p: Draw from the smallest set of tokens with this probability, above 0; 1 is all.
+        temperature: 0 takes the most probable token.
+        top_p: Draw from the smallest set of tokens with this probability; 1 is all.
         top_k: Draw from this many tokens, at most the whole vocabulary; 0 is all.
-        min_p: Draw from tokens at least this many times as probable as the best, up to 1; 0 is
-            all.
+        min_p: Draw from tokens at least this many times as probable as the best; 0 is all.
 
     Raises:
         InputError: If a value is out of its range.
     """
 
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: Temperature = 0.0
+    top_p: Annotated[float, Between(above=0, high=1)] = 1.0
+    top_k: Annotated[int, Between(0, 2**31 - 1)] = 0
+    min_p: Annotated[float, Between(0, 1)] = 0.0
 
     def __post_init__(self) -> None:
-        # Below a millionth, float32 cannot hold the scaled logits; far above 1, all are alike.
-        if self.temperature != 0 and not 1e-6 <= self.temperature <= HOTTEST:
-            raise InputError(
-                f"temperature must be 0, or between 1e-6 and {HOTTEST}, got {self.temperature}"
-            )
-        if not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise InputError(f"top_k must be a whole number of at least 0, got {self.top_k}")
-        if not 0 <= self.min_p <= 1:
-            raise InputError(f"min_p must be between 0 and 1, got {self.min_p}")
+        check_fields(self)
 
     def filters(self, vocab_size: int) -> bool:
         """Return whether any token of a vocabulary of this size can be dropped."""

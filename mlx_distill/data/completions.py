@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mlx_distill.data.completion_layouts import UNKNOWN, Completion, row_completions
 from mlx_distill.data.condition import Undecided, compile_where
@@ -25,6 +25,7 @@ from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.sources import read_rows
 from mlx_distill.data.texts import Text
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, Count, check_fields
 
 REFUSAL_CHARS = 200
 
@@ -52,25 +53,23 @@ class CompletionFilter:
     """Which stored completions are learned.
 
     Args:
-        min_answer_chars: The shortest answer, in characters; at least 1.
-        max_answer_chars: The longest answer, in characters; at least the shortest one. Without it,
-            any.
+        min_answer_chars: The shortest answer, in characters.
+        max_answer_chars: The longest answer, in characters. Without it, any.
         drop_duplicates: Leave out what differs in white space alone from one that is kept.
         drop_refusals: Leave out answers that begin like a refusal or are marked as one.
         drop_truncated: Leave out answers that ended at their longest allowed length.
         where: A condition on the metadata, such as ``model == "x" and score >= 0.8``.
     """
 
-    min_answer_chars: int = 1
-    max_answer_chars: int | None = None
+    min_answer_chars: Count = 1
+    max_answer_chars: Annotated[int | None, Between(1, 10**9)] = None
     drop_duplicates: bool = True
     drop_refusals: bool = True
     drop_truncated: bool = True
     where: str | None = None
 
     def __post_init__(self) -> None:
-        if self.min_answer_chars < 1:
-            raise InputError(f"min_answer_chars must be at least 1, got {self.min_answer_chars}")
+        check_fields(self)
         if self.max_answer_chars is not None and self.max_answer_chars < self.min_answer_chars:
             raise InputError(
                 f"max_answer_chars must be at least min_answer_chars ({self.min_answer_chars}), "

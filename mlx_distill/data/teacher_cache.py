@@ -45,6 +45,7 @@ from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.data.top_tokens import rescaled, tail_draws, top_tokens
 from mlx_distill.errors import InputError, not_numbers, one_line
 from mlx_distill.files import check_safetensors, write_whole
+from mlx_distill.limits import Count, OneOf, check_value
 from mlx_distill.locks import locked
 
 WRITING = "writing.safetensors"
@@ -209,10 +210,8 @@ def write_cache(
             the teacher's logits are not numbers.
     """
     for name, value in (("k", k), ("texts_per_shard", texts_per_shard), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if tail not in TAILS:
-        raise InputError(f"tail must be {' or '.join(TAILS)}, got {tail}")
+        check_value(name, value, Count)
+    OneOf(*TAILS).check("tail", tail)
     k = min(k, header["vocab_size"])
     if tail == "draws" and not 2 <= k < header["vocab_size"]:
         raise InputError(f"draws need at least 2 tokens and fewer than all, got {k}")

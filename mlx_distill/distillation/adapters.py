@@ -10,9 +10,9 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_distill.config import Between, OneOf, check_fields
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import write_whole
+from mlx_distill.limits import Between, OneOf, check_fields
 from mlx_distill.target.layers import numbered_layers
 
 
@@ -24,18 +24,16 @@ class AdapterConfig:
         fine_tune: "full" trains all of them, "lora" and "dora" train adapters of low rank.
         lora_rank: Rank of the adapters.
         lora_scale: What the adapters' output is multiplied by.
-        lora_layers: Layers with adapters, at least 1, counted from the last; -1 is all.
+        lora_layers: Layers with adapters, counted from the last; -1 is all.
     """
 
     fine_tune: Annotated[str, OneOf("full", "lora", "dora")] = "full"
     lora_rank: Annotated[int, Between(1, 65_536)] = 8
     lora_scale: Annotated[float, Between(-1e6, 1e6)] = 20.0
-    lora_layers: int = -1
+    lora_layers: Annotated[int, Between(1, 10_000, also=-1)] = -1
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.lora_layers == 0 or self.lora_layers < -1:
-            raise InputError(f"lora_layers must be -1 or at least 1, got {self.lora_layers}")
 
     def apply(self, student: nn.Module, seed: int = 0) -> None:
         """Freeze what is not trained, and put adapters, drawn anew, where they are wanted.

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from mlx_distill.config import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.data.completions import CompletionFilter
 from mlx_distill.data.corpus import LAYOUTS, Reading, Sizes
 from mlx_distill.data.selection import LONG
@@ -12,8 +11,10 @@ from mlx_distill.data.teacher_cache import TAILS
 from mlx_distill.distillation.adapters import AdapterConfig
 from mlx_distill.distillation.exporting import BITS, ExportConfig
 from mlx_distill.distillation.on_policy import OnPolicyConfig
+from mlx_distill.distillation.teachers import TeacherMean, TeacherWeights
 from mlx_distill.distillation.terms import CACHED, RESPONSE, LossTerm
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.training.config import ADAPTERS, LAYERS, NEW, PRETRAINED, TrainingConfig
 
 
@@ -23,8 +24,8 @@ class DistillConfig:
 
     Args:
         teacher: Folders or hub repositories; several make an ensemble. None: text only.
-        teacher_weights: Weights of several teachers, above 0. Without them, equal ones.
-        teacher_mean: What of several teachers is averaged: probs or logits.
+        teacher_weights: Weights of several teachers. Without them, equal ones.
+        teacher_mean: What of several teachers is averaged.
         teacher_bits: Quantise the teachers to so many bits. Without it, they stay as they are.
         use_cache: Learn from this teacher cache instead of a live teacher.
         cache_k: Tokens per position that a new cache keeps.
@@ -43,7 +44,7 @@ class DistillConfig:
         learn_prompts: Also learn the prompts.
         max_texts: Use the first so many texts. Without it, all.
         max_length: The longest text, in tokens.
-        long: Longer texts are cut, dropped, or refused: cut, drop or refuse.
+        long: Longer texts are cut, dropped, or refused.
         pack: Join texts into rows of max_length tokens, so that nothing is padded.
         loss: Terms of the weighted sum, as forward_kl:weight=0.9,temperature=2 (default:
             forward_kl; sparse_kl of a cache; hard without a teacher).
@@ -60,15 +61,15 @@ class DistillConfig:
     """
 
     teacher: tuple[str, ...] = ()
-    teacher_weights: tuple[float, ...] = ()
-    teacher_mean: Annotated[str, OneOf("probs", "logits")] = "probs"
+    teacher_weights: TeacherWeights = ()
+    teacher_mean: TeacherMean = "probs"
     teacher_bits: Annotated[int | None, OneOf(*BITS)] = None
     use_cache: str | None = None
     cache_k: Count = 64
     cache_tail: Annotated[str, OneOf(*TAILS)] = "bucket"
     student: str | None = None
     student_config: str | None = None
-    student_layers: tuple[int, ...] = ()
+    student_layers: tuple[Annotated[int, Between(0, 10_000)], ...] = ()
     tokenizer: str | None = None
     data: tuple[str, ...] = ()
     valid: str | None = None

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import mlx.core as mx
 
-from mlx_distill.config import Between, Count, Seed, check_fields
 from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
+from mlx_distill.limits import Between, Count, Seed, check_fields
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import NEW, TrainingConfig
 

@@ -22,7 +22,6 @@ from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_mod
 
 from mlx_distill.arrays import to_number
 from mlx_distill.checkpoint import local_folder
-from mlx_distill.config import OneOf, check_fields
 from mlx_distill.distillation.adapters import (
     AdapterConfig,
     drop_adapters,
@@ -32,6 +31,7 @@ from mlx_distill.distillation.adapters import (
 from mlx_distill.distillation.students import read_config
 from mlx_distill.errors import InputError, not_numbers, one_line
 from mlx_distill.files import output_path, whole_folder, write_whole
+from mlx_distill.limits import OneOf, check_fields
 from mlx_distill.model_folder import weight_files
 from mlx_distill.safetensors import check_safetensors, read_header
 from mlx_distill.target.reading import read_whole

@@ -10,15 +10,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from mlx import nn
 
+from mlx_distill.core.sampling import Temperature
 from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation.responses import ResponseConfig, answer
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
+from mlx_distill.limits import Between, Count, check_fields
 
 
 @dataclass(frozen=True)
@@ -26,35 +28,25 @@ class OnPolicyConfig:
     """When the student writes its own texts, and how.
 
     Args:
-        on_policy: Share of the batches that the student writes, between 0 and 1; 0 is none.
+        on_policy: Share of the batches that the student writes; 0 is none.
         rollout_every: Batches between two sets of texts.
-        rollout_texts: Texts per set; at least 1.
-        rollout_prompt_tokens: Cut the prompts to so many tokens, at least 1; answers' prompts stay
-            whole.
-        rollout_max_tokens: Longest text that is written to a prompt, in tokens; at least 1.
-        rollout_temperature: At which the student writes; at least 0, which is greedy.
-        replay: Sets that are kept and drawn from; at least 1.
+        rollout_texts: Texts per set.
+        rollout_prompt_tokens: Cut the prompts to so many tokens; answers' prompts stay whole.
+        rollout_max_tokens: Longest text that is written to a prompt, in tokens.
+        rollout_temperature: At which the student writes; 0 is greedy.
+        replay: Sets that are kept and drawn from.
     """
 
-    on_policy: float = 0.0
-    rollout_every: int = 32
-    rollout_texts: int = 64
-    rollout_prompt_tokens: int = 16
-    rollout_max_tokens: int = 96
-    rollout_temperature: float = 1.0
-    replay: int = 2
+    on_policy: Annotated[float, Between(0, 1)] = 0.0
+    rollout_every: Count = 32
+    rollout_texts: Count = 64
+    rollout_prompt_tokens: Count = 16
+    rollout_max_tokens: Count = 96
+    rollout_temperature: Temperature = 1.0
+    replay: Count = 2
 
     def __post_init__(self) -> None:
-        if not 0 <= self.on_policy <= 1:
-            raise InputError(f"on_policy must be between 0 and 1, got {self.on_policy}")
-        names = ("every", "texts", "prompt_tokens", "max_tokens")
-        for name in (*(f"rollout_{name}" for name in names), "replay"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.rollout_temperature < 0:
-            raise InputError(
-                f"rollout_temperature must be at least 0, got {self.rollout_temperature}"
-            )
+        check_fields(self)
 
 
 @dataclass(frozen=True)

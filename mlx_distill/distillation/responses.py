@@ -17,11 +17,11 @@ from mlx import nn
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 
-from mlx_distill.config import check_seed
-from mlx_distill.core.sampling import Sampling
+from mlx_distill.core.sampling import Temperature
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl
+from mlx_distill.limits import Count, Seed, check_fields
 from mlx_distill.target.context import text_limit
 
 FORMAT_VERSION = 2  # since then every prompt has a temperature of its own, and not every batch
@@ -40,28 +40,21 @@ class ResponseConfig:
     """How the answers are written; kept in the header of their file.
 
     Args:
-        max_tokens: The longest answer, in tokens; at least 1. It ends where the model's context
-            does, too.
-        temperatures: The i-th prompt is answered at the i-th of them, over and over; at least 0,
-            which is greedy.
-        response_batch_size: How many answers are written at once; at least 1.
-        response_seed: Makes the answers repeatable, batch by batch; between 0 and 2**32 - 1.
+        max_tokens: The longest answer, in tokens. It ends where the model's context does, too.
+        temperatures: The i-th prompt is answered at the i-th of them, over and over; 0 is greedy.
+        response_batch_size: How many answers are written at once.
+        response_seed: Makes the answers repeatable, batch by batch.
     """
 
-    max_tokens: int = 192
-    temperatures: tuple[float, ...] = (0.0, 1.0)
-    response_batch_size: int = 64
-    response_seed: int = 0
+    max_tokens: Count = 192
+    temperatures: tuple[Temperature, ...] = (0.0, 1.0)
+    response_batch_size: Count = 64
+    response_seed: Seed = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "response_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
         if not self.temperatures:
             raise InputError("temperatures must name at least one")
-        for temperature in self.temperatures:
-            Sampling(temperature)  # its ranges
-        check_seed("response_seed", self.response_seed)
 
     def temperature(self, row: int) -> float:
         """Return at which temperature a prompt is answered; its neighbours' are others."""

@@ -7,7 +7,7 @@ later, a few tokens at a time, and the features that were asked for.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,7 @@ from mlx_distill.data.alignment import OtherReading, read_otherwise
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, OneOf, check_value
 from mlx_distill.target.body import Body
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.reading import read_whole
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from mlx_distill.data.teacher_cache import TeacherCache
 
 MAX_READINGS = 100_000
+
+TeacherWeights = tuple[Annotated[float, Between(above=0, high=10**6)], ...]
+TeacherMean = Annotated[str, OneOf("probs", "logits")]
 
 
 @dataclass(frozen=True)
@@ -112,10 +116,8 @@ class LiveTeacher:
         weights = [1.0] * len(networks) if weights is None else list(weights)
         if len(weights) != len(networks):
             raise InputError(f"{len(weights)} weights do not fit {len(networks)} teachers")
-        if min(weights) <= 0 or not math.isfinite(sum(weights)):
-            raise InputError(f"teachers' weights must be above 0, got {weights}")
-        if mean not in ("probs", "logits"):
-            raise InputError(f"the teachers' mean must be of probs or logits, got {mean}")
+        check_value("teacher_weights", weights, TeacherWeights)
+        check_value("teacher_mean", mean, TeacherMean)
         for network in networks:
             network.freeze()
             network.eval()

@@ -8,15 +8,15 @@ feature and relation losses are means over a batch.
 """
 
 import inspect
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, check_value
 from mlx_distill.losses import feature, relation, response
 from mlx_distill.target.taps import Layer
 
@@ -60,6 +60,13 @@ SCALED = TEMPERED - {"total_variation", "logit_mse", "sorted_l1"}
 CACHED = {"hard", "sparse_kl"}
 # Losses whose student features go through a learned projection where the widths differ.
 PROJECTED = {"hidden_mse", "hidden_cosine", "patient_kd", "contrastive", "flow_of_solution"}
+Weight = Annotated[float, Between(0, 10**6)]
+# Of options of one meaning in every loss; what is of one loss alone, it checks itself.
+LIMITS = {
+    "k": Between(1, 10**9),
+    "temperature": Between(1e-6, 1000),
+    "eps": Between(above=0, high=1),
+}
 DROWNS = 10  # so many times another term of the loss, one leaves little of it to be learned
 GIVEN = {
     "student",
@@ -98,8 +105,7 @@ class LossTerm:
     def __post_init__(self) -> None:
         if self.name not in LOSSES:
             raise InputError(f"there is no loss {self.name}; there are {', '.join(LOSSES)}")
-        if not 0 <= self.weight < float("inf"):
-            raise InputError(f"the weight of {self.name} must be at least 0, got {self.weight}")
+        check_value(f"the weight of {self.name}", self.weight, Weight)
         known = _options(self.name)
         wrong = sorted(set(self.options) - set(known))
         if wrong:
@@ -160,9 +166,10 @@ class LossTerm:
         name = rest.pop("name", None)
         if not isinstance(name, str):
             raise InputError(f"a loss needs a name, got {values}")
-        weight = _number(rest.pop("weight", 1.0), f"the weight of {name}")
+        weight = _value(rest.pop("weight", 1.0))
+        check_value(f"the weight of {name}", weight, Weight)
         layers = _layers(rest.pop("layers", "uniform"))
-        return cls(name, weight, {key: _value(value) for key, value in rest.items()}, layers)
+        return cls(name, float(weight), {key: _value(value) for key, value in rest.items()}, layers)
 
     def __str__(self) -> str:
         parts = [f"weight={self.weight}", *(f"{k}={v}" for k, v in self.options.items())]
@@ -185,16 +192,11 @@ def _options(name: str) -> dict[str, Any]:
 
 def _checked(name: str, key: str, value: Any, default: Any) -> Any:
     """Return an option, or raise InputError if it is unlike its default, or of no use."""
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}
-        wanted = kind.get(type(default), "a text")
-        raise InputError(f"the {key} of {name} must be {wanted}, got {value}")
-    if isinstance(default, float) and not math.isfinite(value):
-        raise InputError(f"the {key} of {name} must be finite, got {value}")
-    if key in ("k", "temperature", "eps") and value <= 0:
-        raise InputError(f"the {key} of {name} must be above 0, got {value}")
-    return type(default)(value)
+    kind = type(default)
+    limits = LIMITS.get(key, Between(-(10**6), 10**6))  # beyond, float32 soon has no number
+    hint = Annotated[kind, limits] if kind in (int, float) else kind
+    check_value(f"the {key} of {name}", value, hint)
+    return kind(value)
 
 
 def _layers(value: Any) -> str | tuple[tuple[Layer, Layer], ...]:
@@ -215,7 +217,7 @@ def _split(pair: str) -> Sequence[str]:
 
 
 def _layer(value: Any) -> Layer:
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
     text = str(value).strip()
     return int(text) if text.lstrip("-").isdigit() else text
@@ -233,13 +235,6 @@ def _value(value: Any) -> Any:
         except ValueError:
             continue
     return value
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"{name} must be a number, got {value}") from None
 
 
 def drowned(shares: Mapping[str, float]) -> list[str]:

@@ -23,6 +23,7 @@ from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
+from mlx_distill.limits import Count, check_value
 from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import position_limit, text_limit
 from mlx_distill.target.reading import vocab_width
@@ -193,8 +194,7 @@ def _run(
 
 
 def _check(batch_size: int, data: Data, valid: Data | None, training: TrainingConfig) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    check_value("batch_size", batch_size, Count)
     if not isinstance(data, Examples) and not data:
         raise InputError("there are no texts")
     if valid is None and (training.patience or training.keep_best):

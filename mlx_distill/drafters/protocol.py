@@ -9,17 +9,18 @@ others. ``ngram`` is the smallest one there is.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Annotated, Protocol, runtime_checkable
 
 import mlx.core as mx
 from jaxtyping import Float, Int
 
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.verification import Walk
-from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, OneOf, check_fields
 
 # More than any call of a target can pay for; a slip of the keyboard would fill the memory.
-LARGEST = {"beam_width": 256, "draft_length": 64, "nodes": 1024}
+BeamWidth = Annotated[int, Between(1, 256)]
+DraftLength = Annotated[int, Between(1, 64)]
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,10 @@ class DraftPlan:
     """The shape of a draft.
 
     Args:
-        beam_width: Continuations kept at every depth of the beam search, 1 to 256.
-        draft_length: Drafted tokens per beam, 1 to 64; the certain token before them does not
-            count.
+        beam_width: Continuations kept at every depth of the beam search.
+        draft_length: Drafted tokens per beam; the certain token before them does not count.
         nodes: Tokens the target verifies in one call of a best-first tree, the certain one
-            included, 1 to 1024.
+            included.
         tree: "best-first" verifies the most probable paths that the search met; "beam" verifies
             the beams themselves, with shared prefixes once.
 
@@ -39,20 +39,13 @@ class DraftPlan:
         InputError: If a number is out of its range, or the kind of tree is unknown.
     """
 
-    beam_width: int = 4
-    draft_length: int = 4
-    nodes: int = 8
-    tree: str = "best-first"
+    beam_width: BeamWidth = 4
+    draft_length: DraftLength = 4
+    nodes: Annotated[int, Between(1, 1024)] = 8
+    tree: Annotated[str, OneOf("best-first", "beam")] = "best-first"
 
     def __post_init__(self) -> None:
-        for name, largest in LARGEST.items():
-            value = getattr(self, name)
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-            if value > largest:
-                raise InputError(f"{name} must be at most {largest}, got {value}")
-        if self.tree not in ("best-first", "beam"):
-            raise InputError(f"tree must be best-first or beam, got {self.tree}")
+        check_fields(self)
 
     @property
     def has_room(self) -> bool:

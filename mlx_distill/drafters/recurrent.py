@@ -14,17 +14,18 @@ Source:
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import mlx.core as mx
 from jaxtyping import Float
 from mlx import nn
 
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, check_fields
 
 MODEL_TYPE = "recurrent_drafter"
 FORMAT_VERSION = 1
-OPTIONAL_SIZES = ("embedding_size", "draft_vocab_size")
+Size = Annotated[int, Between(1, 2**31 - 1)]
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,16 @@ class RecurrentDrafterConfig:
             vocabulary is the checkpoint's ``token_ids``.
     """
 
-    hidden_size: int
-    vocab_size: int
-    exit_dim: int
-    num_draft_layers: int
+    hidden_size: Size
+    vocab_size: Size
+    exit_dim: Size
+    num_draft_layers: Annotated[int, Between(0, 2**31 - 1)]
     rnn: bool = True
-    embedding_size: int | None = None
-    draft_vocab_size: int | None = None
+    embedding_size: Size | None = None
+    draft_vocab_size: Size | None = None
 
     def __post_init__(self) -> None:
-        sizes = {"hidden_size": 1, "vocab_size": 1, "exit_dim": 1, "num_draft_layers": 0}
-        sizes |= {name: 1 for name in OPTIONAL_SIZES if getattr(self, name) is not None}
-        for name, least in sizes.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise InputError(
-                    f"{name} must be a whole number of at least {least}, got {value!r}"
-                )
-        if type(self.rnn) is not bool:
-            raise InputError(f"rnn must be true or false, got {self.rnn!r}")
+        check_fields(self)
         if (self.draft_vocab_size or 1) > self.vocab_size:
             raise InputError(
                 f"draft_vocab_size must be at most the vocabulary's {self.vocab_size}, "

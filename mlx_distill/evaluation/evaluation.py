@@ -4,9 +4,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mlx_distill.config import check_seed
 from mlx_distill.data.corpus import Reading
 from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit, limited
@@ -18,6 +17,7 @@ from mlx_distill.evaluation.questions import Question, QuestionConfig, answer_sc
 from mlx_distill.evaluation.speed import decoding_speeds
 from mlx_distill.evaluation.texts import evaluate, vocabulary_widths
 from mlx_distill.hashes import tokenizer_hash
+from mlx_distill.limits import Between, Count, Seed, check_fields
 from mlx_distill.target.context import text_limit
 
 Figures = dict[str, dict[str, Any]]
@@ -28,36 +28,24 @@ class EvaluationConfig:
     """What is measured.
 
     Args:
-        max_texts: Use the first so many texts, and questions; at least 1. Without it, all.
-        max_length: The longest text, in tokens; at least 2. Longer documents are cut, longer chats
-            and answers are left out.
-        batch_size: Texts read at once; at least 1.
-        bootstrap: How often the texts are drawn anew for the intervals, between 0 and 1,000,000; 0
-            leaves them out.
-        seed: Of those draws, between 0 and 2**32 - 1.
-        speed_tokens: Tokens decoded to measure speed, at least 2; 0 leaves it out.
+        max_texts: Use the first so many texts, and questions. Without it, all.
+        max_length: The longest text, in tokens. Longer documents are cut, longer chats and answers
+            are left out.
+        batch_size: Texts read at once.
+        bootstrap: How often the texts are drawn anew for the intervals; 0 leaves them out.
+        seed: Of those draws.
+        speed_tokens: Tokens decoded to measure speed; 0 leaves it out.
     """
 
-    max_texts: int | None = None
-    max_length: int = 512
-    batch_size: int = 8
-    bootstrap: int = 1000
-    seed: int = 0
-    speed_tokens: int = 128
+    max_texts: Annotated[int | None, Between(1, 10**9)] = None
+    max_length: Annotated[int, Between(2, 10**9)] = 512
+    batch_size: Count = 8
+    bootstrap: Annotated[int, Between(0, 10**6)] = 1000
+    seed: Seed = 0
+    speed_tokens: Annotated[int, Between(2, 10**9, also=0)] = 128
 
     def __post_init__(self) -> None:
-        lowest = {"max_texts": 1, "max_length": 2, "batch_size": 1, "bootstrap": 0}
-        for name, low in lowest.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise InputError(f"{name} must be at least {low}, got {value}")
-        if self.bootstrap > 1_000_000:
-            raise InputError(f"bootstrap must be at most 1,000,000, got {self.bootstrap}")
-        check_seed("seed", self.seed)
-        if self.speed_tokens < 0 or self.speed_tokens == 1:
-            raise InputError(
-                f"speed_tokens must be at least 2, to time, or 0, got {self.speed_tokens}"
-            )
+        check_fields(self)
 
 
 def measure(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from mlx import nn
@@ -16,6 +16,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.evaluation.answers import THOUGHT, exact_match, f1, spoken
 from mlx_distill.evaluation.metrics import Sums
 from mlx_distill.files import read_jsonl
+from mlx_distill.limits import Between, Count, check_fields
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.target.context import text_limit
 
@@ -27,18 +28,16 @@ class QuestionConfig:
     Args:
         qa_instruction: Follows every question to a chat model, on a line of its own; "" for none.
             Models without a chat template get the question and a line's end.
-        qa_tokens: The longest answer, in tokens; at least 1. It ends with its line.
-        qa_thought_tokens: The longest thought before an answer, in tokens; at least 0.
+        qa_tokens: The longest answer, in tokens. It ends with its line.
+        qa_thought_tokens: The longest thought before an answer, in tokens.
     """
 
     qa_instruction: str = "Answer with as few words as possible, on one line."
-    qa_tokens: int = 32
-    qa_thought_tokens: int = 1024
+    qa_tokens: Count = 32
+    qa_thought_tokens: Annotated[int, Between(0, 10**9)] = 1024
 
     def __post_init__(self) -> None:
-        for name, low in (("qa_tokens", 1), ("qa_thought_tokens", 0)):
-            if getattr(self, name) < low:
-                raise InputError(f"{name} must be at least {low}, got {getattr(self, name)}")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
 """How keys and values are kept while a text is written."""
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 from mlx_lm.generate import maybe_quantize_kv_cache
 
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, Count, OneOf, check_fields
 from mlx_distill.target.layer_cache import LayerCache
 
 # One entry per layer.
@@ -17,29 +18,22 @@ class CacheConfig:
     """The cache of keys and values.
 
     Args:
-        max_kv_size: Longest context that is kept, in tokens, at least 1; older ones are dropped.
-            Without it, all are kept.
-        kv_bits: Quantise the cache to so many bits, 2, 3, 4, 5, 6 or 8. Without it, it is not.
-        kv_group_size: Group size of that quantisation: 32, 64 or 128.
-        quantized_kv_start: Quantise from so many tokens on; at least 0.
-        prefill_step_size: Tokens of the prompt that are read at once; at least 1.
+        max_kv_size: Longest context that is kept, in tokens; older ones are dropped. Without it,
+            all are kept.
+        kv_bits: Quantise the cache to so many bits. Without it, it is not.
+        kv_group_size: Group size of that quantisation.
+        quantized_kv_start: Quantise from so many tokens on.
+        prefill_step_size: Tokens of the prompt that are read at once.
     """
 
-    max_kv_size: int | None = None
-    kv_bits: int | None = None
-    kv_group_size: int = 64
-    quantized_kv_start: int = 5000
-    prefill_step_size: int = 2048
+    max_kv_size: Annotated[int | None, Between(8, 10**9)] = None
+    kv_bits: Annotated[int | None, OneOf(2, 3, 4, 5, 6, 8)] = None
+    kv_group_size: Annotated[int, OneOf(32, 64, 128)] = 64
+    quantized_kv_start: Annotated[int, Between(0, 10**9)] = 5000
+    prefill_step_size: Count = 2048
 
     def __post_init__(self) -> None:
-        if self.prefill_step_size < 1:
-            raise InputError(f"prefill_step_size must be at least 1, got {self.prefill_step_size}")
-        if self.max_kv_size is not None and self.max_kv_size < 8:
-            raise InputError(f"max_kv_size must be at least 8, got {self.max_kv_size}")
-        if self.kv_bits not in (None, 2, 3, 4, 5, 6, 8):
-            raise InputError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, got {self.kv_bits}")
-        if self.kv_group_size not in (32, 64, 128):
-            raise InputError(f"kv_group_size must be 32, 64 or 128, got {self.kv_group_size}")
+        check_fields(self)
         if self.kv_bits is not None and self.max_kv_size is not None:
             raise InputError(
                 "kv_bits and max_kv_size exclude each other: mlx-lm's rotating cache "

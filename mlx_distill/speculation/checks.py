@@ -9,8 +9,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.arrays import to_number
 from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
-from mlx_distill.drafters.protocol import LARGEST, Drafter
+from mlx_distill.drafters.protocol import Drafter, DraftLength
 from mlx_distill.errors import InputError
+from mlx_distill.limits import check_value
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
 from mlx_distill.speculation.requests import Request
@@ -81,15 +82,7 @@ def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
     """Raise InputError if a draft model cannot be used."""
     if drafter is not None:
         raise InputError("a drafter and a draft model exclude each other")
-    check_num_draft_tokens(num_draft_tokens)
-
-
-def check_num_draft_tokens(number: int) -> None:
-    """Raise InputError if a draft model cannot draft so many tokens at a time."""
-    most = LARGEST["draft_length"]
-    if not 1 <= number <= most:
-        rule = "at least 1" if number < 1 else f"at most {most}"
-        raise InputError(f"num_draft_tokens must be {rule}, got {number}")
+    check_value("num_draft_tokens", num_draft_tokens, DraftLength)
 
 
 def check_trimmable(caches: PromptCache) -> None:

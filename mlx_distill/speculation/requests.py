@@ -1,6 +1,7 @@
 """What can be asked of the engine."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import mlx.core as mx
 from jaxtyping import Int
@@ -8,6 +9,7 @@ from jaxtyping import Int
 from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, Count, check_fields
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import LogitsProcessor
 
@@ -33,9 +35,9 @@ class Request:
     """
 
     prompt: Int[mx.array, " T"]
-    max_tokens: int = 256
+    max_tokens: Count = 256
     sampling: Sampling = GREEDY
-    seed: int | None = None
+    seed: Annotated[int | None, Between(0, 2**63 - 1)] = None
     stop: tuple[str, ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
     prompt_cache: PromptCache | None = None
@@ -43,9 +45,6 @@ class Request:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise InputError(f"max_tokens must be at least 1, got {self.max_tokens}")
+        check_fields(self)
         if any(not text for text in self.stop):
             raise InputError("a stop text must not be empty")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise InputError(f"seed must be between 0 and 2**63 - 1, got {self.seed}")

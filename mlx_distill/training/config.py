@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import mlx.core as mx
 
 from mlx_distill.errors import InputError
+from mlx_distill.limits import Between, Count, check_fields
 
 NEW, LAYERS = "new weights", "chosen layers"
 PRETRAINED, ADAPTERS = "pretrained weights", "adapters"
@@ -20,46 +22,33 @@ class TrainingConfig:
     """How a network is trained.
 
     Args:
-        steps: Number of updates; at least 1.
-        learning_rate: At its peak, above 0; it rises linearly over warmup and falls along a
-            cosine. Without it, by what is trained: 1e-3 for new weights and drafters, 2.5e-4 for
-            chosen layers of a teacher, 3e-5 for pretrained weights, 1e-4 for adapters.
-        warmup: Share of the steps, between 0 and 1.
-        weight_decay: Of AdamW; at least 0.
-        max_grad_norm: Longer gradients are scaled down to this norm; above 0.
-        accumulate: Batches per update, at least 1; their gradients are added and divided once.
-        evaluate_every: Steps between evaluations on held-out data; at least 1.
-        checkpoint_every: Steps between checkpoints; at least 1.
-        patience: Evaluations without a better one after which the training ends, at least 1; 0 for
-            never.
+        steps: Number of updates.
+        learning_rate: At its peak; it rises linearly over warmup and falls along a cosine. Without
+            it, by what is trained: 1e-3 for new weights and drafters, 2.5e-4 for chosen layers of a
+            teacher, 3e-5 for pretrained weights, 1e-4 for adapters.
+        warmup: Share of the steps.
+        weight_decay: Of AdamW.
+        max_grad_norm: Longer gradients are scaled down to this norm.
+        accumulate: Batches per update; their gradients are added and divided once.
+        evaluate_every: Steps between evaluations on held-out data.
+        checkpoint_every: Steps between checkpoints.
+        patience: Evaluations without a better one after which the training ends; 0 for never.
         keep_best: End with the weights of the best evaluation instead of the last step's.
     """
 
-    steps: int = 1000
-    learning_rate: float | None = None
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    accumulate: int = 1
-    evaluate_every: int = 100
-    checkpoint_every: int = 100
-    patience: int = 0
+    steps: Count = 1000
+    learning_rate: Annotated[float | None, Between(above=0, high=1000)] = None
+    warmup: Annotated[float, Between(0, 1)] = 0.1
+    weight_decay: Annotated[float, Between(0, 1000)] = 0.01
+    max_grad_norm: Annotated[float, Between(above=0, high=1e9)] = 1.0
+    accumulate: Count = 1
+    evaluate_every: Count = 100
+    checkpoint_every: Count = 100
+    patience: Annotated[int, Between(0, 10**9)] = 0
     keep_best: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "evaluate_every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise InputError(f"{name} must be above 0 and finite, got {value}")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup must be between 0 and 1, got {self.warmup}")
-        if self.patience < 0:
-            raise InputError(f"patience must be at least 0, got {self.patience}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        check_fields(self)
 
     def resolved(self, trained: str) -> "TrainingConfig":
         """Return the same with a learning rate: its own, or that of what is trained.
