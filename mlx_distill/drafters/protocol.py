@@ -101,11 +101,16 @@ class Outcome:
         cached_tokens: Length of the text that the target had read before.
         parents: Of the nodes that were verified; the root alone if nothing was drafted.
         num_accepted: How many of the drafted tokens became text.
+        path: The nodes that became text, root first.
+        ranks: How many nodes are likelier than each, by its draft; empty where they lie in that
+            order.
     """
 
     cached_tokens: int
     parents: tuple[int, ...]
     num_accepted: int
+    path: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
 
 
 @runtime_checkable

@@ -1,0 +1,149 @@
+"""What decoding costs on a machine: calls of a target by rows and context, drafts by shape.
+
+    rows      1     2     4     8    16          a plain step is a call of one row; a cycle is a
+    call_s   1.0   1.1   1.2   1.5   2.9  ms     draft, a call of as many rows as its tree has
+                                                 nodes, and an overhead
+
+``calibration`` measures them; the planner asks what a shape of draft would take.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.errors import InputError
+
+# What further rows cost grows with the context, faster on some machines than on others. Beyond the
+# longest context that was measured, it is taken to grow by this much with every doubling at least.
+GROWTH = 0.25
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Measured times of one target and one drafter, in seconds.
+
+    Args:
+        contexts: Lengths of the text at which calls were measured, in tokens; ascending.
+        rows: Rows of the calls that were measured; ascending, 1 first.
+        call_s: Of a call, for every context and number of rows.
+        widths: Beam widths of the drafts that were measured; ascending.
+        lengths: Lengths of the drafts that were measured, in tokens; ascending.
+        draft_s: Of a draft, for every width and length.
+        overhead_s: What a cycle that drafts takes beyond its draft and its call.
+        spread: How far measurements of the same lay apart, as a share of them.
+
+    Raises:
+        InputError: If the tables do not fit together, or hold what is no time.
+    """
+
+    contexts: tuple[int, ...]
+    rows: tuple[int, ...]
+    call_s: tuple[tuple[float, ...], ...]
+    widths: tuple[int, ...]
+    lengths: tuple[int, ...]
+    draft_s: tuple[tuple[float, ...], ...]
+    overhead_s: float = 0.0
+    spread: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("contexts", "rows", "widths", "lengths"):
+            _check_axis(name, getattr(self, name))
+        if self.rows[0] != 1:
+            raise InputError("rows must begin with 1, which is a plain step")
+        _check_table("call_s", self.call_s, len(self.contexts), len(self.rows))
+        _check_table("draft_s", self.draft_s, len(self.widths), len(self.lengths))
+        for name in ("overhead_s", "spread"):
+            value = getattr(self, name)
+            if not (isinstance(value, float | int) and 0 <= value < math.inf):
+                raise InputError(f"{name} must be a number of at least 0, got {value!r}")
+        if not all(time > 0 for row in self.call_s for time in row):
+            raise InputError("call_s must hold times above 0")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Costs":
+        """Return what ``to_dict`` made a dictionary of.
+
+        Raises:
+            InputError: If something is missing, unknown or of the wrong kind.
+        """
+        try:
+            return cls(**{name: _tuples(value) for name, value in values.items()})
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"these are no costs: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the tables as JSON holds them."""
+        return asdict(self)
+
+    def calls(self, rows: Sequence[int] | np.ndarray, context: int) -> np.ndarray:
+        """Return the seconds of calls of so many rows each, at one context."""
+        last = self.contexts[-1]
+        tables = self._calls
+        if context <= last:
+            curve = [np.interp(context, self.contexts, column) for column in tables.T]
+            return self._between(rows, np.array(curve))
+        # What the rows beyond the first cost is never taken to shrink; the first row's may.
+        doublings = math.log2(context / last)
+        extra = tables[-1] - tables[-1, 0]
+        grown = extra * (1 + GROWTH * doublings)
+        first = tables[-1, 0]
+        if len(tables) > 1:
+            steps = (context - last) / (last - self.contexts[-2])
+            before = tables[-2] - tables[-2, 0]
+            grown = np.maximum(grown, extra + steps * (extra - before))
+            first += steps * max(0.0, first - tables[-2, 0])
+        return self._between(rows, first + grown)
+
+    def plain(self, context: int, batch: int = 1) -> float:
+        """Return the seconds of a plain step of so many texts."""
+        return float(self.calls([batch], context)[0])
+
+    def cycle(self, plan: DraftPlan, num_nodes: int, context: int, batch: int = 1) -> float:
+        """Return the seconds of a cycle that verifies a tree of so many nodes for every text."""
+        call = float(self.calls([batch * num_nodes], context)[0])
+        return call + self.draft(plan.beam_width, plan.draft_length) + self.overhead_s
+
+    def draft(self, width: int, length: int) -> float:
+        """Return the seconds of a draft."""
+        by_length = [np.interp(length, self.lengths, row) for row in self.draft_s]
+        return float(np.interp(width, self.widths, by_length))
+
+    @cached_property
+    def _calls(self) -> np.ndarray:
+        return np.array(self.call_s)
+
+    def _between(self, rows: Sequence[int] | np.ndarray, curve: np.ndarray) -> np.ndarray:
+        """Return a curve at other numbers of rows; beyond the last one it goes on as it went."""
+        found = np.interp(rows, self.rows, curve)
+        if len(self.rows) < 2:
+            return found
+        slope = (curve[-1] - curve[-2]) / (self.rows[-1] - self.rows[-2])
+        return found + max(0.0, slope) * np.maximum(0, np.asarray(rows) - self.rows[-1])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
+
+
+def _check_axis(name: str, values: Any) -> None:
+    """Raise InputError unless these are ascending whole numbers of at least 1."""
+    whole = isinstance(values, tuple) and values and all(type(one) is int for one in values)
+    if not whole or values[0] < 1 or any(a >= b for a, b in itertools.pairwise(values)):
+        raise InputError(f"{name} must be ascending whole numbers of at least 1, got {values!r}")
+
+
+def _check_table(name: str, table: Any, num_rows: int, num_columns: int) -> None:
+    """Raise InputError unless this is a table of times."""
+    rows = table if isinstance(table, tuple) else ()
+    shaped = all(isinstance(row, tuple) and len(row) == num_columns for row in rows)
+    if len(rows) != num_rows or not shaped:
+        raise InputError(f"{name} must hold {num_rows} rows of {num_columns} times")
+    for time in (time for row in rows for time in row):
+        if not (isinstance(time, float | int) and 0 <= time < math.inf):
+            raise InputError(f"{name} must hold times of at least 0 seconds, got {time!r}")

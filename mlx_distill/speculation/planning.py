@@ -1,0 +1,227 @@
+"""The planner: the shape of draft with the most tokens per second, or none where none pays.
+
+    tokens(shape) / seconds(shape)   against   1 / seconds(plain step)
+
+``Costs`` knows the seconds, ``Acceptance`` the tokens; both change with the text, so the choice is
+made again every few cycles. Three things keep it calm and safe:
+
+* A shape is left for another only if that promises clearly more, and few shapes are ever used:
+  each is compiled at its first use.
+* An account of every text: what drafting gained and lost against plain steps so far. A draft is
+  made only if the text would still be within a few percent of plain decoding should nothing of it
+  be accepted. So a useless drafter costs at most those few percent.
+* Where nothing pays, the text is parked: decoded plainly. It is tried again now and then, more and
+  more rarely, for acceptance changes within a text.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mlx_distill.drafters.protocol import DraftPlan, Outcome
+from mlx_distill.speculation.acceptance import Acceptance
+from mlx_distill.speculation.costs import Costs
+
+# In plain steps: what a text may lose by drafts in vain, of every token, counted from the first
+# with so many in advance. Half a percent is left for the planner's own work and what it cannot see.
+LOSS, IN_ADVANCE = 0.025, 64
+# What a drafter that has proved itself may lose beyond that, and when it has.
+TRUST, PROVED_CYCLES, PROVED_SPEED = 2.0, 40, 1.1
+# A single draft takes no more than this of what may be lost, if one shape is that cheap.
+CAREFUL = 1 / 3
+# What was gained long ago may not all be lost again.
+MOST_CREDIT = 6.0
+# Another shape has to promise so much more, and one that was never used so much more again; but
+# once so many are in use, a further one as much as this.
+CLEARLY, NEW_SHAPE, FURTHER_SHAPE, MANY_SHAPES = 1.015, 1.01, 1.1, 8
+# Cycles between two choices, and those that a trial has.
+CYCLES, TRIAL = 8, 5
+# Tokens until a parked text is tried again, at first and at last; it is doubled every time.
+FIRST_WAIT, LAST_WAIT = 8, 512
+# What a trial finds weighs against so many cycles of what was known before; a new text begins with
+# so many of the others'.
+OLD_CYCLES, OTHERS_CYCLES = 6.0, 80.0
+TEXTS = 64  # that are remembered
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A shape that was chosen.
+
+    Args:
+        plan: It.
+        place: Of it in the planner's tables.
+        price: Of a cycle, in plain steps.
+    """
+
+    plan: DraftPlan
+    place: tuple[int, int, int]
+    price: float
+
+
+@dataclass
+class TextState:
+    """What the planner knows of a text.
+
+    Args:
+        acceptance: Of its drafts.
+        context: How many tokens the target has read.
+        tokens: How many were written.
+        balance: Plain steps that drafting has saved so far, less those it cost.
+        shape: In use; None while the text is parked.
+        cycles: Until the next choice.
+        wait: Tokens of the next pause.
+        resume: When the parked text is tried again, in tokens.
+        asked: The latest two: the next outcome is that of the first.
+        seen: The latest outcome.
+    """
+
+    acceptance: Acceptance
+    context: int = 0
+    tokens: int = 0
+    balance: float = 0.0
+    shape: Shape | None = None
+    cycles: int = 0
+    wait: int = FIRST_WAIT
+    resume: int = 0
+    asked: deque[Shape | None] = field(default_factory=lambda: deque((None, None), 2))
+    seen: Outcome | None = None
+
+    @property
+    def budget(self) -> float:
+        """What the next draft may lose, in plain steps, if the one under way comes to nothing."""
+        under_way = self.asked[-1].price - 1 if self.asked[-1] else 0.0
+        return LOSS * max(IN_ADVANCE, self.tokens) + self.balance - under_way
+
+    def park(self, tokens: int) -> None:
+        """Decode plainly for so many tokens."""
+        self.shape, self.resume = None, self.tokens + tokens
+
+
+class AdaptivePlanner:
+    """A ``Planner`` that weighs what a shape costs against what it is worth.
+
+    One planner serves all texts of a model and a drafter: a text starts with what was learned from
+    the others.
+
+    Args:
+        costs: Of the machine, the model and the drafter.
+        batch: Texts that share a call of the target.
+    """
+
+    def __init__(self, costs: Costs, batch: int = 1):
+        self.costs = costs
+        self.batch = batch
+        most = costs.rows[-1] // batch
+        self.nodes = np.array([n for n in costs.rows if 1 < n <= most], np.int32)
+        self._draft_s = np.array([[costs.draft(w, n) for w in costs.widths] for n in costs.lengths])
+        longest = np.minimum(np.array(costs.lengths)[:, None, None], self.nodes - 1)
+        self._most_tokens = np.repeat(longest + 1, len(costs.widths), axis=1)
+        self._used = np.zeros(self._most_tokens.shape, np.bool_)
+        size = int(max(self.nodes, default=1))
+        self._known = Acceptance(costs.lengths, costs.widths, size)
+        self._texts: OrderedDict[int, TextState] = OrderedDict()
+
+    def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
+        """Return the shape of a text's next draft; None parks."""
+        state = self._state(text)
+        if outcome is not None and outcome is not state.seen:
+            self._learn(state, outcome)
+        if self.nodes.size:
+            self._choose(state)
+        state.asked.append(state.shape)
+        return state.shape.plan if state.shape else None
+
+    def _state(self, text: int) -> TextState:
+        """Return what is known of a text; a new one starts with what others came to."""
+        if text not in self._texts:
+            self._texts[text] = TextState(self._known.copy(OTHERS_CYCLES))
+            if len(self._texts) > TEXTS:
+                self._texts.popitem(last=False)
+        return self._texts[text]
+
+    def _learn(self, state: TextState, outcome: Outcome) -> None:
+        """Take in what became of a draft."""
+        state.seen = outcome
+        gained, size = outcome.num_accepted + 1, len(outcome.parents)
+        state.tokens += gained
+        state.context = outcome.cached_tokens + gained
+        asked = state.asked[0] or state.asked[1]
+        if size == 1 or asked is None:
+            return
+        price = asked.price
+        if size != asked.plan.nodes:
+            cycle = self.costs.cycle(asked.plan, size, state.context, self.batch)
+            price = cycle / self.costs.plain(state.context, self.batch)
+        state.balance = min(state.balance + gained - price, MOST_CREDIT)
+        state.acceptance.learn(asked.plan, outcome.parents, outcome.path, outcome.ranks)
+        self._known = state.acceptance
+
+    def _choose(self, state: TextState) -> None:
+        """Decide what shape the next cycle has."""
+        if state.shape is None:
+            if state.tokens >= state.resume:
+                self._try(state)
+            return
+        state.cycles -= 1
+        if state.cycles > 0 and state.shape.price - 1 <= state.budget:
+            return
+        state.shape = self._best(state, 1 + self._caution)
+        if state.shape is None:
+            state.park(state.wait)
+            state.wait = min(2 * state.wait, LAST_WAIT)
+            return
+        state.wait = FIRST_WAIT
+        state.cycles = CYCLES
+
+    def _try(self, state: TextState) -> None:
+        """Draft again, whatever is known: what a trial finds weighs more than what was before."""
+        if state.resume:
+            state.acceptance = state.acceptance.copy(OLD_CYCLES)
+        state.shape = self._best(state, 0.0)
+        if state.shape is None:
+            state.park(FIRST_WAIT)
+        state.cycles = TRIAL
+
+    @property
+    def _caution(self) -> float:
+        """How much more than plain decoding a shape has to promise."""
+        return min(0.1, self.costs.spread / 2)
+
+    def _best(self, state: TextState, least: float) -> Shape | None:
+        """Return the shape with the most tokens per second, or None.
+
+        Args:
+            state: The text.
+            least: What a shape has to promise, in tokens per plain step's time.
+        """
+        prices = self._prices(state.context)
+        speeds = state.acceptance.tokens()[..., self.nodes - 1] / prices
+        budget = state.budget
+        if state.acceptance.cycles >= PROVED_CYCLES and speeds.max() >= PROVED_SPEED:
+            budget += TRUST
+        # Some shapes would not pay if every node on their longest path were accepted.
+        possible = self._most_tokens > prices * (1 + self._caution)
+        possible &= (speeds >= least) & (prices - 1 <= budget)
+        careful = possible & (prices - 1 <= CAREFUL * budget)
+        speeds = np.where(careful if careful.any() else possible, speeds, 0)
+        new = NEW_SHAPE if self._used.sum() < MANY_SHAPES else FURTHER_SHAPE
+        worth = np.where(self._used, speeds, speeds / new)
+        if state.shape is not None:
+            worth[state.shape.place] *= CLEARLY
+        place = np.unravel_index(worth.argmax(), worth.shape)
+        return self._shape_at(place, prices) if worth[place] > 0 else None
+
+    def _prices(self, context: int) -> np.ndarray:
+        """Return what a cycle of every shape takes, in plain steps."""
+        call_s = self.costs.calls(self.batch * self.nodes, context)
+        cycle_s = self._draft_s[..., None] + call_s + self.costs.overhead_s
+        return cycle_s / self.costs.plain(context, self.batch)
+
+    def _shape_at(self, place: tuple[np.intp, ...], prices: np.ndarray) -> Shape:
+        self._used[place] = True
+        length, width, size = map(int, place)
+        costs = self.costs
+        plan = DraftPlan(costs.widths[width], costs.lengths[length], int(self.nodes[size]))
+        return Shape(plan, (length, width, size), float(prices[place]))
