@@ -77,12 +77,12 @@ def test_json_and_back() -> None:
         ({"call_s": [[0.0, 1, 1, 1], [1, 1, 1, 1]]}, "call_s must hold times above 0"),
         ({"overhead_s": -1.0}, "overhead_s must be a number"),
         ({"spread": None}, "spread must be a number"),
-        ({"colour": 1}, "these are no costs"),
+        ({"colour": 1}, "costs must hold"),
     ],
     ids=str,
 )
 def test_tables_that_do_not_fit(change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
         Costs.from_dict(json.loads(json.dumps(COSTS.to_dict())) | change)
-    with pytest.raises(InputError, match="these are no costs"):
+    with pytest.raises(InputError, match="costs must hold"):
         Costs.from_dict({"rows": [1]})

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "mlx_distill"
 # From the top; a module belongs to the longest of these names that it begins with.
 LAYERS = {
     "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli",
-    "uses": "speculation distillation evaluation benchmarking",
+    "uses": "speculation distillation evaluation benchmarking calibration",
     "loops": "speculation.decoding speculation.cycle speculation.caching speculation.ledger "
     "speculation.statistics training",
     "models": "target drafters checkpoint model_folder hashes",

@@ -222,12 +222,9 @@ def test_a_batch_pays_for_the_rows_of_all_its_texts() -> None:
 
 
 def test_a_machine_under_load_is_drafted_on_only_for_clear_gains() -> None:
-    slow = costs(lambda rows: 1 + 0.45 * (rows - 1), draft=0.0, overhead=0.0)
+    slow = costs(lambda rows: 1 + 0.85 * (rows - 1), draft=0.0, overhead=0.0)
     sure, unsure = slow, Costs(**(slow.to_dict() | {"spread": 0.4}))
-    run = [
-        Run(Text([((0, 0, 0), (1,)), ((0, 0), ())]), one, AdaptivePlanner(one))
-        for one in (sure, unsure)
-    ]
+    run = [Run(Text([((0, 0), (1,))]), one, AdaptivePlanner(one)) for one in (sure, unsure)]
     drafted = [sum(plan is not None for plan in one.plans) for one in run if one.until(800)]
     assert drafted[1] < drafted[0] / 4
 
@@ -281,5 +278,5 @@ def test_the_model_is_the_best_tree_of_its_probabilities(acceptance: float) -> N
             for path in itertools.product(range(8), repeat=depth)
         ]
         best = sorted(values, reverse=True)[: size - 1]
-        assert found[row, 1, 1 : 1 + len(best)] == pytest.approx(best)
+        assert found[row, 1, 1 : 1 + len(best)] == pytest.approx(best, abs=2e-3)
     assert (found[:, 0] <= found[:, 1] + 1e-12).all()

@@ -10,7 +10,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -52,18 +52,7 @@ class Costs:
     spread: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("contexts", "rows", "widths", "lengths"):
-            _check_axis(name, getattr(self, name))
-        if self.rows[0] != 1:
-            raise InputError("rows must begin with 1, which is a plain step")
-        _check_table("call_s", self.call_s, len(self.contexts), len(self.rows))
-        _check_table("draft_s", self.draft_s, len(self.widths), len(self.lengths))
-        for name in ("overhead_s", "spread"):
-            value = getattr(self, name)
-            if not (isinstance(value, float | int) and 0 <= value < math.inf):
-                raise InputError(f"{name} must be a number of at least 0, got {value!r}")
-        if not all(time > 0 for row in self.call_s for time in row):
-            raise InputError("call_s must hold times above 0")
+        _check(vars(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Costs":
@@ -72,10 +61,12 @@ class Costs:
         Raises:
             InputError: If something is missing, unknown or of the wrong kind.
         """
-        try:
-            return cls(**{name: _tuples(value) for name, value in values.items()})
-        except (TypeError, AttributeError) as error:
-            raise InputError(f"these are no costs: {error}") from None
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise InputError(f"costs must hold {', '.join(sorted(names))}, and nothing else")
+        tables = {name: _tuples(value) for name, value in values.items()}
+        _check(tables)
+        return cls(**tables)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the tables as JSON holds them."""
@@ -127,6 +118,26 @@ class Costs:
         return found + max(0.0, slope) * np.maximum(0, np.asarray(rows) - self.rows[-1])
 
 
+def _check(values: Mapping[str, Any]) -> None:
+    """Raise InputError unless the tables fit together and hold times."""
+    for name in ("contexts", "rows", "widths", "lengths"):
+        _check_axis(name, values[name])
+    if values["rows"][0] != 1:
+        raise InputError("rows must begin with 1, which is a plain step")
+    for name, rows, columns in (("call_s", "contexts", "rows"), ("draft_s", "widths", "lengths")):
+        _check_table(name, values[name], len(values[rows]), len(values[columns]))
+    for name in ("overhead_s", "spread"):
+        if not _is_time(values[name]):
+            raise InputError(f"{name} must be a number of at least 0, got {values[name]!r}")
+    if not all(time > 0 for row in values["call_s"] for time in row):
+        raise InputError("call_s must hold times above 0")
+
+
+def _is_time(value: Any) -> bool:
+    number = isinstance(value, float | int) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(one) for one in value) if isinstance(value, list) else value
 
@@ -145,5 +156,5 @@ def _check_table(name: str, table: Any, num_rows: int, num_columns: int) -> None
     if len(rows) != num_rows or not shaped:
         raise InputError(f"{name} must hold {num_rows} rows of {num_columns} times")
     for time in (time for row in rows for time in row):
-        if not (isinstance(time, float | int) and 0 <= time < math.inf):
+        if not _is_time(time):
             raise InputError(f"{name} must hold times of at least 0 seconds, got {time!r}")

@@ -141,7 +141,8 @@ def _commit(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> Cycle:
         decoding.ledger.commit(cycle.call, accepted.path)
     decoding.counters.add(accepted.parents, num_accepted)
     before = cached_tokens(decoding.caches) - len(accepted.path)
-    decoding.outcome = Outcome(before, tuple(accepted.parents), num_accepted)
+    path = tuple(accepted.path)
+    decoding.outcome = Outcome(before, tuple(accepted.parents), num_accepted, path)
     assert cycle.root is not None
     num_tokens = cycle.start + len(accepted.tokens)
     return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)
