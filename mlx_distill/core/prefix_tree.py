@@ -54,9 +54,9 @@ class PrefixTree:
 
     @classmethod
     def root(cls, token: Int[mx.array, " 1"]) -> "PrefixTree":
-        """Return the tree of one node: nothing is drafted."""
-        zero = mx.zeros((1,), mx.int32)
-        return cls(token.astype(mx.int32), zero, mx.ones((1, 1), mx.bool_), zero, 0)
+        """Return the tree of one node: nothing is drafted, and the device has nothing to do."""
+        zero = mx.array([0], mx.int32)
+        return cls(token.astype(mx.int32), zero, mx.array([[True]]), zero, 0)
 
     @classmethod
     def chain(cls, tokens: Int[mx.array, " N"]) -> "PrefixTree":

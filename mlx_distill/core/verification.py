@@ -58,6 +58,9 @@ def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
         drawn: A token from the target's distribution at every node; leading axes are independent
             draws.
     """
+    if tree.max_depth == 0 and drawn.ndim == 1:
+        zero = mx.array(0, mx.int32)
+        return Walk(mx.array([True]), zero, drawn.reshape(()), 0)
     # A node is entered if its parent drew its token; it is reached if all on its path are entered.
     entered = mx.take(drawn, tree.parents, axis=-1) == tree.tokens
     entered = entered | (mx.arange(tree.tokens.size) == 0)

@@ -89,7 +89,7 @@ class Features:
     def then(self, later: "Features", most: int) -> "Features":
         """Return these and later ones of the same text, the last ``most`` of them; no walks."""
         pairs = zip((self.states, *self.taps), (later.states, *later.taps), strict=True)
-        states, *taps = (mx.concatenate(pair)[-most:] for pair in pairs)
+        states, *taps = (mx.concatenate(list(pair))[-most:] for pair in pairs)
         return Features(states, None, tuple(taps))
 
 

@@ -17,7 +17,6 @@ from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import Ledger
 from mlx_distill.speculation.statistics import DraftCounters
-from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.target import Target, TreeCall
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -42,6 +41,7 @@ class Decoding:
         positions: How many the target has a learned row for; None where it computes them.
         counters: Counts what happens.
         outcome: What became of the latest draft that was read.
+        prompt_tokens: How many tokens the target has read before its answer.
     """
 
     target: Target
@@ -57,6 +57,7 @@ class Decoding:
     positions: int | None = None
     counters: DraftCounters = field(default_factory=DraftCounters)
     outcome: Outcome | None = None
+    prompt_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.target, self.cache, self.caches)
@@ -107,9 +108,10 @@ class Decoding:
         temperature = self.sampling.temperature
         return noise if noise is None or temperature == 1 else temperature * noise
 
-    def tree(self, root: Int[mx.array, " 1"], draft: PrefixTree | Draft | None) -> PrefixTree:
-        """Return the tree to verify."""
-        start = cached_tokens(self.caches)
+    def tree(
+        self, root: Int[mx.array, " 1"], draft: PrefixTree | Draft | None, start: int
+    ) -> PrefixTree:
+        """Return the tree to verify; ``start`` is the root's position."""
         if draft is None or not self._reaches(start, draft.max_depth + 1):
             return PrefixTree.root(root)
         return PrefixTree.from_beams(draft.beams()) if isinstance(draft, Draft) else draft
@@ -135,6 +137,7 @@ class Cycle:
         walk: Where the draws led; None as the report is.
         root: The root of the next tree; None until that is drafted.
         draft: The draft of the next tree.
+        in_doubt: Whether the draws may have to be made again, when they are read.
     """
 
     tree: PrefixTree
@@ -145,6 +148,17 @@ class Cycle:
     walk: Walk | None = None
     root: Int[mx.array, " 1"] | None = None
     draft: PrefixTree | Draft | None = None
+    in_doubt: bool = False
+
+    @property
+    def is_root(self) -> bool:
+        """Whether nothing was drafted."""
+        return self.tree.max_depth == 0
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether the text goes on from here as the device knows it, whatever was drawn."""
+        return self.is_root and self.walk is not None and not self.in_doubt
 
 
 @dataclass(frozen=True)
@@ -177,7 +191,7 @@ def launch(
     host's, so it waits for ``read``.
     """
     with mx.stream(generation_stream):
-        tree = decoding.tree(root, draft)
+        tree = decoding.tree(root, draft, decoding.prompt_tokens + num_tokens - 1)
         call = decoding.target.verify(tree, decoding.caches, decoding.drafter.taps)
         if decoding.logits_processors:
             mx.async_eval(call.logits, call.hidden)
@@ -192,7 +206,7 @@ def launch(
 def _noise(decoding: Decoding, cycle: Cycle) -> Float[mx.array, "N V"] | None:
     """Return the noise at the nodes: one at depth d draws the text's token ``start`` + d."""
     noise = decoding.rows(cycle.start, cycle.tree.max_depth + 1)
-    return None if noise is None else noise[cycle.tree.depths]
+    return noise if noise is None or cycle.is_root else noise[cycle.tree.depths]
 
 
 def _walk(
@@ -202,6 +216,7 @@ def _walk(
     cycle.walk = follow(cycle.tree, drawn)
     failed = mx.isnan(cycle.call.logits).any(axis=-1)
     rows = [cycle.tree.parents, cycle.walk.accepted, drawn, failed]
+    cycle.in_doubt = certain is not None
     if certain is not None:
         rows.append(certain)
     cycle.report = mx.stack([row.astype(mx.int32) for row in rows])
@@ -232,9 +247,10 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
         return None if rows is None else rows[depth + mx.arange(1, length + 1)]
 
     with mx.stream(generation_stream):
-        depth = tree.depths[walk.last]
-        path = mx.arange(tree.max_depth + 1) <= depth
-        tokens = mx.where(path, tree.tokens[walk.path], -1)
+        depth, tokens = tree.depths[walk.last], tree.tokens
+        if not cycle.is_root:
+            path = mx.arange(tree.max_depth + 1) <= depth
+            tokens = mx.where(path, tokens[walk.path], -1)
         decoding.state.accept(tokens, Features(cycle.call.hidden, walk, cycle.call.taps))
         cycle.root = walk.next_token[None]
         cycle.draft = decoding.draft(cycle.root, noise)

@@ -73,8 +73,11 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
         yield first
         while True:
             draft_next(decoding, cycle)
+            # Where nothing was drafted, the device need not wait until the draw is read.
+            ahead = _go_on(decoding, cycle, [0]) if cycle.is_certain else None
             accepted = read(decoding, cycle)
-            cycle = _commit(decoding, cycle, accepted)
+            _count(decoding, cycle, accepted)
+            cycle = ahead or _go_on(decoding, cycle, accepted.path)
             last = len(accepted.tokens)
             for number, token in enumerate(accepted.tokens, start=1):
                 # A drafted token lies in the cache behind the root; the last one does not yet.
@@ -91,6 +94,8 @@ def _begin(decoding: Decoding, prompt: Int[mx.array, " T"]) -> tuple[DecodedToke
     with mx.stream(generation_stream):
         logits, features = prefill(decoding, prompt)
         decoding.ledger.prompt_is_read()
+        # Recurrent layers do not say how many they have read.
+        decoding.prompt_tokens = max(cached_tokens(decoding.caches), prompt.size)
         failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
         logits = decoding.process(prompt, logits)
         root = sample(logits, decoding.sampling, decoding.rows(0, 1))
@@ -134,15 +139,19 @@ def _read(
     return logits, Features(hidden, None, tapped)
 
 
-def _commit(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> Cycle:
+def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle:
     """Keep the accepted path in the cache, and launch the tree that follows it."""
-    num_accepted = len(accepted.path) - 1
     with mx.stream(generation_stream):
-        decoding.ledger.commit(cycle.call, accepted.path)
+        decoding.ledger.commit(cycle.call, path)
+    assert cycle.root is not None
+    num_tokens = cycle.start + len(path)
+    return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)
+
+
+def _count(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> None:
+    """Take note of what became of a tree."""
+    num_accepted = len(accepted.path) - 1
     decoding.counters.add(accepted.parents, num_accepted)
-    before = cached_tokens(decoding.caches) - len(accepted.path)
+    before = decoding.prompt_tokens + cycle.start - 1
     path = tuple(accepted.path)
     decoding.outcome = Outcome(before, tuple(accepted.parents), num_accepted, path)
-    assert cycle.root is not None
-    num_tokens = cycle.start + len(accepted.tokens)
-    return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)

@@ -88,8 +88,15 @@ class TreeCache:
 
     def make_mask(
         self, num_tokens: int, window_size: int | None = None, return_array: bool = False
-    ) -> Bool[mx.array, "..."]:
-        """Return which cached tokens and which nodes every node attends to."""
+    ) -> Bool[mx.array, "..."] | None:
+        """Return which cached tokens and which nodes every node attends to.
+
+        A root alone is a token like any other, so the cache itself answers.
+        """
+        if self.layout.depths.size == 1 and hasattr(self.base, "make_mask"):
+            return self.base.make_mask(
+                num_tokens, window_size=window_size, return_array=return_array
+            )
         return _mask(self.layout, self.begin, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
@@ -150,10 +157,14 @@ class RotatingTreeCache(TreeCache):
 
     def _mask(self, size: int) -> Bool[mx.array, "N S"]:
         """Return the mask of a window that reaches over ``size`` tokens."""
-        start, at, keep = self.layout.start, self.layout.positions, self.window.keep
+        start, keep = self.layout.start, self.window.keep
         nodes = self.window.slots(start, start + self.num_nodes)
         held = self.window.held(start)
+        if self.num_nodes == 1:  # the host knows where a root is
+            held[nodes] = start
+            return mx.array(((held >= 0) & ((held > start - size) | (held < keep)))[None])
         held[nodes] = -1
+        at = self.layout.positions
         node_of = np.full(self.window.length, self.num_nodes)  # the column of zeros
         node_of[nodes] = np.arange(self.num_nodes)
         past = mx.array(held)

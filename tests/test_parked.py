@@ -1,0 +1,118 @@
+"""Where nothing is drafted, a token costs what plain decoding costs, and the text is the same."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.sample_utils import make_logits_processors
+from test_decoding import KnowingDrafter, with_eos
+from test_taps import EverySecond
+from tiny_models import tiny_model
+
+import mlx_distill
+from mlx_distill import CacheConfig, NGramDrafter
+from mlx_distill.checkpoint import bundled
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.core.sampling import Sampling, TextNoise
+from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Outcome
+from mlx_distill.speculation.cycle import Decoding, launch
+from mlx_distill.speculation.plain import PlainSampler
+from mlx_distill.target.target import Target
+
+TEXT = [5, 17, 42, 8, 23, 61, 9]
+# They rename an array and compute nothing.
+VIEWS = {"Reshape", "ExpandDims", "Squeeze", "Slice", "Broadcast", "Transpose", "Unflatten"}
+
+
+class Parked:
+    def shape(self, text: int, outcome: Outcome | None) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return with_eos(mlx_distill.load(bundled("stories-14m"))[1], set())
+
+
+def operations(folder: Path, *arrays: mx.array) -> Counter[str]:
+    """Return how often the graph of arrays that are not computed yet has each operation."""
+    mx.export_to_dot(str(folder / "graph.dot"), *arrays)
+    text = (folder / "graph.dot").read_text()
+    names = re.findall(r'label ?="(\w+)", shape=rectangle', text)
+    assert len(names) > 50
+    return Counter(name for name in names if name not in VIEWS)
+
+
+def read(model: Any) -> list[Any]:
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([TEXT]), cache=caches))
+    return caches
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "gpt2", "gpt_bigcode", "qwen3_moe", "deepseek_v3", "llama4_text"]
+)
+def test_a_root_alone_is_a_plain_call(tmp_path: Path, name: str) -> None:
+    model = tiny_model(name)
+    target, root = Target.of(model), mx.array([5])
+    call = target.verify(PrefixTree.root(root), read(model))
+    plain = model(root[None], cache=read(model))
+    assert operations(tmp_path, call.logits) == operations(tmp_path, plain)
+
+
+@pytest.mark.parametrize("law", [Sampling(), Sampling(0.7), Sampling(0.7, top_p=0.9)], ids=str)
+def test_a_parked_cycle_is_plain_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, law: Sampling
+) -> None:
+    model = tiny_model("llama")
+    key, root = mx.random.key(3), mx.array([5])
+    noise = TextNoise(key, 97) if law.temperature else None
+    planner = FixedPlanner(DraftPlan())
+    arguments = (Target.of(model), NGramDrafter(), planner, law, noise, CacheConfig(), read(model))
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
+    cycle = launch(Decoding(*arguments), root, None, root, 1)
+    assert cycle.report is not None
+    sampler = PlainSampler(law, key)
+    logits = model(root[None], cache=read(model))[:, -1, :]
+    token = sampler(logits - mx.logsumexp(logits, keepdims=True))
+    more = operations(tmp_path, cycle.report) - operations(tmp_path, token, sampler.failed[0])
+    # The report is one array, for one read: numbers as integers, joined. And of logits that are
+    # not normalised, one may be no number where the first is one.
+    assert more <= Counter({"AsType": 2, "Concatenate": 1, "Or": 1})
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "drawn": {"temperature": 0.8, "seed": 4},
+    "filters": {"temperature": 0.8, "seed": 4, "top_p": 0.8, "top_k": 9},
+    "processors": {"logits_processors": make_logits_processors(repetition_penalty=1.2)},
+    "quantised": {"cache": CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=12)},
+    "window": {},
+}
+
+
+@pytest.mark.parametrize("planner", [Parked, EverySecond])
+@pytest.mark.parametrize("way", OPTIONS)
+def test_parking_changes_no_text(tokenizer: Any, way: str, planner: Any) -> None:
+    model = tiny_model("llama", head_dim=32)
+    drafter = KnowingDrafter(model, TEXT, 40, hide=True)
+    found, ends = [], []
+    for one in (None, drafter):
+        caches = make_prompt_cache(model)
+        if way == "window":
+            caches = [RotatingKVCache(12, 4) for _ in model.layers]
+        options = {**OPTIONS[way], "drafter": one, "prompt_cache": caches, "max_tokens": 40}
+        if one is not None:
+            options["plan"] = planner()
+        texts = mlx_distill.stream_generate(model, tokenizer, TEXT, **options)
+        found.append([response.token for response in texts])
+        options = {"prompt_cache": caches, "max_tokens": 5}
+        later = mlx_distill.stream_generate(model, tokenizer, [7], **options)
+        ends.append([response.token for response in later])
+    assert found[0] == found[1]
+    assert ends[0] == ends[1]
+    assert {cache.offset for cache in caches} == {len(TEXT) + 40 + 1 + 5}
