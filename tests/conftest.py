@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jaxtyping import install_import_hook
+import type_checks
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read when it is loaded
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-hook = install_import_hook("mlx_distill", "beartype.beartype")
+type_checks.install("mlx_distill")
 import mlx_distill  # noqa: E402, F401  (the BLAS comes first)
 
 # isort: split
