@@ -37,7 +37,10 @@ class Countdown:
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         self.count += 1
-        if self.count == self.moment:
+        # Between a block and the release of its lock no signal is handled: the next moment, then.
+        releases = event == "c_call" and argument.__name__ == "__exit__"
+        if self.moment is not None and self.count >= self.moment and not releases:
+            self.moment = None
             raise KeyboardInterrupt
 
 

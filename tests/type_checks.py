@@ -24,7 +24,12 @@ def install(package: str) -> None:
 
 def _decorator(**options: Any) -> Callable[[Any], Any]:
     whole = _jaxtyped(**options)
-    return lambda thing: checked(thing) if inspect.isfunction(thing) else whole(thing)
+    return lambda thing: checked(thing) if _can_be_checked(thing) else whole(thing)
+
+
+def _can_be_checked(thing: Any) -> bool:
+    """Return whether it runs when it is called: beartype checks a generator's call at its start."""
+    return inspect.isfunction(thing) and not inspect.isgeneratorfunction(thing)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
