@@ -23,9 +23,8 @@ from mlx_distill import cli
 from mlx_distill.config import add_flags, from_flags, read_yaml
 from mlx_distill.distillation.caching import CacheRun
 from mlx_distill.distillation.config import PARTS, DistillConfig
-from mlx_distill.distillation.memory import memory_estimate
-from mlx_distill.distillation.parts import Opening, Parts, open_parts
-from mlx_distill.distillation.run import Outcome, finish, train_student
+from mlx_distill.distillation.parts import Opening, open_parts
+from mlx_distill.distillation.run import Outcome, finish, memory_of, train_student
 from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError, one_line
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_output(output, arguments.resume)
     callback = _callback(arguments, config, partial_folder(output))
     parts = open_parts(config, opening)
-    _say(*parts.corpus.lines(), _memory(config, parts), _rate(config))
+    _say(*parts.corpus.lines(), memory_of(config, parts), _rate(config))
     done = train_student(config, parts, output, opening, callback=callback, quiet=arguments.quiet)
     _say(*(f"note: {note}" for note in done.notes))
     if not done.finished:
@@ -62,13 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _say(*lines: str) -> None:
     for line in lines:
         print(line, file=sys.stderr)
-
-
-def _memory(config: DistillConfig, parts: Parts) -> str:
-    """Return what the training takes, in words."""
-    longest = max(len(text.tokens) for text in parts.corpus.texts)
-    student, checkpointed = parts.student.network, config.grad_checkpoint
-    return memory_estimate(student, parts.networks, config.batch_size, longest, checkpointed)
 
 
 def _rate(config: DistillConfig) -> str:

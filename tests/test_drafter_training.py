@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from mlx import nn
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 import mlx_distill
 from mlx_distill import benchmark, train_drafter
@@ -277,6 +278,27 @@ def test_memory_is_estimated(
     _, trained, batch = needed_bytes(target, config, length + 3)
     # Beside what was there before: the target, and what other tests left.
     assert trained + batch == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
+
+
+class Unopened(Target):
+    """A target by its shape alone: opening it would compute."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.embed = model.model.embed_tokens
+        self.hidden_size, self.vocab_size = model.args.hidden_size, model.args.vocab_size
+
+
+def test_a_drafter_of_llama_3_8b_needs_less_than_6_gb_beside_its_target() -> None:
+    """Of the defaults; no array of the model is made."""
+    shape = {"model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32}
+    shape |= {"intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+    shape |= {"rms_norm_eps": 1e-5, "vocab_size": 128_256, "tie_word_embeddings": False}
+    model: Any = llama.Model(llama.ModelArgs.from_dict(shape))
+    model.set_dtype(mx.bfloat16)
+    weights, trained, batch = needed_bytes(Unopened(model), DrafterTraining(), 192 + 64)
+    assert weights == pytest.approx(2 * 8.03e9, rel=0.01)
+    assert 4e9 < trained + batch < 6e9
 
 
 # ------------------------------------------------------------------- the command, as it is used

@@ -9,44 +9,82 @@ import pytest
 from mlx import nn
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_distill import machine
 from mlx_distill.arrays import num_bytes
 from mlx_distill.checkpoint import load
 from mlx_distill.data.texts import Text
-from mlx_distill.distillation.memory import memory_estimate
+from mlx_distill.distillation.checkpointing import checkpoint_layers
+from mlx_distill.distillation.memory import Batch, Work, memory_estimate
+from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.training import distill
+from mlx_distill.errors import InputError
 from mlx_distill.training.config import TrainingConfig
 
 MODELS = Path(__file__).parents[1] / "models"
 
 
-@pytest.mark.parametrize(
-    ("kind", "batch_size", "length"),
-    [("full", 2, 64), ("full", 8, 256), ("lora", 2, 256), ("4-bit lora", 8, 64)],
-)
-def test_estimate_is_the_peak(kind: str, batch_size: int, length: int, tmp_path: Path) -> None:
-    teacher, student = load(MODELS / "stories-14m")[0], load(MODELS / "stories-4m")[0]
-    if kind == "4-bit lora":
+RANDOM = np.random.default_rng(0)
+
+
+def some_texts(count: int, length: int) -> list[Text]:
+    return [Text(RANDOM.integers(3, 4096, length).tolist()) for _ in range(count)]
+
+
+def student_of(kind: str) -> nn.Module:
+    """Return a small student in the type, and with the trained parameters, of a kind."""
+    student = load(MODELS / "stories-4m")[0]
+    if "bfloat16" in kind:
+        student.set_dtype(mx.bfloat16)
+    if "4-bit" in kind:
         nn.quantize(student, 32, 4)
-    if kind != "full":
+    if "lora" in kind:
         student.freeze()
         linear_to_lora_layers(student, 1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
-    random = np.random.default_rng(0)
-    texts = [Text(random.integers(3, 4096, length).tolist()) for _ in range(batch_size)]
-    said = memory_estimate(student, [teacher], batch_size, length, False)
+    if kind == "checkpointed":
+        checkpoint_layers(student)
+    return student
+
+
+@pytest.mark.parametrize(
+    ("kind", "work"),
+    [
+        ("full", Work(Batch(2, 64))),
+        ("full", Work(Batch(8, 256))),
+        ("full", Work(Batch(4, 128), accumulated=True)),
+        ("full bfloat16", Work(Batch(2, 32))),
+        ("checkpointed", Work(Batch(8, 256), checkpointed=True)),
+        ("lora", Work(Batch(2, 256))),
+        ("4-bit lora", Work(Batch(8, 64))),
+        ("lora", Work(Batch(1, 32), judged=Batch(4, 256))),
+        ("lora", Work(Batch(1, 20), written=Batch(64, 20))),
+    ],
+)
+def test_estimate_is_the_peak(kind: str, work: Work, tmp_path: Path) -> None:
+    """Whichever is the largest: gradients, an update, held-out texts, or what is written."""
+    teacher, student = load(MODELS / "stories-14m")[0], student_of(kind)
+    said = memory_estimate(student, [teacher], work)
     found = re.search(r"about ([0-9.]+) GB", said)
     assert found
     mx.eval(student.parameters(), teacher.parameters())
     networks = num_bytes([student.parameters(), teacher.parameters()])
     before = mx.get_active_memory() - networks  # what other tests left
     mx.reset_peak_memory()
-    training = TrainingConfig(steps=2)
+    count = max(2 * work.learned.size, work.written.size if work.written else 0)
     distill(
         student,
         teacher,
-        texts,
+        some_texts(count, work.learned.width),
         folder=tmp_path,
-        training=training,
-        batch_size=batch_size,
+        valid=some_texts(work.judged.size, work.judged.width) if work.judged else None,
+        training=TrainingConfig(steps=2, accumulate=2 if work.accumulated else 1),
+        batch_size=work.learned.size,
+        on_policy=OnPolicyConfig(on_policy=1.0, rollout_max_tokens=4) if work.written else None,
         quiet=True,
     )
     assert float(found[1]) * 1e9 == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
+
+
+def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 10**8)
+    with pytest.raises(InputError, match=r"this machine has 0\.1 GB; use a smaller --batch-size"):
+        memory_estimate(student_of("full"), [], Work(Batch(8, 256)))

@@ -13,6 +13,7 @@ from mlx_distill.distillation.teachers import Answers, Teacher
 from mlx_distill.evaluation.metrics import token_scores
 from mlx_distill.losses.chunked import chunk_rows
 
+JUDGED_BYTES = 2**25
 # Names of the figures, and of the scores per label that they are the means of.
 FIGURES = {"nats": "nats", "accuracy": "right", "kl": "kl", "agreement": "agree"}
 
@@ -33,7 +34,7 @@ def judge(
         hidden, _ = answers.read(batch.inputs)
         lesson = teacher.lesson(batch)
         flat = learned_rows(batch, hidden, *lesson.rows)
-        size = 8 * chunk_rows(answers.logits(flat[2][:1]).shape[-1])  # no gradients here
+        size = judged_rows(answers.logits(flat[2][:1]).shape[-1])
         for start in range(0, flat[0].shape[0], size):
             labels, mask, here, *rows = (array[start : start + size] for array in flat)
             goal = lesson.spell(*rows) if rows else None
@@ -48,6 +49,11 @@ def judge(
     if texts:
         means["perplexity"] = math.exp(min(means["nats"], 700))  # beyond is no float
     return means
+
+
+def judged_rows(num_entries: int) -> int:
+    """Return how many rows of logits are there at once, where there are no gradients."""
+    return chunk_rows(num_entries, JUDGED_BYTES)
 
 
 def _figures(

@@ -20,9 +20,11 @@ from mlx_distill.distillation.checkpointing import checkpoint_layers
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.exporting import adapters_of, compact, export
 from mlx_distill.distillation.judgement import judge
+from mlx_distill.distillation.memory import Batch, Work, memory_estimate
+from mlx_distill.distillation.on_policy import prompt_of
 from mlx_distill.distillation.parts import Opening, Parts
 from mlx_distill.distillation.teachers import Answers, Teacher, TextTeacher
-from mlx_distill.distillation.training import Distilled, distill, slices
+from mlx_distill.distillation.training import JUDGED_BATCHES, Distilled, distill, slices
 from mlx_distill.errors import InputError
 from mlx_distill.locks import Busy
 from mlx_distill.training.checkpoints import checkpoints
@@ -93,6 +95,32 @@ def train_student(
         if not checkpoints(work):  # nothing to resume
             shutil.rmtree(work, ignore_errors=True)
         raise
+
+
+def memory_of(config: DistillConfig, parts: Parts) -> str:
+    """Return the memory that a run takes, in words.
+
+    Raises:
+        InputError: If that is more than the machine has.
+    """
+    texts, valid, rollouts = parts.corpus.texts, parts.corpus.valid, config.rollouts
+    width = max(len(text.tokens) for text in texts)
+    written = None
+    if rollouts.on_policy:
+        # Without draws a chat is continued at its last answer, behind its longest prompt.
+        prompts = [prompt_of(text, 0, rollouts.rollout_prompt_tokens) for text in texts]
+        longest = max(len(prompt.tokens) for prompt in prompts) + rollouts.rollout_max_tokens
+        written = Batch(min(rollouts.rollout_texts, len(texts)), longest)
+        width = max(width, longest)
+    judged = min(JUDGED_BATCHES * config.batch_size, len(valid))
+    work = Work(
+        Batch(config.batch_size, width),
+        Batch(judged, max(len(text.tokens) for text in valid)) if valid else None,
+        written,
+        config.grad_checkpoint,
+        config.training.accumulate > 1,
+    )
+    return memory_estimate(parts.student.network, parts.networks, work)
 
 
 def finish(

@@ -35,6 +35,7 @@ from mlx_distill.training.runs import begin_or_resume
 
 Data = Sequence[Text] | Examples
 LOCK = "lock"
+JUDGED_BATCHES = 4  # so many batches are read at once where nothing is learned from them
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ def _batch(data: Data, rows: Sequence[int], limit: int | None = None) -> Any:
 
 
 def slices(data: Data, batch_size: int, limit: int | None = None) -> Iterator[Any]:
-    """Yield all of the data in batches, of four times the size: nothing is learned from them.
+    """Yield all of the data in batches of several times the size: nothing is learned from them.
 
     Texts are not padded beyond ``limit`` positions.
     """
@@ -300,8 +301,9 @@ def slices(data: Data, batch_size: int, limit: int | None = None) -> Iterator[An
     order = list(range(size))
     if not isinstance(data, Examples):  # a teacher may know the texts by their rows: they stay
         order.sort(key=lambda row: len(data[row].tokens))
-    for start in range(0, size, 4 * batch_size):
-        yield _batch(data, order[start : start + 4 * batch_size], limit)
+    at_once = JUDGED_BATCHES * batch_size
+    for start in range(0, size, at_once):
+        yield _batch(data, order[start : start + at_once], limit)
 
 
 def _seeded(batch: Any, number: int, seed: int) -> Any:

@@ -17,19 +17,20 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 CHUNK_ROWS = 256  # with fewer, a product of matrices does not keep a machine busy
+CHUNK_BYTES = 2**22  # of a chunk's logits in float32, where that is more rows
 # A head's gradient is added up in parts. MLX makes room for what it will compute some operations
 # ahead, about ten products, so parts must be small beside the whole. Then joining them is the peak:
-# 2.2 gradients were measured on a CPU with 8,016 x 4,096 weights, but 3.2 with half as many, whose
-# parts are fewer.
+# 2.1 gradients were measured on a CPU with 128,256 x 4,096 weights, 2.2 with 8,016 rows, but 3.2
+# with half as many, whose parts are fewer.
 PART_BYTES, MOST_PARTS = 2**21, 64
 
 # (sum, what else is to be known of it): only the sum has a gradient.
 Sums = tuple[mx.array, mx.array]
 
 
-def chunk_rows(num_entries: int) -> int:
-    """Return how many rows of logits a chunk has: 4 MB of them, and at least 256."""
-    return max(CHUNK_ROWS, 2**20 // num_entries)
+def chunk_rows(num_entries: int, num_bytes: int = CHUNK_BYTES) -> int:
+    """Return how many rows of float32 logits a chunk has: so many bytes, and at least 256."""
+    return max(CHUNK_ROWS, num_bytes // (4 * num_entries))
 
 
 def chunked_loss(
@@ -70,7 +71,8 @@ def chunked_loss(
         for start in range(0, rows.shape[0], chunk_size):
             here = slice(start, start + chunk_size)
             # A chunk waits for the one before, so that only one is in memory.
-            part = mx.depends([rows[here]], [total, *chain.from_iterable(sums)])[0]
+            done = [total, *row_grads[-1:], *chain.from_iterable(sums)]
+            part = mx.depends([rows[here]], done)[0]
             goals = [mx.stop_gradient(array[here]) for array in inputs]
             logits = backward.logits(part, list(weights))
             on_logits = mx.value_and_grad(partial(_of_logits, loss, goals))
