@@ -188,6 +188,15 @@ def test_a_new_text_begins_with_what_others_came_to(texts: dict[str, Text]) -> N
     assert plan != AdaptivePlanner(machine).shape(0, None)
 
 
+def test_a_number_that_comes_again_is_another_text(texts: dict[str, Text]) -> None:
+    """Every engine counts from 0."""
+    planner = AdaptivePlanner(machine := costs(CURVES["two cores"]))
+    first = Run(USELESS, machine, planner)
+    first.until(300)
+    assert first.plans[-1] is None
+    assert planner.shape(0, None) is not None
+
+
 def test_trees_end_before_a_cliff(texts: dict[str, Text]) -> None:
     run = Run(texts["greedy"], machine := costs(CURVES["steps of 4"]), AdaptivePlanner(machine))
     run.until(600)

@@ -111,7 +111,7 @@ class Costs:
 
     def _between(self, rows: Sequence[int] | np.ndarray, curve: np.ndarray) -> np.ndarray:
         """Return a curve at other numbers of rows; beyond the last one it goes on as it went."""
-        found = np.interp(rows, self.rows, curve)
+        found = np.asarray(np.interp(rows, self.rows, curve))
         if len(self.rows) < 2:
             return found
         slope = (curve[-1] - curve[-2]) / (self.rows[-1] - self.rows[-2])

@@ -125,7 +125,7 @@ class AdaptivePlanner:
 
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
         """Return the shape of a text's next draft; None parks."""
-        state = self._state(text)
+        state = self._state(text, outcome)
         if outcome is not None and outcome is not state.seen:
             self._learn(state, outcome)
         if self.nodes.size:
@@ -133,13 +133,17 @@ class AdaptivePlanner:
         state.asked.append(state.shape)
         return state.shape.plan if state.shape else None
 
-    def _state(self, text: int) -> TextState:
-        """Return what is known of a text; a new one starts with what others came to."""
-        if text not in self._texts:
-            self._texts[text] = TextState(self._known.copy(OTHERS_CYCLES))
+    def _state(self, text: int, outcome: Outcome | None) -> TextState:
+        """Return what is known of a text; a new one starts with what others came to.
+
+        Numbers come again where engines do: a text that has no outcome any more is another one.
+        """
+        state = self._texts.get(text)
+        if state is None or (outcome is None and state.seen is not None):
+            state = self._texts[text] = TextState(self._known.copy(OTHERS_CYCLES))
             if len(self._texts) > TEXTS:
                 self._texts.popitem(last=False)
-        return self._texts[text]
+        return state
 
     def _learn(self, state: TextState, outcome: Outcome) -> None:
         """Take in what became of a draft."""

@@ -1,0 +1,99 @@
+"""Measure what decoding costs on this machine, for the planner of drafts.
+
+    python -m mlx_distill.calibrate --model ... --drafter ...
+
+Calls of the target by rows and context, drafts by width and length, and the rest of a cycle, timed
+in turn. The result is kept in the user's cache folder, where generating finds it. Nothing else
+should run meanwhile.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from mlx_distill import cli, machine
+from mlx_distill.calibration.config import QUICK, CalibrationConfig
+from mlx_distill.calibration.measuring import Pair, calibrate, summary
+from mlx_distill.calibration.report import plot, show
+from mlx_distill.calibration.store import file_of, identity, keep
+from mlx_distill.checkpoint import bundled
+from mlx_distill.config import add_flags, from_flags
+from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.errors import InputError
+from mlx_distill.files import write_whole
+from mlx_distill.speculation.caching import CacheConfig
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the arguments ask for; return the exit status."""
+    arguments = _parser().parse_args(argv)
+    config = QUICK if arguments.quick else from_flags(CalibrationConfig, arguments)
+    cache = from_flags(CacheConfig, arguments)
+    output, picture = cli.new_file(arguments.output), cli.new_file(arguments.plot)
+    if picture and picture.suffix != ".png":
+        raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
+    pair = _pair(arguments, cache)
+    calibration = calibrate(pair, config, progress=_bar)
+    known = identity(pair)
+    show(calibration.costs)
+    if keep(known, calibration):
+        print(f"Kept in {file_of(known)}", file=sys.stderr)
+    if output:
+        result: dict[str, Any] = {
+            "costs": calibration.costs.to_dict(),
+            "times": summary(calibration),
+            "config": cli.settings(arguments),
+            **machine.provenance(),
+        }
+        write_whole(output, json.dumps(result, indent=1) + "\n")
+    if picture:
+        plot(calibration.costs, str(machine.description()["processor"]), picture)
+    return 0
+
+
+def _bar(rounds: Iterable[int]) -> Iterable[int]:
+    return tqdm(rounds, desc="measuring", unit="round", leave=False)
+
+
+def _pair(arguments: argparse.Namespace, cache: CacheConfig) -> Pair:
+    """Return the model and the drafter that the flags ask for."""
+    path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
+    if path is None:
+        raise InputError("a model of your own needs a drafter; name one with --drafter")
+    model, tokenizer = cli.load_model(arguments)
+    return Pair(model, tokenizer, load_drafter(path, model, tokenizer), cache)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = cli.Parser(
+        prog="python -m mlx_distill.calibrate",
+        description="Measure what decoding costs on this machine, for the planner of drafts.",
+    )
+    cli.add_model_flags(parser)
+    parser.add_argument(
+        "--drafter",
+        type=cli.path,
+        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
+        "model)",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="measure only what the first use of a pair does"
+    )
+    add_flags(parser, CalibrationConfig)
+    add_flags(parser, CacheConfig)
+    parser.add_argument(
+        "--output", type=cli.path, help="write the times to this JSON file; it must not exist"
+    )
+    parser.add_argument(
+        "--plot", type=cli.path, help="draw the calls to this PNG file; it must not exist"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Calibration: what decoding costs on this machine, measured, kept and shown."""

@@ -1,0 +1,54 @@
+"""The planner of a pair: from the calibration that is kept, else from a quick one."""
+
+import os
+import sys
+import weakref
+
+from mlx_distill.calibration.config import QUICK
+from mlx_distill.calibration.measuring import Pair, calibrate
+from mlx_distill.calibration.store import find, identity, keep
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.costs import Costs
+from mlx_distill.speculation.planning import AdaptivePlanner
+
+# Set to 0, nothing is measured that was not asked for, and no calibration is looked for.
+SWITCH = "MLX_DISTILL_CALIBRATE"
+
+
+def is_on() -> bool:
+    """Return whether drafts are planned from measurements unless something else is asked for."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+def known_costs(pair: Pair) -> Costs:
+    """Return what decoding costs; at the first use of a pair it is measured, and that is said."""
+    known = identity(pair)
+    costs = find(known)
+    if costs is None:
+        print(
+            "mlx_distill: measuring this machine once, up to 20 seconds (--no-calibrate leaves it "
+            "out; python -m mlx_distill.calibrate measures more)",
+            file=sys.stderr,
+        )
+        calibration = calibrate(pair, QUICK)
+        keep(known, calibration)
+        costs = calibration.costs
+    return costs
+
+
+def planner_of(pair: Pair) -> Planner:
+    """Return the planner of all texts of a pair, so that each learns from those before it."""
+    if not is_on():
+        return FixedPlanner(DraftPlan())
+    drafter = pair.drafter
+    key = id(pair.model), pair.cache
+    planners = _planners.setdefault(drafter, {})
+    if key not in planners or planners[key][0]() is not pair.model:
+        planners[key] = weakref.ref(pair.model), AdaptivePlanner(known_costs(pair))
+    return planners[key][1]
+
+
+_planners: weakref.WeakKeyDictionary[
+    Drafter, dict[tuple[int, CacheConfig], tuple[weakref.ref, AdaptivePlanner]]
+] = weakref.WeakKeyDictionary()

@@ -1,0 +1,264 @@
+"""Measure what decoding costs: calls of the target by rows and context, drafts, and the rest.
+
+Calls and drafts are timed in turn, so that each finds the caches of the processor as the other left
+them, as it does in decoding.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_distill.calibration.config import CalibrationConfig
+from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, Features, FixedPlanner
+from mlx_distill.openblas import drafting_threads
+from mlx_distill.speculation.caching import CacheConfig, PromptCache
+from mlx_distill.speculation.costs import Costs
+from mlx_distill.speculation.engine import Engine
+from mlx_distill.speculation.requests import Request
+from mlx_distill.target.context import position_limit
+from mlx_distill.target.prompt_cache import prompt_caches
+from mlx_distill.target.target import Target
+
+TEXT = "Once upon a time there was a small house by the sea, and in it lived an old baker. "
+# Cycles of decoding that are timed at once, and the shape of their drafts.
+CYCLES, PLAN = 6, DraftPlan()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is measured.
+
+    Args:
+        model: The target's model.
+        tokenizer: Its tokenizer.
+        drafter: Drafts for it.
+        cache: How keys and values are kept.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    drafter: Drafter
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    @property
+    def target(self) -> Target:
+        """The target."""
+        return Target.of(self.model)
+
+    def tokens(self, count: int) -> list[int]:
+        """Return a text of so many tokens."""
+        wrapped = isinstance(self.tokenizer, TokenizerWrapper)
+        tokenizer = self.tokenizer if wrapped else TokenizerWrapper(self.tokenizer)
+        some = list(tokenizer.encode(TEXT))
+        return (some * (count // len(some) + 1))[:count]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured.
+
+    Args:
+        costs: For the planner.
+        times: Of every task, by what it was: ("call", context, rows), ("draft", width, length),
+            ("plain",) for a step of mlx-lm's loop, ("cycle",) for one that drafts.
+    """
+
+    costs: Costs
+    times: dict[tuple[Any, ...], Times]
+
+
+def calibrate(
+    pair: Pair,
+    config: CalibrationConfig,
+    clock: Clock = time.perf_counter,
+    progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+) -> Calibration:
+    """Measure what decoding costs.
+
+    Args:
+        pair: A model and its drafter.
+        config: How much is measured.
+        clock: Returns the seconds since some time.
+        progress: Is handed the rounds, to show them.
+
+    Raises:
+        InputError: If the model cannot be drafted for.
+    """
+    pair.target.require_drafting()
+    contexts = usable_contexts(pair, config)
+    widths = (1,) if pair.target.support == "chain" else config.widths
+    readings = {context: Reading.of(pair, context) for context in contexts}
+    tasks: dict[tuple[Any, ...], Task] = {
+        ("call", context, rows): reading.call(rows)
+        for context, reading in readings.items()
+        for rows in config.rows
+    }
+    tasks |= {
+        ("draft", width, length): readings[contexts[0]].draft(DraftPlan(width, length))
+        for width in widths
+        for length in config.lengths
+    }
+    tasks[("plain",)] = Decoding(pair, None, contexts[0])
+    tasks[("cycle",)] = Decoding(pair, PLAN, contexts[0])
+    times = time_in_turn(_mixed(tasks), config.rounds, config.limit_s, clock, progress)
+    costs = Costs(
+        contexts,
+        config.rows,
+        tuple(tuple(times["call", c, r].median_s for r in config.rows) for c in contexts),
+        widths,
+        config.lengths,
+        tuple(tuple(times["draft", w, n].median_s for n in config.lengths) for w in widths),
+        spread=typical_spread(times.values()),
+    )
+    return Calibration(_with_overhead(costs, times, contexts[0]), times)
+
+
+def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:
+    """Return the contexts that leave room for the longest call; at least one."""
+    limits = (pair.target.context, position_limit(pair.model), pair.cache.max_kv_size)
+    room = min((limit for limit in limits if limit is not None), default=10**9)
+    room -= max(*config.rows, 8 * CYCLES)
+    return tuple(n for n in config.contexts if n <= room) or (max(1, room // 2),)
+
+
+def _mixed(tasks: dict[tuple[Any, ...], Task]) -> dict[tuple[Any, ...], Task]:
+    """Return the tasks with the drafts between the calls."""
+    kinds: dict[bool, list[tuple[Any, ...]]] = {True: [], False: []}
+    for name in tasks:
+        kinds[name[0] == "call"].append(name)
+    step = max(1, len(kinds[True]) // max(1, len(kinds[False])))
+    names = []
+    for place, name in enumerate(kinds[True]):
+        names.append(name)
+        if place % step == 0 and kinds[False]:
+            names.append(kinds[False].pop())
+    return {name: tasks[name] for name in [*names, *kinds[False]]}
+
+
+def _with_overhead(costs: Costs, times: dict[tuple[Any, ...], Times], context: int) -> Costs:
+    """Return the costs with what a cycle takes beyond its parts, and more than a plain step does.
+
+    A step of mlx-lm's loop is built while the one before it runs, so it may take less than the call
+    alone does when it is waited for.
+    """
+    plain = times["plain",].median_s
+    rest = times["cycle",].median_s - costs.cycle(PLAN, PLAN.nodes, context)
+    own = plain - costs.plain(context)
+    return replace(costs, overhead_s=max(0.0, rest - own))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text that the target has read, and what follows it.
+
+    Args:
+        pair: A model and its drafter.
+        caches: Hold the text.
+        root: The token that follows.
+        state: The drafter's.
+    """
+
+    pair: Pair
+    caches: PromptCache
+    root: mx.array
+    state: Any
+
+    @classmethod
+    def of(cls, pair: Pair, context: int) -> "Reading":
+        """Read a text of so many tokens."""
+        tokens = mx.array(pair.tokens(context + 1))
+        caches = prompt_caches(pair.model, pair.cache.max_kv_size)
+        step, features = pair.cache.prefill_step_size, None
+        for start in range(0, context, step):
+            read = tokens[start : min(start + step, context)]
+            _, hidden, taps = pair.target.observe(read, caches, pair.drafter.taps)
+            pair.cache.quantize(caches)
+            mx.eval([cache.state for cache in caches])
+            features = Features(hidden, None, taps)
+        assert features is not None
+        return cls(pair, caches, tokens[-1:], pair.drafter.open(tokens[:-1], features))
+
+    def call(self, rows: int) -> Task:
+        """Return what calls the target on a tree of so many nodes."""
+        tokens = mx.array(self.pair.tokens(rows), mx.int32)
+        parents = mx.maximum(mx.arange(rows) - 1, 0) // 2
+        depth = rows.bit_length() - 1
+        tree = PrefixTree.from_parents(tokens, parents.astype(mx.int32), depth)
+        if self.pair.target.support == "chain":
+            tree = PrefixTree.chain(tokens)
+        mx.eval(tree.tokens, tree.parents, tree.mask, tree.depths)
+
+        def timed(clock: Clock) -> float:
+            with drafting_threads():
+                start = clock()
+                call = self.pair.target.verify(tree, self.caches)
+                mx.eval(call.logits, call.hidden)
+                took = clock() - start
+            call.commit([0])
+            call.rewind(0)
+            return took
+
+        return timed
+
+    def draft(self, plan: DraftPlan) -> Task:
+        """Return what drafts."""
+
+        def timed(clock: Clock) -> float:
+            with drafting_threads():
+                start = clock()
+                draft = self.state.draft(self.root, plan, None)
+                if draft is not None:
+                    mx.eval(draft.tokens, draft.parents, draft.depths, draft.scores)
+                return clock() - start
+
+        return timed
+
+
+class Decoding:
+    """Decodes a few cycles at a time.
+
+    Args:
+        pair: A model and its drafter.
+        plan: The shape of the drafts; None decodes plainly, by mlx-lm's loop.
+        context: Length of the prompt.
+    """
+
+    def __init__(self, pair: Pair, plan: DraftPlan | None, context: int):
+        self.engine = Engine(pair.model, pair.tokenizer, None if plan is None else pair.drafter)
+        self.planner = FixedPlanner(plan or PLAN)
+        self.prompt = mx.array(pair.tokens(context))
+        self.cache = pair.cache
+
+    def __call__(self, clock: Clock) -> float:
+        """Return the seconds of a cycle."""
+        most = 8 * CYCLES
+        request = Request(self.prompt, most, planner=self.planner, cache=self.cache)
+        number = self.engine.submit(request)
+        marks = [(clock(), calls) for calls in self._calls()]
+        self.engine.cancel(number)
+        (start, first), (end, last) = marks[0], marks[-1]
+        return (end - start) / max(1, last - first)
+
+    def _calls(self) -> Iterator[int]:
+        """Yield the target's calls so far, once for every cycle whose first token is there."""
+        seen = -1
+        while self.engine.busy and seen < CYCLES:
+            for one in self.engine.step():
+                if one.response.target_calls > seen:
+                    seen = one.response.target_calls
+                    yield seen
+
+
+def summary(calibration: Calibration) -> Sequence[dict[str, Any]]:
+    """Return every time as a row for a report."""
+    return [
+        {"what": name[0], "of": list(name[1:]), "median_s": t.median_s, "spread": t.spread}
+        for name, t in calibration.times.items()
+    ]

@@ -1,0 +1,54 @@
+"""A calibration as a table and as a picture."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mlx_distill.names import for_plot
+from mlx_distill.speculation.costs import Costs
+
+
+def show(costs: Costs) -> None:
+    """Print what calls and drafts take."""
+    console = Console()
+    console.print("A call of the target, in plain steps (and milliseconds):")
+    table = Table()
+    table.add_column("rows", justify="right")
+    for context in costs.contexts:
+        table.add_column(f"{context:,} tokens", justify="right")
+    for column, rows in enumerate(costs.rows):
+        cells = (f"{row[column] / row[0]:.2f} ({1e3 * row[column]:.2f})" for row in costs.call_s)
+        table.add_row(str(rows), *cells)
+    console.print(table)
+    console.print("A draft, in milliseconds:")
+    table = Table()
+    table.add_column("beam width", justify="right")
+    for length in costs.lengths:
+        table.add_column(f"length {length}", justify="right")
+    for width, row in zip(costs.widths, costs.draft_s, strict=True):
+        table.add_row(str(width), *(f"{1e3 * seconds:.2f}" for seconds in row))
+    console.print(table)
+    console.print(
+        f"The rest of a cycle: {1e3 * costs.overhead_s:.2f} ms; times of the same work differ by "
+        f"{costs.spread:.0%}"
+    )
+
+
+def plot(costs: Costs, title: str, path: Path) -> None:
+    """Draw what calls cost against their rows, in plain steps, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for context, row in zip(costs.contexts, costs.call_s, strict=True):
+        relative = [seconds / row[0] for seconds in row]
+        axes.plot(costs.rows, relative, marker=".", label=f"{context:,} tokens of context")
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set(title=for_plot(title), xlabel="rows of a call", ylabel="cost, in plain steps")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,289 @@
+"""Calibration: tasks timed by clocks of our own, files that are kept, or ignored and made anew."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mlx_distill
+from mlx_distill.calibration import automatic, store
+from mlx_distill.calibration.config import QUICK, CalibrationConfig
+from mlx_distill.calibration.measuring import Calibration, Pair, calibrate, usable_contexts
+from mlx_distill.calibration.report import plot, show
+from mlx_distill.calibration.timing import Times, time_in_turn, typical_spread
+from mlx_distill.checkpoint import bundled
+from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.costs import Costs
+from mlx_distill.speculation.planning import AdaptivePlanner
+
+SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3)
+COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, 0.02)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), model, tokenizer)
+    return Pair(model, tokenizer, drafter)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "mlx_distill" / "calibration"
+
+
+class Ticking:
+    """A clock that a task moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def task(self, seconds: Callable[[], float]) -> Callable[[Any], float]:
+        def run(clock: Any) -> float:
+            took = seconds()
+            self.now += took
+            return took
+
+        return run
+
+
+def test_tasks_take_turns_and_the_first_round_does_not_count() -> None:
+    clock, order = Ticking(), []
+    first = iter([100.0, 1.0, 2.0, 3.0])
+
+    def of(name: str, seconds: Callable[[], float]) -> Callable[[], float]:
+        return lambda: (order.append(name), seconds())[1]
+
+    tasks = {"a": clock.task(of("a", lambda: next(first))), "b": clock.task(of("b", lambda: 4.0))}
+    times = time_in_turn(tasks, 3, 1e9, clock)
+    assert times["a"] == Times(2.0, 0.5, 3)
+    assert times["b"] == Times(4.0, 0.0, 3)
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab"
+    assert typical_spread(times.values()) == 0.25
+
+
+def test_time_that_is_up_ends_the_rounds_but_not_before_the_third() -> None:
+    def timed(seconds: float, limit_s: float) -> Times:
+        clock = Ticking()
+        return time_in_turn({"a": clock.task(lambda: seconds)}, 100, limit_s, clock)["a"]
+
+    assert timed(1.0, 10.0) == Times(1.0, 0.0, 10)
+    assert timed(9.0, 20.0) == Times(9.0, 0.0, 3)
+    assert timed(9.0, 9.0) == Times(9.0, 1.0, 2)  # of which nobody knows how far they spread
+    assert timed(9.0, 1.0) == Times(9.0, 1.0, 1)  # when it was warmed up
+
+
+def test_a_pair_is_measured(pair: Pair) -> None:
+    """What the clock says is what the costs say; the caches are as they were after every call."""
+    ticks = iter(range(10**9))
+    found = calibrate(pair, SMALL, lambda: float(next(ticks)))
+    costs = found.costs
+    assert costs.contexts == (16, 32)
+    assert costs.rows == (1, 2, 4)
+    assert all(time == 1.0 for row in (*costs.call_s, *costs.draft_s) for time in row)
+    assert len(found.times) == 2 * 3 + 2 * 2 + 2
+    assert costs.spread == 0
+    assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
+
+
+def test_contexts_beyond_the_model_are_left_out(pair: Pair) -> None:
+    assert usable_contexts(pair, CalibrationConfig()) == (128,)  # the model's are 512
+    small = replace(pair, cache=CacheConfig(max_kv_size=150))
+    assert usable_contexts(small, QUICK) == (51,)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"rows": (2, 4)}, "rows must hold 1"),
+        ({"contexts": ()}, "contexts must name at least one number"),
+        ({"widths": (0,)}, "widths must be at least 1, got 0"),
+        ({"lengths": (65,)}, "lengths must be between 1 and 64, got 65"),
+        ({"rounds": 2}, "rounds must be at least 3, got 2"),
+        ({"limit_s": 0.0}, "limit_s must be above 0"),
+    ],
+)
+def test_settings_out_of_range(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        CalibrationConfig(**options)
+
+
+# ------------------------------------------------------------------------------------ files
+
+
+def test_a_calibration_is_kept_and_found(
+    pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = store.identity(pair)
+    assert store.find(known) is None
+    assert store.keep(known, Calibration(COSTS, {}))
+    assert store.find(known) == COSTS
+    assert store.file_of(known).parent == folder
+    others = (replace(pair, cache=CacheConfig(kv_bits=8)), replace(pair, drafter=NGramDrafter()))
+    assert all(store.find(store.identity(other)) is None for other in others)
+    assert capsys.readouterr().err == ""
+
+
+def test_precision_and_machine_tell_calibrations_apart(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = store.identity(pair)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
+    assert store.file_of(store.identity(pair)) != store.file_of(known)
+    half, _ = mlx_distill.load(bundled("stories-14m"))
+    half.set_dtype(mx.float16)
+    other = store.identity(replace(pair, model=half))
+    assert other["target"] != known["target"]
+
+
+DAMAGES: dict[str, Callable[[str], str]] = {
+    "cut short": lambda text: text[: len(text) // 2],
+    "empty": lambda text: "",
+    "a list": lambda text: "[]",
+    "of another machine": lambda text: text.replace('"cores"', '"kernels"'),
+    "no costs": lambda text: text.replace('"costs"', '"prices"'),
+    "negative": lambda text: text.replace("1.1", "-1.1"),
+    "not a number": lambda text: text.replace("1.1", "NaN"),
+    "costs that are a list": lambda text: text.replace('"costs": {', '"costs": 3, "old": {'),
+    "rows that are text": lambda text: text.replace('"rows": [', '"rows": ["a", '),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_or_foreign_file_is_named_and_ignored(
+    pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    known = store.identity(pair)
+    store.keep(known, Calibration(COSTS, {}))
+    file = store.file_of(known)
+    text = file.read_text()
+    file.write_text(DAMAGES[damage](text))
+    assert file.read_text() != text
+    assert store.find(known) is None
+    said = capsys.readouterr().err
+    assert said.startswith(f"mlx_distill: the calibration {file} is ignored and measured again")
+    assert said.count("\n") == 1
+    assert store.keep(known, Calibration(COSTS, {}))
+    assert store.find(known) == COSTS
+
+
+def test_a_folder_in_the_way_is_a_damaged_file(
+    pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = store.identity(pair)
+    store.file_of(known).mkdir(parents=True)
+    assert store.find(known) is None
+    assert not store.keep(known, Calibration(COSTS, {}))
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_a_folder_that_cannot_be_written_costs_one_line(
+    pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where the folder would be: root may write everywhere else."""
+    folder.parent.parent.mkdir(exist_ok=True)
+    folder.parent.write_text("")
+    assert not store.keep(store.identity(pair), Calibration(COSTS, {}))
+    said = capsys.readouterr().err
+    assert said.startswith(f"mlx_distill: the calibration cannot be kept in {folder}: ")
+    assert said.count("\n") == 1
+
+
+def test_what_was_measured_on_a_busy_machine_is_not_kept(
+    pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not store.keep(store.identity(pair), Calibration(replace(COSTS, spread=0.4), {}))
+    assert "the machine is busy: times of the same work differ by 40%" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_the_report_shows_every_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    show(COSTS)
+    said = capsys.readouterr().out
+    assert "1.10 (1100.00)" in said
+    assert "100.00" in said
+    plot(COSTS, "a machine", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------------- first use
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[CalibrationConfig]:
+    """Return what has been measured, which takes no time."""
+    monkeypatch.setenv(automatic.SWITCH, "1")
+    done: list[CalibrationConfig] = []
+
+    def calibrate_at_once(pair: Pair, config: CalibrationConfig) -> Calibration:
+        done.append(config)
+        return Calibration(COSTS, {})
+
+    monkeypatch.setattr(automatic, "calibrate", calibrate_at_once)
+    return done
+
+
+def test_the_first_use_of_a_pair_measures_it_and_says_so(
+    pair: Pair, measured: list[CalibrationConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert automatic.known_costs(pair) == COSTS
+    assert measured == [QUICK]
+    said = capsys.readouterr().err
+    assert "measuring this machine once" in said
+    assert said.count("\n") == 1
+    assert automatic.known_costs(pair) == COSTS
+    assert measured == [QUICK]
+    assert capsys.readouterr().err == ""
+
+
+def test_all_texts_of_a_pair_have_one_planner(
+    pair: Pair, measured: list[CalibrationConfig]
+) -> None:
+    again = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), pair.model, pair.tokenizer)
+    other = replace(pair, drafter=again)
+    planner = automatic.planner_of(other)
+    assert isinstance(planner, AdaptivePlanner)
+    assert automatic.planner_of(replace(other)) is planner
+    assert automatic.planner_of(replace(other, cache=CacheConfig(max_kv_size=99))) is not planner
+
+
+def test_switched_off_nothing_is_measured(
+    pair: Pair, measured: list[CalibrationConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(automatic.SWITCH, "0")
+    assert automatic.planner_of(pair) == FixedPlanner(DraftPlan())
+    assert not measured
+
+
+@pytest.mark.parametrize("law", [{}, {"temperature": 1.0, "seed": 3}], ids=str)
+def test_a_planned_text_is_the_plain_one(pair: Pair, law: dict[str, Any]) -> None:
+    """Whatever the planner's costs are: here every row is free, then dear."""
+    options: dict[str, Any] = {"max_tokens": 60, **law}
+    expected = mlx_distill.generate(pair.model, pair.tokenizer, "Once upon a time", **options)
+    rows, widths, lengths = (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)
+    drafts = ((0.01,) * 3,) * 3
+    for calls in ((1.0,) * 4, (1.0, 1.5, 2.5, 4.5)):
+        planner = AdaptivePlanner(Costs((64,), rows, (calls,), widths, lengths, drafts))
+        responses = list(
+            mlx_distill.stream_generate(
+                pair.model,
+                pair.tokenizer,
+                "Once upon a time",
+                drafter=pair.drafter,
+                plan=planner,
+                **options,
+            )
+        )
+        assert "".join(response.text for response in responses) == expected
+        assert (responses[-1].tokens_per_call > 2) == (calls[-1] == 1)
