@@ -18,25 +18,9 @@ from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKV
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.restoring import RestorePoint, restore
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import can_branch, can_trim
-
-
-class RestorePoint:
-    """The state of a prompt cache, to which it can be put back after further tokens were read.
-
-    Args:
-        caches: The prompt cache, one entry per layer.
-    """
-
-    def __init__(self, caches: PromptCache):
-        self.states = [_state(cache) for cache in caches]
-
-    def restore(self, caches: PromptCache) -> None:
-        """Put the caches back; entries that were quantised since stay quantised."""
-        for cache, state in zip(caches, self.states, strict=True):
-            _restore(cache, state)
-
 
 UNUSABLE = InputError(
     "the prompt cache cannot be used any more: its last text was interrupted while the model read; "
@@ -163,7 +147,7 @@ class PlainLedger:
             self.start.restore(self.caches)  # interrupted while the prompt was read
         elif all(can_trim(cache) for cache in self.caches):
             for cache in self.caches:
-                _restore(cache, _state_at(cache, wanted))
+                restore(cache, _state_at(cache, wanted))
         elif any(cached_tokens([cache]) != wanted for cache in self.caches):
             give_up(self.caches)
         for cache in self.caches:
@@ -185,24 +169,6 @@ def _is_torn(cache: LayerCache) -> bool:
         return cache.keys is None or cache.values is None
     except (AttributeError, KeyError):
         return True
-
-
-def _state(cache: LayerCache) -> object:
-    if isinstance(cache, CacheList):
-        return [_state(part) for part in cache.caches]
-    # Of a cache that appends, the rows before its offset never change; of a window they do.
-    return cache.state if isinstance(cache, RotatingKVCache) else getattr(cache, "offset", None)
-
-
-def _restore(cache: LayerCache, state: object) -> None:
-    if isinstance(cache, CacheList):
-        assert isinstance(state, list)
-        for part, one in zip(cache.caches, state, strict=True):
-            _restore(part, one)
-    elif isinstance(cache, RotatingKVCache):
-        cache.state = state
-    else:
-        cache.offset = state
 
 
 def _even_out(cache: LayerCache) -> None:

@@ -20,7 +20,8 @@ from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import not_numbers
 from mlx_distill.target.head import Head, find_head
 from mlx_distill.target.layer_cache import LayerCache
-from mlx_distill.target.tree_cache import can_branch, can_trim
+from mlx_distill.target.restoring import can_restore
+from mlx_distill.target.tree_cache import can_branch
 from mlx_distill.target.tree_call import Support, call_on_text, call_on_tree
 from mlx_distill.target.tree_rope import wrap_ropes
 
@@ -80,17 +81,15 @@ def open_model(model: nn.Module) -> Opened:
         return Opened("none", "mlx-lm's version lets the tokens of a prompt see later ones")
     wrap_ropes(model)
     caches = make_prompt_cache(model)
-    if not all(can_branch(cache) for cache in caches):
-        names = sorted({type(c).__name__ for c in caches if not can_branch(c)})
-        return Opened("none", f"its cache ({', '.join(names)}) cannot hold the branches of a tree")
+    names = ", ".join(sorted({type(c).__name__ for c in caches if not can_branch(c)}))
     logits, hidden, head, embed = find_head(model, mx.array([_LOW[:3]]), cache=caches)
     if to_number(mx.isnan(logits).any()):
         raise not_numbers("after a few tokens")
     if head is None or hidden is None or embed is None:
         reason = "its head or its embedding was not found, so it gives no hidden state"
         return Opened("none", reason, logits.shape[-1])
-    ways: list[Support] = [] if kind in PLACED_BY_SLOT else ["row", "batch"]
-    if all(can_trim(cache) for cache in caches):
+    ways: list[Support] = [] if names or kind in PLACED_BY_SLOT else ["row", "batch"]
+    if all(can_restore(cache) for cache in caches):
         ways.append("chain")
     reason = "its logits for several tokens at once differ from those one by one"
     known = Opened("none", reason, logits.shape[-1], hidden.shape[-1], head, embed)
@@ -101,8 +100,18 @@ def open_model(model: nn.Module) -> Opened:
     support = next((way for way, trial in tries if trial.agrees()), None)
     if support is None:
         return known
-    reason = "its attention cannot take a tree" if support == "chain" else ""
-    return replace(known, support=support, reason=reason)
+    return replace(known, support=support, reason=_why_not_trees(support, names))
+
+
+def _why_not_trees(support: str, names: str) -> str:
+    """Return why a model takes no trees; ``names`` are of its caches that hold none."""
+    if support != "chain":
+        return ""
+    if not names:
+        return "its attention cannot take a tree"
+    return (
+        f"its cache ({names}) holds no branches; where a draft is cut, what is kept is read again"
+    )
 
 
 class _Trial:
@@ -135,12 +144,12 @@ class _Trial:
         its own path's logits than it is with a wrong mask, or with a wrong position.
         """
         try:
-            found = self._found()
+            found = self._found(self.kept)
             read = [self._read(path) for path in self.paths]
             read.append(self._read(self.kept, self.prefix[:1]))
             error = _mean(_errors(found, read))
             noise = max(_errors([self._plainly(self.paths[-1])], read[-2:-1]))
-            wrong = self._wrong(read[:-1])
+            wrong = self._wrong(read)
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
             return False
         kind = read[0].dtype
@@ -150,12 +159,12 @@ class _Trial:
             and ROOM * error <= wrong
         )
 
-    def _found(self) -> list[mx.array]:
-        """Return the nodes' logits, and those of a token after the commit."""
+    def _found(self, kept: list[int]) -> list[mx.array]:
+        """Return the nodes' logits, and those of a token after the commit of a path."""
         caches = self._prefilled()
         call = call_on_tree(self.model, self.head, self.tree, caches, self.support)
         mx.eval(call.logits)
-        call.commit(self.kept)
+        call.commit(kept)
         after = call_on_text(self.model, self.head, mx.array(self.prefix[:1]), caches).logits[0]
         mx.eval(after)
         return [*call.logits[self.nodes], after]
@@ -176,10 +185,11 @@ class _Trial:
     def _wrong(self, read: list[mx.array]) -> float:
         """Return the error of the nodes with a wrong mask, or with wrong positions.
 
-        A model without positions does not notice the second: then it does not count.
+        A model without positions does not notice the second: then it does not count. A chain has no
+        mask that could be wrong; there, it is the error after a commit that keeps the whole draft.
         """
-        if self.support == "chain":  # it has no mask that could be wrong
-            return math.inf
+        if self.support == "chain":
+            return _difference(self._found(list(range(len(_CHAIN))))[-1], read[-1])
         tree = self.tree
         line = mx.arange(tree.depths.size)
         siblings = replace(tree, mask=line[None] <= line[:, None])
@@ -187,7 +197,7 @@ class _Trial:
         errors = []
         for wrong in (siblings, moved):
             call = call_on_tree(self.model, self.head, wrong, self._prefilled(), self.support)
-            errors.append(_mean(_errors([*call.logits[self.nodes]][1:], read[1:])))
+            errors.append(_mean(_errors([*call.logits[self.nodes]][1:], read[1:-1])))
         noticed = errors[1] > FLOOR.get(read[0].dtype, 0.3)
         return min(errors) if noticed else errors[0]
 

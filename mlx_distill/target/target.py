@@ -20,7 +20,8 @@ from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.opening import Opened, open_model
 from mlx_distill.target.reading import read_whole
-from mlx_distill.target.tree_cache import can_branch, can_trim
+from mlx_distill.target.restoring import can_restore
+from mlx_distill.target.tree_cache import can_branch
 from mlx_distill.target.tree_call import Computed, Support, TreeCall, call_on_text, call_on_tree
 
 _opening = threading.Lock()
@@ -79,7 +80,7 @@ class Target:
 
     def check_caches(self, caches: list[LayerCache]) -> None:
         """Raise InputError if a prompt cache is not one that this target can draft with."""
-        fits = can_trim if self.support == "chain" else can_branch
+        fits = can_restore if self.support == "chain" else can_branch
         wrong = sorted({type(cache).__name__ for cache in caches if not fits(cache)})
         if wrong:
             raise InputError(

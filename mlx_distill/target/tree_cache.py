@@ -21,19 +21,16 @@ from jaxtyping import Bool, Int
 from mlx.utils import tree_map
 from mlx_lm.models.cache import (
     CacheList,
-    ChunkedKVCache,
-    KVCache,
-    QuantizedKVCache,
     RotatingKVCache,
 )
 
 from mlx_distill.target.layer_cache import LayerCache
+from mlx_distill.target.restoring import APPENDING, restore, state_of
 from mlx_distill.target.window import InTreeLayout, window_of
 
 # Keys and values, or what stands for them: quantised ones are tuples.
 Fetched = tuple[object, object] | None
 
-APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
 BRANCHING = (*APPENDING, RotatingKVCache, InTreeLayout)
 
 
@@ -46,12 +43,15 @@ class TreeLayout:
         depths: Distance of each node from the root, which has depth 0.
         start: Position of the root: how many tokens are cached.
         batched: Whether the nodes are batch rows (see the module's docstring).
+        in_line: Whether every node follows the one before it and the model is given the caches
+            themselves, as for a run of text.
     """
 
     mask: Bool[mx.array, "N N"]
     depths: Int[mx.array, " N"]
     start: int
     batched: bool
+    in_line: bool = False
     masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -116,22 +116,25 @@ class TreeCache:
         nodes = self.layout.depths.size
         return tree_map(lambda x: mx.broadcast_to(x, (nodes, *x.shape[1:])), fetched)
 
-    def commit(self, path: list[int]) -> None:
+    def commit(self, path: list[int]) -> bool:
         """Keep the nodes of the accepted path, in their order, and drop the others.
+
+        Return whether the cache holds the path now: False asks for a replay (``ReplayedCache``).
 
         The path is written once more, from the nodes themselves: reading it back out of the cache
         would keep a second hold on the cache's memory and make MLX copy all of it to write.
         """
         if path == list(range(len(path))):
-            self.rewind(len(path))
-            return
+            return self.rewind(len(path))
         self.rewind(0)
         rows = mx.array(path)
         self.base.update_and_fetch(*(mx.take(x, rows, axis=-2) for x in self.nodes))
+        return True
 
-    def rewind(self, num_tokens: int) -> None:
+    def rewind(self, num_tokens: int) -> bool:
         """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
         self.base.offset = self.layout.start + num_tokens
+        return True
 
 
 class RotatingTreeCache(TreeCache):
@@ -162,7 +165,8 @@ class RotatingTreeCache(TreeCache):
         held = self.window.held(start)
         if self.num_nodes == 1:  # the host knows where a root is
             held[nodes] = start
-            return mx.array(((held >= 0) & ((held > start - size) | (held < keep)))[None])
+            seen: Bool[np.ndarray, " S"] = (held >= 0) & ((held > start - size) | (held < keep))
+            return mx.array(seen)[None]
         held[nodes] = -1
         at = self.layout.positions
         node_of = np.full(self.window.length, self.num_nodes)  # the column of zeros
@@ -184,12 +188,33 @@ class RotatingTreeCache(TreeCache):
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
         return self._broadcast(self.window.arrays)
 
-    def commit(self, path: list[int]) -> None:
+    def commit(self, path: list[int]) -> bool:
         """Keep the nodes of the accepted path, in their order, and drop the others."""
         if path != list(range(len(path))):
             rows = mx.array(path)
             self.window.write([mx.take(x, rows, axis=-2) for x in self.nodes], self.layout.start)
-        self.rewind(len(path))
+        return self.rewind(len(path))
+
+
+class ReplayedCache:
+    """A cache that can take nothing back, as of a recurrent layer: it goes back to before the call.
+
+    Unless the path is all that was read, it is then to be read again, by all layers.
+    """
+
+    def __init__(self, base: LayerCache, layout: TreeLayout):
+        self.base = base
+        self.layout = layout
+        self.before = state_of(base)
+
+    def commit(self, path: list[int]) -> bool:
+        """Return whether the path is all that was read, so that the state is right as it is."""
+        return len(path) == self.layout.depths.size
+
+    def rewind(self, num_tokens: int) -> bool:
+        """Go back to before the call; return whether that is what was asked for."""
+        restore(self.base, self.before)
+        return num_tokens == 0
 
 
 class TreeCacheList:
@@ -202,24 +227,24 @@ class TreeCacheList:
     def __getitem__(self, index: int) -> "TreeView":
         return self.caches[index]
 
-    def commit(self, path: list[int]) -> None:
+    def commit(self, path: list[int]) -> bool:
         """Commit every cache."""
-        for cache in self.caches:
-            cache.commit(path)
+        return all(cache.commit(path) for cache in self.caches)
 
-    def rewind(self, num_tokens: int) -> None:
+    def rewind(self, num_tokens: int) -> bool:
         """Rewind every cache."""
-        for cache in self.caches:
-            cache.rewind(num_tokens)
+        return all(cache.rewind(num_tokens) for cache in self.caches)
 
 
-TreeView = TreeCache | TreeCacheList
+TreeView = TreeCache | ReplayedCache | TreeCacheList
 
 
 def tree_cache(base: LayerCache, layout: TreeLayout) -> TreeView:
     """Return the view of one layer's cache for one tree call."""
     if isinstance(base, CacheList):
         return TreeCacheList(base, layout)
+    if layout.in_line and type(base) not in APPENDING:
+        return ReplayedCache(base, layout)
     return (RotatingTreeCache if isinstance(base, RotatingKVCache) else TreeCache)(base, layout)
 
 

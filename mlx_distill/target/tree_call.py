@@ -6,7 +6,7 @@ parents  -  A  A  B                1 1 . .
 1 1 . 1
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -48,26 +48,33 @@ class TreeCall:
         hidden: What the target's head saw at every node.
         taps: What the tapped layers returned at every node.
         caches: The views of the caches that took part.
+        read_again: Reads the first so many nodes of a chain once more.
     """
 
     logits: Float[mx.array, "N V"]
     hidden: Float[mx.array, "N D"]
     taps: tuple[Float[mx.array, "N _"], ...]
     caches: list[TreeView]
+    read_again: Callable[[int], None]
 
     def commit(self, path: list[int]) -> None:
         """Keep the nodes of ``path`` (root first) in the caches and drop the others.
 
-        This is where a view may answer by replay: one whose state cannot be taken back, such as
-        that of a recurrent layer, is remade from the state before the tree and the path's inputs.
+        A view may ask for a replay: what it stands for cannot take anything back, as the state of
+        a recurrent layer. Then all layers go back to before the call and read the path again.
         """
-        for cache in self.caches:
-            cache.commit(path)
+        if not all(view.commit(path) for view in self.caches):
+            self._replay(len(path))
 
     def rewind(self, num_tokens: int) -> None:
         """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
-        for cache in self.caches:
-            cache.rewind(num_tokens)
+        if not all(view.rewind(num_tokens) for view in self.caches):
+            self._replay(num_tokens)
+
+    def _replay(self, num_tokens: int) -> None:
+        for view in self.caches:
+            view.rewind(0)
+        self.read_again(num_tokens)
 
     def rebase(self, caches: list[LayerCache]) -> None:
         """Let the views stand for caches that were replaced, by quantised ones for example."""
@@ -99,14 +106,18 @@ def call_on_tree(
     A root alone is called as any token of a text is: it costs what plain decoding costs.
     """
     start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
-    layout = TreeLayout(tree.mask, tree.depths, start, batched)
+    layout = TreeLayout(tree.mask, tree.depths, start, batched, support == "chain")
     views = [tree_cache(cache, layout) for cache in caches]
+
+    def read_again(num_tokens: int) -> None:
+        call_on_text(model, head, tree.tokens[:num_tokens], caches)
+
     if support == "chain":
-        return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views)
+        return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views, read_again)
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
     span = tree_span.set(TreeSpan(start, tree.max_depth))
     try:
-        return TreeCall(*_called(model, head, tokens, views, taps), views)
+        return TreeCall(*_called(model, head, tokens, views, taps), views, read_again)
     finally:
         tree_span.reset(span)
 

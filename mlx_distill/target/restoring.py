@@ -1,0 +1,86 @@
+"""Putting caches back to what they held before further tokens were read.
+
+A cache that appends forgets by its offset alone. Windows, recurrent states and whatever else a
+model keeps are remembered as they were: arrays are never copied for that, since nothing that a
+model computes changes them.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx_lm.models.cache import (
+    CacheList,
+    ChunkedKVCache,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+)
+
+from mlx_distill.target.layer_cache import LayerCache
+from mlx_distill.target.window import InTreeLayout
+
+APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
+
+
+class RestorePoint:
+    """The state of a prompt cache, to which it can be put back after further tokens were read.
+
+    Args:
+        caches: The prompt cache, one entry per layer.
+    """
+
+    def __init__(self, caches: Sequence[LayerCache]):
+        self.states = [state_of(cache) for cache in caches]
+
+    def restore(self, caches: Sequence[LayerCache]) -> None:
+        """Put the caches back; entries that were quantised since stay quantised."""
+        for cache, state in zip(caches, self.states, strict=True):
+            restore(cache, state)
+
+
+def state_of(cache: LayerCache) -> object:
+    """Return what ``restore`` needs."""
+    if isinstance(cache, CacheList):
+        return [state_of(part) for part in cache.caches]
+    if isinstance(cache, APPENDING):  # the rows before its offset never change
+        return cache.offset
+    if isinstance(cache, RotatingKVCache):
+        return _held(cache.state)
+    return {name: _held(value) for name, value in vars(cache).items()}
+
+
+def restore(cache: LayerCache, state: object) -> None:
+    """Put a cache back to a state that it had."""
+    if isinstance(cache, CacheList):
+        assert isinstance(state, list)
+        for part, one in zip(cache.caches, state, strict=True):
+            restore(part, one)
+    elif isinstance(cache, APPENDING):
+        cache.offset = state
+    elif isinstance(cache, RotatingKVCache):
+        cache.state = _held(state)
+    else:
+        assert isinstance(state, dict)
+        vars(cache).update({name: _held(value) for name, value in state.items()})
+
+
+def can_restore(cache: LayerCache) -> bool:
+    """Return whether a cache can be put back: whether all that it keeps is arrays and numbers."""
+    if isinstance(cache, CacheList):
+        return all(can_restore(part) for part in cache.caches)
+    if type(cache) is InTreeLayout:
+        return True
+    return all(_is_plain(value) for value in vars(cache).values())
+
+
+def _held(value: object) -> object:
+    """Return a value with other names for its arrays: a row that is written changes one name."""
+    if isinstance(value, mx.array):
+        return value[...]
+    return type(value)(map(_held, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, mx.array | int | float | str)

@@ -1,0 +1,146 @@
+"""Caches that take nothing back: a chain is verified in one call, what is kept is read again."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from mlx import nn
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from test_architectures import assert_same_caches
+from test_decoding import KnowingDrafter, with_eos
+from test_taps import EverySecond
+from tiny_models import tiny_model
+
+import mlx_distill
+from mlx_distill import DraftPlan
+from mlx_distill.checkpoint import bundled
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.target.target import Target
+
+TEXT = [5, 17, 42, 8, 23, 61, 9]
+CHAIN = [11, 22, 33, 44]
+# One of each kind of cache: states alone, beside keys, in a list with keys or a window, and a cache
+# of the model's own.
+ARCHITECTURES = ("mamba2", "lfm2", "falcon_h1", "baichuan_m1", "recurrent_gemma", "deepseek_v41")
+
+
+class Leaky(nn.Module):
+    """The smallest recurrent model: a sum of what was read that fades."""
+
+    def __init__(self, cached: bool = True):
+        super().__init__()
+        self.embed = nn.Embedding(97, 16)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 97, bias=False)
+        self.layers = [self.norm]
+        self.model_type = "leaky"
+        self._cached = cached
+        self._elsewhere: list[Any] = [None]
+
+    def make_cache(self) -> list[ArraysCache]:
+        self._elsewhere[0] = None
+        return [ArraysCache(1)]
+
+    def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        kept = cache[0] if self._cached else self._elsewhere
+        state = mx.zeros((tokens.shape[0], 16)) if kept[0] is None else kept[0]
+        states = []
+        for place in range(tokens.shape[1]):
+            state = 0.8 * state + self.embed(tokens[:, place])
+            states.append(state)
+        kept[0] = state
+        return self.head(self.norm(mx.stack(states, axis=1)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return with_eos(mlx_distill.load(bundled("stories-14m"))[1], set())
+
+
+def states(caches: list[Any]) -> list[np.ndarray]:
+    arrays = (x for cache in caches for _, x in tree_flatten(cache.state))
+    return [np.array(x) for x in arrays if isinstance(x, mx.array)]
+
+
+def read(target: Target, text: list[int]) -> list[Any]:
+    caches = make_prompt_cache(target.model)
+    mx.eval(target.forward(mx.array(text), caches))
+    return caches
+
+
+def test_a_recurrent_model_opens_as_a_chain() -> None:
+    target = Target.of(Leaky())
+    assert target.support == "chain"
+    assert "cache (ArraysCache) holds no branches" in target.reason
+
+
+def test_a_state_that_no_cache_holds_is_refused() -> None:
+    """It would go on after what was taken back."""
+    target = Target.of(Leaky(cached=False))
+    assert target.support == "none"
+
+
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+@pytest.mark.parametrize("rewound", [None, 0, 1, 2])
+def test_what_is_kept_is_as_if_read_alone(kept: int, rewound: int | None) -> None:
+    target = Target.of(Leaky())
+    caches = read(target, TEXT)
+    call = target.verify(PrefixTree.chain(mx.array(CHAIN)), caches)
+    for number, logits in enumerate(call.logits, start=1):
+        expected = target.forward(mx.array([*TEXT, *CHAIN[:number]]), target.model.make_cache())
+        np.testing.assert_allclose(logits, expected[0][-1], atol=1e-4)
+    call.commit(list(range(kept)))
+    end = kept
+    if rewound is not None:
+        end = min(kept, rewound)
+        # Whatever was read since is forgotten, too.
+        target.verify(PrefixTree.chain(mx.array(CHAIN)), caches)
+        call.rewind(end)
+    for found, expected in zip(
+        states(caches), states(read(target, [*TEXT, *CHAIN[:end]])), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_texts_and_caches_are_mlx_lms(tokenizer: Any, name: str) -> None:
+    model = tiny_model(name)
+    expected_caches = make_prompt_cache(model)
+    steps = mlx_lm.stream_generate(
+        model, tokenizer, TEXT, max_tokens=30, prompt_cache=expected_caches
+    )
+    expected = [response.token for response in steps]
+    for hide in (False, True):
+        drafter = KnowingDrafter(model, TEXT, 40, hide=hide)
+        for plan in (DraftPlan(3, 4, 8), EverySecond()):
+            caches = make_prompt_cache(model)
+            options: dict[str, Any] = {"max_tokens": 30, "prompt_cache": caches, "plan": plan}
+            found = list(
+                mlx_distill.stream_generate(model, tokenizer, TEXT, drafter=drafter, **options)
+            )
+            assert [response.token for response in found] == expected
+            assert_same_caches(caches, expected_caches)
+        assert found[-1].tokens_per_call > 1.3
+
+
+def test_a_text_that_is_left_can_be_gone_on_with(tokenizer: Any) -> None:
+    """In the middle of a draft; whatever was handed out is in the cache, and no more."""
+    model = tiny_model("lfm2")
+    options: dict[str, Any] = {"temperature": 0.7, "seed": 3}
+    for number in (1, 2, 5, 6):
+        caches = make_prompt_cache(model)
+        drafter = KnowingDrafter(model, TEXT, 40)
+        texts = mlx_distill.stream_generate(
+            model, tokenizer, TEXT, drafter=drafter, prompt_cache=caches, max_tokens=30
+        )
+        written = [next(texts).token for _ in range(number)]
+        texts.close()
+        assert_same_caches(caches, read(Target.of(model), [*TEXT, *written]))
+    drawn = [
+        mlx_distill.generate(model, tokenizer, TEXT, drafter=one, max_tokens=20, **options)
+        for one in (None, drafter)
+    ]
+    assert drawn[0] == drawn[1]
