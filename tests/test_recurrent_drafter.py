@@ -15,6 +15,7 @@ from oracles.sampling import softmax
 from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.stepping import Steps
 from mlx_distill.errors import InputError
 
 # Width 7 of the head needs a projection, width 10 = 2 x 5 does not.
@@ -108,17 +109,25 @@ def test_one_context_serves_several_states(shape: dict[str, Any]):
         np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("exit_dim", [7, 10])
-def test_preparing_changes_nothing(exit_dim: int):
-    network = random_drafter(exit_dim=exit_dim, num_draft_layers=1)
-    inputs = random_inputs(network, 4)
-    before, weights = logits_after_each(network, *inputs), parameters(network)
-    network.prepare()
-    np.testing.assert_allclose(logits_after_each(network, *inputs), before, rtol=1e-6, atol=1e-6)
-    after = parameters(network)
-    assert after.keys() == weights.keys()
-    for name, value in weights.items():
-        np.testing.assert_array_equal(after[name], value)
+@pytest.mark.parametrize("table_bytes", [0, 2**20])
+@pytest.mark.parametrize("shape", [*SHAPES, OTHER_EMBEDDING, TRIMMED], ids=str)
+def test_joined_steps_equal_the_network(shape: dict[str, Any], table_bytes: int):
+    """With tables and without: features after the root, and after one more token."""
+    network = random_drafter(**shape)
+    tokens = network.config.draft_vocab_size or network.config.vocab_size
+    embed = nn.Embedding(network.config.vocab_size, network.config.embedding_size or 5)
+    hidden, column = mx.random.normal((5,)), tokens - 1
+    token = network.token_ids[column].item() if "token_ids" in network else column
+    steps = Steps(network, embed, table_bytes)
+    context = steps.context(hidden)
+    x, carried = steps.first(mx.array([1]), context)
+    y, _ = steps.next(mx.array([column]), carried, context)
+    state = network.advance(None, network.read(embed(mx.array([1]))))
+    expected = network.features(network.context(hidden)[None], state)
+    np.testing.assert_allclose(np.array(x), np.array(expected), rtol=1e-4, atol=1e-5)
+    state = network.advance(state, network.read(embed(mx.array([token]))))
+    expected = network.features(network.context(hidden)[None], state)
+    np.testing.assert_allclose(np.array(y), np.array(expected), rtol=1e-4, atol=1e-5)
 
 
 # The names of the parameters

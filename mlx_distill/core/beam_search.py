@@ -1,15 +1,28 @@
-"""Beam search over a recurrent drafter, all on the device, in one graph."""
+"""Beam search over a recurrent drafter, all on the device, in one graph.
 
-from collections.abc import Callable
+On a GPU every operation costs, however small it is, so the search has few: what belongs to a level
+stays as it is found, and all levels are put into one array by one chain of selections at the end,
+which a compiled search fuses. The root has a level of its own, of which the last node is kept:
+
+    level 0   root root root        nodes   root | A B C | D E F
+    level 1    A    B    C
+    level 2    D    E    F
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer
 from mlx.utils import tree_map
 
-from mlx_distill.core.draft import Draft
+from mlx_distill.core.draft import WORST_SCORE, Draft
 
 Step = Callable[[Int[mx.array, " W"], Any], tuple[Float[mx.array, "W V"], Any]]
+
+# Up to so many beams are told apart by selections, which fuse, and not by a gather.
+FEW_BEAMS = 8
 
 
 def beam_search(
@@ -26,40 +39,84 @@ def beam_search(
 
     Args:
         step: Takes the beams' last tokens and their states, each with the beams on its first axis;
-            returns the log-probabilities of the next tokens and the new states.
+            returns the logits of the next tokens, in float32, and the new states.
         root: The token that every beam begins with.
         state: The drafter's state before the root, for one beam.
         width: Number of beams, at least 1; capped at the number of tokens there are.
         length: Number of drafted tokens per beam, at least 1.
-        token_ids: What the columns of ``log_probs`` stand for; None if they are the token ids.
+        token_ids: What the columns of the logits stand for; None if they are the token ids.
     """
-    log_probs, state = step(root, state)
-    vocab_size = log_probs.shape[-1]
+    logits, state = step(root, state)
+    vocab_size = logits.shape[-1]
     width = min(width, vocab_size)
     state = tree_map(lambda x: mx.broadcast_to(x, (width, *x.shape[1:])), state)
-    best = _top(log_probs[0], width)
-    parents, scores = mx.zeros_like(best), log_probs[0][best]
-    levels = [(root.astype(mx.int32), mx.zeros((1,), mx.int32), mx.zeros((1,)))]
-    for depth in range(length):
-        columns = best % vocab_size if depth else best
-        tokens = columns if token_ids is None else token_ids[columns]
-        above = 1 + (depth - 1) * width if depth else 0  # the index of the first node there
-        levels.append((tokens.astype(mx.int32), parents.astype(mx.int32) + above, scores))
-        if depth == length - 1:
-            break
-        log_probs, state = step(tokens, state)
-        flat = (log_probs + scores[:, None]).reshape(-1)
-        best = _top(flat, width)
-        parents, scores = best // vocab_size, flat[best]
-        state = tree_map(lambda x, kept=parents: x[kept], state)
-    tokens, parents, scores = (mx.concatenate(list(part)) for part in zip(*levels, strict=True))
-    depths = mx.concatenate([mx.zeros((1,), mx.int32), mx.arange(length * width) // width + 1])
-    return Draft(tokens, parents, depths, scores, length)
+    flat, shift = logits.reshape(-1), mx.logsumexp(logits, axis=-1)
+    best = [_top(flat, width)]
+    scores = [flat[best[0]]]  # the first ones are to be shifted, wherever they are used
+    for depth in range(1, length):
+        columns = best[-1] % vocab_size if depth > 1 else best[-1]
+        logits, state = step(columns if token_ids is None else token_ids[columns], state)
+        above = scores[-1][:, None] - shift if depth == 1 else scores[-1][:, None]
+        flat = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) + above).reshape(-1)
+        best.append(_top(flat, width))
+        scores.append(flat[best[-1]])
+        state = tree_map(partial(_chosen, best[-1], vocab_size), state)
+    return _draft(root, best, scores, shift, vocab_size, token_ids)
 
 
-def _top(scores: Float[mx.array, " V"], count: int) -> Int[mx.array, " K"]:
+def _draft(
+    root: Int[mx.array, " 1"],
+    best: Sequence[Integer[mx.array, " W"]],
+    scores: Sequence[Float[mx.array, " W"]],
+    shift: Float[mx.array, " 1"],
+    vocab_size: int,
+    token_ids: Int[mx.array, " V"] | None,
+) -> Draft:
+    """Return the draft of all levels; tokens and parents come out of one chain of operations."""
+    width, length = best[0].size, len(best)
+    is_root = mx.array([[True]] + [[False]] * length)
+    above = mx.array([[0], [0], *([1 + width * level] for level in range(length - 1))], mx.uint32)
+    found = _levels([x[None, None] for x in best], mx.array(0, mx.uint32))
+    columns = found % vocab_size
+    if token_ids is None:
+        columns = mx.where(is_root, root.astype(mx.uint32), columns)
+    first = mx.array([True, False])[:, None, None]
+    both = mx.where(first, columns, found // vocab_size + above).astype(mx.int32)
+    tokens, parents = (x.reshape(-1)[width - 1 :] for x in (both[:1], both[1:]))
+    if token_ids is not None:
+        tokens = mx.where(mx.arange(tokens.size) == 0, root, token_ids[tokens])
+    shifted = [scores[0][None] - shift, *(x[None] for x in scores[1:])]
+    levels = mx.maximum(_levels(shifted, mx.array(0.0)), WORST_SCORE)
+    depths = mx.array([0] + [depth for depth in range(1, length + 1) for _ in range(width)])
+    return Draft(tokens.astype(mx.int32), parents, depths, levels.reshape(-1)[width - 1 :], length)
+
+
+def _levels(values: Sequence[mx.array], root: mx.array) -> mx.array:
+    """Return the values of all levels in one array, the root's in the first row.
+
+    The values are rows; views between two operations would keep them from being one kernel.
+    """
+    level = mx.array([[number] for number in range(len(values) + 1)])
+    rows = root
+    for number, value in enumerate(values, start=1):
+        rows = mx.where(level == number, value, rows)
+    return rows
+
+
+def _chosen(best: Integer[mx.array, " W"], vocab_size: int, x: mx.array) -> mx.array:
+    """Return the rows of the beams that the best candidates follow."""
+    if x.shape[0] > FEW_BEAMS:
+        return x[best // vocab_size]
+    parents = best.reshape(-1, *[1] * (x.ndim - 1)) // vocab_size
+    chosen = x[:1]
+    for row in range(1, x.shape[0]):
+        chosen = mx.where(parents == row, x[row : row + 1], chosen)
+    return mx.broadcast_to(chosen, x.shape)
+
+
+def _top(scores: Float[mx.array, " V"], count: int) -> Integer[mx.array, " K"]:
     """Return the indices of the ``count`` largest scores, in no order."""
     if count == scores.size:
-        return mx.arange(count)
+        return mx.arange(count).astype(mx.uint32)
     order = mx.argpartition(scores, kth=scores.size - count)
-    return order[scores.size - count :].astype(mx.int32)
+    return order[scores.size - count :]

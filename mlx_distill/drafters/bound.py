@@ -9,23 +9,21 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
-from mlx_distill.arrays import log_probs
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.stepping import Steps
 
 # The target's best token is likelier to be the drafter's than the drafter's distribution says. The
 # bundled pair takes 3.07 tokens per call at temperature 0 and 2.52 at 1 with a factor of 1.0, 3.22
 # and 2.53 with 1.4, 3.18 and 2.46 with 2.5 (12 prompts of the split that the README's results are
 # measured on, default draft).
 SHARPNESS = 1.4
-# A draw of noise can be -inf; such a token must still rank behind its parent.
-FLOOR = -1e4
 # Searches that are kept compiled, one for each shape of draft, with noise and without.
 MOST_COMPILED = 16
-# Up to this size, what every token adds to the state is tabulated once.
+# Up to this size each, what tokens add to the state and make of it as roots is tabulated once.
 TABLE_BYTES = 64 * 2**20
 
 # MLX knows a compiled function by its address and forgets a freed one in the thread alone that
@@ -54,12 +52,11 @@ class BoundDrafter:
         self.network = network
         self.embed = embed
         self.target = target
-        network.prepare()
-        self._table = None
-        num_tokens = embed["weight"].shape[0]  # the root can be any of the target's
-        if num_tokens * network.config.hidden_size * 4 <= TABLE_BYTES:
-            self._table = network.read(embed(mx.arange(num_tokens)))
-            mx.eval(self._table)
+        self._steps = Steps(network, embed, TABLE_BYTES)
+        if self._steps.token_ids is not None:
+            every = mx.arange(embed["weight"].shape[0])
+            self._ids = mx.concatenate([self._steps.token_ids.astype(mx.int32), every])
+            mx.eval(self._ids)
         self.searches: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
         self._compiling = threading.Lock()
 
@@ -109,24 +106,40 @@ class BoundDrafter:
         root: mx.array,
         noise: mx.array | None = None,
     ) -> Arrays:
-        network = self.network
-        context = network.context(hidden)[None]
-        token_ids = network.token_ids if self.config.draft_vocab_size else None
+        steps, context = self._steps, self._steps.context(hidden)
         if noise is not None:
-            noise = noise[:, : self.config.vocab_size] if token_ids is None else noise[:, token_ids]
-        rows = iter(()) if noise is None else iter(noise)  # one per step, in the search's order
+            ids = steps.token_ids
+            noise = (
+                noise[:, : self.config.vocab_size] if ids is None else mx.take(noise, ids, axis=1)
+            )
+        rows = iter(range(length))  # of noise; one per step, in the search's order
 
-        def step(tokens: mx.array, state: mx.array | None) -> tuple[mx.array, mx.array]:
-            table = self._table
-            read = network.read(self.embed(tokens)) if table is None else table[tokens]
-            state = network.advance(state, read)
-            logits = network.logits(context, state).astype(mx.float32)
-            if noise is not None:
-                logits = mx.maximum(logits + next(rows), FLOOR)
-            return log_probs(SHARPNESS * logits), state
+        def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array, mx.array]:
+            if carried is None:
+                x, carried = steps.first(root, context)
+            else:
+                x, carried = steps.next(columns, carried, context)
+            row = next(rows)
+            return self._logits(x, None if noise is None else noise[row : row + 1]), carried
 
-        draft = beam_search(step, root, None, width, length, token_ids)
-        return draft.tokens, draft.parents, draft.depths, draft.scores
+        if steps.token_ids is None:
+            draft = beam_search(step, root, None, width, length)
+            return draft.tokens, draft.parents, draft.depths, draft.scores
+        # The columns stand for tokens; behind them, every token stands for itself.
+        draft = beam_search(step, root + steps.token_ids.size, None, width, length)
+        return self._ids[draft.tokens], draft.parents, draft.depths, draft.scores
+
+    def _logits(
+        self, x: Float[mx.array, "W E"], noise: Float[mx.array, "1 K"] | None
+    ) -> Float[mx.array, "W K"]:
+        """Return the sharpened logits in float32, after the noise is added."""
+        weight = self.network.head.weight.T
+        if weight.dtype == mx.float32 and noise is not None:
+            return mx.addmm(noise, x, weight, alpha=SHARPNESS, beta=SHARPNESS)
+        if weight.dtype == mx.float32:
+            return (SHARPNESS * x) @ weight
+        logits = (x @ weight).astype(mx.float32)
+        return SHARPNESS * (logits if noise is None else logits + noise)
 
 
 class RecurrentState:
