@@ -101,6 +101,12 @@ class KnowingDrafter:
         self.vocab_size = target.vocab_size
         self.hide = hide
 
+    def hiding(self) -> "KnowingDrafter":
+        """Return one that knows the same text and hides it."""
+        other = copy.copy(self)
+        other.hide = True
+        return other
+
     taps = ()
 
     def open(self, prompt: mx.array, features: Features) -> "KnowingState":
@@ -174,15 +180,23 @@ def pair() -> tuple[Any, Any]:
 def drafters(pair: tuple[Any, Any]) -> dict[str, list[Any]]:
     """Return drafters by name, one for each prompt."""
     model, tokenizer = pair
-    texts = [tokenizer.encode(prompt) for prompt in PROMPTS]
+    knowing = [KnowingDrafter(model, tokenizer.encode(prompt)) for prompt in PROMPTS]
     return {
         "random": [random_drafter(model, 512)] * len(PROMPTS),
-        "knowing": [KnowingDrafter(model, text) for text in texts],
-        "hiding": [KnowingDrafter(model, text, hide=True) for text in texts],
+        "knowing": knowing,
+        "hiding": [drafter.hiding() for drafter in knowing],
     }
 
 
 DRAFTERS = ("random", "knowing", "hiding")
+
+
+def places(name: str, last: int) -> list[int]:
+    """Return the numbers of tokens at which a text ends: every place that a cycle can end at.
+
+    Random drafts are wrong, so that every one of their cycles is like every other.
+    """
+    return [1, 2, last // 2, last] if name in ("none", "random") else list(range(1, last + 1))
 
 
 def seen(responses: Iterator[Any]) -> list[tuple[int, str, str | None]]:
@@ -240,9 +254,16 @@ def assert_equal_caches(found: list[Any], expected: list[Any]) -> None:
 # ---------------------------------------------------------------------------------------- tokens
 
 
+NUM_TOKENS = {"random": 12, "knowing": 32, "hiding": 24}  # 12, about 7 and about 10 cycles
+
+
 @pytest.fixture(scope="module")
-def plain_answers(pair: tuple[Any, Any]) -> list[list[tuple[int, str, str | None]]]:
-    return [seen(plain(pair, prompt, max_tokens=32)) for prompt in PROMPTS]
+def plain_answers(pair: tuple[Any, Any]) -> dict[int, list[list[tuple[int, str, str | None]]]]:
+    """Return mlx-lm's answers to every prompt by their length."""
+    return {
+        length: [seen(plain(pair, prompt, max_tokens=length)) for prompt in PROMPTS]
+        for length in NUM_TOKENS.values()
+    }
 
 
 @pytest.mark.parametrize("plan", PLANS, ids=lambda p: f"{p.beam_width}x{p.draft_length}-{p.nodes}")
@@ -250,13 +271,14 @@ def plain_answers(pair: tuple[Any, Any]) -> list[list[tuple[int, str, str | None
 def test_greedy_equals_mlx_lm(
     pair: tuple[Any, Any],
     drafters: dict[str, list[Any]],
-    plain_answers: list[Any],
+    plain_answers: dict[int, list[Any]],
     name: str,
     plan: DraftPlan,
 ) -> None:
-    for prompt, drafter, expected in zip(PROMPTS, drafters[name], plain_answers, strict=True):
-        found = ours(pair, prompt, drafter=drafter, plan=plan, max_tokens=32)
-        assert seen(found) == expected
+    length = NUM_TOKENS[name]
+    for prompt, drafter, answer in zip(PROMPTS, drafters[name], plain_answers[length], strict=True):
+        found = ours(pair, prompt, drafter=drafter, plan=plan, max_tokens=length)
+        assert seen(found) == answer
 
 
 def test_bundled_drafter_equals_mlx_lm(whole_pair: tuple[Any, Any]) -> None:
@@ -285,20 +307,17 @@ def test_architectures_equal_mlx_lm(pair: tuple[Any, Any], name: str) -> None:
     tokenizer = with_eos(pair[1], set())  # only decodes; the tiny vocabularies are in its first ids
     prompt = [int(t) for t in np.random.default_rng(4).integers(3, 96, 20)]
     expected_cache = make_prompt_cache(model)
-    options: dict[str, Any] = {"max_tokens": 40}
+    options: dict[str, Any] = {"max_tokens": 24}
     expected = seen(plain((model, tokenizer), prompt, prompt_cache=expected_cache, **options))
-    drafters = [
-        random_drafter(model, 60),
-        KnowingDrafter(model, prompt),
-        KnowingDrafter(model, prompt, hide=True),
-    ]
+    knowing = KnowingDrafter(model, prompt, 40)
+    drafters = [random_drafter(model, 60), knowing, knowing.hiding()]
     for drafter in drafters:
         for plan in (DraftPlan(3, 4, 8), DraftPlan(3, 4, tree="beam")):
             cache = make_prompt_cache(model)
             options |= {"drafter": drafter, "plan": plan, "prompt_cache": cache}
             assert seen(ours((model, tokenizer), prompt, **options)) == expected
             assert_equal_caches(cache, expected_cache)
-    options["drafter"] = drafters[1]
+    options["drafter"] = knowing
     *_, last = ours((model, tokenizer), prompt, **options | {"prompt_cache": None})
     assert last.tokens_per_call > 3
 
@@ -310,9 +329,12 @@ def test_known_text_of_a_real_checkpoint(shared: Path) -> None:
     pair = mlx_distill.load(folder)
     assert pair[1].encode("Once upon a time") == [1, 403, 407, 261, 378]
     random = random_drafter(pair[0], 128)
-    for drafter in (None, random, KnowingDrafter(pair[0], [1], 200)):
+    for drafter in (None, KnowingDrafter(pair[0], [1], 200)):
         text = mlx_distill.generate(*pair, [1], drafter=drafter, max_tokens=200)
         assert text.strip() == known
+    begun = mlx_distill.generate(*pair, [1], drafter=random, max_tokens=40).strip()
+    assert len(begun) > 50
+    assert known.startswith(begun)
 
 
 def test_checkpoint_of_another_layout(shared: Path, pair: tuple[Any, Any]) -> None:
@@ -348,8 +370,10 @@ def test_recurrent_architecture_without_drafter(pair: tuple[Any, Any]) -> None:
             assert mx.allclose(a, b, atol=1e-5).item() if isinstance(a, mx.array) else a == b
 
 
-def test_without_drafter_is_mlx_lm(pair: tuple[Any, Any], plain_answers: list[Any]) -> None:
-    for prompt, expected in zip(PROMPTS, plain_answers, strict=True):
+def test_without_drafter_is_mlx_lm(
+    pair: tuple[Any, Any], plain_answers: dict[int, list[Any]]
+) -> None:
+    for prompt, expected in zip(PROMPTS, plain_answers[32], strict=True):
         responses = list(ours(pair, prompt, max_tokens=32))
         assert seen(iter(responses)) == expected
         assert responses[-1].target_calls == 31
@@ -396,7 +420,7 @@ def test_quantized_cache(
     options = {"kv_bits": bits, "kv_group_size": 32, "quantized_kv_start": start}
     for prompt, drafter in zip(PROMPTS[:2], drafters[name], strict=False):
         caches = make_prompt_cache(pair[0]), make_prompt_cache(pair[0])
-        expected = list(plain(pair, prompt, max_tokens=32, prompt_cache=caches[1], **options))
+        expected = list(plain(pair, prompt, max_tokens=20, prompt_cache=caches[1], **options))
         cache = CacheConfig(**options)
         found = list(
             ours(
@@ -404,7 +428,7 @@ def test_quantized_cache(
                 prompt,
                 drafter=drafter,
                 cache=cache,
-                max_tokens=32,
+                max_tokens=20,
                 prompt_cache=caches[0],
                 plan=DraftPlan(3, 5, 12),
             )
@@ -449,21 +473,21 @@ def test_window_that_wraps(
         caches = [
             [RotatingKVCache(max_size=size, keep=keep) for _ in pair[0].layers] for _ in range(2)
         ]
-        expected = plain(pair, prompt, max_tokens=36, prompt_cache=caches[1])
+        expected = plain(pair, prompt, max_tokens=24, prompt_cache=caches[1])
         options: dict[str, Any] = {"drafter": drafter, "plan": plan, "prompt_cache": caches[0]}
-        assert seen(ours(pair, prompt, max_tokens=36, **options)) == seen(expected)
+        assert seen(ours(pair, prompt, max_tokens=24, **options)) == seen(expected)
         assert_equal_caches(*caches)
 
 
 def test_max_kv_size_equals_mlx_lm(pair: tuple[Any, Any]) -> None:
     model, tokenizer = tiny_model("qwen2"), with_eos(pair[1], set())
     prompt = [int(t) for t in np.random.default_rng(4).integers(3, 96, 20)]
-    expected = seen(plain((model, tokenizer), prompt, max_tokens=40, max_kv_size=16))
-    unlimited = seen(plain((model, tokenizer), prompt, max_tokens=40))
+    expected = seen(plain((model, tokenizer), prompt, max_tokens=24, max_kv_size=16))
+    unlimited = seen(plain((model, tokenizer), prompt, max_tokens=24))
     assert expected != unlimited  # the window does cut
     for drafter in (None, random_drafter(model), KnowingDrafter(model, prompt, hide=True)):
         options: dict[str, Any] = {"drafter": drafter, "cache": CacheConfig(max_kv_size=16)}
-        assert seen(ours((model, tokenizer), prompt, max_tokens=40, **options)) == expected
+        assert seen(ours((model, tokenizer), prompt, max_tokens=24, **options)) == expected
 
 
 def test_prompt_is_read_in_chunks(pair: tuple[Any, Any], drafters: dict[str, list[Any]]) -> None:
@@ -485,7 +509,7 @@ def test_prompt_is_read_in_chunks(pair: tuple[Any, Any], drafters: dict[str, lis
 def test_max_tokens_anywhere_in_a_draft(
     pair: tuple[Any, Any], drafters: dict[str, list[Any]], name: str
 ) -> None:
-    for max_tokens in range(1, 13):
+    for max_tokens in places(name, 12):
         caches = make_prompt_cache(pair[0]), make_prompt_cache(pair[0])
         expected = seen(plain(pair, PROMPTS[0], max_tokens=max_tokens, prompt_cache=caches[1]))
         drafter = drafters[name][0]
@@ -501,9 +525,9 @@ def test_eos_anywhere_in_a_draft(
 ) -> None:
     model, tokenizer = pair
     answer = [token for token, _, _ in seen(plain(pair, PROMPTS[0], max_tokens=14))]
-    places = [place for place, token in enumerate(answer) if token not in answer[:place]]
-    assert len(places) > 8
-    for place in places:
+    ends = [place for place, token in enumerate(answer) if token not in answer[:place]]
+    assert len(ends) > 8
+    for place in ends[:: 3 if name == "random" else 1]:
         ending = with_eos(tokenizer, {answer[place]})
         caches = make_prompt_cache(model), make_prompt_cache(model)
         expected = seen(plain((model, ending), PROMPTS[0], prompt_cache=caches[1]))
@@ -567,7 +591,7 @@ def test_consumer_leaves_anywhere_in_a_cycle(
     pair: tuple[Any, Any], drafters: dict[str, list[Any]], name: str, how: str
 ) -> None:
     drafter = None if name == "none" else drafters[name][0]
-    for num_tokens in range(12):
+    for num_tokens in [0, *places(name, 11)]:
         caches = make_prompt_cache(pair[0]), make_prompt_cache(pair[0])
         responses = ours(pair, PROMPTS[0], drafter=drafter, prompt_cache=caches[0])
         others = plain(pair, PROMPTS[0], prompt_cache=caches[1])
@@ -591,7 +615,7 @@ def test_consumer_leaves_a_window_or_a_quantized_cache(
 ) -> None:
     layers = pair[0].layers
     options = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 13}
-    for num_tokens in range(1, 12):
+    for num_tokens in places(name, 11):
         windows = [[RotatingKVCache(max_size=12, keep=4) for _ in layers] for _ in range(2)]
         growing = [[KVCache() for _ in layers] for _ in range(2)]
         for caches, extra in ((windows, {}), (growing, options)):
@@ -617,21 +641,19 @@ def test_two_turns_equal_one_plain_run(
     model, tokenizer = pair
     second = tokenizer.encode(" Then a big dog came and", add_special_tokens=False)
     first = tokenizer.encode(PROMPTS[0])
-    for name in DRAFTERS:
-        for num_tokens in (1, 4, 7):
-            caches = [
-                [RotatingKVCache(16, 4) if window else KVCache() for _ in model.layers]
-                for _ in range(2)
-            ]
-            drafter = drafters[name][0]
-            kept: dict[str, Any] = {"drafter": drafter, "prompt_cache": caches[0]}
-            turn = [r.token for r in ours(pair, first, max_tokens=num_tokens, **kept)]
-            found = seen(ours(pair, second, max_tokens=12, **kept))
-            list(plain(pair, first, max_tokens=num_tokens, prompt_cache=caches[1]))
-            assert found == seen(plain(pair, second, max_tokens=12, prompt_cache=caches[1]))
-            assert_equal_caches(*caches)
-            if not window:
-                assert found == seen(plain(pair, first + turn + second, max_tokens=12))
+    empty = lambda: [RotatingKVCache(16, 4) if window else KVCache() for _ in model.layers]  # noqa: E731
+    for num_tokens in (1, 4, 7):
+        theirs = empty()
+        turn = [r.token for r in plain(pair, first, max_tokens=num_tokens, prompt_cache=theirs)]
+        expected = seen(plain(pair, second, max_tokens=12, prompt_cache=theirs))
+        if not window:
+            assert expected == seen(plain(pair, first + turn + second, max_tokens=12))
+        for name in DRAFTERS:
+            caches = empty()
+            kept: dict[str, Any] = {"drafter": drafters[name][0], "prompt_cache": caches}
+            assert [r.token for r in ours(pair, first, max_tokens=num_tokens, **kept)] == turn
+            assert seen(ours(pair, second, max_tokens=12, **kept)) == expected
+            assert_equal_caches(caches, theirs)
 
 
 def test_cache_can_be_trimmed_afterwards(
@@ -655,10 +677,10 @@ def test_repetition_penalty_equals_mlx_lm(
 ) -> None:
     for prompt, drafter in zip(PROMPTS[:2], drafters[name], strict=False):
         make = lambda: make_logits_processors({9: 3.0}, repetition_penalty=1.3)  # noqa: E731
-        expected = seen(plain(pair, prompt, max_tokens=30, logits_processors=make()))
+        expected = seen(plain(pair, prompt, max_tokens=16, logits_processors=make()))
         for plan in (DraftPlan(), DraftPlan(4, 5, tree="beam")):
             options: dict[str, Any] = {"logits_processors": make(), "plan": plan}
-            found = seen(ours(pair, prompt, drafter=drafter, max_tokens=30, **options))
+            found = seen(ours(pair, prompt, drafter=drafter, max_tokens=16, **options))
             assert found == expected
 
 
@@ -798,12 +820,12 @@ def test_without_seed_runs_differ(pair: tuple[Any, Any], drafters: dict[str, lis
 def test_filters_that_leave_one_token_are_greedy(
     pair: tuple[Any, Any],
     drafters: dict[str, list[Any]],
-    plain_answers: list[Any],
+    plain_answers: dict[int, list[Any]],
     law: dict[str, float],
 ) -> None:
     for drafter in (None, drafters["hiding"][0]):
         options: dict[str, Any] = {"drafter": drafter, "temperature": 1.5, **law}
-        assert seen(ours(pair, PROMPTS[0], max_tokens=32, **options)) == plain_answers[0]
+        assert seen(ours(pair, PROMPTS[0], max_tokens=32, **options)) == plain_answers[32][0]
 
 
 # -------------------------------------------------------------------------------------- the loop
@@ -834,7 +856,7 @@ def test_one_host_read_per_cycle(
 
 
 def test_nothing_is_drafted_where_the_plan_has_no_room(
-    pair: tuple[Any, Any], plain_answers: list[Any]
+    pair: tuple[Any, Any], plain_answers: dict[int, list[Any]]
 ) -> None:
     class Refusing:
         taps = ()
@@ -846,13 +868,13 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
             raise AssertionError("one node leaves no room for a draft")
 
     found = list(ours(pair, PROMPTS[0], drafter=Refusing(), plan=DraftPlan(nodes=1), max_tokens=32))
-    assert seen(iter(found)) == plain_answers[0]
+    assert seen(iter(found)) == plain_answers[32][0]
     assert found[-1].drafted_tokens == 0
     assert found[-1].verified_tokens == found[-1].target_calls == 31
 
 
 def test_another_thread_generates_and_reads(
-    pair: tuple[Any, Any], plain_answers: list[Any]
+    pair: tuple[Any, Any], plain_answers: dict[int, list[Any]]
 ) -> None:
     """MLX's default streams belong to threads; models, drafters and responses must not."""
     drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
@@ -869,7 +891,7 @@ def test_another_thread_generates_and_reads(
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found["text"] == plain_answers[0]
+    assert found["text"] == plain_answers[32][0]
     options = {"drafter": drafter, "temperature": 1.0, "seed": 2, "max_tokens": 32}
     assert found["sampled"] == seen(ours(pair, PROMPTS[0], **options))
     np.testing.assert_allclose(found["sums"], 1, atol=1e-4)

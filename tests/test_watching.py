@@ -82,7 +82,7 @@ def test_a_thread_that_calls_a_model_does_not_notice_one_that_watches_it() -> No
     neighbour = threading.Thread(target=plainly)
     neighbour.start()
     try:
-        for _ in range(60):
+        for _ in range(15):
             find_head(model, TOKENS)
             body = Body.of(model)
             assert body is not None
