@@ -9,6 +9,7 @@ import pytest
 
 from mlx_distill import TrainingConfig, checkpoint, distill
 from mlx_distill.data.chats import Chat
+from mlx_distill.data.report import Report
 from mlx_distill.data.texts import Source, Text
 from mlx_distill.distillation.on_policy import (
     OnPolicyConfig,
@@ -16,6 +17,7 @@ from mlx_distill.distillation.on_policy import (
     Rollouts,
     answered,
     prompt_of,
+    with_room,
     written_text,
 )
 from mlx_distill.distillation.students import from_config
@@ -117,6 +119,21 @@ def test_questions_are_answered_where_there_is_nothing_to_judge() -> None:
     assert answered(texts, writer, EOS, config) == [kept, new]
     with pytest.raises(InputError, match="no held-out question leaves room for an answer"):
         answered([QUESTION], writer, EOS, config, limit=3)
+
+
+def test_questions_that_leave_no_room_are_counted() -> None:
+    long = Text([5] * 4, [False] * 4, Source("there, line 7"))
+    full = Text([5] * 4, [False] * 3 + [True])
+    report = Report(rows=3, kept=3)
+    assert with_room([long, QUESTION, full], 4, report) == [QUESTION, full]
+    assert with_room([long, QUESTION, full], None, report) == [long, QUESTION, full]
+    assert report.sentence() == "2 texts of 3 rows (1 no room for an answer within 4 tokens)"
+    held = Report(rows=2, kept=2)
+    (kept,) = answered([long, QUESTION], llama(), EOS, OnPolicyConfig(), 4, held)
+    assert kept.tokens[:3] == QUESTION.tokens
+    assert held.to_dict()["dropped"] == {
+        "no room for an answer within 4 tokens": {"count": 1, "places": ["there, line 7"]}
+    }
 
 
 def test_writing_ends_with_the_learned_positions(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import numpy as np
 from mlx import nn
 
 from mlx_distill.core.sampling import Temperature
+from mlx_distill.data.report import Report
 from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation.responses import ResponseConfig, answer
 from mlx_distill.errors import InputError
@@ -164,6 +165,24 @@ def _stored(prompt: Prompt, tokens: list[int]) -> dict[str, Any]:
     }
 
 
+def with_room(texts: Sequence[Text], limit: int | None, report: Report) -> list[Text]:
+    """Return the texts less the questions alone that leave no room for an answer.
+
+    Args:
+        texts: Those that have something to learn stay.
+        limit: The longest text in tokens, of all networks that read it; None for any.
+        report: Counts what is left out.
+    """
+    kept = []
+    for text in texts:
+        if limit is None or text.num_learned or len(text.tokens) < limit:
+            kept.append(text)
+            continue
+        report.drop(f"no room for an answer within {limit} tokens", text.place)
+        report.kept -= 1
+    return kept
+
+
 def prompt_of(
     text: Text, row: int, prompt_tokens: int, draws: np.random.Generator | None = None
 ) -> Prompt:
@@ -258,6 +277,7 @@ def answered(
     eos_token_ids: set[int],
     config: OnPolicyConfig,
     limit: int | None = None,
+    report: Report | None = None,
 ) -> list[Text]:
     """Return the texts with answers to questions alone, so that there is something to judge by.
 
@@ -267,17 +287,19 @@ def answered(
         eos_token_ids: What ends an answer.
         config: How it writes.
         limit: The longest text in tokens; None for any.
+        report: Counts questions that leave no room for an answer.
 
     Raises:
         InputError: If no text is left.
     """
+    texts = with_room(texts, limit, Report() if report is None else report)
     prompts = [
         prompt_of(text, row, config.rollout_prompt_tokens)
         for row, text in enumerate(texts)
         if not text.num_learned
     ]
-    if not prompts:
-        return list(texts)
+    if not prompts and texts:
+        return texts
     training = writer.training
     writer.eval()
     found = {

@@ -14,7 +14,7 @@ from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import merge_adapters
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.exporting import stored_type
-from mlx_distill.distillation.on_policy import answered
+from mlx_distill.distillation.on_policy import answered, with_room
 from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.distillation.teachers import (
     CachedTeacher,
@@ -122,8 +122,11 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
     reading_same = readers(student.network, teacher)
     ends = set(student.tokenizer.eos_token_ids)
     limit = text_limit(*reading_same)
-    valid = answered(corpus.valid, reading_same[-1], ends, config.rollouts, limit)
-    corpus = replace(corpus, valid=valid)
+    judged = (corpus.valid, reading_same[-1], ends, config.rollouts, limit, corpus.valid_report)
+    learn = with_room(corpus.texts, limit, corpus.report)
+    if not learn:
+        raise InputError(f"nothing is left to learn: {corpus.report.reasons()}")
+    corpus = replace(corpus, texts=learn, valid=answered(*judged))
     if config.use_cache:
         judging = teacher or TextTeacher()
         cache = TeacherCache.open(Path(config.use_cache), known, corpus.texts)
