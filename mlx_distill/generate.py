@@ -163,6 +163,7 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-draft-tokens",
         type=int,
+        metavar="INT",
         default=3,
         help="tokens that it drafts, 1 to 64 (default: 3)",
     )
@@ -186,6 +187,7 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         "-m",
         type=int,
+        metavar="INT",
         default=256,
         help="the longest answer, in tokens; at least 1 (default: 256)",
     )
@@ -195,6 +197,7 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=int,
+        metavar="INT",
         help="repeats the random numbers; at least 0 (default: others every time)",
     )
 

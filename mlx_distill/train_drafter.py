@@ -136,11 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-prompts",
         type=int,
+        metavar="INT",
         help="use the first so many prompts only; at least 1 (default: all)",
     )
     parser.add_argument(
         "--prompt-tokens",
         type=int,
+        metavar="INT",
         help="the longest prompt, in tokens; at least 1. Bare prompts are cut, longer chats are "
         "left out and counted (default: rows of text are cut to 32, others are not)",
     )

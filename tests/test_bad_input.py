@@ -205,7 +205,7 @@ def test_no_number_in_the_logits(refused: Run, tmp_path: Path) -> None:
 def test_no_number_in_the_logits_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Position 15 is damaged: five tokens of the prompt and ten of the answer come before."""
     model, tokenizer = tiny_model("gpt2"), mlx_distill.load(TARGET)[1]
-    monkeypatch.setattr(tokenizer, "_eos_token_ids", set())
+    monkeypatch.setattr(tokenizer, "eos_token_ids", set())
     target = Target.of(model)
     assert target.embed is not None
     network = RecurrentDrafter(RecurrentDrafterConfig(64, 97, 32, 1))

@@ -8,7 +8,7 @@ from typing import Any
 import chat_templates as templates
 import mlx_lm
 import pytest
-from transformers import AddedToken
+from transformers import AddedToken, AutoTokenizer
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
@@ -27,15 +27,15 @@ CHAT = [USER, FIRST, OTHER, SECOND]
 
 @pytest.fixture(scope="module")
 def stories() -> Any:
-    tokenizer = mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+    tokenizer = AutoTokenizer.from_pretrained(bundled("stories-14m"))
     marks = [AddedToken(mark, special=True, normalized=False) for mark in templates.MARKS]
-    tokenizer._tokenizer.add_tokens(marks, special_tokens=True)
-    tokenizer._tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.add_tokens(marks, special_tokens=True)
+    tokenizer.add_tokens(["<think>", "</think>"])
     return tokenizer
 
 
 def with_template(tokenizer: Any, template: str) -> Any:
-    own = copy.deepcopy(tokenizer._tokenizer)
+    own = copy.deepcopy(tokenizer)
     own.chat_template = template
     ends = {own.convert_tokens_to_ids(mark) for mark in templates.ENDS if mark in template}
     return mlx_lm.tokenizer_utils.TokenizerWrapper(own, eos_token_ids=ends)

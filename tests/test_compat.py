@@ -35,3 +35,23 @@ def test_the_index_of_a_ring_is_where_the_next_token_goes() -> None:
         cache.update_and_fetch(mx.full((1, 1, 1, 2), token), mx.zeros((1, 1, 1, 2)))
     assert compat.ring_index(cache) == 2
     assert cache.keys[0, 0, :, 0].tolist() == [4, 5, 2, 3]
+
+
+def test_a_ring_is_given_its_content_in_the_order_of_the_text() -> None:
+    """What is set by ``set_ring`` is what mlx-lm's cache goes on with; its names are all there."""
+    rows = mx.arange(6.0)[None, None, :, None] + mx.zeros((1, 1, 6, 2))
+    cache, other = RotatingKVCache(max_size=4), RotatingKVCache(max_size=4)
+    assert set(compat.RING_NAMES) <= set(vars(cache))
+    for row in range(6):
+        other.update_and_fetch(rows[..., row : row + 1, :], -rows[..., row : row + 1, :])
+    compat.set_ring(cache, rows[..., 2:, :], -rows[..., 2:, :])
+    cache.offset = 6
+    assert compat.ring_index(cache) == 4  # full: the next token takes the oldest one's place
+    new = mx.full((1, 1, 1, 2), 6.0)
+    for one in (cache, other):
+        keys, values = one.update_and_fetch(new, -new)
+        assert sorted(keys[0, 0, :, 0].tolist()) == [3, 4, 5, 6]
+        assert mx.array_equal(values, -keys).item()
+    compat.set_ring(cache, None, None)
+    assert cache.keys is cache.values is None
+    assert compat.ring_index(cache) == 0

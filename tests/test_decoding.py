@@ -215,7 +215,7 @@ def plain(pair: tuple[Any, Any], prompt: Any, **options: Any) -> Iterator[Any]:
 def with_eos(tokenizer: Any, ids: set[int]) -> Any:
     """Return a tokenizer that takes other tokens for the end of a text."""
     other = copy.copy(tokenizer)
-    other._eos_token_ids = ids
+    other.eos_token_ids = ids
     return other
 
 
