@@ -1,5 +1,6 @@
 """What every layer does with arrays: leaving the device, sizes, and logits as log-probabilities."""
 
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -7,11 +8,35 @@ from jaxtyping import Float
 from mlx import nn
 from mlx.utils import tree_flatten
 
+WIDE = 4096  # entries; the sum of fewer is as exact as float32 needs
+
 
 def log_probs(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
     """Return the normalised log-probabilities, in float32."""
     logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logits - log_sum_exp(logits)
+
+
+def log_sum_exp(x: Float[mx.array, "... V"]) -> Float[mx.array, "... 1"]:
+    """Return the logarithm of the sum of a row's exponentials; -inf adds nothing."""
+    if x.shape[-1] <= WIDE:
+        return mx.logsumexp(x, axis=-1, keepdims=True)
+    top = mx.stop_gradient(x.max(axis=-1, keepdims=True))
+    top = mx.where(top > -mx.inf, top, 0)
+    return mx.log(row_sum(mx.exp(x - top)))[..., None] + top
+
+
+def row_sum(x: Float[mx.array, "... V"]) -> Float[mx.array, "..."]:
+    """Return the sum of each row, of a wide one as a sum of sums.
+
+    On a CPU MLX adds a row's numbers one after the other: of 128,256 small ones the sum is off by
+    2e-4 of itself, and with it every probability. In parts of some hundred it is off by 3e-7.
+    """
+    width = x.shape[-1]
+    if width <= WIDE:
+        return x.sum(axis=-1)
+    part = next(size for size in range(math.isqrt(width), 0, -1) if width % size == 0)
+    return x.reshape(*x.shape[:-1], -1, part).sum(axis=-1).sum(axis=-1)
 
 
 def to_host(array: mx.array) -> list[Any]:

@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 
 from mlx_distill.core import filters
-from mlx_distill.core.filters import can_filter_fast, filter_exactly, filter_fast, log_probs
+from mlx_distill.core.filters import can_filter_fast, filter_exactly, filter_fast
 
 V = 20_000
 LAWS = [
@@ -50,7 +50,8 @@ def kept(logits: mx.array) -> np.ndarray:
 
 def mlx_lms(logits: mx.array, top_p: float, min_p: float, top_k: int) -> np.ndarray:
     """Return the tokens that mlx-lm's filters keep."""
-    logits = log_probs(logits)
+    logits = logits.astype(mx.float32)
+    logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # as mlx-lm does it
     if top_p < 1:
         logits = apply_top_p(logits, top_p)
     if min_p > 0:

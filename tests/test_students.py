@@ -541,7 +541,8 @@ def test_failing_export_leaves_nothing_behind(
         elif fails == "config":
             patch.setattr("mlx_distill.distillation.exporting.save_config", full_disk)
         elif fails == "tokenizer":
-            patch.setattr(tokenizer, "save_pretrained", full_disk)
+            kind = type(tokenizer.save_pretrained.__self__)  # what the wrapper wraps
+            patch.setattr(kind, "save_pretrained", full_disk)
         else:
             patch.setattr(Path, "write_bytes", full_disk)
         with pytest.raises(InputError, match="student could not be written: ") as error:

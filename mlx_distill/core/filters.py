@@ -13,8 +13,6 @@ import math
 import mlx.core as mx
 from jaxtyping import Bool, Float
 
-from mlx_distill.arrays import log_probs
-
 # A model's 95 % are within a few hundred tokens; a flat row needs more.
 CANDIDATES = 2048
 # Masses of other roundings differ by half as much; what is nearer to a border is in doubt.
@@ -33,7 +31,8 @@ def filter_exactly(
         min_p: Then keep tokens at least this many times as probable as the best; 0 keeps all.
         top_k: Then keep so many, of equal ones those that mlx-lm keeps; 0 keeps all.
     """
-    kept = log_probs(logits)
+    kept = logits.astype(mx.float32)
+    kept = kept - mx.logsumexp(kept, axis=-1, keepdims=True)  # rounded as mlx-lm's
     if top_p < 1:
         ranked = mx.sort(kept, axis=-1)
         probs = mx.exp(ranked)

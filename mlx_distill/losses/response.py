@@ -10,13 +10,13 @@ import math
 import mlx.core as mx
 from jaxtyping import Float, Integer
 
-from mlx_distill.arrays import log_probs
+from mlx_distill.arrays import log_probs, log_sum_exp, row_sum
 
 
 def entropy(log_p: Float[mx.array, "... V"]) -> Float[mx.array, "..."]:
     """Return the entropy of normalised log-probabilities, in nats; -inf contributes zero."""
     probs = mx.exp(log_p)
-    return -(probs * mx.where(probs > 0, log_p, 0)).sum(axis=-1)
+    return -row_sum(probs * mx.where(probs > 0, log_p, 0))
 
 
 def forward_kl(
@@ -62,7 +62,7 @@ def logit_mse(
     teacher = teacher.astype(mx.float32)
     both = (student > -mx.inf) & (teacher > -mx.inf)
     difference = mx.where(both, student, 0) - mx.where(both, teacher, 0)
-    return mx.square(difference).sum(axis=-1) / mx.maximum(both.sum(axis=-1), 1)
+    return row_sum(mx.square(difference)) / mx.maximum(both.sum(axis=-1), 1)
 
 
 def reverse_kl(
@@ -145,7 +145,7 @@ def total_variation(
     One minus it is the share of tokens that speculative sampling accepts.
     """
     teacher = mx.exp(mx.stop_gradient(teacher_log_probs))
-    return 0.5 * mx.abs(teacher - mx.exp(student_log_probs)).sum(axis=-1)
+    return 0.5 * row_sum(mx.abs(teacher - mx.exp(student_log_probs)))
 
 
 def hard_labels(
@@ -180,7 +180,7 @@ def decoupled_kd(
     def parts(every: mx.array) -> tuple[mx.array, mx.array]:
         others = mx.where(true, -mx.inf, every)
         none = others.max(axis=-1, keepdims=True) == -mx.inf  # of one class there are no others
-        rest = mx.logsumexp(mx.where(none, 0, others), axis=-1, keepdims=True)
+        rest = log_sum_exp(mx.where(none, 0, others))
         binary = [_at(every, labels)[..., None], mx.where(none, -mx.inf, rest)]
         return mx.concatenate(binary, axis=-1), mx.where(none, -mx.inf, others - rest)
 
@@ -228,7 +228,7 @@ def sparse_kl(
     # A teacher without a tail says nothing of it; log 1 stands in, and is multiplied by zero.
     values = values + mass * mx.log(mx.where(mass > 0, mass, 1))
     if tail == "bucket":
-        return values - mass * mx.logsumexp(rest, axis=-1)
+        return values - mass * log_sum_exp(rest)[..., 0]
     assert log_prior is not None
     return values + mass * _from_prior(log_prior, top_ids, rest)
 
@@ -249,7 +249,7 @@ def sorted_l1(
         mx.sort(mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(width - x.shape[-1], 0)]), axis=-1)
         for x in (teacher, student)
     )
-    return mx.abs(teacher - student).sum(axis=-1)
+    return row_sum(mx.abs(teacher - student))
 
 
 def _at(values: mx.array, labels: mx.array) -> mx.array:
@@ -264,7 +264,7 @@ def _kl(log_p: mx.array, log_q: mx.array) -> mx.array:
     In float32 distributions sum to one only nearly. The sums' difference takes that error out of
     the value: it is never below zero by more than rounding, and zero between equals.
     """
-    return _weighted_difference(log_p, log_q) + (mx.exp(log_q) - mx.exp(log_p)).sum(axis=-1)
+    return _weighted_difference(log_p, log_q) + row_sum(mx.exp(log_q) - mx.exp(log_p))
 
 
 def _weighted_difference(log_p: mx.array, log_q: mx.array) -> mx.array:
@@ -273,7 +273,7 @@ def _weighted_difference(log_p: mx.array, log_q: mx.array) -> mx.array:
     has_mass = probs > 0
     # The zeros go in before the difference: infinities would come back in the gradient.
     difference = mx.where(has_mass, log_p, 0) - mx.where(has_mass, log_q, 0)
-    return (probs * difference).sum(axis=-1)
+    return row_sum(probs * difference)
 
 
 def _mixture(log_p: mx.array, log_q: mx.array, alpha: float) -> mx.array:
@@ -316,11 +316,15 @@ def _forward_kl(student: mx.array, teacher: mx.array, probs: mx.array) -> tuple[
     def top(x: mx.array) -> mx.array:
         return x.max(axis=-1, keepdims=True)
 
+    # Both sum to one only nearly, over a wide vocabulary not even that.
+    mass, own_mass = row_sum(probs)[..., None], row_sum(own)[..., None]
     # log p - log q of an entry is the logits' difference less that of the normalisers. As in _kl,
-    # the sums' difference takes out that both sum to one only nearly.
-    offset = (top(teacher) - top(student)) - (mx.log(top(probs)) - mx.log(top(own)))
+    # the sums' difference takes out what rounding leaves.
+    offset = (top(teacher) - top(student)) - (
+        mx.log(top(probs) / mass) - mx.log(top(own) / own_mass)
+    )
     terms = mx.where(probs > 0, probs * (teacher - student - offset), 0)
-    return (terms + (own - probs)).sum(axis=-1), own
+    return row_sum(terms + (own * (mass / own_mass) - probs)) / mass[..., 0], own
 
 
 @_forward_kl.vjp
