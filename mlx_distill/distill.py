@@ -79,7 +79,7 @@ def _report(output: Path, outcome: Outcome) -> None:
 def _cache(config: DistillConfig, folder: Path, opening: Opening, quiet: bool) -> int:
     """Write what the teacher says about the data to disk."""
     run = CacheRun(config, opening)
-    _say(*run.corpus.lines())
+    _say(*run.corpus.lines(), run.memory())
     count = len(run.corpus.texts)
     with tqdm(total=count, unit="text", disable=quiet) as bar:
         for done in run.write(folder):

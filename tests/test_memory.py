@@ -1,5 +1,8 @@
 """What a distillation says that it needs, against what it takes."""
 
+import gc
+import importlib
+import json
 import re
 from pathlib import Path
 
@@ -88,3 +91,27 @@ def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(machine, "memory_bytes", lambda: 10**8)
     with pytest.raises(InputError, match=r"this machine has 0\.1 GB; use a smaller --batch-size"):
         memory_estimate(student_of("full"), [], Work(Batch(8, 256)))
+
+
+@pytest.mark.parametrize("command", ["cache", "evaluate"])
+def test_reading_is_estimated(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of eight long texts at once, by a teacher whose answers are kept, or by two models."""
+    data = tmp_path / "data.jsonl"
+    story = "Once upon a time there was a dog. " * 60
+    data.write_text("".join(json.dumps({"text": f"{n}. {story}"}) + "\n" for n in range(10)))
+    teacher, flags = str(MODELS / "stories-14m"), ["--data", str(data), "--batch-size", "8"]
+    gc.collect()
+    before = mx.get_active_memory()  # what other tests left
+    mx.reset_peak_memory()
+    if command == "cache":
+        flags += ["--cache-teacher", str(tmp_path / "cache"), "--held-out", "2", "--quiet"]
+        module = "mlx_distill.distill"
+    else:
+        flags += ["--student", f"small={MODELS / 'stories-4m'}", "--speed-tokens", "0"]
+        module = "mlx_distill.evaluate"
+    assert importlib.import_module(module).main(["--teacher", teacher, *flags]) == 0
+    found = re.search(r"about ([0-9.]+) GB", capsys.readouterr().err)
+    assert found
+    assert float(found[1]) * 1e9 == pytest.approx(mx.get_peak_memory() - before, rel=0.15)

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlx_distill.data.corpus import Corpus, check_corpus, read_corpus
-from mlx_distill.data.teacher_cache import TeacherCache, write_cache
+from mlx_distill.data.teacher_cache import CHUNK_BYTES, TeacherCache, write_cache
 from mlx_distill.distillation.config import DistillConfig
+from mlx_distill.distillation.memory import RANKED, Batch, reading_estimate
 from mlx_distill.distillation.parts import Opening, quantize
 from mlx_distill.distillation.teachers import Answers
 from mlx_distill.errors import InputError
@@ -37,6 +38,21 @@ class CacheRun:
             config.data, config.valid, self.tokenizer, reading, config.sizes
         )
 
+        self.answers = Answers(self.teacher, texts=True)
+        # Where a model makes its logits itself, they are there for a whole batch: one text.
+        self.batch_size = config.batch_size if self.answers.body else 1
+
+    def memory(self) -> str:
+        """Return the memory that the teacher takes, in words.
+
+        Raises:
+            InputError: If that is more than the machine has.
+        """
+        longest = max(len(text.tokens) for text in self.corpus.texts)
+        logits = min(CHUNK_BYTES, 4 * longest * vocab_width(self.teacher))
+        batch = Batch(self.batch_size, longest)
+        return reading_estimate({"teacher": self.teacher}, batch, RANKED * logits)
+
     def write(self, folder: Path) -> Iterator[int]:
         """Write the cache; yield after every shard how many texts are done."""
         adapter = self.config.teacher_adapter_path
@@ -48,15 +64,13 @@ class CacheRun:
             "adapter": adapter and Path(adapter).name,
         }
         folder.parent.mkdir(parents=True, exist_ok=True)
-        answers = Answers(self.teacher, texts=True)
         yield from write_cache(
             folder,
-            answers,
+            self.answers,
             self.corpus.texts,
             header,
             self.config.cache_k,
-            # Where a model makes its logits itself, they are there for a whole batch: one text.
-            batch_size=self.config.batch_size if answers.body else 1,
+            batch_size=self.batch_size,
             tail=self.config.cache_tail,
         )
 

@@ -23,8 +23,9 @@ from mlx_distill.target.reading import fresh_caches, vocab_width
 from mlx_distill.target.watching import Heard, listening_once
 
 # Arrays as large as a chunk's logits that are there at once: in the loss and its gradient, of one
-# chunk and of several; where texts are only judged; and where a model writes.
-ONE_CHUNK, CHUNKS, JUDGED, WRITTEN = 5, 8.5, 6.5, 6
+# chunk and of several; where texts are only judged; where the most probable are looked for; and
+# where a model writes.
+ONE_CHUNK, CHUNKS, JUDGED, RANKED, WRITTEN = 5, 8.5, 6.5, 12, 6
 SCORES = 1.2  # arrays as large as attention's scores, in a layer
 HEADS = 2  # gradients of the head, where their parts are joined
 # An update makes some dozen arrays of each, ten at a time: so many times the ten largest.
@@ -110,21 +111,20 @@ def memory_estimate(student: nn.Module, teachers: Sequence[nn.Module], work: Wor
     )
 
 
-def reading_estimate(models: Mapping[str, nn.Module], batch: Batch, chunk_bytes: int) -> str:
+def reading_estimate(models: Mapping[str, nn.Module], batch: Batch, logits_bytes: int) -> str:
     """Return the memory that models take which read texts, in words.
 
     Args:
         models: By name; all stay loaded.
         batch: Texts that are read at once, by one model after the other.
-        chunk_bytes: Of the logits that are there at once, in float32.
+        logits_bytes: What is made of their hidden states then, with all that it takes.
 
     Raises:
         InputError: If that is more than the machine has.
     """
     parts = {name: num_bytes(model.parameters()) for name, model in models.items()}
     reading = max(_reading_bytes(model, batch) for model in models.values())
-    chunk = ONE_CHUNK * chunk_bytes
-    parts[f"a batch of {batch}"] = reading + chunk
+    parts[f"a batch of {batch}"] = max(reading, logits_bytes)
     return in_words(parts, "a smaller --batch-size")
 
 

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from mlx import nn
+
 from mlx_distill.data.corpus import Reading
 from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit, limited
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation.memory import JUDGED, Batch, reading_estimate
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.metrics import report, resampled, with_interval
 from mlx_distill.evaluation.models import Loaded
 from mlx_distill.evaluation.questions import Question, QuestionConfig, answer_scores
 from mlx_distill.evaluation.speed import decoding_speeds
-from mlx_distill.evaluation.texts import evaluate, vocabulary_widths
+from mlx_distill.evaluation.texts import CHUNK_BYTES, evaluate, vocabulary_widths
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.limits import Between, Count, Seed, check_fields
 from mlx_distill.target.context import text_limit
@@ -77,11 +80,13 @@ def measure(
     """
     reading = reading or Reading()
     groups = [dict(loaded)] if teacher else [{name: one} for name, one in loaded.items()]
+    every = {name: one.model for name, one in loaded.items()}
     figures: Figures = {}
     prompts: dict[str, list[int]] = {}
     for group in groups:
         texts, rows = _read(data, group, config, reading)
         models = {name: one.model for name, one in group.items()}
+        print(_memory(every, texts, config.batch_size), file=sys.stderr)
         sums = evaluate(models, texts, teacher, config.batch_size)
         figures |= report(sums, teacher, config.bootstrap, config.seed)
         prompts |= dict.fromkeys(group, texts[0].tokens)
@@ -98,6 +103,14 @@ def measure(
             )
             figures[name] |= _answer_figures(*scores, config)
     return figures
+
+
+def _memory(models: Mapping[str, nn.Module], texts: Sequence[Text], batch_size: int) -> str:
+    """Return the memory that reading texts takes, in words."""
+    batch = Batch(min(batch_size, len(texts)), max(len(text.tokens) for text in texts))
+    width = max(vocabulary_widths(models).values())
+    logits = min(CHUNK_BYTES, 4 * batch.size * batch.width * width)
+    return reading_estimate(models, batch, int(JUDGED * logits))
 
 
 def _answer_figures(

@@ -6,7 +6,7 @@ and their logits exist for some rows at a time: the teacher's serve all students
     texts -> batch -> hidden (N, D) of every model -> logits (rows, V) -> scores (N,) -> sums
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -71,7 +71,7 @@ def evaluate(
     }
 
 
-def vocabulary_widths(models: dict[str, nn.Module]) -> dict[str, int]:
+def vocabulary_widths(models: Mapping[str, nn.Module]) -> dict[str, int]:
     """Return how many logits each model gives."""
     return {name: vocab_width(model) for name, model in models.items()}
 
