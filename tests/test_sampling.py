@@ -11,7 +11,7 @@ import pytest
 from oracles.sampling import sampling_law, softmax
 from scipy.stats import chi2, kstest
 
-from mlx_distill.core.filters import log_probs
+from mlx_distill.arrays import log_probs
 from mlx_distill.core.sampling import Sampling, TextNoise, sample, shaped_logits
 from mlx_distill.errors import InputError
 
