@@ -212,11 +212,11 @@ class CycleCounter:
         """Count what is launched meanwhile, but for the target's calls."""
         verify, launch = target.verify, mx.async_eval
 
-        def counted(tree: PrefixTree, caches: PromptCache) -> TreeCall:
+        def counted(tree: PrefixTree, caches: PromptCache, taps: Sequence[int] = ()) -> TreeCall:
             self.note("rest", tree.tokens, tree.mask, tree.depths)
             self.note("commit", arrays_of(caches))
-            call = verify(tree, caches)
-            evaluate(call.logits, call.hidden, arrays_of(caches))
+            call = verify(tree, caches, taps)
+            evaluate(call.logits, call.hidden, list(call.taps), arrays_of(caches))
             self.cycles += 1
             return call
 
@@ -271,7 +271,7 @@ class CountedState:
 
     def accept(self, tokens: mx.array, features: Features) -> None:
         """Hand on what became text."""
-        self.counter.note("rest", tokens)
+        # What a drafter does not look at is never computed.
         self.state.accept(tokens, features)
 
     def rewind(self, num_tokens: int) -> None:

@@ -124,11 +124,15 @@ class TreeCache:
         The path is written once more, from the nodes themselves: reading it back out of the cache
         would keep a second hold on the cache's memory and make MLX copy all of it to write.
         """
-        if path == list(range(len(path))):
-            return self.rewind(len(path))
-        self.rewind(0)
-        rows = mx.array(path)
-        self.base.update_and_fetch(*(mx.take(x, rows, axis=-2) for x in self.nodes))
+        begin = next((i for i, node in enumerate(path) if node != i), len(path))
+        self.rewind(begin)
+        while begin < len(path):  # runs of nodes side by side are views: no gather
+            node, end = path[begin], begin + 1
+            while end < len(path) and path[end] == node + end - begin:
+                end += 1
+            rows = slice(node, node + end - begin)
+            self.base.update_and_fetch(*(x[..., rows, :] for x in self.nodes))
+            begin = end
         return True
 
     def rewind(self, num_tokens: int) -> bool:
