@@ -154,11 +154,11 @@ def test_where_texts_part() -> None:
 def test_loss_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """More tokens and entries than 16 bits count."""
     output = tmp_path / "memory.json"
-    assert benchmark.main(["--loss-memory", "700", "70000", "--output", str(output)]) == 0
+    assert benchmark.main(["--loss-memory", "280", "70000", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["chunked_bytes"] < found["whole_bytes"]
     assert found["gradient_difference"] < 1e-4
-    assert "700 tokens x 70,000 entries" in capsys.readouterr().out
+    assert "280 tokens x 70,000 entries" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_refused(capsys: pytest.CaptureFixture[str], flags: str, sentence: str) 
 def test_the_example_for_macs_runs_small(tmp_path: Path) -> None:
     output = tmp_path / "results"
     example = REPOSITORY / "examples" / "m2_ultra_benchmark.py"
-    sizes = ["--num-prompts", "5", "--max-tokens", "3", "--timed-prompts", "1"]
+    sizes = ["--num-prompts", "2", "--max-tokens", "3", "--timed-prompts", "1"]
     shapes = ["--sweep-prompts", "1", "--sweep-widths", "2", "--sweep-lengths", "2"]
     command = [sys.executable, str(example), "--output", str(output), *sizes, *shapes]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -193,6 +193,6 @@ def test_the_example_for_macs_runs_small(tmp_path: Path) -> None:
     names = sorted(path.name for path in output.iterdir())
     assert names == [f"temperature-{t}.{kind}" for t in (0, 1) for kind in ("json", "png")]
     result = json.loads((output / "temperature-0.json").read_text())
-    assert result["equal_texts"] == 5
+    assert result["equal_texts"] == 2
     assert len(result["sharing"]) == 6
     assert result["config"]["tree"] == "beam"

@@ -39,6 +39,7 @@ def test_every_recipe_of_the_study_runs_and_is_not_run_twice(
     stories = example("distill_stories", monkeypatch)
     runs, found = tmp_path / "runs", tmp_path / "found.json"
     options = ["--data", str(data), "--runs", str(runs), "--steps", "2", "--max-length", "16"]
+    options += ["--valid-texts", "4"]
     recipes = ["--recipes", *stories.LOSSES, "--keep", "response-0", "--json", str(found)]
     assert stories.main([*options, *recipes]) == 0
     result = json.loads(found.read_text())
