@@ -15,6 +15,7 @@ from mlx_distill.checkpoint import load
 from mlx_distill.config import flat
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation.batches import JUDGED_BATCHES, slices
 from mlx_distill.distillation.card import Figures, model_card
 from mlx_distill.distillation.checkpointing import checkpoint_layers
 from mlx_distill.distillation.config import DistillConfig
@@ -24,7 +25,7 @@ from mlx_distill.distillation.memory import Batch, Work, memory_estimate
 from mlx_distill.distillation.on_policy import prompt_of
 from mlx_distill.distillation.parts import Opening, Parts
 from mlx_distill.distillation.teachers import Answers, Teacher, TextTeacher
-from mlx_distill.distillation.training import JUDGED_BATCHES, Distilled, distill, slices
+from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError
 from mlx_distill.locks import Busy
 from mlx_distill.training.checkpoints import checkpoints

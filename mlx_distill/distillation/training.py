@@ -6,18 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mlx_distill.data.batches import batch_order
 from mlx_distill.data.teacher_cache import texts_hash
-from mlx_distill.data.texts import Text, text_batch
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import has_adapters
+from mlx_distill.distillation.batches import Data, batch_of, batches, seeded, slices
 from mlx_distill.distillation.distiller import Distiller, Examples, Taught
-from mlx_distill.distillation.on_policy import OnPolicyConfig, Rollouts, answered
+from mlx_distill.distillation.on_policy import OnPolicyConfig, answered
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
@@ -33,9 +31,7 @@ from mlx_distill.training.journal import Journal
 from mlx_distill.training.loop import Progress, stopping, train
 from mlx_distill.training.runs import begin_or_resume
 
-Data = Sequence[Text] | Examples
 LOCK = "lock"
-JUDGED_BATCHES = 4  # so many batches are read at once where nothing is learned from them
 
 
 @dataclass(frozen=True)
@@ -135,20 +131,18 @@ def distill(
         "losses": [str(term) for term in terms],
         "training": asdict(training),
         "batch_size": batch_size,
-        "teachers": _teachers(teacher),
         "on_policy": None if on_policy is None else asdict(on_policy),
         "eos_token_ids": sorted(eos_token_ids),
         "seed": seed,
-        "data": _hash(data),
-        "student": _shapes(student),
+        **_parts(student, teacher, data),
     }
     with only_training(), locked(folder / LOCK, folder):
         begin_or_resume(folder, settings)
-        batches = _batches(
+        batch_at = batches(
             student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
         )
         size = len(data) if texts else data.labels.size
-        first = _batch(data, range(min(2, size)), limit)
+        first = batch_of(data, range(min(2, size)), limit)
         distiller = Distiller(student, teacher, terms, first, size, seed)
         for examples in (data, valid):
             if isinstance(examples, Examples):
@@ -161,7 +155,7 @@ def distill(
 
         return _run(
             distiller,
-            lambda number: distiller.teach(_seeded(batches(number), number, seed)),
+            lambda number: distiller.teach(seeded(batch_at(number), number, seed)),
             evaluate,
             training,
             folder,
@@ -246,17 +240,15 @@ def _teacher(teachers: Any, texts: bool, weights: Sequence[float] | None, mean: 
     return teachers
 
 
-def _teachers(teacher: Teacher) -> Any:
-    """Return what tells a teacher from another one."""
+def _parts(student: nn.Module, teacher: Teacher, data: Data) -> dict[str, Any]:
+    """Return what tells a student, its teachers and the data from others."""
+    told: Any = type(teacher).__name__
     if isinstance(teacher, LiveTeacher):
         networks = [weights_hash(answers.network) for answers in teacher.answers]
-        return {"networks": networks, "weights": teacher.weights, "mean": teacher.mean}
-    return type(teacher).__name__
-
-
-def _shapes(student: nn.Module) -> dict[str, list[int]]:
+        told = {"networks": networks, "weights": teacher.weights, "mean": teacher.mean}
     arrays: dict[str, Any] = dict(tree_flatten(student.trainable_parameters()))
-    return {name: list(array.shape) for name, array in arrays.items()}
+    shapes = {name: list(array.shape) for name, array in arrays.items()}
+    return {"teachers": told, "data": _hash(data), "student": shapes}
 
 
 def readers(student: nn.Module, teacher: Teacher | None) -> list[nn.Module]:
@@ -286,71 +278,3 @@ def _check_tokens(networks: Sequence[nn.Module], texts: Sequence[Text]) -> None:
                 f"the longest text has {longest} tokens, but a {name} of {positions} positions is "
                 "to read it; use a smaller max_length"
             )
-
-
-def _batch(data: Data, rows: Sequence[int], limit: int | None = None) -> Any:
-    return data.take(rows) if isinstance(data, Examples) else text_batch(data, rows, limit=limit)
-
-
-def slices(data: Data, batch_size: int, limit: int | None = None) -> Iterator[Any]:
-    """Yield all of the data in batches of several times the size: nothing is learned from them.
-
-    Texts are not padded beyond ``limit`` positions.
-    """
-    size = data.labels.size if isinstance(data, Examples) else len(data)
-    order = list(range(size))
-    if not isinstance(data, Examples):  # a teacher may know the texts by their rows: they stay
-        order.sort(key=lambda row: len(data[row].tokens))
-    at_once = JUDGED_BATCHES * batch_size
-    for start in range(0, size, at_once):
-        yield _batch(data, order[start : start + at_once], limit)
-
-
-def _seeded(batch: Any, number: int, seed: int) -> Any:
-    """Return the batch; what dropout draws from MLX's own generator depends on its number too."""
-    mx.random.seed(int(np.random.default_rng([seed, 3, number]).integers(2**63)))
-    return batch
-
-
-def _batches(
-    student: nn.Module,
-    data: Data,
-    batch_size: int,
-    on_policy: OnPolicyConfig | None,
-    eos_token_ids: Sequence[int],
-    folder: Path,
-    augment: Callable[[Examples, int], Examples] | None,
-    seed: int,
-    limit: int | None,
-) -> Callable[[int], Any]:
-    """Return the training's batches as a function of their number."""
-    drawing = on_policy is not None and on_policy.on_policy > 0
-    if isinstance(data, Examples):
-        if drawing:
-            raise InputError("only language models can write what they learn from")
-        size = data.labels.size
-
-        order = batch_order([1] * size, batch_size, seed)
-
-        def examples(number: int) -> Examples:
-            batch = data.take(order(number))
-            return augment(batch, number) if augment else batch
-
-        return examples
-    learnable = [row for row, text in enumerate(data) if text.num_learned]
-    if not learnable and (on_policy is None or on_policy.on_policy < 1):
-        raise InputError(
-            "the texts are questions alone, from which nothing is learned; let the student write "
-            "all of the batches, or give answers"
-        )
-    lengths = [len(data[row].tokens) for row in learnable]
-    order = batch_order(lengths, batch_size, seed) if learnable else None
-
-    def rows(number: int) -> list[int]:
-        return [learnable[place] for place in order(number)] if order else []
-
-    if on_policy is None or not drawing:
-        return lambda number: text_batch(data, rows(number), limit=limit)
-    return Rollouts(
-        student, data, rows, batch_size, set(eos_token_ids), on_policy, folder, seed, limit
-    ).batch
