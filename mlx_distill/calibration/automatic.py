@@ -27,7 +27,7 @@ def known_costs(pair: Pair) -> Costs:
     costs = find(known)
     if costs is None:
         print(
-            "mlx_distill: measuring this machine once, up to 20 seconds (--no-calibrate leaves it "
+            f"mlx_distill: measuring this machine once, up to 20 seconds ({SWITCH}=0 leaves it "
             "out; python -m mlx_distill.calibrate measures more)",
             file=sys.stderr,
         )
