@@ -165,7 +165,7 @@ def test_loss_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     ("flags", "sentence"),
     [
         ("--loss-memory 0 5", "loss_memory must be at least 1, got 0"),
-        ("--loss-memory 1000000000000 1000", "takes about 16,000,000 GB, this machine has"),
+        ("--loss-memory 1000000000 1000000", "takes about 16,000,000 GB, this machine has"),
         ("--num-draft-tokens 1000000000000", "num_draft_tokens must be between 1 and 64"),
         ("--sweep-widths 1 1000000000000", "sweep_widths must be between 1 and 256"),
         ("--sweep-lengths 0", "sweep_lengths must be at least 1, got 0"),

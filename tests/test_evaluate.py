@@ -741,7 +741,10 @@ def test_differing_tokenizers(
         ("--student s={a} --data {data} --max-texts 0", "max_texts must be at least 1, got 0"),
         ("--student s={a} --data {data} --speed-tokens 1", "speed_tokens must be 0, or between 2"),
         ("--student s={a} --data {data} --seed -1", "seed must be at least 0"),
-        ("--student s={a} --data {data} --bootstrap 1000000000000", "at most 1,000,000"),
+        (
+            "--student s={a} --data {data} --bootstrap 1000000000000",
+            "bootstrap must be between 0 and 1,000,000",
+        ),
         ("--student s={a} --data {data} --qa-tokens 0", "qa_tokens must be at least 1, got 0"),
         ("--student s={a} --data {data} --adapter-path t={b}", "takes each of s once, got t"),
         ("--student s={a} --data {data} --adapter-path {b}", "--adapter-path takes NAME=DIR"),
