@@ -364,6 +364,22 @@ def test_the_reverse_divergence_is_infinite_where_the_teacher_bars_and_the_stude
     assert mx.isfinite(gradient).all().item()
 
 
+@pytest.mark.parametrize("tail", ["bucket", "prior"])
+def test_a_teacher_without_a_tail_and_a_student_that_bars_it(tail: str) -> None:
+    """Zero times infinity is not a number."""
+    student = mx.array([[0.0, 1, -mx.inf, -mx.inf]])
+    ids, known = mx.array([[0, 1]]), mx.log(mx.array([[0.5, 0.5]]))
+    prior = mx.log(mx.full((4,), 0.25))
+
+    def loss(x: mx.array) -> mx.array:
+        return response.sparse_kl(log_probs(x), ids, known, tail, prior).sum()
+
+    total, gradient = mx.value_and_grad(loss)(student)
+    odds = np.log([1 / (1 + np.e), np.e / (1 + np.e)])
+    assert total.item() == pytest.approx(-np.log(2) - odds.mean())
+    np.testing.assert_allclose(gradient, [[1 / (1 + np.e) - 0.5, np.e / (1 + np.e) - 0.5, 0, 0]])
+
+
 def test_one_class_can_not_be_wrong() -> None:
     one = mx.array([[2.0], [-1.0]])
     labels = mx.zeros((2,), mx.int32)

@@ -225,7 +225,9 @@ def sparse_kl(
         return values
     rest = mx.put_along_axis(student_log_probs, top_ids, mx.array(-mx.inf), axis=-1)
     mass = mx.maximum(1 - mx.exp(known).sum(axis=-1), 0)
-    # A teacher without a tail says nothing of it; log 1 stands in, and is multiplied by zero.
+    # A teacher without a tail says nothing of it; log 1 stands in, and is multiplied by zero. The
+    # student may bar all those tokens, and zero times infinity would be no number.
+    rest = mx.where(mass[..., None] > 0, rest, 0)
     values = values + mass * mx.log(mx.where(mass > 0, mass, 1))
     if tail == "bucket":
         return values - mass * log_sum_exp(rest)[..., 0]
