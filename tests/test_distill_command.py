@@ -1220,7 +1220,7 @@ def test_poisoned_student_is_not_trained(
 def test_training_that_explodes_keeps_its_last_good_checkpoint(
     world: Path, tmp_path: Path, refused: Refuse
 ) -> None:
-    more = ["--learning-rate", "1e30", "--checkpoint-every", "1", "--warmup", "0"]
+    more = ["--learning-rate", "1000", "--checkpoint-every", "1", "--warmup", "0"]
     sentence = refused(arguments(world, tmp_path / "student", *more))
     found = re.match(
         r"the (loss|gradient) of step (\d) is (nan|-?inf), on rows \[.*\] of the data; the last "

@@ -123,7 +123,7 @@ def test_targets_that_fit(known: dict[str, Any], found: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"vocab_size": 10**12}, "vocab size"),
+        ({"vocab_size": 10**9}, "vocab size"),
         ({"vocab_size": 201}, "vocab size"),
         ({"vocab_size": "100"}, "vocab size"),
         ({"vocab_size": None}, "vocab size"),
@@ -140,15 +140,15 @@ def test_targets_that_do_not_fit(change: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "target", "sentence"),
     [
-        ({"vocab_size": 10**12}, {}, "vocab_size is 1000000000000, that of its target 4096"),
+        ({"vocab_size": 10**9}, {}, "vocab_size is 1000000000, that of its target 4096"),
         (
-            {"vocab_size": 10**12},
-            {"vocab_size": 10**12},
-            "its vocab size is 1000000000000, this model's is 4096",
+            {"vocab_size": 10**9},
+            {"vocab_size": 10**9},
+            "its vocab size is 1000000000, this model's is 4096",
         ),
-        ({"exit_dim": 10**12}, {}, "exit_dim is 1000000000000, which no array there has"),
+        ({"exit_dim": 10**9}, {}, "exit_dim is 1000000000, which no array there has"),
         ({"num_draft_layers": 10**9}, {}, "num_draft_layers is 1000000000, which no array"),
-        ({"embedding_size": 10**10}, {}, "embedding_size is 10000000000, which no array"),
+        ({"embedding_size": 10**9}, {}, "embedding_size is 1000000000, which no array"),
     ],
 )
 def test_numbers_beyond_the_file_are_refused_before_anything_is_built(
