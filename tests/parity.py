@@ -3,9 +3,7 @@
     python tests/parity.py --model FOLDER --drafter ngram --data PROMPTS.jsonl --num-prompts 40
 
 Not collected by pytest: a real model takes minutes. Without --drafter a recurrent drafter with
-random weights drafts; it is hardly ever right, so every tree is mostly rejected. With ``--control
-16`` mlx-lm stands on both sides, and reads the prompt 16 tokens at a time on ours: how often it
-differs from itself is what rounding alone does to that way of decoding.
+random weights drafts; it is hardly ever right, so every tree is mostly rejected.
 """
 
 import argparse
@@ -29,7 +27,6 @@ from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterCon
 from mlx_distill.files import read_jsonl
 from mlx_distill.target.target import Target
 
-Writer = Callable[[list[int], "Way", dict[str, Any]], list[Any]]
 QUANTISED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}
 
 
@@ -68,24 +65,11 @@ def drafter_for(name: str | None, model: Any, tokenizer: Any) -> Any:
     return BoundDrafter(network, target.embed, {})
 
 
-def writer(pair: Any, drafter: Any, control: int | None) -> Writer:
-    """Return what writes our side: drafting, or mlx-lm with another split of the prompt."""
-
-    def draft(prompt: list[int], way: Way, options: dict[str, Any]) -> list[Any]:
-        options = options | way.ours()
-        return list(mlx_distill.stream_generate(*pair, prompt, drafter=drafter, **options))
-
-    def read_in_parts(prompt: list[int], way: Way, options: dict[str, Any]) -> list[Any]:
-        options = options | way.theirs() | {"prefill_step_size": control}
-        return list(mlx_lm.stream_generate(*pair, prompt, **options))
-
-    return read_in_parts if control else draft
-
-
-def differs(pair: Any, write: Writer, prompt: list[int], way: Way, max_tokens: int) -> str | None:
-    """Return where what ``write`` writes leaves mlx-lm's text, or None."""
+def differs(pair: Any, drafter: Any, prompt: list[int], way: Way, max_tokens: int) -> str | None:
+    """Return where a drafted text leaves mlx-lm's, or None."""
     caches = [way.caches(pair[0]) for _ in range(2)]
-    ours = write(prompt, way, {"max_tokens": max_tokens, "prompt_cache": caches[0]})
+    options = {"max_tokens": max_tokens, "prompt_cache": caches[0], **way.ours()}
+    ours = list(mlx_distill.stream_generate(*pair, prompt, drafter=drafter, **options))
     options = {"max_tokens": max_tokens, "prompt_cache": caches[1], **way.theirs()}
     theirs = itertools.islice(mlx_lm.stream_generate(*pair, prompt, **options), len(ours))
     text = ""
@@ -107,17 +91,15 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--control", type=int, help="tokens of a prompt that mlx-lm reads at once")
     arguments = parser.parse_args()
     pair = mlx_distill.load(arguments.model)
-    drafter = None if arguments.control else drafter_for(arguments.drafter, *pair)
-    write = writer(pair, drafter, arguments.control)
+    drafter = drafter_for(arguments.drafter, *pair)
     rows = itertools.islice(read_jsonl(arguments.data), arguments.num_prompts)
     texts = [row["prompt"] if "prompt" in row else row["turns"][0] for _, row in rows]
     prompts = [encode_prompt(pair[1], text)[:1024] for text in texts]
     total = 0
     for name in arguments.ways:
-        found = [differs(pair, write, p, WAYS[name], arguments.max_tokens) for p in prompts]
+        found = [differs(pair, drafter, p, WAYS[name], arguments.max_tokens) for p in prompts]
         wrong = [f"prompt {number}: {where}" for number, where in enumerate(found) if where]
         total += len(wrong)
         print(f"{name}: {len(wrong)} of {len(prompts)} differ", *wrong, sep="\n  ", flush=True)
