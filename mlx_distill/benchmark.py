@@ -133,12 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure drafting against mlx-lm on this machine.",
     )
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--drafter",
-        type=cli.path,
-        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
-        "model)",
-    )
+    cli.add_drafter_flag(parser)
     parser.add_argument(
         "--draft-model",
         type=cli.path,

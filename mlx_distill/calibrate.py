@@ -75,12 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure what decoding costs on this machine, for the planner of drafts.",
     )
     cli.add_model_flags(parser)
-    parser.add_argument(
-        "--drafter",
-        type=cli.path,
-        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
-        "model)",
-    )
+    cli.add_drafter_flag(parser)
     parser.add_argument(
         "--quick", action="store_true", help="measure only what the first use of a pair does"
     )

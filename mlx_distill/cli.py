@@ -45,6 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return importlib.import_module(f"mlx_distill.{arguments.verb}").main(arguments.arguments)
 
 
+def add_drafter_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--drafter``, of a command that drafts for a model."""
+    parser.add_argument(
+        "--drafter",
+        type=path,
+        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
+        "model)",
+    )
+
+
 def command(function: Callable[..., int]) -> Callable[..., int]:
     """Turn the errors that a user can mend into one line on stderr and exit status 2."""
 
