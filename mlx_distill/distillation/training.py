@@ -112,8 +112,8 @@ def distill(
     terms = [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
-    _check(batch_size, data, valid, training)
     teacher = _teacher(teachers, texts, weights, mean)
+    _check(batch_size, data, valid, training, teacher, on_policy)
     limit = None
     if not isinstance(data, Examples):
         assert not isinstance(valid, Examples)
@@ -124,8 +124,6 @@ def distill(
         config = on_policy or OnPolicyConfig()
         valid = valid and answered(valid, networks[-1], set(eos_token_ids), config, limit)
     if isinstance(teacher, CachedTeacher):
-        if on_policy is not None and on_policy.on_policy > 0:
-            raise InputError("a cache does not know what the student will write; use a teacher")
         valid_teacher = valid_teacher or TextTeacher()
     settings = settings or {
         "losses": [str(term) for term in terms],
@@ -188,12 +186,21 @@ def _run(
     return Distilled(before, journal.rows, notes, finished)
 
 
-def _check(batch_size: int, data: Data, valid: Data | None, training: TrainingConfig) -> None:
+def _check(
+    batch_size: int,
+    data: Data,
+    valid: Data | None,
+    training: TrainingConfig,
+    teacher: Teacher,
+    on_policy: OnPolicyConfig | None,
+) -> None:
     check_value("batch_size", batch_size, Count)
     if not isinstance(data, Examples) and not data:
         raise InputError("there are no texts")
     if valid is None and (training.patience or training.keep_best):
         raise InputError("patience and keep_best need held-out data, by which to judge")
+    if isinstance(teacher, CachedTeacher) and on_policy is not None and on_policy.on_policy > 0:
+        raise InputError("a cache does not know what the student will write; use a teacher")
 
 
 def _hash(data: Data) -> str:
