@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
     sampling = from_flags(Sampling, arguments)
-    plan = from_flags(DraftPlan, arguments)
+    plan = _plan(argv)
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
     if arguments.draft_model and arguments.drafter:
@@ -168,6 +168,21 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens that it drafts, 1 to 64 (default: 3)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
+    parser.add_argument(
+        "--no-calibrate",
+        action="store_true",
+        help="do not measure at a pair's first use which shape of draft pays here; as do the flags "
+        "of a shape, it keeps every draft as they say",
+    )
+
+
+def _plan(argv: Sequence[str] | None) -> DraftPlan | None:
+    """Return the shape that the flags ask for; None if they leave it to what was measured."""
+    names = [field.name for field in fields(DraftPlan)]
+    # What is in the namespace already gets no default.
+    given = _parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+    values = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return DraftPlan(**values) if values or given.no_calibrate else None
 
 
 def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """Calibration: tasks timed by clocks of our own, files that are kept, or ignored and made anew."""
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,3 +288,41 @@ def test_a_planned_text_is_the_plain_one(pair: Pair, law: dict[str, Any]) -> Non
         )
         assert "".join(response.text for response in responses) == expected
         assert (responses[-1].tokens_per_call > 2) == (calls[-1] == 1)
+
+
+def test_a_text_without_a_plan_is_planned_by_what_was_measured(
+    pair: Pair, measured: list[CalibrationConfig]
+) -> None:
+    options: dict[str, Any] = {"drafter": pair.drafter, "max_tokens": 12}
+    expected = mlx_distill.generate(pair.model, pair.tokenizer, "Once", max_tokens=12)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        mlx_distill.generate(pair.model, pair.tokenizer, [], **options)
+    fixed = options | {"plan": DraftPlan()}
+    assert mlx_distill.generate(pair.model, pair.tokenizer, "Once", **fixed) == expected
+    assert not measured
+    assert mlx_distill.generate(pair.model, pair.tokenizer, "Once", **options) == expected
+    assert measured == [QUICK]
+
+
+@pytest.mark.parametrize(
+    ("flags", "plan"),
+    [
+        ([], None),
+        (["--no-calibrate"], DraftPlan()),
+        (["--nodes", "8"], DraftPlan()),
+        (["--beam-width", "2", "--tree", "beam"], DraftPlan(2, tree="beam")),
+    ],
+)
+def test_flags_of_a_shape_keep_it(
+    flags: list[str], plan: DraftPlan | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = importlib.import_module("mlx_distill.generate")
+    seen: list[Any] = []
+
+    def no_text(*arguments: Any, **options: Any) -> Any:
+        seen.append(options["plan"])
+        return (one for one in ())
+
+    monkeypatch.setattr(command, "stream_generate", no_text)
+    assert command.main([*flags, "--max-tokens", "1"]) == 0
+    assert seen == [plan]

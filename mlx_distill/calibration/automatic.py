@@ -41,9 +41,11 @@ def planner_of(pair: Pair) -> Planner:
     """Return the planner of all texts of a pair, so that each learns from those before it."""
     if not is_on():
         return FixedPlanner(DraftPlan())
-    drafter = pair.drafter
     key = id(pair.model), pair.cache
-    planners = _planners.setdefault(drafter, {})
+    try:
+        planners = _planners.setdefault(pair.drafter, {})
+    except TypeError:  # a drafter that cannot be a key
+        return AdaptivePlanner(known_costs(pair))
     if key not in planners or planners[key][0]() is not pair.model:
         planners[key] = weakref.ref(pair.model), AdaptivePlanner(known_costs(pair))
     return planners[key][1]

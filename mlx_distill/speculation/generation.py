@@ -6,12 +6,15 @@ decodes.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Int
 from mlx import nn
 
+from mlx_distill.calibration.automatic import planner_of
+from mlx_distill.calibration.measuring import Pair
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
@@ -65,7 +68,10 @@ def stream_generate(
         logits_processors: As mlx-lm's; they see the prompt and the answer so far.
         prompt_cache: From ``mlx_lm.models.cache.make_prompt_cache``; holds the text before the
             prompt, and afterwards the prompt and the answer too.
-        plan: The shape of the drafts, or what plans it anew for each of them.
+        plan: The shape of the drafts, or what plans it anew for each of them. Without it, the
+            measured costs of this machine decide, and at the first use of a pair they are
+            measured, which takes up to 20 seconds. MLX_DISTILL_CALIBRATE=0 in the environment
+            leaves that out: every draft is then a ``DraftPlan()``.
         cache: How keys and values are kept.
 
     Raises:
@@ -73,7 +79,6 @@ def stream_generate(
             context, or the drafter was made for another model.
     """
     engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens)
-    plan = plan or DraftPlan()
     request = Request(
         prompt=prompt_tokens(engine.tokenizer, prompt),
         max_tokens=max_tokens,
@@ -82,11 +87,16 @@ def stream_generate(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logits_processors=tuple(logits_processors or ()),
         prompt_cache=prompt_cache,
-        planner=FixedPlanner(plan) if isinstance(plan, DraftPlan) else plan,
+        planner=plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan()),
         cache=cache or CacheConfig(),
     )
     # Whatever can be refused is refused now, not when the first token is asked for.
-    return _stream(engine, engine.submit(request))
+    number = engine.submit(request)
+    if plan is None and drafter is not None:
+        engine.cancel(number)
+        planner = planner_of(Pair(model, engine.tokenizer, drafter, request.cache))
+        number = engine.submit(replace(request, planner=planner))
+    return _stream(engine, number)
 
 
 def _stream(engine: Engine, number: int) -> Responses:
