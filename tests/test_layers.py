@@ -12,7 +12,7 @@ LAYERS = {
     "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli",
     "uses": "speculation distillation evaluation benchmarking calibration",
     "loops": "speculation.decoding speculation.cycle speculation.caching speculation.ledger "
-    "speculation.statistics training",
+    "speculation.statistics speculation.phases training",
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses",

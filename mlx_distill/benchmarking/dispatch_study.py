@@ -9,26 +9,24 @@ now and then, noise and commits of branches, is in them with its share.
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu, in_graph
 from mlx_distill.compat import model_classes
-from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
+from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.generation import stream_generate
-from mlx_distill.target.layer_cache import leaves
+from mlx_distill.speculation.phases import Made, arrays_in, watching
+from mlx_distill.target.layer_cache import arrays_of
 from mlx_distill.target.layers import numbered_layers
-from mlx_distill.target.target import Target, TreeCall
+from mlx_distill.target.target import Target
 
 evaluate = mx.eval  # also while the name means to note what is launched
 
@@ -187,7 +185,7 @@ class CycleCounter:
     """Counts what is sent while a text is written, by part of the cycle.
 
     Attributes:
-        found: Dispatches by part: draft, commit, rest.
+        found: Dispatches by part, but for the target's; what lies between the parts is the host's.
         cycles: Calls of the target.
     """
 
@@ -200,83 +198,35 @@ class CycleCounter:
         self.found.clear()
         self.cycles = 0
 
-    def note(self, part: str, *tree: object) -> None:
+    def note(self, part: str, *things: object) -> None:
         """Count what arrays need, and compute them."""
-        arrays = [leaf for _, leaf in tree_flatten(list(tree)) if isinstance(leaf, mx.array)]
+        arrays = arrays_in(things)
         if arrays:
             self.found[part] += in_graph(arrays).total()
             evaluate(arrays)
 
     @contextmanager
-    def watching(self, target: Target) -> Iterator[None]:
-        """Count what is launched meanwhile, but for the target's calls."""
-        verify, launch = target.verify, mx.async_eval
-
-        def counted(tree: PrefixTree, caches: PromptCache, taps: Sequence[int] = ()) -> TreeCall:
-            self.note("rest", tree.tokens, tree.mask, tree.depths)
-            self.note("commit", arrays_of(caches))
-            call = verify(tree, caches, taps)
-            evaluate(call.logits, call.hidden, list(call.taps), arrays_of(caches))
+    def phase(self, name: str, needs: tuple[object, ...]) -> Iterator[Made]:
+        """Count a part; a call of the target has operations that only a GPU knows."""
+        made: list[object] = []
+        self.note("host", needs)
+        yield lambda *things: made.extend(things)
+        if name == "target":
             self.cycles += 1
-            return call
+            evaluate(arrays_in(made))
+        else:
+            self.note(name, made)
 
-        target.verify = counted
-        mx.async_eval = lambda *tree: self.note("rest", *tree)
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Count what is sent meanwhile; it is sent when it is counted, and not before."""
+        launch = mx.async_eval
+        mx.async_eval = lambda *tree: None
         try:
-            yield
+            with watching(self):
+                yield
         finally:
             mx.async_eval = launch
-            del target.verify  # the method of its class is there again
-
-
-@dataclass
-class CountedDrafter:
-    """A drafter whose calls are counted.
-
-    Args:
-        drafter: Drafts.
-        counter: Counts.
-    """
-
-    drafter: Drafter
-    counter: CycleCounter
-
-    def __post_init__(self) -> None:
-        self.taps = self.drafter.taps
-
-    def open(self, prompt: mx.array, features: Features) -> "CountedState":
-        """Return the state of a new text."""
-        return CountedState(self.drafter.open(prompt, features), self.counter)
-
-
-@dataclass
-class CountedState:
-    """One text of a counted drafter.
-
-    Args:
-        state: The drafter's state.
-        counter: Counts.
-    """
-
-    state: DraftState
-    counter: CycleCounter
-
-    def draft(self, root: mx.array, plan: DraftPlan, noise: mx.array | None) -> Draft | None:
-        """Return what the drafter drafts."""
-        self.counter.note("rest", root, noise)
-        draft = self.state.draft(root, plan, noise)
-        if draft is not None:
-            self.counter.note("draft", draft.tokens, draft.parents, draft.depths, draft.scores)
-        return draft
-
-    def accept(self, tokens: mx.array, features: Features) -> None:
-        """Hand on what became text."""
-        # What a drafter does not look at is never computed.
-        self.state.accept(tokens, features)
-
-    def rewind(self, num_tokens: int) -> None:
-        """Hand on what did not."""
-        self.state.rewind(num_tokens)
 
 
 def of_cycle(
@@ -286,32 +236,34 @@ def of_cycle(
     prompt: Sequence[int],
     plan: DraftPlan,
     temperature: float,
-    max_tokens: int = 100,
 ) -> dict[str, float]:
     """Return the dispatches of a draft, of commits and of the rest of a cycle, on the average."""
-    counter = CycleCounter()
     steps = stream_generate(
         model,
         tokenizer,
         prompt,
-        drafter=CountedDrafter(drafter, counter),
+        drafter=drafter,
         plan=plan,
         temperature=temperature,
         seed=0,
-        max_tokens=max_tokens,
+        max_tokens=100,
     )
-    with counter.watching(Target.of(model)):
+    found = by_phase(steps)
+    rest = found["tree"] + found["walk"] + found["host"]
+    return {"draft": found["draft"], "commit": found["commit"], "rest": rest}
+
+
+def by_phase(steps: Iterator[object]) -> dict[str, float]:
+    """Return the dispatches of every part of a text's cycles, on the average.
+
+    Args:
+        steps: Writes the text, a token at a time.
+    """
+    counter = CycleCounter()
+    with counter.watching():
         next(steps)
         counter.reset()
         for _ in steps:
             pass
-    return {part: counter.found[part] / counter.cycles for part in ("draft", "commit", "rest")}
-
-
-def arrays_of(caches: PromptCache) -> list[object]:
-    """Return the arrays of caches as they are; asking a window for its state would turn it."""
-    windows = [(cache, vars(cache).get("window")) for cache in leaves(caches)]
-    return [
-        window.arrays if window is not None else (cache.keys, cache.values)
-        for cache, window in windows
-    ]
+    names = ("draft", "tree", "walk", "commit", "host")
+    return {name: counter.found[name] / max(1, counter.cycles) for name in names}

@@ -16,6 +16,7 @@ from mlx_distill.drafters.protocol import Drafter, DraftState, Features, Outcome
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import Ledger
+from mlx_distill.speculation.phases import phase
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.target import Target, TreeCall
 
@@ -92,14 +93,19 @@ class Decoding:
             return None
         assert self.state is not None
         plan = plan.for_support(self.target.support)
-        draft = self.state.draft(root, plan, self._in_sight(noise(plan.draft_length)))
+        in_sight = self._in_sight(noise(plan.draft_length))
+        with phase("draft", root, in_sight) as made:
+            draft = self.state.draft(root, plan, in_sight)
+            made(draft)
         if draft is None:
             return None
         if plan.tree == "beam":
             mx.async_eval(draft.tokens, draft.parents, draft.depths, draft.scores)
             return draft
         chain = self.target.support == "chain"
-        tree = (draft.best_chain if chain else draft.best_first)(plan.nodes)
+        with phase("tree") as made:
+            tree = (draft.best_chain if chain else draft.best_first)(plan.nodes)
+            made(tree)
         mx.async_eval(tree.tokens, tree.parents, tree.mask, tree.depths)
         return tree
 
@@ -114,7 +120,12 @@ class Decoding:
         """Return the tree to verify; ``start`` is the root's position."""
         if draft is None or not self._reaches(start, draft.max_depth + 1):
             return PrefixTree.root(root)
-        return PrefixTree.from_beams(draft.beams()) if isinstance(draft, Draft) else draft
+        if not isinstance(draft, Draft):
+            return draft
+        with phase("tree", draft) as made:
+            tree = PrefixTree.from_beams(draft.beams())
+            made(tree)
+        return tree
 
     def _reaches(self, start: int, num_tokens: int) -> bool:
         """Return whether so many more tokens can be read in one call."""
@@ -192,14 +203,17 @@ def launch(
     """
     with mx.stream(generation_stream):
         tree = decoding.tree(root, draft, decoding.prompt_tokens + num_tokens - 1)
-        call = decoding.target.verify(tree, decoding.caches, decoding.drafter.taps)
+        with phase("target", tree) as made:
+            call = decoding.target.verify(tree, decoding.caches, decoding.drafter.taps)
+            made(call.logits, call.hidden, call.taps)
         if decoding.logits_processors:
             mx.async_eval(call.logits, call.hidden)
             return Cycle(tree, call, num_tokens, mx.concatenate([history, root]))
         cycle = Cycle(tree, call, num_tokens, history)
-        _walk(
-            decoding, cycle, *sample_fast(call.logits, decoding.sampling, _noise(decoding, cycle))
-        )
+        noise = _noise(decoding, cycle)
+        with phase("walk", noise) as made:
+            _walk(decoding, cycle, *sample_fast(call.logits, decoding.sampling, noise))
+            made(cycle.report, cycle.walk)
         return cycle
 
 
@@ -264,7 +278,8 @@ def read(decoding: Decoding, cycle: Cycle) -> Accepted:
     """
     if cycle.report is None:
         return _walk_on_host(decoding, cycle)
-    parents, accepted, drawn, failed, *certain = to_host(cycle.report)
+    with phase("read"):
+        parents, accepted, drawn, failed, *certain = to_host(cycle.report)
     if certain and not all(sure for sure, kept in zip(*certain, accepted, strict=True) if kept):
         _walk_again(decoding, cycle)
         return read(decoding, cycle)

@@ -30,6 +30,7 @@ from mlx_distill.speculation.cycle import (
     launch,
     read,
 )
+from mlx_distill.speculation.phases import phase
 from mlx_distill.target.layer_cache import cached_tokens
 
 # A drafter with taps is shown so many of the prompt's last tokens.
@@ -141,8 +142,9 @@ def _read(
 
 def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle:
     """Keep the accepted path in the cache, and launch the tree that follows it."""
-    with mx.stream(generation_stream):
+    with mx.stream(generation_stream), phase("commit") as made:
         decoding.ledger.commit(cycle.call, path)
+        made(decoding.caches)
     assert cycle.root is not None
     num_tokens = cycle.start + len(path)
     return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)

@@ -22,6 +22,20 @@ def leaves(caches: Sequence[LayerCache]) -> Iterator[LayerCache]:
             yield cache
 
 
+def arrays_of(caches: Sequence[LayerCache]) -> list[object]:
+    """Return the arrays of caches as they are; asking a window for its state would turn it."""
+    found: list[object] = []
+    for cache in leaves(caches):
+        window = vars(cache).get("window")
+        if window is not None:
+            found.append(window.arrays)
+        elif hasattr(cache, "keys"):
+            found.append((cache.keys, cache.values))
+        else:
+            found.append(cache.state)
+    return found
+
+
 def cached_tokens(caches: Sequence[LayerCache]) -> int:
     """Return how many tokens a prompt cache has seen; recurrent parts do not say."""
     return next((cache.offset for cache in leaves(caches) if hasattr(cache, "offset")), 0)
