@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
     config = from_flags(BenchmarkConfig, arguments)
-    plan = from_flags(DraftPlan, arguments)
+    plan = cli.asked_shape(_parser(), argv)
     sampling = from_flags(Sampling, arguments)
     output, picture = cli.new_file(arguments.output), cli.new_file(arguments.plot)
     _check(arguments, config, picture)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     bench, prompts, report = _open(arguments, config, sampling)
     if arguments.dispatches:
         pair = bench.model, bench.tokenizer, bench.drafter
-        found = study(*pair, prompts[0], plan, others=arguments.model is None)
+        found = study(*pair, prompts[0], plan or DraftPlan(), others=arguments.model is None)
         show_dispatches(found)
         _write(output, found | {"config": cli.settings(arguments)} | machine.provenance())
         return 0
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_flags(parser, BenchmarkConfig)
     add_flags(parser, Sampling, {"temperature": "temp"})
-    add_flags(parser, DraftPlan)
+    cli.add_shape_flags(parser)
     _add_study_flags(parser)
     return parser
 

@@ -3,8 +3,8 @@
     python -m mlx_distill.calibrate --model ... --drafter ...
 
 Calls of the target by rows and context, drafts by width and length, and the rest of a cycle, timed
-in turn. The result is kept in the user's cache folder, where ``calibration.automatic`` finds it;
-``generate`` keeps its own shape of draft. Nothing else should run meanwhile.
+in turn. The result is kept in the user's cache folder, where all that drafts finds it. Nothing else
+should run meanwhile.
 """
 
 import argparse

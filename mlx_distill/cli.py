@@ -7,11 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
+from mlx_distill.config import add_flags
+from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import SENTENCE, InputError, printable, shorten
 
 VERBS = {
@@ -53,6 +56,26 @@ def add_drafter_flag(parser: argparse.ArgumentParser) -> None:
         help="the drafter's folder or hub repository (default: the bundled one with the bundled "
         "model)",
     )
+
+
+def add_shape_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a draft's shape, and the one that keeps the default one."""
+    add_flags(parser, DraftPlan)
+    parser.add_argument(
+        "--no-calibrate",
+        action="store_true",
+        help="do not measure at a pair's first use which shape of draft pays here; as do the flags "
+        "of a shape, it keeps every draft as they say",
+    )
+
+
+def asked_shape(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> DraftPlan | None:
+    """Return the shape that the flags ask for; None if they leave it to what was measured."""
+    names = [field.name for field in fields(DraftPlan)]
+    # What is in the namespace already gets no default.
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+    values = {name: value for name in names if (value := getattr(given, name)) is not None}
+    return DraftPlan(**values) if values or given.no_calibrate else None
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:

@@ -27,7 +27,7 @@ from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
-from mlx_distill.drafters.protocol import DraftLength, DraftPlan
+from mlx_distill.drafters.protocol import DraftLength
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
     sampling = from_flags(Sampling, arguments)
-    plan = _plan(argv)
+    plan = cli.asked_shape(_parser(), argv)
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
     if arguments.draft_model and arguments.drafter:
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_drafter_flags(parser)
     _add_prompt_flags(parser)
     add_flags(parser, Sampling, {"temperature": "temp"})
-    add_flags(parser, DraftPlan)
+    cli.add_shape_flags(parser)
     add_flags(parser, CacheConfig)
     _add_report_flags(parser)
     return parser
@@ -168,21 +168,6 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens that it drafts, 1 to 64 (default: 3)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
-    parser.add_argument(
-        "--no-calibrate",
-        action="store_true",
-        help="do not measure at a pair's first use which shape of draft pays here; as do the flags "
-        "of a shape, it keeps every draft as they say",
-    )
-
-
-def _plan(argv: Sequence[str] | None) -> DraftPlan | None:
-    """Return the shape that the flags ask for; None if they leave it to what was measured."""
-    names = [field.name for field in fields(DraftPlan)]
-    # What is in the namespace already gets no default.
-    given = _parser().parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
-    values = {name: value for name in names if (value := getattr(given, name)) is not None}
-    return DraftPlan(**values) if values or given.no_calibrate else None
 
 
 def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:

@@ -71,7 +71,7 @@ class Bench:
     sampling: Sampling
     config: BenchmarkConfig
 
-    def arms(self, plan: DraftPlan) -> dict[str, Callable[[list[int], int], Iterator[Any]]]:
+    def arms(self, plan: DraftPlan | None) -> dict[str, Callable[[list[int], int], Iterator[Any]]]:
         """Return what decodes a prompt, by name; each takes the prompt and a seed."""
         law, limit = self.sampling, self.config.max_tokens
         sampler = law.mlx_lm_sampler(Target.of(self.model).vocab_size)
@@ -110,7 +110,7 @@ class Bench:
         return arms if self.draft_model is not None else {PLAIN: plain, OURS: ours}
 
     def run(
-        self, prompts: Sequence[list[int]], plan: DraftPlan, title: str
+        self, prompts: Sequence[list[int]], plan: DraftPlan | None, title: str
     ) -> dict[str, list[Sample]]:
         """Return the samples of every arm, after a prompt that does not count."""
         arms = self.arms(plan)

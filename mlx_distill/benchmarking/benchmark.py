@@ -34,20 +34,21 @@ class Studies:
 
 
 def run(
-    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan, studies: Studies
+    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan | None, studies: Studies
 ) -> dict[str, Any]:
     """Return what a benchmark found: figures per arm, and of every study.
 
     Args:
         bench: The pair and what is asked of it.
         prompts: Token ids; all leave room for an answer, see ``usable``.
-        plan: The shape of the drafts.
+        plan: The shape of the drafts; None leaves it to what was measured of this machine. Parts
+            of a cycle, memory and sweep are measured with the default shape then.
         studies: What is measured beside.
 
     Raises:
         InputError: If nothing was written that could be timed.
     """
-    config = bench.config
+    config, shape = bench.config, plan or DraftPlan()
     samples = bench.run(prompts, plan, "benchmark")
     greedy = bench.sampling.temperature == 0
     result: dict[str, Any] = {
@@ -55,15 +56,15 @@ def run(
         "equal_texts": equal_texts(samples) if greedy else None,
         "differences": differences(bench, prompts, samples, plan) if greedy else [],
         "acceptance_by_depth": mean_by_depth(samples[OURS]),
-        "overhead": overhead(bench, prompts[: config.timed_prompts], plan),
+        "overhead": overhead(bench, prompts[: config.timed_prompts], shape),
         "dtype": _dtype(bench.model),
     }
     if studies.sharing:
         result["sharing"] = sharing(bench, prompts[:4])
     if studies.long_run:
-        result["long_run"] = long_run(bench, prompts, plan, studies.long_run)
+        result["long_run"] = long_run(bench, prompts, shape, studies.long_run)
     if config.sweep_prompts:
-        result["sweep"] = sweep(bench, prompts[: config.sweep_prompts], plan)
+        result["sweep"] = sweep(bench, prompts[: config.sweep_prompts], shape)
     return result
 
 
@@ -71,7 +72,7 @@ def differences(
     bench: Bench,
     prompts: Sequence[list[int]],
     samples: dict[str, list[Sample]],
-    plan: DraftPlan,
+    plan: DraftPlan | None,
 ) -> list[dict[str, Any]]:
     """Return where drafted greedy texts part from mlx-lm's, which is decoded once more for that."""
     plain, found = bench.arms(plan)[PLAIN], []

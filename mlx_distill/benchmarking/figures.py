@@ -28,11 +28,17 @@ def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
                 "tokens_per_s": spread([sample.tokens_per_s for sample in mine]),
                 "speedup": spread(ratios),
                 "tokens_per_call": statistics.mean(s.tokens_per_call for s in mine),
+                "nodes_per_call": _nodes_per_call(mine),
                 "first_token_s": spread([sample.first_token_s for sample in mine]),
                 "peak_memory_bytes": max(sample.peak_memory_bytes for sample in mine),
             }
         )
     return rows
+
+
+def _nodes_per_call(samples: Sequence[Sample]) -> float:
+    """Return how many tokens a call of the target verified; 1 where nothing was drafted."""
+    return statistics.mean(max(1.0, s.verified_tokens / s.target_calls) for s in samples)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

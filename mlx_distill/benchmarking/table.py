@@ -13,7 +13,7 @@ def show(result: dict[str, Any]) -> None:
     console.width = max(console.width, 110)  # a pipe has no width of its own
     found = result["machine"]
     table = Table(title=escape(f"{found['processor']}, {result['dtype']}"), title_justify="left")
-    for name in ("arm", "tokens/s", "speed-up", "tokens/call", "first token", "peak memory"):
+    for name in ("arm", "tokens/s", "speed-up", "tokens/call", "nodes/call", "first token", "peak memory"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for row in result["arms"]:
         table.add_row(
@@ -21,6 +21,7 @@ def show(result: dict[str, Any]) -> None:
             _range(row["tokens_per_s"], ".0f"),
             _range(row["speedup"], ".2f"),
             f"{row['tokens_per_call']:.2f}",
+            f"{row['nodes_per_call']:.1f}",
             f"{1e3 * row['first_token_s']['median']:.0f} ms",
             f"{row['peak_memory_bytes'] / 1e6:.0f} MB",
         )
