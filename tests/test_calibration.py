@@ -93,7 +93,10 @@ def test_a_pair_is_measured(pair: Pair) -> None:
     assert costs.contexts == (16, 32)
     assert costs.rows == (1, 2, 4)
     assert all(time == 1.0 for row in (*costs.call_s, *costs.draft_s) for time in row)
-    assert len(found.times) == 2 * 3 + 2 * 2 + 2
+    assert len(found.times) == 2 * 3 + 2 * 2 + 2 * 2
+    for law in (costs, costs.sampled()):
+        assert law.overhead_s == 1 - (1 + 1)  # a cycle, less a call and a draft
+        assert law.plain_overhead_s == 0
     assert costs.spread == 0
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
 
@@ -253,17 +256,19 @@ def test_all_texts_of_a_pair_have_one_planner(
 ) -> None:
     again = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), pair.model, pair.tokenizer)
     other = replace(pair, drafter=again)
-    planner = automatic.planner_of(other)
+    planner = automatic.planner_of(other, sampled=False)
     assert isinstance(planner, AdaptivePlanner)
-    assert automatic.planner_of(replace(other)) is planner
-    assert automatic.planner_of(replace(other, cache=CacheConfig(max_kv_size=99))) is not planner
+    assert automatic.planner_of(replace(other), sampled=False) is planner
+    windowed = replace(other, cache=CacheConfig(max_kv_size=99))
+    assert automatic.planner_of(windowed, sampled=False) is not planner
+    assert automatic.planner_of(other, sampled=True) is not planner
 
 
 def test_switched_off_nothing_is_measured(
     pair: Pair, measured: list[CalibrationConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(automatic.SWITCH, "0")
-    assert automatic.planner_of(pair) == FixedPlanner(DraftPlan())
+    assert automatic.planner_of(pair, sampled=False) == FixedPlanner(DraftPlan())
     assert not measured
 
 

@@ -44,6 +44,16 @@ def test_a_cycle_is_a_draft_a_call_and_the_rest() -> None:
     assert COSTS.plain(100, batch=2) == pytest.approx(1.1)
 
 
+def test_what_runs_at_the_same_time_is_not_counted_twice() -> None:
+    """A plain step that is built while the one before runs is shorter than its call."""
+    ahead = replace(COSTS, plain_overhead_s=-0.4, sampled_overhead_s=0.3)
+    assert ahead.plain(100) == pytest.approx(0.6)
+    assert ahead.cycle(DraftPlan(4, 4), 8, 100) == COSTS.cycle(DraftPlan(4, 4), 8, 100)
+    assert ahead.sampled().plain(100) == pytest.approx(1.0)
+    assert ahead.sampled().cycle(DraftPlan(4, 4), 8, 100) == pytest.approx(1.7 + 0.4 + 0.3)
+    assert replace(COSTS, plain_overhead_s=-9.0, overhead_s=-9.0).plain(100) > 0
+
+
 @pytest.mark.parametrize("costs", [COSTS, replace(COSTS, contexts=(300,), call_s=COSTS.call_s[1:])])
 def test_beyond_the_longest_context_further_rows_cost_more(costs: Costs) -> None:
     """Relative to a plain step, too, so that drafting is never overrated there."""
@@ -75,7 +85,9 @@ def test_json_and_back() -> None:
         ({"draft_s": [[0.1, float("nan")], [0.1, 0.2]]}, "draft_s must hold times"),
         ({"draft_s": [[0.1, "x"], [0.1, 0.2]]}, "draft_s must hold times"),
         ({"call_s": [[0.0, 1, 1, 1], [1, 1, 1, 1]]}, "call_s must hold times above 0"),
-        ({"overhead_s": -1.0}, "overhead_s must be a number"),
+        ({"overhead_s": float("nan")}, "overhead_s must be a number"),
+        ({"sampled_plain_overhead_s": "0"}, "sampled_plain_overhead_s must be a number"),
+        ({"spread": -0.1}, "spread must be a number"),
         ({"spread": None}, "spread must be a number"),
         ({"colour": 1}, "costs must hold"),
     ],

@@ -13,7 +13,8 @@ def show(result: dict[str, Any]) -> None:
     console.width = max(console.width, 110)  # a pipe has no width of its own
     found = result["machine"]
     table = Table(title=escape(f"{found['processor']}, {result['dtype']}"), title_justify="left")
-    for name in ("arm", "tokens/s", "speed-up", "tokens/call", "nodes/call", "first token", "peak memory"):
+    figures = "tokens/s", "speed-up", "tokens/call", "nodes/call", "first token", "peak memory"
+    for name in ("arm", *figures):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for row in result["arms"]:
         table.add_row(

@@ -37,20 +37,30 @@ def known_costs(pair: Pair) -> Costs:
     return costs
 
 
-def planner_of(pair: Pair) -> Planner:
-    """Return the planner of all texts of a pair, so that each learns from those before it."""
+def planner_of(pair: Pair, sampled: bool) -> Planner:
+    """Return the planner of all texts of a pair, so that each learns from those before it.
+
+    Args:
+        pair: A model and its drafter.
+        sampled: Whether tokens are drawn, and not the likeliest.
+    """
     if not is_on():
         return FixedPlanner(DraftPlan())
-    key = id(pair.model), pair.cache
+    key = id(pair.model), pair.cache, sampled
     try:
         planners = _planners.setdefault(pair.drafter, {})
     except TypeError:  # a drafter that cannot be a key
-        return AdaptivePlanner(known_costs(pair))
+        return _planner(pair, sampled)
     if key not in planners or planners[key][0]() is not pair.model:
-        planners[key] = weakref.ref(pair.model), AdaptivePlanner(known_costs(pair))
+        planners[key] = weakref.ref(pair.model), _planner(pair, sampled)
     return planners[key][1]
 
 
+def _planner(pair: Pair, sampled: bool) -> AdaptivePlanner:
+    costs = known_costs(pair)
+    return AdaptivePlanner(costs.sampled() if sampled else costs)
+
+
 _planners: weakref.WeakKeyDictionary[
-    Drafter, dict[tuple[int, CacheConfig], tuple[weakref.ref, AdaptivePlanner]]
+    Drafter, dict[tuple[int, CacheConfig, bool], tuple[weakref.ref, AdaptivePlanner]]
 ] = weakref.WeakKeyDictionary()

@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_distill.calibration.config import CalibrationConfig
 from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Features, FixedPlanner
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
@@ -29,6 +30,8 @@ from mlx_distill.target.target import Target
 TEXT = "Once upon a time there was a small house by the sea, and in it lived an old baker. "
 # Cycles of decoding that are timed at once, and the shape of their drafts.
 CYCLES, PLAN = 6, DraftPlan()
+# How tokens are drawn in them.
+LAWS = GREEDY, Sampling(temperature=1.0)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Calibration:
     Args:
         costs: For the planner.
         times: Of every task, by what it was: ("call", context, rows), ("draft", width, length),
-            ("plain",) for a step of mlx-lm's loop, ("cycle",) for one that drafts.
+            ("plain", temperature) for a step of mlx-lm's loop, ("cycle", temperature) for one of
+            the loop that drafts.
     """
 
     costs: Costs
@@ -105,8 +109,9 @@ def calibrate(
         for width in widths
         for length in config.lengths
     }
-    tasks[("plain",)] = Decoding(pair, None, contexts[0])
-    tasks[("cycle",)] = Decoding(pair, PLAN, contexts[0])
+    for law in LAWS:
+        tasks["plain", law.temperature] = Decoding(pair, None, law, contexts[0])
+        tasks["cycle", law.temperature] = Decoding(pair, PLAN, law, contexts[0])
     times = time_in_turn(_mixed(tasks), config.rounds, config.limit_s, clock, progress)
     costs = Costs(
         contexts,
@@ -117,7 +122,7 @@ def calibrate(
         tuple(tuple(times["draft", w, n].median_s for n in config.lengths) for w in widths),
         spread=typical_spread(times.values()),
     )
-    return Calibration(_with_overhead(costs, times, contexts[0]), times)
+    return Calibration(_with_overheads(costs, times, contexts[0]), times)
 
 
 def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:
@@ -142,16 +147,20 @@ def _mixed(tasks: dict[tuple[Any, ...], Task]) -> dict[tuple[Any, ...], Task]:
     return {name: tasks[name] for name in [*names, *kinds[False]]}
 
 
-def _with_overhead(costs: Costs, times: dict[tuple[Any, ...], Times], context: int) -> Costs:
-    """Return the costs with what a cycle takes beyond its parts, and more than a plain step does.
-
-    A step of mlx-lm's loop is built while the one before it runs, so it may take less than the call
-    alone does when it is waited for.
-    """
-    plain = times["plain",].median_s
-    rest = times["cycle",].median_s - costs.cycle(PLAN, PLAN.nodes, context)
-    own = plain - costs.plain(context)
-    return replace(costs, overhead_s=max(0.0, rest - own))
+def _with_overheads(costs: Costs, times: dict[tuple[Any, ...], Times], context: int) -> Costs:
+    """Return the costs with what whole steps and cycles take beyond their parts."""
+    call_s, cycle_s = costs.plain(context), costs.cycle(PLAN, PLAN.nodes, context)
+    plain, cycle = (
+        [times[name, law.temperature].median_s - parts_s for law in LAWS]
+        for name, parts_s in (("plain", call_s), ("cycle", cycle_s))
+    )
+    return replace(
+        costs,
+        overhead_s=cycle[0],
+        plain_overhead_s=plain[0],
+        sampled_overhead_s=cycle[1],
+        sampled_plain_overhead_s=plain[1],
+    )
 
 
 @dataclass(frozen=True)
@@ -227,19 +236,22 @@ class Decoding:
     Args:
         pair: A model and its drafter.
         plan: The shape of the drafts; None decodes plainly, by mlx-lm's loop.
+        sampling: How tokens are drawn.
         context: Length of the prompt.
     """
 
-    def __init__(self, pair: Pair, plan: DraftPlan | None, context: int):
+    def __init__(self, pair: Pair, plan: DraftPlan | None, sampling: Sampling, context: int):
         self.engine = Engine(pair.model, pair.tokenizer, None if plan is None else pair.drafter)
         self.planner = FixedPlanner(plan or PLAN)
         self.prompt = mx.array(pair.tokens(context))
-        self.cache = pair.cache
+        self.sampling, self.cache = sampling, pair.cache
 
     def __call__(self, clock: Clock) -> float:
         """Return the seconds of a cycle."""
         most = 8 * CYCLES
-        request = Request(self.prompt, most, planner=self.planner, cache=self.cache)
+        request = Request(
+            self.prompt, most, self.sampling, seed=0, planner=self.planner, cache=self.cache
+        )
         number = self.engine.submit(request)
         marks = [(clock(), calls) for calls in self._calls()]
         self.engine.cancel(number)

@@ -29,10 +29,12 @@ def show(costs: Costs) -> None:
     for width, row in zip(costs.widths, costs.draft_s, strict=True):
         table.add_row(str(width), *(f"{1e3 * seconds:.2f}" for seconds in row))
     console.print(table)
-    console.print(
-        f"The rest of a cycle: {1e3 * costs.overhead_s:.2f} ms; times of the same work differ by "
-        f"{costs.spread:.0%}"
-    )
+    for name, law in (("temperature 0", costs), ("temperature 1", costs.sampled())):
+        console.print(
+            f"At {name}, a plain step: {1e3 * law.plain(law.contexts[0]):.2f} ms; the rest of a "
+            f"cycle: {1e3 * law.overhead_s:.2f} ms"
+        )
+    console.print(f"Times of the same work differ by {costs.spread:.0%}")
 
 
 def plot(costs: Costs, title: str, path: Path) -> None:

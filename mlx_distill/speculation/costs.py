@@ -4,13 +4,16 @@
     call_s   1.0   1.1   1.2   1.5   2.9  ms     draft, a call of as many rows as its tree has
                                                  nodes, and an overhead
 
+A call is timed from its start until its result is there. A loop that builds a step while the device
+is at the one before takes less: its overhead is then below 0.
+
 ``calibration`` measures them; the planner asks what a shape of draft would take.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +25,14 @@ from mlx_distill.errors import InputError
 # What further rows cost grows with the context, faster on some machines than on others. Beyond the
 # longest context that was measured, it is taken to grow by this much with every doubling at least.
 GROWTH = 0.25
+# However much runs at the same time, a step takes at least this share of its call.
+LEAST = 0.1
+OVERHEADS = (
+    "overhead_s",
+    "plain_overhead_s",
+    "sampled_overhead_s",
+    "sampled_plain_overhead_s",
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,9 @@ class Costs:
         lengths: Lengths of the drafts that were measured, in tokens; ascending.
         draft_s: Of a draft, for every width and length.
         overhead_s: What a cycle that drafts takes beyond its draft and its call.
+        plain_overhead_s: What a step of plain decoding takes beyond its call.
+        sampled_overhead_s: As ``overhead_s``, where tokens are drawn and not the likeliest.
+        sampled_plain_overhead_s: As ``plain_overhead_s``, where tokens are drawn.
         spread: How far measurements of the same lay apart, as a share of them.
 
     Raises:
@@ -49,6 +63,9 @@ class Costs:
     lengths: tuple[int, ...]
     draft_s: tuple[tuple[float, ...], ...]
     overhead_s: float = 0.0
+    plain_overhead_s: float = 0.0
+    sampled_overhead_s: float = 0.0
+    sampled_plain_overhead_s: float = 0.0
     spread: float = 0.0
 
     def __post_init__(self) -> None:
@@ -93,12 +110,28 @@ class Costs:
 
     def plain(self, context: int, batch: int = 1) -> float:
         """Return the seconds of a plain step of so many texts."""
-        return float(self.calls([batch], context)[0])
+        call_s = float(self.calls([batch], context)[0])
+        return max(call_s + self.plain_overhead_s, LEAST * call_s)
 
     def cycle(self, plan: DraftPlan, num_nodes: int, context: int, batch: int = 1) -> float:
         """Return the seconds of a cycle that verifies a tree of so many nodes for every text."""
-        call = float(self.calls([batch * num_nodes], context)[0])
-        return call + self.draft(plan.beam_width, plan.draft_length) + self.overhead_s
+        draft_s = np.array(self.draft(plan.beam_width, plan.draft_length))
+        return float(self.cycles(draft_s, [batch * num_nodes], context)[0])
+
+    def cycles(
+        self, draft_s: np.ndarray, rows: Sequence[int] | np.ndarray, context: int
+    ) -> np.ndarray:
+        """Return the seconds of cycles by their drafts' seconds and their calls' rows."""
+        call_s = self.calls(rows, context)
+        return np.maximum(call_s + draft_s[..., None] + self.overhead_s, LEAST * call_s)
+
+    def sampled(self) -> "Costs":
+        """Return what decoding costs where tokens are drawn."""
+        return replace(
+            self,
+            overhead_s=self.sampled_overhead_s,
+            plain_overhead_s=self.sampled_plain_overhead_s,
+        )
 
     def draft(self, width: int, length: int) -> float:
         """Return the seconds of a draft."""
@@ -126,16 +159,21 @@ def _check(values: Mapping[str, Any]) -> None:
         raise InputError("rows must begin with 1, which is a plain step")
     for name, rows, columns in (("call_s", "contexts", "rows"), ("draft_s", "widths", "lengths")):
         _check_table(name, values[name], len(values[rows]), len(values[columns]))
-    for name in ("overhead_s", "spread"):
-        if not _is_time(values[name]):
-            raise InputError(f"{name} must be a number of at least 0, got {values[name]!r}")
+    if not _is_time(values["spread"]):
+        raise InputError(f"spread must be a number of at least 0, got {values['spread']!r}")
+    for name in OVERHEADS:
+        if not (_is_number(values[name]) and math.isfinite(values[name])):
+            raise InputError(f"{name} must be a number, got {values[name]!r}")
     if not all(time > 0 for row in values["call_s"] for time in row):
         raise InputError("call_s must hold times above 0")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool)
+
+
 def _is_time(value: Any) -> bool:
-    number = isinstance(value, float | int) and not isinstance(value, bool)
-    return number and 0 <= value < math.inf
+    return _is_number(value) and 0 <= value < math.inf
 
 
 def _tuples(value: Any) -> Any:

@@ -94,7 +94,8 @@ def stream_generate(
     number = engine.submit(request)
     if plan is None and drafter is not None:
         engine.cancel(number)
-        planner = planner_of(Pair(model, engine.tokenizer, drafter, request.cache))
+        pair = Pair(model, engine.tokenizer, drafter, request.cache)
+        planner = planner_of(pair, sampled=temperature > 0)
         number = engine.submit(replace(request, planner=planner))
     return _stream(engine, number)
 

@@ -219,8 +219,7 @@ class AdaptivePlanner:
 
     def _prices(self, context: int) -> np.ndarray:
         """Return what a cycle of every shape takes, in plain steps."""
-        call_s = self.costs.calls(self.batch * self.nodes, context)
-        cycle_s = self._draft_s[..., None] + call_s + self.costs.overhead_s
+        cycle_s = self.costs.cycles(self._draft_s, self.batch * self.nodes, context)
         return cycle_s / self.costs.plain(context, self.batch)
 
     def _shape_at(self, place: tuple[np.intp, ...], prices: np.ndarray) -> Shape:
