@@ -2,6 +2,7 @@
 
     python -m mlx_distill.benchmark --output results.json
     python -m mlx_distill.benchmark --dispatches
+    python -m mlx_distill.benchmark --profile --trace trace.json
 
 Every prompt is decoded by every arm in turn: mlx-lm alone, mlx-lm with a draft model if one is
 named, and drafting. The speed-up is the median over prompts of the ratio on the same prompt, so
@@ -21,7 +22,9 @@ from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, run, 
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.dispatch_study import study
 from mlx_distill.benchmarking.plot import plot
-from mlx_distill.benchmarking.table import loss_sentence, show, show_dispatches
+from mlx_distill.benchmarking.profile import profile, run_profile
+from mlx_distill.benchmarking.table import loss_sentence, show, show_dispatches, show_profile
+from mlx_distill.benchmarking.trace import trace
 from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
@@ -47,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = cli.asked_shape(_parser(), argv)
     sampling = from_flags(Sampling, arguments)
     output, picture = cli.new_file(arguments.output), cli.new_file(arguments.plot)
+    traced = cli.new_file(arguments.trace)
     _check(arguments, config, picture)
     if arguments.loss_memory:
         num_tokens, num_entries = arguments.loss_memory
@@ -60,6 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = study(*pair, prompts[0], plan or DraftPlan(), others=arguments.model is None)
         show_dispatches(found)
         _write(output, found | {"config": cli.settings(arguments)} | machine.provenance())
+        return 0
+    if arguments.profile:
+        shape, timed = plan or DraftPlan(), prompts[: config.timed_prompts]
+        runs = run_profile(bench, timed, shape)
+        found = profile(bench, timed, shape, runs)
+        show_profile(found)
+        _write(output, found | {"config": cli.settings(arguments)} | machine.provenance())
+        if traced:
+            write_whole(traced, trace(runs[0]))
         return 0
     found = run(bench, prompts, plan, Studies(arguments.sharing, arguments.long_run))
     settings = {"config": cli.settings(arguments), "rows": report.to_dict()}
@@ -81,6 +94,8 @@ def _check(arguments: argparse.Namespace, config: BenchmarkConfig, picture: Path
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     if picture and not config.sweep_prompts:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
+    if arguments.trace and not arguments.profile:
+        raise InputError("--trace writes what --profile times; ask for that, too")
     check_sources([arguments.data or PROMPTS])
 
 
@@ -178,6 +193,18 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="count only the operations that a GPU would be sent, on any machine, for the pair, "
         "and without --model for models of other architectures, too",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="time only the parts of a cycle, over the timed prompts: what each takes alone, its "
+        "dispatches, and what it would take at least at this machine's measured speeds",
+    )
+    parser.add_argument(
+        "--trace",
+        type=cli.path,
+        help="write the profile's first prompt to this JSON file, which Perfetto and "
+        "chrome://tracing open; it must not exist",
     )
     parser.add_argument(
         "--output", type=cli.path, help="write the results to this JSON file; it must not exist"

@@ -213,7 +213,7 @@ def code_options(trust: bool) -> dict[str, Any]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what a result has to say about its command; of local files and folders the names."""
-    written, named = ("output", "plot"), ("student", "adapter_path")
+    written, named = ("output", "plot", "trace"), ("student", "adapter_path")
     read = ("model", "adapter_path", "drafter", "draft_model", "teacher", "student", "data", "qa")
 
     def shown(key: str, value: Any) -> Any:

@@ -71,6 +71,13 @@ class Bench:
     sampling: Sampling
     config: BenchmarkConfig
 
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type of the model's activations."""
+        embed = Target.of(self.model).embed
+        assert embed is not None
+        return embed(mx.array([0])).dtype
+
     def arms(self, plan: DraftPlan | None) -> dict[str, Callable[[list[int], int], Iterator[Any]]]:
         """Return what decodes a prompt, by name; each takes the prompt and a seed."""
         law, limit = self.sampling, self.config.max_tokens

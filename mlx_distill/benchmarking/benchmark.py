@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 from mlx import nn
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 
@@ -17,7 +16,6 @@ from mlx_distill.data.report import Report
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.target.context import text_limit
-from mlx_distill.target.target import Target
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def run(
         "differences": differences(bench, prompts, samples, plan) if greedy else [],
         "acceptance_by_depth": mean_by_depth(samples[OURS]),
         "overhead": overhead(bench, prompts[: config.timed_prompts], shape),
-        "dtype": _dtype(bench.model),
+        "dtype": str(bench.dtype).rpartition(".")[2],
     }
     if studies.sharing:
         result["sharing"] = sharing(bench, prompts[:4])
@@ -117,10 +115,3 @@ def check_draft_model(model: nn.Module, draft_model: nn.Module | None) -> None:
     for one in (model, draft_model) if draft_model is not None else ():
         if not can_trim_prompt_cache(make_prompt_cache(one)):
             raise InputError("mlx-lm's own drafting needs caches that can be trimmed")
-
-
-def _dtype(model: nn.Module) -> str:
-    """Return the type of a model's activations."""
-    embed = Target.of(model).embed
-    assert embed is not None
-    return str(embed(mx.array([0])).dtype).rpartition(".")[2]

@@ -115,18 +115,23 @@ def of_target(model: nn.Module) -> dict[str, Any]:
     Beside them stand mlx-lm's own calls on as many consecutive tokens, as of a prompt: what several
     rows cost in its models in any case.
     """
-
-    def step(caches: PromptCache) -> None:
-        # It launches the step, and then is told that it was the last.
-        list(generate_step(mx.array([5]), model, max_tokens=0, prompt_cache=caches))
-
-    found = {"plain_step": _sent(model, step)}
+    found = {"plain_step": _sent(model, _stepping(model))}
     for nodes in NODES:
         found[f"target_call_{nodes}"] = _sent(model, _verifying(model, nodes))
         found[f"mlx_lm_rows_{nodes}"] = _sent(model, _reading(model, nodes))
     found["moving_commit"] = _sent(model, _committing(model))
     kinds = {name: dict(found[name]) for name in ("plain_step", "target_call_8")}
     return {**{name: kind.total() for name, kind in found.items()}, "kinds": kinds}
+
+
+def of_plain_step(model: nn.Module) -> int:
+    """Return the dispatches of mlx-lm's plain step."""
+    return _sent(model, _stepping(model)).total()
+
+
+def of_tree_call(model: nn.Module, nodes: int) -> int:
+    """Return the dispatches of a call on a tree of so many nodes."""
+    return _sent(model, _verifying(model, nodes)).total()
 
 
 Build = Callable[[PromptCache], object]
@@ -141,6 +146,14 @@ def _sent(model: nn.Module, build: Build) -> Counter[str]:
     with as_sent_to_a_gpu() as sent:
         sent.add(build(caches), arrays_of(caches))
     return sent.count()
+
+
+def _stepping(model: nn.Module) -> Build:
+    def build(caches: PromptCache) -> None:
+        # It launches the step, and then is told that it was the last.
+        list(generate_step(mx.array([5]), model, max_tokens=0, prompt_cache=caches))
+
+    return build
 
 
 def _reading(model: nn.Module, num_tokens: int) -> Build:

@@ -1,7 +1,6 @@
 """What is measured beside the arms: parts of a cycle, shared prefixes, shapes, memory."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,11 +9,10 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_distill import machine
-from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, measure
+from mlx_distill.benchmarking.arms import OURS, Bench, measure
 from mlx_distill.benchmarking.figures import summary
+from mlx_distill.benchmarking.profile import run_profile
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.speculation.timing import CycleClock, TimedDrafter
-from mlx_distill.target.target import Target
 
 SHARING_SHAPES = ((5, 4), (10, 4), (15, 5), (25, 5), (35, 5), (45, 5))
 
@@ -22,37 +20,22 @@ SHARING_SHAPES = ((5, 4), (10, 4), (15, 5), (25, 5), (35, 5), (45, 5))
 def overhead(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, float]:
     """Return where a cycle's time goes, in milliseconds, and the overhead's share of a plain step.
 
-    Every prompt is decoded by mlx-lm alone and then by drafting with a clock at its two calls; the
-    overhead is all that whole texts take beyond them. Medians over the prompts.
+    The device is waited for around every part; the overhead is all but the drafter's search and the
+    target's call. Medians over the prompts.
     """
-    clock = CycleClock()
-    plain = bench.arms(plan)[PLAIN]
-    ours = replace(bench, drafter=TimedDrafter(bench.drafter, clock)).arms(plan)[OURS]
     rows = []
-    for number, prompt in enumerate(tqdm(prompts, desc="cycles", unit="prompt", leave=False)):
-        seed = bench.config.seed + number
-        step_ms = 1e3 / max(measure(plain, prompt, seed).tokens_per_s, 1e-9)
-        with clock.watching(Target.of(bench.model)):
-            steps = ours(prompt, seed)
-            next(steps)
-            clock.reset()
-            start = time.perf_counter()
-            for _ in steps:
-                pass
-            whole_s = time.perf_counter() - start
-        if clock.cycles == 0:
-            continue  # the first token was the last one
-        parts_s = (whole_s, clock.target_s, clock.drafter_s)
-        whole_ms, target_ms, draft_ms = (1e3 * part / clock.cycles for part in parts_s)
-        overhead_ms = whole_ms - target_ms - draft_ms
+    for run in run_profile(bench, prompts, plan):
+        target_ms, draft_ms = run.waited.part_ms("target"), run.waited.part_ms("draft")
+        overhead_ms = run.waited.cycle_ms - target_ms - draft_ms
         rows.append(
             {
-                "plain_step_ms": step_ms,
-                "cycle_ms": whole_ms,
+                "plain_step_ms": run.plain_ms,
+                "cycle_ms": run.waited.cycle_ms,
+                "overlapped_cycle_ms": run.free.cycle_ms,
                 "verify_ms": target_ms,
                 "draft_ms": draft_ms,
                 "overhead_ms": overhead_ms,
-                "overhead_share_of_step": overhead_ms / step_ms,
+                "overhead_share_of_step": overhead_ms / run.plain_ms,
             }
         )
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}

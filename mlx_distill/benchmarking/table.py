@@ -75,6 +75,45 @@ def _show_studies(console: Console, result: dict[str, Any]) -> None:
         )
 
 
+def show_profile(result: dict[str, Any]) -> None:
+    """Print where a cycle's time goes."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)
+    limits, step = result["ceilings"], result["plain_step"]
+    table = Table(title="A cycle, the device waited for around every part", title_justify="left")
+    for name in ("part", "ms", "share", "waiting", "dispatches", "at least", "reached"):
+        table.add_column(name, justify="left" if name == "part" else "right")
+    for row in result["parts"]:
+        cells = (f"{row['ms']:.3f}", f"{row['share']:.0%}", f"{row['waiting_ms']:.3f}")
+        table.add_row(row["part"], *cells, f"{row['dispatches']:.1f}", *_ceiling(row))
+    whole = sum(row["dispatches"] for row in result["parts"])
+    waiting = sum(row["waiting_ms"] for row in result["parts"])
+    cells = (f"{result['waited_cycle_ms']:.3f}", "100%", f"{waiting:.3f}", f"{whole:.1f}")
+    table.add_row("cycle", *cells, "", "")
+    alone = (f"{step['ms']:.3f}", "", "", f"{step['dispatches']:.1f}")
+    table.add_row("plain step of mlx-lm", *alone, *_ceiling(step))
+    console.print(table)
+    saved = result["waited_cycle_ms"] - result["cycle_ms"]
+    console.print(
+        f"Without that waiting a cycle takes {result['cycle_ms']:.3f} ms, {saved:.3f} less by "
+        f"overlap; the loop's own thread works for {result['host_ms']:.3f} of it and is blocked "
+        f"for the rest. A cycle adds {result['tokens_per_call']:.2f} tokens."
+    )
+    console.print(
+        f"At least: {result['nodes']} nodes after {result['context']} tokens at what this machine "
+        f"reaches in {limits['dtype']}, {limits['bytes_per_s'] / 1e9:.1f} GB/s and "
+        f"{limits['flops_per_s'] / 1e9:.0f} GFLOP/s; bytes and operations are estimated, and "
+        "weights that stay in the processor's own cache come faster."
+    )
+
+
+def _ceiling(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the least time that a part can take, and the share of the machine that it reaches."""
+    if row["ceiling_ms"] is None or row["reached"] is None:
+        return "", ""
+    return f"{row['ceiling_ms']:.3f}", f"{row['reached']:.0%}"
+
+
 def show_dispatches(result: dict[str, Any]) -> None:
     """Print how many operations a GPU would be sent."""
     console = Console(highlight=False, soft_wrap=True)
