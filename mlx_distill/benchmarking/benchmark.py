@@ -11,7 +11,10 @@ from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, Sample
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.figures import by_class, equal_texts, mean_by_depth, summary
+from mlx_distill.benchmarking.profile import profile, run_profile
 from mlx_distill.benchmarking.studies import growth, long_run, overhead, sharing, sweep, trees
+from mlx_distill.calibration.automatic import is_on, known_costs
+from mlx_distill.calibration.measuring import Pair
 from mlx_distill.data.prompts import Asked
 from mlx_distill.data.report import Report
 from mlx_distill.drafters.protocol import DraftPlan
@@ -75,6 +78,17 @@ def run(
     if studies.trees:
         result["trees"] = trees(bench, asked, plan, studies.trees)
     return result
+
+
+def for_page(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, Any]:
+    """Return what a page shows beside: a profile, and what calls cost unless that is left out."""
+    found: dict[str, Any] = {
+        "profile": profile(bench, prompts, plan, run_profile(bench, prompts, plan))
+    }
+    if is_on():
+        pair = Pair(bench.model, bench.tokenizer, bench.drafter)
+        found["calibration"] = known_costs(pair).to_dict()
+    return found
 
 
 def differences(

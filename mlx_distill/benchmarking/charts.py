@@ -12,6 +12,7 @@ from html import escape
 WIDTH, HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 44
 COLOURS = 6
+Number = int | float
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Line:
     """
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[tuple[Number, Number]]
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,13 @@ class Axis:
     """
 
     label: str
-    low: float
-    high: float
+    low: Number
+    high: Number
     log: bool = False
-    ticks: tuple[float, ...] | None = None
+    ticks: tuple[Number, ...] | None = None
 
     @classmethod
-    def over(cls, label: str, values: Sequence[float], *, log: bool = False) -> "Axis":
+    def over(cls, label: str, values: Sequence[Number], *, log: bool = False) -> "Axis":
         """Return the axis of some values, labelled at each of them where they are few."""
         known = sorted(set(values))
         few = tuple(known) if len(known) <= 7 else None
@@ -54,17 +55,17 @@ class Axis:
         return cls(label, low, high if high > low else low + 1, log, few)
 
     @classmethod
-    def from_zero(cls, label: str, values: Sequence[float]) -> "Axis":
+    def from_zero(cls, label: str, values: Sequence[Number]) -> "Axis":
         """Return an axis that begins at 0 and has room above the highest value."""
         return cls(label, 0, 1.06 * max([*values, 1e-9]))
 
-    def share(self, value: float) -> float:
+    def share(self, value: Number) -> Number:
         """Return how far along the axis a value lies, 0 to 1."""
         place = math.log if self.log else float
         low, high = place(self.low), place(self.high)
         return (place(value) - low) / (high - low)
 
-    def places(self) -> Sequence[float]:
+    def places(self) -> Sequence[Number]:
         """Return where the axis is labelled."""
         if self.ticks is not None:
             return self.ticks
@@ -73,18 +74,18 @@ class Axis:
         return [step * n for n in range(first, int(self.high / step + 1e-9) + 1)]
 
 
-def round_step(rough: float) -> float:
+def round_step(rough: Number) -> Number:
     """Return the smallest of 1, 2, 2.5, 5 times a power of ten that is not below a step."""
     power = 10 ** math.floor(math.log10(rough))
     return next((n * power for n in (1, 2, 2.5, 5) if n * power >= rough * (1 - 1e-9)), 10 * power)
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """Return a number as an axis shows it."""
     return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
 
 
-def lines(series: Sequence[Line], x: Axis, y: Axis, reference: float | None = None) -> str:
+def lines(series: Sequence[Line], x: Axis, y: Axis, reference: Number | None = None) -> str:
     """Return a figure of lines with a legend; ``reference`` is a level that is marked."""
     parts = [*_grid(x, y)]
     if reference is not None and y.low <= reference <= y.high:
@@ -116,7 +117,7 @@ def legend(names: Sequence[str]) -> str:
 def heat_map(
     rows: Sequence[str],
     columns: Sequence[str],
-    values: Sequence[Sequence[float | None]],
+    values: Sequence[Sequence[Number | None]],
     row_label: str,
     column_label: str,
 ) -> str:
@@ -166,27 +167,27 @@ def _grid(x: Axis, y: Axis) -> list[str]:
     return parts
 
 
-def _x(axis: Axis, value: float) -> float:
+def _x(axis: Axis, value: Number) -> Number:
     return LEFT + axis.share(value) * (WIDTH - RIGHT - LEFT)
 
 
-def _y(axis: Axis, value: float) -> float:
+def _y(axis: Axis, value: Number) -> Number:
     return HEIGHT - BOTTOM - axis.share(value) * (HEIGHT - BOTTOM - TOP)
 
 
-def _segment(kind: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def _segment(kind: str, x1: Number, y1: Number, x2: Number, y2: Number) -> str:
     return f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(kind: str, x: float, y: float, words: str) -> str:
+def _text(kind: str, x: Number, y: Number, words: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(words)}</text>'
 
 
-def _upright(words: str, middle: float) -> str:
+def _upright(words: str, middle: Number) -> str:
     turned = f'transform="rotate(-90 12 {middle:.1f})"'
     return f'<text class="label" x="12" y="{middle:.1f}" {turned}>{escape(words)}</text>'
 
 
-def _svg(title: str, parts: Sequence[str], height: float) -> str:
+def _svg(title: str, parts: Sequence[str], height: Number) -> str:
     box = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img"'
     return f'<svg class="chart" {box}><title>{escape(title)}</title>{"".join(parts)}</svg>'

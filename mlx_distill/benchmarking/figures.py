@@ -54,9 +54,7 @@ def mean_by_depth(samples: Sequence[Sample]) -> list[float]:
     return [statistics.mean(column) for column in zip(*padded, strict=True)]
 
 
-def by_class(
-    samples: dict[str, list[Sample]], kinds: Sequence[str | None]
-) -> list[dict[str, Any]]:
+def by_class(samples: dict[str, list[Sample]], kinds: Sequence[str | None]) -> list[dict[str, Any]]:
     """Return a row per class of prompts: speed-up, tokens per call, acceptance by depth.
 
     Args:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from typing import Any
 
 from mlx_distill.benchmarking.charts import Axis, Line, heat_map, lines
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
 
 TEMPLATE = files("mlx_distill") / "benchmarking" / "page_template.html"
 PUBLISHED = files("mlx_distill") / "benchmarking" / "published.csv"
@@ -31,14 +31,14 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         body = "".join(sections) + _published(results)
         recorded = _json(
             [
-                {"result": number, "texts": one["trees"]}
+                {"result": number, "texts": [_tree_text(text) for text in one["trees"]]}
                 for number, one in enumerate(results)
                 if one.get("trees")
             ]
         )
-    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise InputError(f"this is no result of benchmark or calibrate ({what})") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"a result is none of benchmark's or calibrate's ({what})") from None
     before, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--BODY-->")
     between, _, after = rest.partition("/*TREES*/")
     return "".join((before, body, between, recorded, after))
@@ -69,7 +69,9 @@ def _of(result: Mapping[str, Any], number: int) -> Iterator[str]:
 def _heading(result: Mapping[str, Any], number: int) -> str:
     machine, config = result["machine"], result.get("config", {})
     versions = ", ".join(f"{name} {value}" for name, value in result.get("versions", {}).items())
-    pair = " with ".join(str(config.get(name) or "the bundled one") for name in ("model", "drafter"))
+    pair = " with ".join(
+        str(config.get(name) or "the bundled one") for name in ("model", "drafter")
+    )
     law = f"temperature {config['temperature']:g}" if "temperature" in config else "costs"
     title = result.get("title") or f"{pair}, {law}"
     told = [
@@ -87,8 +89,8 @@ def _section(title: str, *parts: str) -> str:
     return f"<section><h3>{escape(title)}</h3>{''.join(parts)}</section>"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Return a table whose first column names its rows."""
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
+    """Return a table whose first column names its rows; the style sheet knows its kind."""
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
     body = "".join(
         "<tr>"
@@ -97,18 +99,19 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         + "</tr>"
         for row in rows
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide {kind}">{whole}</div>'
 
 
 def _note(words: str) -> str:
     return f"<p>{escape(words)}</p>"
 
 
-def _range(values: Mapping[str, float] | None, form: str) -> str:
+def _range(values: Mapping[str, Any] | None, form: str) -> str:
     if values is None:
         return ""
     low, high = values["quartile_1"], values["quartile_3"]
-    return f"{values['median']:{form}} ({low:{form}}–{high:{form}})"
+    return f"{values['median']:{form}} ({low:{form}}-{high:{form}})"
 
 
 # --------------------------------------------------------------------------------------- sections
@@ -172,8 +175,8 @@ def _acceptance(result: Mapping[str, Any]) -> str:
     return _section("Acceptance by depth and class", *parts)
 
 
-def _by_depth(shares: Sequence[float]) -> list[tuple[float, float]]:
-    return [(float(depth), float(share)) for depth, share in enumerate(shares, start=1)]
+def _by_depth(shares: Sequence[Any]) -> list[tuple[int, float]]:
+    return [(depth, float(share)) for depth, share in enumerate(shares, start=1)]
 
 
 def _sweep(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -275,6 +278,19 @@ def _viewer(number: int) -> str:
     return _section("Trees", _note(help_of), frame)
 
 
+def _tree_text(text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded text for the viewer, which takes for granted what is checked here."""
+    for cycle in text["cycles"]:
+        size, parents, path = len(cycle["texts"]), cycle["parents"], cycle["path"]
+        if not size == len(parents) == len(cycle["target"]) == len(cycle["draft"]):
+            raise ValueError("a tree's lists differ in length")
+        if any(not 0 <= parent < max(1, node) for node, parent in enumerate(parents)):
+            raise ValueError("a node of a tree comes before its parent")
+        if not path or path[0] != 0 or not all(0 <= node < size for node in path):
+            raise ValueError("a path leaves its tree")
+    return {name: text[name] for name in ("prompt", "text", "kind", "cycles")}
+
+
 def _published(results: Sequence[Mapping[str, Any]]) -> str:
     """Return the best published figures of each kind beside these."""
     heads = ("method", "chip", "model", "dtype", "mode", "shape", "tokens/s", "speed-up")
@@ -301,17 +317,18 @@ def _published(results: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     told = "Of each published sweep the fastest shape. Other machines, models and versions of MLX."
-    return _section("Beside published figures", table(heads, [*rows, *published()]), _note(told))
+    return _section(
+        "Beside published figures", table(heads, [*rows, *published()], "sources"), _note(told)
+    )
 
 
 def published() -> list[tuple[str, ...]]:
     """Return the fastest row of each published sweep on Apple's chips."""
     best: dict[tuple[str, ...], dict[str, str]] = {}
-    with PUBLISHED.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            kind = tuple(row[name] for name in ("source", "method", "chip", "model", "dtype", "mode"))
-            if kind not in best or float(row["speedup"]) > float(best[kind]["speedup"]):
-                best[kind] = row
+    for row in csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()):
+        kind = tuple(row[name] for name in ("source", "method", "chip", "model", "dtype", "mode"))
+        if kind not in best or float(row["speedup"]) > float(best[kind]["speedup"]):
+            best[kind] = row
     return [
         (
             *(row[name] for name in ("method", "chip", "model", "dtype", "mode")),
