@@ -39,3 +39,16 @@ def test_every_call_has_axes_of_its_own():
         return checked(inner)(rows[:, 1:])
 
     assert checked(outer)(mx.zeros((2, 3))) == 2
+
+
+def test_a_function_in_a_function_is_checked_as_it_is_made_first():
+    def make():
+        def twice(x: int) -> int:
+            return 2 * x
+
+        return checked(twice)
+
+    first, second = make(), make()
+    with pytest.raises(BeartypeCallHintViolation):
+        first("a")
+    assert second("a") == "aa"

@@ -8,12 +8,14 @@ is opened only where an annotation has axes: the same mistakes are found in a th
 import functools
 import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any, get_args
 
 import jaxtyping
 from beartype import beartype
 
 _jaxtyped = jaxtyping.jaxtyped
+_made: set[CodeType] = set()  # of functions in functions
 
 
 def install(package: str) -> None:
@@ -33,6 +35,15 @@ def _can_be_checked(thing: Any) -> bool:
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that checks its calls, or one that is made in another as it is.
+
+    Of those each line of code is checked as it is made for the first time: to write the checks down
+    takes a millisecond, a training makes some at every step.
+    """
+    if "<locals>" in function.__qualname__:
+        if function.__code__ in _made:
+            return function
+        _made.add(function.__code__)
     typed = beartype(function)
     if not any(map(_has_axes, function.__annotations__.values())):
         return typed
