@@ -17,6 +17,12 @@ def log_probs(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
     return logits - log_sum_exp(logits)
 
 
+def softmax(logits: Float[mx.array, "... V"]) -> Float[mx.array, "... V"]:
+    """Return the probabilities, in float32, with one exponential each; a row's sum is one."""
+    probs = mx.softmax(logits.astype(mx.float32), axis=-1)
+    return probs if probs.shape[-1] <= WIDE else probs / row_sum(probs)[..., None]
+
+
 def log_sum_exp(x: Float[mx.array, "... V"]) -> Float[mx.array, "... 1"]:
     """Return the logarithm of the sum of a row's exponentials; -inf adds nothing."""
     if x.shape[-1] <= WIDE:

@@ -10,7 +10,7 @@ import math
 import mlx.core as mx
 from jaxtyping import Float, Integer
 
-from mlx_distill.arrays import log_probs, log_sum_exp, row_sum
+from mlx_distill.arrays import log_probs, log_sum_exp, row_sum, softmax
 
 
 def entropy(log_p: Float[mx.array, "... V"]) -> Float[mx.array, "..."]:
@@ -37,7 +37,7 @@ def forward_kl(
         Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
     teacher = mx.stop_gradient(teacher_logits).astype(mx.float32)
-    probs = mx.softmax(teacher, axis=-1) if teacher_probs is None else teacher_probs
+    probs = softmax(teacher) if teacher_probs is None else teacher_probs
     student = student_logits.astype(mx.float32)
     values, _ = _forward_kl(student, teacher, probs)  # pyright: ignore[reportGeneralTypeIssues]
     return values
@@ -299,9 +299,9 @@ def _from_prior(log_prior: mx.array, top_ids: mx.array, rest: mx.array) -> mx.ar
         rest: The student's log-probabilities of the others, -inf elsewhere.
     """
     shape = (*top_ids.shape[:-1], log_prior.size)
-    prior = mx.broadcast_to(mx.softmax(log_prior.astype(mx.float32)), shape)
+    prior = mx.broadcast_to(softmax(log_prior), shape)
     within = mx.put_along_axis(prior, top_ids, mx.array(0.0), axis=-1)
-    within = within / mx.maximum(within.sum(axis=-1, keepdims=True), 1e-30)
+    within = within / mx.maximum(row_sum(within)[..., None], 1e-30)
     return _weighted_difference(mx.log(within), rest)
 
 
@@ -313,20 +313,16 @@ def _forward_kl(student: mx.array, teacher: mx.array, probs: mx.array) -> tuple[
     entries, and the gradient q - p needs nothing that the forward has not computed. Off the GPU
     exponentials are a fourth of a training step.
     """
-    own = mx.softmax(student, axis=-1)
+    own = softmax(student)
 
     def top(x: mx.array) -> mx.array:
         return x.max(axis=-1, keepdims=True)
 
-    # Both sum to one only nearly, over a wide vocabulary not even that.
-    mass, own_mass = row_sum(probs)[..., None], row_sum(own)[..., None]
     # log p - log q of an entry is the logits' difference less that of the normalisers. As in _kl,
     # the sums' difference takes out what rounding leaves.
-    offset = (top(teacher) - top(student)) - (
-        mx.log(top(probs) / mass) - mx.log(top(own) / own_mass)
-    )
+    offset = (top(teacher) - top(student)) - (mx.log(top(probs)) - mx.log(top(own)))
     terms = mx.where(probs > 0, probs * (teacher - student - offset), 0)
-    return row_sum(terms + (own * (mass / own_mass) - probs)) / mass[..., 0], own
+    return row_sum(terms + (own - probs)), own
 
 
 @_forward_kl.vjp
