@@ -7,9 +7,11 @@ Every command is tested with weights as a GPU loads them::
         folder = model_in("stories-4m", "bfloat16")
 """
 
+import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import type_checks
@@ -25,7 +27,7 @@ from damage import refused  # noqa: E402, F401
 from half_models import TYPES, write_model  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 
-from mlx_distill import checkpoint  # noqa: E402
+from mlx_distill import checkpoint, cli  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MLX_DISTILL_SHARED", REPOSITORY.parent / "shared"))
@@ -47,6 +49,27 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"the shared data are not at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def bundled_pair() -> tuple[Any, Any]:
+    """Return the bundled model and its tokenizer."""
+    return checkpoint.load(checkpoint.bundled("stories-14m"))
+
+
+@pytest.fixture
+def bundled_once(monkeypatch: pytest.MonkeyPatch, bundled_pair: tuple[Any, Any]) -> None:
+    """Let the commands that take the bundled model by default find it loaded and opened.
+
+    That is half a second of each; what they do with it is tested all the same.
+    """
+    load = cli.load_model
+
+    def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
+        default = arguments.model is None and arguments.adapter_path is None
+        return bundled_pair if default else load(arguments)
+
+    monkeypatch.setattr(cli, "load_model", loaded)
 
 
 @pytest.fixture

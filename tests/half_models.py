@@ -39,7 +39,7 @@ def write_model(folder: Path, name: str, weights_type: str) -> Path:
         name: ``tiny`` for two random layers of width 64, or the name of a bundled model.
         weights_type: One of `TYPES`; 4 bits are affine groups of 32 with float16 scales.
     """
-    model, config = _tiny() if name == "tiny" else _bundled(name)
+    model, config = (tiny_llama(), dict(TINY)) if name == "tiny" else _bundled(name)
     model.set_dtype(mx.bfloat16 if weights_type == "bfloat16" else mx.float16)
     config["torch_dtype"] = "bfloat16" if weights_type == "bfloat16" else "float16"
     if weights_type == "4-bit":
@@ -54,16 +54,17 @@ def write_model(folder: Path, name: str, weights_type: str) -> Path:
     return folder
 
 
-def _tiny() -> tuple[nn.Module, dict[str, Any]]:
+def tiny_llama(**fields: Any) -> llama.Model:
     """Return a model whose distributions are clear: they differ from each other and from even."""
-    model = llama.Model(llama.ModelArgs.from_dict(dict(TINY)))
+    model = llama.Model(llama.ModelArgs.from_dict(TINY | fields))
     mx.random.seed(7)
     wide = [
         (name, 0.2 * mx.random.normal(value.shape) if value.ndim > 1 else value)
         for name, value in tree_flatten(model.parameters())
     ]
     model.load_weights(wide)
-    return model, dict(TINY)
+    model.eval()
+    return model
 
 
 def _bundled(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -20,7 +20,6 @@ from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.checkpoint import bundled
-from mlx_distill.data.prompts import Asked
 from mlx_distill.data.report import Report
 
 generate = importlib.import_module("mlx_distill.generate")
@@ -53,8 +52,8 @@ def test_chats_are_never_cut(
     data = rows_of(tmp_path, ["Tom ran. " * 40, "Who?", "Where?", "When?"])
     asked: list[list[int]] = []
 
-    def run(bench: Any, prompts: list[Asked], *arguments: Any) -> dict[str, Any]:
-        asked.extend(one.ids for one in prompts)
+    def run(bench: Any, prompts: list[list[int]], *arguments: Any) -> dict[str, Any]:
+        asked.extend(prompts)
         raise InputError("enough")
 
     monkeypatch.setattr(benchmark, "run", run)
@@ -72,7 +71,7 @@ def test_chats_are_never_cut(
 
 def test_prompts_that_leave_no_room() -> None:
     model, _ = mlx_distill.load(bundled("stories-14m"))
-    prompts = [Asked([1] * length) for length in (500, 5, 507, 506)]
+    prompts = [[1] * length for length in (500, 5, 507, 506)]
     report = Report(rows=4)
     config = BenchmarkConfig(num_prompts=2, sweep_prompts=0, max_tokens=6)
     assert usable(model, prompts, config, report) == [prompts[0], prompts[1]]

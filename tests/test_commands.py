@@ -44,6 +44,7 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}[{{ name or 'assistant' }}]{% endif %}"
 )
+pytestmark = pytest.mark.usefixtures("bundled_once")
 
 
 @pytest.fixture(autouse=True)
@@ -52,10 +53,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def expected() -> str:
+def expected(bundled_pair: tuple[Any, Any]) -> str:
     """Return what the bundled model writes after the default prompt, in 24 tokens."""
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    return mlx_lm.generate(model, tokenizer, "Once upon a time", max_tokens=24)
+    return mlx_lm.generate(*bundled_pair, "Once upon a time", max_tokens=24)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_generate_repeats_with_a_seed(capsys: pytest.CaptureFixture[str]) -> Non
     texts = []
     for seed in (5, 5, 6):
         arguments = ["--temp", "1.2", "--top-k", "50", "--min-p", "0.01", "--seed", str(seed)]
-        assert generate.main([*arguments, "--max-tokens", "24"]) == 0
+        assert generate.main([*arguments, "--max-tokens", "12"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
@@ -457,7 +457,8 @@ def test_long_run_reports_every_thousand_tokens(monkeypatch: pytest.MonkeyPatch)
 def test_benchmark_takes_the_smallest_settings(tmp_path: Path, flags: list[str]) -> None:
     """Or refuses them in a sentence; but it does not break."""
     output = tmp_path / "result.json"
-    status = benchmark.main([*TINY, *flags, "--output", str(output)])
+    small = ["--num-prompts", "2", "--max-tokens", "3", "--timed-prompts", "1"]
+    status = benchmark.main([*small, *flags, "--output", str(output)])
     assert status in (0, 2)
     assert output.exists() == (status == 0)
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from half_models import tiny_llama
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, generation_stream
 from mlx_lm.models.cache import (
@@ -169,15 +170,21 @@ def whole_pair() -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    """Return a part of the bundled model: tokens and caches have to be as exact, in less time."""
+def real_pair() -> tuple[Any, Any]:
+    """Return a part of the bundled model, whose drafter fits it still."""
     model, tokenizer = mlx_distill.load(bundled("stories-14m"))
     model["model"].layers = [model["model"].layers[number] for number in (0, 3, 7)]
     return model, tokenizer
 
 
 @pytest.fixture(scope="module")
-def drafters(pair: tuple[Any, Any]) -> dict[str, list[Any]]:
+def pair() -> tuple[Any, Any]:
+    """Return a narrow random model: its tokens and caches have to be as exact, in less time."""
+    model = tiny_llama(num_hidden_layers=3, head_dim=32)
+    return model, mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+
+
+def drafters_of(pair: tuple[Any, Any]) -> dict[str, list[Any]]:
     """Return drafters by name, one for each prompt."""
     model, tokenizer = pair
     knowing = [KnowingDrafter(model, tokenizer.encode(prompt)) for prompt in PROMPTS]
@@ -186,6 +193,18 @@ def drafters(pair: tuple[Any, Any]) -> dict[str, list[Any]]:
         "knowing": knowing,
         "hiding": [drafter.hiding() for drafter in knowing],
     }
+
+
+@pytest.fixture(scope="module")
+def drafters(pair: tuple[Any, Any]) -> dict[str, list[Any]]:
+    return drafters_of(pair)
+
+
+@pytest.fixture(scope="module")
+def real_drafters(real_pair: tuple[Any, Any]) -> dict[str, list[Any]]:
+    """Return drafters of the part of the bundled model, its own among them."""
+    own = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *real_pair)
+    return {**drafters_of(real_pair), "bundled": [own] * len(PROMPTS)}
 
 
 DRAFTERS = ("random", "knowing", "hiding")
@@ -283,7 +302,7 @@ def test_greedy_equals_mlx_lm(
 
 def test_bundled_drafter_equals_mlx_lm(whole_pair: tuple[Any, Any]) -> None:
     drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *whole_pair)
-    for prompt in PROMPTS:
+    for prompt in PROMPTS[:2]:
         responses = list(ours(whole_pair, prompt, drafter=drafter, max_tokens=32))
         assert seen(iter(responses)) == seen(plain(whole_pair, prompt, max_tokens=32))
         assert responses[-1].tokens_per_call > 1.5
@@ -764,35 +783,42 @@ LAWS: tuple[dict[str, Any], ...] = (
 
 @pytest.mark.parametrize("law", LAWS, ids=str)
 def test_text_of_a_seed_is_the_same_whatever_drafts(
-    pair: tuple[Any, Any], drafters: dict[str, list[Any]], law: dict[str, Any]
+    pair: tuple[Any, Any],
+    drafters: dict[str, list[Any]],
+    real_pair: tuple[Any, Any],
+    real_drafters: dict[str, list[Any]],
+    law: dict[str, Any],
 ) -> None:
     """The n-th token is decided by the model and the n-th row of noise, not by the drafts.
 
     That is exactness at any temperature: the plain loop draws from the model's distribution.
     """
-    bundled_drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
-    every = [bundled_drafter, *(drafters[name][0] for name in DRAFTERS)]
-    plans = (DraftPlan(), DraftPlan(3, 6, 5), DraftPlan(4, 3, tree="beam"), DraftPlan(1, 2, 3))
-    options: dict[str, Any] = {"seed": 3, "max_tokens": 70, **law}  # more than a block of noise
-    expected = seen(ours(pair, PROMPTS[0], **options))
-    for drafter, plan in zip(every, plans, strict=True):
-        assert seen(ours(pair, PROMPTS[0], drafter=drafter, plan=plan, **options)) == expected
+    plans = (DraftPlan(3, 6, 5), DraftPlan(4, 3, tree="beam"), DraftPlan(1, 2, 3))
+    of_pair = [(drafters[name][0], plan) for name, plan in zip(DRAFTERS, plans, strict=True)]
+    of_real = [(real_drafters["bundled"][0], DraftPlan())]
+    # 70 tokens are more than a block of noise.
+    for models, every, length in ((pair, of_pair, 70), (real_pair, of_real, 24)):
+        options: dict[str, Any] = {"seed": 3, "max_tokens": length, **law}
+        expected = seen(ours(models, PROMPTS[0], **options))
+        for drafter, plan in every:
+            assert seen(ours(models, PROMPTS[0], drafter=drafter, plan=plan, **options)) == expected
 
 
 def test_processors_leave_the_text_of_a_seed_alone(
-    pair: tuple[Any, Any], drafters: dict[str, list[Any]]
+    real_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
 ) -> None:
     """Then the host walks, node by node."""
-    options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 40}
-    expected = seen(ours(pair, PROMPTS[1], **options))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 24}
+    expected = seen(ours(real_pair, PROMPTS[1], **options))
     options["logits_processors"] = [lambda tokens, logits: logits]
-    for one in (None, drafter, drafters["hiding"][1]):
-        assert seen(ours(pair, PROMPTS[1], drafter=one, **options)) == expected
+    for one in (None, real_drafters["bundled"][1], real_drafters["hiding"][1]):
+        assert seen(ours(real_pair, PROMPTS[1], drafter=one, **options)) == expected
 
 
-def test_drafts_in_sight_of_the_noise_are_accepted_more_often(pair: tuple[Any, Any]) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+def test_drafts_in_sight_of_the_noise_are_accepted_more_often(
+    real_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
+) -> None:
+    drafter = real_drafters["bundled"][0]
 
     class Blind:
         taps = ()
@@ -803,8 +829,8 @@ def test_drafts_in_sight_of_the_noise_are_accepted_more_often(pair: tuple[Any, A
     def accepted(drafter: Any) -> int:
         total = 0
         for seed, prompt in enumerate(PROMPTS):
-            options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 100}
-            *_, last = ours(pair, prompt, drafter=drafter, **options)
+            options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 60}
+            *_, last = ours(real_pair, prompt, drafter=drafter, **options)
             total += last.accepted_tokens
         return total
 
@@ -874,35 +900,37 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
 
 
 def test_another_thread_generates_and_reads(
-    pair: tuple[Any, Any], plain_answers: dict[int, list[Any]]
+    real_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
 ) -> None:
     """MLX's default streams belong to threads; models, drafters and responses must not."""
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
-    here = list(ours(pair, PROMPTS[0], drafter=drafter, max_tokens=8))
-    cache = make_prompt_cache(pair[0])
+    drafter = real_drafters["bundled"][0]
+    here = list(ours(real_pair, PROMPTS[0], drafter=drafter, max_tokens=8))
+    cache = make_prompt_cache(real_pair[0])
     found: dict[str, Any] = {}
 
     def work() -> None:
         options: dict[str, Any] = {"drafter": drafter, "max_tokens": 32}
-        found["text"] = seen(ours(pair, PROMPTS[0], prompt_cache=cache, **options))
-        found["sampled"] = seen(ours(pair, PROMPTS[0], temperature=1.0, seed=2, **options))
+        found["text"] = seen(ours(real_pair, PROMPTS[0], prompt_cache=cache, **options))
+        found["sampled"] = seen(ours(real_pair, PROMPTS[0], temperature=1.0, seed=2, **options))
         found["sums"] = [mx.exp(response.logprobs).sum().item() for response in here]
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found["text"] == plain_answers[32][0]
+    assert found["text"] == seen(plain(real_pair, PROMPTS[0], max_tokens=32))
     options = {"drafter": drafter, "temperature": 1.0, "seed": 2, "max_tokens": 32}
-    assert found["sampled"] == seen(ours(pair, PROMPTS[0], **options))
+    assert found["sampled"] == seen(ours(real_pair, PROMPTS[0], **options))
     np.testing.assert_allclose(found["sums"], 1, atol=1e-4)
 
 
 def test_another_law_compiles_nothing(
-    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+    real_pair: tuple[Any, Any],
+    real_drafters: dict[str, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    drafter = real_drafters["bundled"][0]
     options: dict[str, Any] = {"drafter": drafter, "seed": 0, "max_tokens": 3}
-    list(ours(pair, PROMPTS[0], temperature=1.0, **options))
+    list(ours(real_pair, PROMPTS[0], temperature=1.0, **options))
 
     def compile(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("something is compiled")
@@ -910,7 +938,7 @@ def test_another_law_compiles_nothing(
     monkeypatch.setattr(mx, "compile", compile)
     for temperature, top_p, top_k in [(0.5, 1.0, 0), (1.2, 0.9, 0), (1.0, 0.7, 9)]:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        list(ours(pair, PROMPTS[0], **options))
+        list(ours(real_pair, PROMPTS[0], **options))
 
 
 def test_a_drafter_keeps_few_compiled_searches(
@@ -919,7 +947,7 @@ def test_a_drafter_keeps_few_compiled_searches(
     """Those used last; and threads that draft at once do not take each other's away."""
     monkeypatch.setattr(bound, "MOST_COMPILED", 2)  # so that many are freed, by any thread
     drafter = random_drafter(pair[0], 64)
-    hidden, root = mx.zeros((384,)), mx.array([5])
+    hidden, root = mx.zeros((64,)), mx.array([5])
     mx.eval(hidden, root)
     found = []
 
@@ -943,23 +971,21 @@ def test_a_drafter_keeps_few_compiled_searches(
     "law", [{"top_p": 0.9}, {"top_p": 0.99}, {"top_k": 24}, {"top_p": 0.95, "min_p": 0.01}], ids=str
 )
 def test_filters_that_look_at_few_tokens_change_no_text(
-    pair: tuple[Any, Any],
-    drafters: dict[str, list[Any]],
+    real_pair: tuple[Any, Any],
+    real_drafters: dict[str, list[Any]],
     monkeypatch: pytest.MonkeyPatch,
     law: dict[str, Any],
     name: str,
 ) -> None:
     """Some draws are not certain then, and have to be made again; the drafts behind them, too."""
-    drafter = drafters["hiding"][0]
-    if name == "bundled":
-        drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    drafter = real_drafters[name][0]
     options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 40, **law}
-    expected = seen(ours(pair, PROMPTS[0], **options))
+    expected = seen(ours(real_pair, PROMPTS[0], **options))
     again = []
     walk_again = cycle_module.sample
     monkeypatch.setattr(filters, "CANDIDATES", 24)
     monkeypatch.setattr(cycle_module, "sample", lambda *a: again.append(a) or walk_again(*a))
-    assert seen(ours(pair, PROMPTS[0], drafter=drafter, **options)) == expected
+    assert seen(ours(real_pair, PROMPTS[0], drafter=drafter, **options)) == expected
     assert len(again) < 40
     if law["top_p" if "top_p" in law else "top_k"] == 0.99:
         assert again  # far more than 24 tokens hold so much

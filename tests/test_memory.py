@@ -52,13 +52,13 @@ def student_of(kind: str) -> nn.Module:
     ("kind", "work"),
     [
         ("full", Work(Batch(2, 64))),
-        ("full", Work(Batch(8, 256))),
-        ("full", Work(Batch(4, 128), accumulated=True)),
+        ("full", Work(Batch(4, 192))),
+        ("full", Work(Batch(2, 96), accumulated=True)),
         ("full bfloat16", Work(Batch(2, 32))),
-        ("checkpointed", Work(Batch(8, 256), checkpointed=True)),
-        ("lora", Work(Batch(2, 256))),
-        ("4-bit lora", Work(Batch(8, 64))),
-        ("lora", Work(Batch(1, 32), judged=Batch(4, 256))),
+        ("checkpointed", Work(Batch(4, 192), checkpointed=True)),
+        ("lora", Work(Batch(2, 128))),
+        ("4-bit lora", Work(Batch(4, 32))),
+        ("lora", Work(Batch(1, 32), judged=Batch(2, 192))),
         ("lora", Work(Batch(1, 20), written=Batch(64, 20))),
     ],
 )
@@ -99,9 +99,9 @@ def test_reading_is_estimated(
 ) -> None:
     """Of eight long texts at once, by a teacher whose answers are kept, or by two models."""
     data = tmp_path / "data.jsonl"
-    story = "Once upon a time there was a dog. " * 60
-    data.write_text("".join(json.dumps({"text": f"{n}. {story}"}) + "\n" for n in range(10)))
-    teacher, flags = str(MODELS / "stories-14m"), ["--data", str(data), "--batch-size", "8"]
+    story = "Once upon a time there was a dog. " * 30
+    data.write_text("".join(json.dumps({"text": f"{n}. {story}"}) + "\n" for n in range(6)))
+    teacher, flags = str(MODELS / "stories-14m"), ["--data", str(data), "--batch-size", "4"]
     gc.collect()
     before = mx.get_active_memory()  # what other tests left
     mx.reset_peak_memory()
