@@ -49,6 +49,7 @@ def load_openblas(library: str = "libopenblas.so.0") -> bool:
 def drafting_threads() -> Iterator[None]:
     """Use the threads of OpenBLAS that drafting is fastest with; restore them afterwards.
 
+    A calibration has measured which those are (``prefer``). Without one, a few products decide.
     Drafting multiplies a few rows at a time and builds graphs from Python meanwhile. Where a
     further core makes such products much faster, OpenBLAS keeps all its threads; where it does
     not (two cores that are halves of one, for example), the thread that builds graphs gets one:
@@ -57,12 +58,12 @@ def drafting_threads() -> Iterator[None]:
     """
     global _users, _threads
     library = _openblas
-    if library is None or "OPENBLAS_NUM_THREADS" in os.environ:
+    if library is None or is_set_by_user():
         yield
         return
     if _users == 0:
         _threads = library.openblas_get_num_threads()
-        library.openblas_set_num_threads(fastest_threads(library, _threads))
+        library.openblas_set_num_threads(_preferred or fastest_threads(library, _threads))
     _users += 1
     try:
         yield
@@ -73,6 +74,26 @@ def drafting_threads() -> Iterator[None]:
 
 
 _users, _threads = 0, 0
+_preferred: int | None = None
+
+
+def is_set_by_user() -> bool:
+    """Return whether the user has set the number of threads, which is then left alone."""
+    return "OPENBLAS_NUM_THREADS" in os.environ
+
+
+def choices() -> tuple[int, ...]:
+    """Return the numbers of threads that drafting may be fastest with; none without a choice."""
+    if _openblas is None or is_set_by_user():
+        return ()
+    threads = _threads if _users else _openblas.openblas_get_num_threads()
+    return (threads, threads - 1) if threads > 1 else ()
+
+
+def prefer(threads: int | None) -> None:
+    """Let drafts that begin from now on use so many threads; None lets a few products decide."""
+    global _preferred
+    _preferred = threads
 
 
 @cache

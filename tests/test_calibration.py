@@ -25,7 +25,7 @@ from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
 SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3)
-COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, 0.02)
+COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, spread=0.02)
 
 
 @pytest.fixture(scope="module")

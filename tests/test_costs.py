@@ -87,6 +87,8 @@ def test_json_and_back() -> None:
         ({"call_s": [[0.0, 1, 1, 1], [1, 1, 1, 1]]}, "call_s must hold times above 0"),
         ({"overhead_s": float("nan")}, "overhead_s must be a number"),
         ({"sampled_plain_overhead_s": "0"}, "sampled_plain_overhead_s must be a number"),
+        ({"threads": 0}, "threads must be a whole number"),
+        ({"threads": 1.5}, "threads must be a whole number"),
         ({"spread": -0.1}, "spread must be a number"),
         ({"spread": None}, "spread must be a number"),
         ({"colour": 1}, "costs must hold"),

@@ -192,6 +192,25 @@ print(*seen)
 
 
 @needs_openblas
+def test_a_calibration_decides_on_the_threads() -> None:
+    code = """
+import ctypes
+from mlx_distill import openblas
+library = ctypes.CDLL("libopenblas.so.0")
+library.openblas_set_num_threads(3)
+print(*openblas.choices())
+openblas.prefer(2)
+with openblas.drafting_threads():
+    print(*openblas.choices(), library.openblas_get_num_threads())
+library.openblas_set_num_threads(1)
+print(openblas.choices())
+"""
+    assert run(code).stdout.split("\n") == ["3 2", "3 2 2", "()", ""]
+    alone = "from mlx_distill import openblas; print(openblas.choices())"
+    assert run(alone, OPENBLAS_NUM_THREADS="2").stdout == "()\n"
+
+
+@needs_openblas
 def test_the_number_of_threads_is_measured() -> None:
     code = """
 import ctypes

@@ -4,6 +4,7 @@ import os
 import sys
 import weakref
 
+from mlx_distill import openblas
 from mlx_distill.calibration.config import QUICK
 from mlx_distill.calibration.measuring import Pair, calibrate
 from mlx_distill.calibration.store import find, identity, keep
@@ -34,6 +35,7 @@ def known_costs(pair: Pair) -> Costs:
         calibration = calibrate(pair, QUICK)
         keep(known, calibration)
         costs = calibration.costs
+    openblas.prefer(costs.threads)
     return costs
 
 

@@ -34,6 +34,8 @@ def show(costs: Costs) -> None:
             f"At {name}, a plain step: {1e3 * law.plain(law.contexts[0]):.2f} ms; the rest of a "
             f"cycle: {1e3 * law.overhead_s:.2f} ms"
         )
+    if costs.threads:
+        console.print(f"Drafting is fastest here with {costs.threads} threads of OpenBLAS")
     console.print(f"Times of the same work differ by {costs.spread:.0%}")
 
 

@@ -50,6 +50,7 @@ class Costs:
         plain_overhead_s: What a step of plain decoding takes beyond its call.
         sampled_overhead_s: As ``overhead_s``, where tokens are drawn and not the likeliest.
         sampled_plain_overhead_s: As ``plain_overhead_s``, where tokens are drawn.
+        threads: Of the matrix products with which this was measured; None without a choice.
         spread: How far measurements of the same lay apart, as a share of them.
 
     Raises:
@@ -66,6 +67,7 @@ class Costs:
     plain_overhead_s: float = 0.0
     sampled_overhead_s: float = 0.0
     sampled_plain_overhead_s: float = 0.0
+    threads: int | None = None
     spread: float = 0.0
 
     def __post_init__(self) -> None:
@@ -161,6 +163,9 @@ def _check(values: Mapping[str, Any]) -> None:
         _check_table(name, values[name], len(values[rows]), len(values[columns]))
     if not _is_time(values["spread"]):
         raise InputError(f"spread must be a number of at least 0, got {values['spread']!r}")
+    threads = values["threads"]
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
     for name in OVERHEADS:
         if not (_is_number(values[name]) and math.isfinite(values[name])):
             raise InputError(f"{name} must be a number, got {values[name]!r}")
