@@ -2,10 +2,10 @@
 
 import importlib
 import json
-import os
+import runpy
 import shutil
-import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -151,14 +151,17 @@ def test_where_texts_part() -> None:
 # ----------------------------------------------------------------------------------------- others
 
 
-def test_loss_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """More tokens and entries than 16 bits count."""
+def test_loss_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More entries than 16 bits count, and more tokens than a chunk has."""
+    monkeypatch.setattr(benchmark, "loss_memory", partial(benchmark.loss_memory, width=32))
     output = tmp_path / "memory.json"
-    assert benchmark.main(["--loss-memory", "280", "70000", "--output", str(output)]) == 0
+    assert benchmark.main(["--loss-memory", "400", "70000", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["chunked_bytes"] < found["whole_bytes"]
     assert found["gradient_difference"] < 1e-4
-    assert "280 tokens x 70,000 entries" in capsys.readouterr().out
+    assert "400 tokens x 70,000 entries" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -181,15 +184,16 @@ def test_refused(capsys: pytest.CaptureFixture[str], flags: str, sentence: str) 
     assert sentence in err
 
 
-def test_the_example_for_macs_runs_small(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("bundled_once")
+def test_the_example_for_macs_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output = tmp_path / "results"
     example = REPOSITORY / "examples" / "m2_ultra_benchmark.py"
     sizes = ["--num-prompts", "2", "--max-tokens", "3", "--timed-prompts", "1"]
     shapes = ["--sweep-prompts", "1", "--sweep-widths", "2", "--sweep-lengths", "2"]
-    command = [sys.executable, str(example), "--output", str(output), *sizes, *shapes]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.setattr(sys, "argv", [str(example), "--output", str(output), *sizes, *shapes])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(example), run_name="__main__")
+    assert end.value.code == 0
     names = sorted(path.name for path in output.iterdir())
     assert names == [f"temperature-{t}.{kind}" for t in (0, 1) for kind in ("json", "png")]
     result = json.loads((output / "temperature-0.json").read_text())

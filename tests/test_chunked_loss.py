@@ -121,7 +121,7 @@ def test_memory_is_a_fraction() -> None:
 
 def test_two_gradients_and_a_half_of_a_wide_head() -> None:
     """With chunks of 256 tokens, which are a sixteenth of such a head."""
-    found = loss_memory(512, 8016, width=4096, compare=False)
+    found = loss_memory(264, 8016, width=4096, compare=False)
     assert found["head_gradients"] < 2.5
 
 

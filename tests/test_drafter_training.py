@@ -14,13 +14,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from conftest import ModelIn
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 import mlx_distill
 from mlx_distill import benchmark, train_drafter
-from mlx_distill.checkpoint import bundled
 from mlx_distill.data.batches import batch_order
 from mlx_distill.data.report import Report
 from mlx_distill.data.texts import Text
@@ -45,15 +45,16 @@ from mlx_distill.training.config import TrainingConfig
 
 TINY = [
     *("--exit-dim", "32", "--draft-vocab-size", "256", "--unroll", "3", "--batch-size", "2"),
-    *("--max-tokens", "8", "--held-out", "2", "--steps", "6", "--checkpoint-every", "2"),
+    *("--max-tokens", "8", "--held-out", "2", "--steps", "24", "--checkpoint-every", "2"),
     *("--max-prompts", "6", "--prompt-tokens", "6", "--response-batch-size", "2", "--quiet"),
-    *("--evaluate-every", "3", "--seed", "4"),
+    *("--evaluate-every", "12", "--seed", "4"),
 ]
+Arguments = Callable[[Path], list[str]]
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    return mlx_distill.load(bundled("stories-14m"))
+def pair(model_in: ModelIn) -> tuple[Any, Any]:
+    return mlx_distill.load(model_in("tiny", "float16"))
 
 
 def bits(network: nn.Module) -> dict[str, bytes]:
@@ -62,12 +63,15 @@ def bits(network: nn.Module) -> dict[str, bytes]:
     return {name: np.array(x.view(mx.uint8)).tobytes() for name, x in arrays.items()}
 
 
-def arguments(output: Path) -> list[str]:
-    return ["--data", str(benchmark.PROMPTS), "--output", str(output), *TINY]
+@pytest.fixture(scope="module")
+def arguments(model_in: ModelIn) -> Arguments:
+    """Return what makes the arguments of a tiny training from its output."""
+    model = ["--model", str(model_in("tiny", "float16")), "--data", str(benchmark.PROMPTS)]
+    return lambda output: [*model, "--output", str(output), *TINY]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, arguments: Arguments) -> Path:
     """Return the folder of a drafter whose training was never stopped."""
     output = tmp_path_factory.mktemp("finished") / "drafter"
     assert train_drafter.main(arguments(output)) == 0
@@ -86,7 +90,9 @@ def killed_when(command: list[str], ready: Callable[[], bool]) -> None:
         assert process.wait() == -signal.SIGKILL
 
 
-def test_killed_training_resumes_with_the_same_bits(tmp_path: Path, finished: Path) -> None:
+def test_killed_training_resumes_with_the_same_bits(
+    tmp_path: Path, finished: Path, arguments: Arguments
+) -> None:
     """Twice: while the target writes, and after the first checkpoint; on to the same file."""
     output = tmp_path / "drafter"
     command = [sys.executable, "-m", "mlx_distill.train_drafter", *arguments(output)]
@@ -102,12 +108,14 @@ def test_killed_training_resumes_with_the_same_bits(tmp_path: Path, finished: Pa
         assert (output / name).read_bytes() == (finished / name).read_bytes()
     log = json.loads((output / "training.json").read_text())["log"]
     assert log == json.loads((finished / "training.json").read_text())["log"]
-    assert [row["step"] for row in log] == [3, 6]
+    assert [row["step"] for row in log] == [12, 24]
     others = finished.with_name("drafter.responses.jsonl")
     assert responses.read_bytes() == others.read_bytes()
 
 
-def test_training_twice_gives_the_same_bits(tmp_path: Path, finished: Path) -> None:
+def test_training_twice_gives_the_same_bits(
+    tmp_path: Path, finished: Path, arguments: Arguments
+) -> None:
     output = tmp_path / "again"
     mx.random.seed(99)
     assert train_drafter.main(arguments(output)) == 0
@@ -254,12 +262,16 @@ def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, An
     assert view.ahead.tolist() == ahead
 
 
-@pytest.mark.parametrize(("batch_size", "length", "exit_dim"), [(8, 120, None), (2, 24, 2048)])
+@pytest.mark.parametrize(("batch_size", "length", "exit_dim"), [(4, 80, None), (2, 24, 2048)])
 def test_memory_is_estimated(
-    pair: tuple[Any, Any], tmp_path: Path, batch_size: int, length: int, exit_dim: int | None
+    bundled_pair: tuple[Any, Any],
+    tmp_path: Path,
+    batch_size: int,
+    length: int,
+    exit_dim: int | None,
 ) -> None:
     """Where the batch takes most of it, and where the drafter does."""
-    target = Target.of(pair[0])
+    target = Target.of(bundled_pair[0])
     config = DrafterTraining(
         exit_dim=exit_dim,
         held_out=1,
@@ -309,11 +321,14 @@ def figures(output: Path) -> dict[str, Any]:
 
 
 def test_command_on_weights_as_a_gpu_loads_them(
-    tiny_on_a_gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_on_a_gpu: Path,
+    tmp_path: Path,
+    arguments: Arguments,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The drafter learns in the model's type and drafts for it."""
     output = tmp_path / "drafter"
-    flags = ["--model", str(tiny_on_a_gpu), *arguments(output), "--steps", "40"]
+    flags = [*arguments(output), "--model", str(tiny_on_a_gpu), "--evaluate-every", "4"]
     assert train_drafter.main([*flags, "--learning-rate", "0.01"]) == 0
     assert "memory: about" in capsys.readouterr().err
     log = figures(output)["log"]
@@ -324,7 +339,7 @@ def test_command_on_weights_as_a_gpu_loads_them(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["drafted_tokens"] > 0
 
 
-def test_start_from_a_drafter(tmp_path: Path, finished: Path) -> None:
+def test_start_from_a_drafter(tmp_path: Path, finished: Path, arguments: Arguments) -> None:
     """It begins where the other one ended, and card and settings say so."""
     output = tmp_path / "more"
     flags = [*arguments(output), "--start-from", str(finished), "--learning-rate", "1e-9"]
@@ -342,10 +357,10 @@ CHAT = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<{{ w
 
 
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the bundled model with a chat template."""
+def chat_model(tmp_path_factory: pytest.TempPathFactory, model_in: ModelIn) -> Path:
+    """Return a tiny model with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(bundled("stories-14m"), folder)
+    shutil.copytree(model_in("tiny", "float16"), folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
     return folder
@@ -374,9 +389,11 @@ def test_chats_are_never_cut(tmp_path: Path, chat_model: Path) -> None:
     assert "who" in card
 
 
-def test_prompts_without_room_for_an_answer_are_counted(tmp_path: Path) -> None:
+def test_prompts_without_room_for_an_answer_are_counted(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
     """The model reads 512 tokens; an answer that comes near is shorter, and there is no more."""
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    model, tokenizer = pair
     prompts = [[1] * length for length in (10, 600, 508, 512, 20)]
     report = Report(rows=5)
     config = DrafterTraining(
@@ -398,8 +415,8 @@ def test_prompts_without_room_for_an_answer_are_counted(tmp_path: Path) -> None:
     assert "2 without room for an answer" in (output / "README.md").read_text()
 
 
-def test_an_answer_that_was_cut_off_does_not_end(tmp_path: Path) -> None:
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+def test_an_answer_that_was_cut_off_does_not_end(pair: tuple[Any, Any]) -> None:
+    model, tokenizer = pair
     end = next(iter(tokenizer.eos_token_ids))
     config = ResponseConfig(max_tokens=3, temperatures=(0.0,))
     [cut] = answer(model, {end}, [[1, 5]], 0, config)
@@ -409,7 +426,7 @@ def test_an_answer_that_was_cut_off_does_not_end(tmp_path: Path) -> None:
     assert ended == cut[:2]
 
 
-def test_two_trainings_do_not_share_a_file(tmp_path: Path) -> None:
+def test_two_trainings_do_not_share_a_file(tmp_path: Path, arguments: Arguments) -> None:
     shared = tmp_path / "answers.jsonl"
     flags = [*arguments(tmp_path / "a"), "--responses", str(shared)]
     with locked(shared):

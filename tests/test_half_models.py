@@ -13,7 +13,7 @@ from mlx import nn
 
 from mlx_distill import checkpoint
 
-STORED = {"float16": mx.float16, "bfloat16": mx.bfloat16, "4-bit": mx.float16}
+STORED = {"float16": mx.float16, "bfloat16": mx.bfloat16, "4-bit": mx.bfloat16}
 
 
 @pytest.mark.parametrize("name", ["tiny", "stories-4m", "stories-14m"])
