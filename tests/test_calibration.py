@@ -101,6 +101,15 @@ def test_a_pair_is_measured(pair: Pair) -> None:
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
 
 
+def test_a_cycle_without_a_draft_tells_nothing_of_drafting(pair: Pair) -> None:
+    """An n-gram drafter is silent where nothing repeats."""
+    silent = replace(pair, drafter=NGramDrafter(16, 16))
+    ticks = iter(range(10**9))
+    found = calibrate(silent, SMALL, lambda: float(next(ticks)))
+    assert found.costs.overhead_s == found.costs.sampled_overhead_s == 0
+    assert found.times["cycle", 0.0].count == 3
+
+
 def test_contexts_beyond_the_model_are_left_out(pair: Pair) -> None:
     assert usable_contexts(pair, CalibrationConfig()) == (128,)  # the model's are 512
     small = replace(pair, cache=CacheConfig(max_kv_size=150))

@@ -111,9 +111,10 @@ def calibrate(
         for width in widths
         for length in config.lengths
     }
-    for law in LAWS:
+    whole = {law: Decoding(pair, PLAN, law, contexts[0]) for law in LAWS}
+    for law, decoding in whole.items():
         tasks["plain", law.temperature] = Decoding(pair, None, law, contexts[0])
-        tasks["cycle", law.temperature] = Decoding(pair, PLAN, law, contexts[0])
+        tasks["cycle", law.temperature] = decoding
     times = time_in_turn(_mixed(tasks), config.rounds, config.limit_s, clock, progress)
     costs = Costs(
         contexts,
@@ -125,7 +126,8 @@ def calibrate(
         threads=threads,
         spread=typical_spread(times.values()),
     )
-    return Calibration(_with_overheads(costs, times, contexts[0]), times)
+    nodes = [decoding.nodes for decoding in whole.values()]
+    return Calibration(_with_overheads(costs, times, nodes, contexts[0]), times)
 
 
 def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:
@@ -176,13 +178,23 @@ def _mixed(tasks: dict[tuple[Any, ...], Task]) -> dict[tuple[Any, ...], Task]:
     return {name: tasks[name] for name in [*names, *kinds[False]]}
 
 
-def _with_overheads(costs: Costs, times: dict[tuple[Any, ...], Times], context: int) -> Costs:
-    """Return the costs with what whole steps and cycles take beyond their parts."""
-    call_s, cycle_s = costs.plain(context), costs.cycle(PLAN, PLAN.nodes, context)
-    plain, cycle = (
-        [times[name, law.temperature].median_s - parts_s for law in LAWS]
-        for name, parts_s in (("plain", call_s), ("cycle", cycle_s))
-    )
+def _with_overheads(
+    costs: Costs, times: dict[tuple[Any, ...], Times], nodes: Sequence[int], context: int
+) -> Costs:
+    """Return the costs with what whole steps and cycles take beyond their parts.
+
+    Args:
+        costs: Of the parts.
+        times: Of everything.
+        nodes: That a cycle verified, at each of the laws. Where the drafter had nothing to say, the
+            cycle was a plain step and tells nothing.
+        context: At which they were timed.
+    """
+    plain, cycle = [], []
+    for law, size in zip(LAWS, nodes, strict=True):
+        step_s, cycle_s = (times[name, law.temperature].median_s for name in ("plain", "cycle"))
+        plain.append(step_s - costs.plain(context))
+        cycle.append(cycle_s - costs.cycle(PLAN, size, context) if size > 1 else 0.0)
     return replace(
         costs,
         overhead_s=cycle[0],
@@ -274,6 +286,7 @@ class Decoding:
         self.planner = FixedPlanner(plan or PLAN)
         self.prompt = mx.array(pair.tokens(context))
         self.sampling, self.cache = sampling, pair.cache
+        self.nodes = 0  # that a call verified, the latest time
 
     def __call__(self, clock: Clock) -> float:
         """Return the seconds of a cycle."""
@@ -282,19 +295,22 @@ class Decoding:
             self.prompt, most, self.sampling, seed=0, planner=self.planner, cache=self.cache
         )
         number = self.engine.submit(request)
-        marks = [(clock(), calls) for calls in self._calls()]
+        marks = [(clock(), *counts) for counts in self._counts()]
         self.engine.cancel(number)
-        (start, first), (end, last) = marks[0], marks[-1]
-        return (end - start) / max(1, last - first)
+        took_s, calls, nodes = (
+            last - first for first, last in zip(marks[0], marks[-1], strict=True)
+        )
+        self.nodes = round(nodes / max(1, calls))
+        return took_s / max(1, calls)
 
-    def _calls(self) -> Iterator[int]:
-        """Yield the target's calls so far, once for every cycle whose first token is there."""
+    def _counts(self) -> Iterator[tuple[int, int]]:
+        """Yield the calls so far and their nodes, once a cycle, when its first token is there."""
         seen = -1
         while self.engine.busy and seen < CYCLES:
             for one in self.engine.step():
                 if one.response.target_calls > seen:
                     seen = one.response.target_calls
-                    yield seen
+                    yield seen, one.response.verified_tokens
 
 
 def summary(calibration: Calibration) -> Sequence[dict[str, Any]]:
