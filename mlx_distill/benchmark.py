@@ -1,6 +1,7 @@
 """Measure drafting against mlx-lm on this machine, in one process, arms interleaved.
 
     python -m mlx_distill.benchmark --output results.json
+    python -m mlx_distill.benchmark --report report.html
     python -m mlx_distill.benchmark --dispatches
     python -m mlx_distill.benchmark --profile --trace trace.json
 
@@ -18,9 +19,10 @@ from typing import Any
 
 from mlx_distill import cli, machine
 from mlx_distill.benchmarking.arms import Bench
-from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, run, usable
+from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, for_page, run, usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.dispatch_study import study
+from mlx_distill.benchmarking.page import page
 from mlx_distill.benchmarking.plot import plot
 from mlx_distill.benchmarking.profile import profile, run_profile
 from mlx_distill.benchmarking.table import loss_sentence, show, show_dispatches, show_profile
@@ -28,17 +30,20 @@ from mlx_distill.benchmarking.trace import trace
 from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
-from mlx_distill.data.prompts import read_prompts
+from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.loss_memory import loss_memory
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
-from mlx_distill.files import write_whole
+from mlx_distill.files import read_json, write_whole
 from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
 
+WRITTEN = ("output", "plot", "trace", "report")
+# What a page shows beside what its command asks for.
+PAGE_GROWTH, PAGE_TREES, PAGE_SWEEP = 4096, 3, 2
 PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
 
 
@@ -46,57 +51,75 @@ PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
+    if arguments.report and not arguments.sweep_prompts:
+        arguments.sweep_prompts = min(PAGE_SWEEP, arguments.num_prompts)
     config = from_flags(BenchmarkConfig, arguments)
     plan = cli.asked_shape(_parser(), argv)
     sampling = from_flags(Sampling, arguments)
-    output, picture = cli.new_file(arguments.output), cli.new_file(arguments.plot)
-    traced = cli.new_file(arguments.trace)
-    _check(arguments, config, picture)
+    files = {name: cli.new_file(getattr(arguments, name)) for name in WRITTEN}
+    _check(arguments, config)
+    if arguments.results:
+        earlier = [read_json(Path(name)) for name in arguments.results]
+        _write(files["report"], page(earlier))
+        return 0
     if arguments.loss_memory:
         num_tokens, num_entries = arguments.loss_memory
         found = loss_memory(num_tokens, num_entries)
         print(loss_sentence(num_tokens, num_entries, found))
-        _write(output, found | machine.provenance())
+        _write(files["output"], found | machine.provenance())
         return 0
-    bench, prompts, report = _open(arguments, config, sampling)
+    bench, asked, report = _open(arguments, config, sampling)
+    shape, timed = plan or DraftPlan(), [one.ids for one in asked[: config.timed_prompts]]
+    result: dict[str, Any] = {"config": cli.settings(arguments), **machine.provenance()}
     if arguments.dispatches:
         pair = bench.model, bench.tokenizer, bench.drafter
-        found = study(*pair, prompts[0], plan or DraftPlan(), others=arguments.model is None)
-        show_dispatches(found)
-        _write(output, found | {"config": cli.settings(arguments)} | machine.provenance())
-        return 0
-    if arguments.profile:
-        shape, timed = plan or DraftPlan(), prompts[: config.timed_prompts]
+        result |= study(*pair, timed[0], shape, others=arguments.model is None)
+        show_dispatches(result)
+    elif arguments.profile:
         runs = run_profile(bench, timed, shape)
-        found = profile(bench, timed, shape, runs)
-        show_profile(found)
-        _write(output, found | {"config": cli.settings(arguments)} | machine.provenance())
-        if traced:
-            write_whole(traced, trace(runs[0]))
-        return 0
-    found = run(bench, prompts, plan, Studies(arguments.sharing, arguments.long_run))
-    settings = {"config": cli.settings(arguments), "rows": report.to_dict()}
-    result: dict[str, Any] = {**found, **settings, **machine.provenance()}
-    show(result)
-    _write(output, result)
-    if picture:
+        result |= profile(bench, timed, shape, runs)
+        show_profile(result)
+        _write(files["trace"], trace(runs[0]))
+    else:
+        result |= run(bench, asked, plan, _studies(arguments)) | {"rows": report.to_dict()}
+        if arguments.report:
+            result |= for_page(bench, timed, shape)
+        show(result)
+    _write(files["output"], result)
+    if files["report"]:
+        _write(files["report"], page([result]))
+    if files["plot"]:
         title = f"{result['machine']['processor']}, temperature {sampling.temperature:g}"
-        plot(result["sweep"], title, picture)
+        plot(result["sweep"], title, files["plot"])
     return 0
 
 
-def _check(arguments: argparse.Namespace, config: BenchmarkConfig, picture: Path | None) -> None:
+def _studies(arguments: argparse.Namespace) -> Studies:
+    """Return what is measured beside the arms; a page shows more than a table."""
+    growth = arguments.growth or (PAGE_GROWTH if arguments.report else None)
+    trees = PAGE_TREES if arguments.report else 0
+    return Studies(arguments.sharing, arguments.long_run, growth, trees)
+
+
+def _check(arguments: argparse.Namespace, config: BenchmarkConfig) -> None:
     """Raise InputError if arguments cannot be used; before anything is loaded."""
     check_value("long_run", arguments.long_run, Count | None)
     if arguments.loss_memory:
         _check_loss_memory(*arguments.loss_memory)
-    if picture and picture.suffix != ".png":
+    check_value("growth", arguments.growth, Count | None)
+    picture = arguments.plot
+    if picture and Path(picture).suffix != ".png":
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     if picture and not config.sweep_prompts:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
     if arguments.trace and not arguments.profile:
         raise InputError("--trace writes what --profile times; ask for that, too")
-    check_sources([arguments.data or PROMPTS])
+    if arguments.report and (arguments.dispatches or arguments.loss_memory):
+        raise InputError("--report shows benchmarks and profiles, no dispatches and no memory")
+    if arguments.results and not arguments.report:
+        raise InputError("--results are shown by a report; name its file with --report")
+    if not arguments.results:
+        check_sources([arguments.data or PROMPTS])
 
 
 def _check_loss_memory(num_tokens: int, num_entries: int) -> None:
@@ -111,7 +134,7 @@ def _check_loss_memory(num_tokens: int, num_entries: int) -> None:
 
 def _open(
     arguments: argparse.Namespace, config: BenchmarkConfig, sampling: Sampling
-) -> tuple[Bench, list[list[int]], Report]:
+) -> tuple[Bench, list[Asked], Report]:
     """Return the loaded pair, its prompts, and what became of the rows."""
     template_config = cli.template_config(arguments)
     model, tokenizer = cli.load_model(arguments)
@@ -122,7 +145,7 @@ def _open(
     draft_model = cli.load_draft_model(arguments, tokenizer)
     check_draft_model(model, draft_model)
     report = Report(noun="prompts")
-    prompts = read_prompts(
+    prompts = read_asked(
         arguments.data or PROMPTS,
         tokenizer,
         prompt_tokens=config.prompt_tokens,
@@ -130,16 +153,18 @@ def _open(
         template_config=template_config,
         report=report,
     )
-    prompts = usable(model, prompts, config, report)
+    prompts = usable(model, in_turn(prompts), config, report)
     if report.dropped:
         print("\n".join(report.lines()), file=sys.stderr)
     sampling.check_vocabulary(Target.of(model).vocab_size)
     return Bench(model, tokenizer, drafter, draft_model, sampling, config), prompts, report
 
 
-def _write(output: Path | None, result: dict[str, Any]) -> None:
+def _write(output: Path | None, result: dict[str, Any] | str) -> None:
+    """Write a page or a trace as it is, and a result as JSON, to a file that was asked for."""
     if output:
-        write_whole(output, json.dumps(result, indent=1) + "\n")
+        text = result if isinstance(result, str) else json.dumps(result, indent=1) + "\n"
+        write_whole(output, text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,6 +206,13 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         help="also write so many tokens, at least 1, for the memory (default: none)",
     )
     parser.add_argument(
+        "--growth",
+        type=int,
+        metavar="TOKENS",
+        help="also measure speed and memory after texts of up to so many tokens, at least 1 "
+        "(default: not measured; 4096 with --report)",
+    )
+    parser.add_argument(
         "--loss-memory",
         type=int,
         nargs=2,
@@ -205,6 +237,20 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         type=cli.path,
         help="write the profile's first prompt to this JSON file, which Perfetto and "
         "chrome://tracing open; it must not exist",
+    )
+    parser.add_argument(
+        "--report",
+        type=cli.path,
+        help="write everything as one HTML page to this file, which must not exist; more is "
+        "measured for it: a growing context, a profile, what calls cost, and a sweep of 2 prompts "
+        "unless --sweep-prompts asks for another",
+    )
+    parser.add_argument(
+        "--results",
+        type=cli.path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing, and make the report of these results of benchmark and calibrate",
     )
     parser.add_argument(
         "--output", type=cli.path, help="write the results to this JSON file; it must not exist"

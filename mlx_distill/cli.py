@@ -129,6 +129,8 @@ def new_file(name: str | None) -> Path | None:
         raise InputError(f"the output {name} exists; name another, or remove it")
     if not file.parent.is_dir():
         raise InputError(f"the output {name} cannot be written: its folder does not exist")
+    if not os.access(file.parent, os.W_OK | os.X_OK):
+        raise InputError(f"the output {name} cannot be written: its folder is read-only")
     return file
 
 
@@ -213,8 +215,18 @@ def code_options(trust: bool) -> dict[str, Any]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what a result has to say about its command; of local files and folders the names."""
-    written, named = ("output", "plot", "trace"), ("student", "adapter_path")
-    read = ("model", "adapter_path", "drafter", "draft_model", "teacher", "student", "data", "qa")
+    written, named = ("output", "plot", "trace", "report"), ("student", "adapter_path")
+    read = (
+        "model",
+        "adapter_path",
+        "drafter",
+        "draft_model",
+        "teacher",
+        "student",
+        "data",
+        "qa",
+        "results",
+    )
 
     def shown(key: str, value: Any) -> Any:
         if isinstance(value, list):

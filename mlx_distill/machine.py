@@ -11,10 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 
+# What pmset calls the setting that slows a Mac down, or lets it be loud.
+POWER_MODES = ("lowpowermode", "powermode", "highpowermode")
+
 
 def provenance() -> dict[str, Any]:
     """Return what every result carries: the commit, the machine and the versions."""
-    return {"commit": commit(), "machine": description(), "versions": versions()}
+    state = {"os": operating_system(), "power": power()}
+    return {"commit": commit(), "machine": description() | state, "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -34,6 +38,30 @@ def description() -> dict[str, Any]:
         "memory_bytes": memory_bytes(),
         "device": str(device.type).rpartition(".")[2],
     }
+
+
+def operating_system() -> str:
+    """Return the system's name and version, as its users know them."""
+    release = platform.mac_ver()[0]
+    return f"macOS {release}" if release else platform.platform(terse=True)
+
+
+def power() -> str | None:
+    """Return what a Mac draws its power from, and its power mode; None elsewhere."""
+    if sys.platform != "darwin":
+        return None
+    try:
+        source = _output("pmset", "-g", "batt").splitlines()[:1]
+        settings = [line.split()[:2] for line in _output("pmset", "-g").splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    modes = [" ".join(words) for words in settings if words and words[0] in POWER_MODES]
+    named = [line.rpartition("from ")[2].strip("'") for line in source]
+    return ", ".join([*named, *modes]) or None
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def commit() -> str | None:

@@ -1,10 +1,8 @@
-"""The benchmark on chats, on weights as a GPU loads them, and what the example for Macs runs."""
+"""The benchmark on chats, and on weights as a GPU loads them."""
 
 import importlib
 import json
-import runpy
 import shutil
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +10,6 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import REPOSITORY
 
 import mlx_distill
 from mlx_distill import InputError, benchmark
@@ -20,6 +17,7 @@ from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.checkpoint import bundled
+from mlx_distill.data.prompts import Asked
 from mlx_distill.data.report import Report
 
 generate = importlib.import_module("mlx_distill.generate")
@@ -52,8 +50,8 @@ def test_chats_are_never_cut(
     data = rows_of(tmp_path, ["Tom ran. " * 40, "Who?", "Where?", "When?"])
     asked: list[list[int]] = []
 
-    def run(bench: Any, prompts: list[list[int]], *arguments: Any) -> dict[str, Any]:
-        asked.extend(prompts)
+    def run(bench: Any, prompts: list[Asked], *arguments: Any) -> dict[str, Any]:
+        asked.extend(one.ids for one in prompts)
         raise InputError("enough")
 
     monkeypatch.setattr(benchmark, "run", run)
@@ -71,7 +69,7 @@ def test_chats_are_never_cut(
 
 def test_prompts_that_leave_no_room() -> None:
     model, _ = mlx_distill.load(bundled("stories-14m"))
-    prompts = [[1] * length for length in (500, 5, 507, 506)]
+    prompts = [Asked([1] * length) for length in (500, 5, 507, 506)]
     report = Report(rows=4)
     config = BenchmarkConfig(num_prompts=2, sweep_prompts=0, max_tokens=6)
     assert usable(model, prompts, config, report) == [prompts[0], prompts[1]]
@@ -182,21 +180,3 @@ def test_refused(capsys: pytest.CaptureFixture[str], flags: str, sentence: str) 
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert sentence in err
-
-
-@pytest.mark.usefixtures("bundled_once")
-def test_the_example_for_macs_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = tmp_path / "results"
-    example = REPOSITORY / "examples" / "m2_ultra_benchmark.py"
-    sizes = ["--num-prompts", "2", "--max-tokens", "3", "--timed-prompts", "1"]
-    shapes = ["--sweep-prompts", "1", "--sweep-widths", "2", "--sweep-lengths", "2"]
-    monkeypatch.setattr(sys, "argv", [str(example), "--output", str(output), *sizes, *shapes])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(example), run_name="__main__")
-    assert end.value.code == 0
-    names = sorted(path.name for path in output.iterdir())
-    assert names == [f"temperature-{t}.{kind}" for t in (0, 1) for kind in ("json", "png")]
-    result = json.loads((output / "temperature-0.json").read_text())
-    assert result["equal_texts"] == 2
-    assert len(result["sharing"]) == 6
-    assert result["config"]["tree"] == "beam"

@@ -119,11 +119,15 @@ class Bench:
     def run(
         self, prompts: Sequence[list[int]], plan: DraftPlan | None, title: str
     ) -> dict[str, list[Sample]]:
-        """Return the samples of every arm, after a prompt that does not count."""
+        """Return the samples of every arm, after a prompt or more that do not count."""
         arms = self.arms(plan)
         samples: dict[str, list[Sample]] = {name: [] for name in arms}
-        for decode in arms.values():
-            measure(decode, prompts[0], 0)
+        start = time.perf_counter()
+        while True:
+            for decode in arms.values():
+                measure(decode, prompts[0], 0)
+            if time.perf_counter() - start >= self.config.warm_up_s:
+                break
         names = list(arms)
         for number, prompt in enumerate(tqdm(prompts, desc=title, unit="prompt", leave=False)):
             names.append(names.pop(0))  # no arm always follows the same other

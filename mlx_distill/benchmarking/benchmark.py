@@ -10,8 +10,12 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, Sample
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
-from mlx_distill.benchmarking.figures import equal_texts, mean_by_depth, summary
-from mlx_distill.benchmarking.studies import long_run, overhead, sharing, sweep
+from mlx_distill.benchmarking.figures import by_class, equal_texts, mean_by_depth, summary
+from mlx_distill.benchmarking.profile import profile, run_profile
+from mlx_distill.benchmarking.studies import growth, long_run, overhead, sharing, sweep, trees
+from mlx_distill.calibration.automatic import is_on, known_costs
+from mlx_distill.calibration.measuring import Pair
+from mlx_distill.data.prompts import Asked
 from mlx_distill.data.report import Report
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
@@ -25,20 +29,24 @@ class Studies:
     Args:
         sharing: What shared prefixes save.
         long_run: Tokens that are written for the memory; None for none.
+        growth: The longest context at which speed and memory are measured; None for none.
+        trees: Texts that are kept with the trees that they were written with.
     """
 
     sharing: bool = False
     long_run: int | None = None
+    growth: int | None = None
+    trees: int = 0
 
 
 def run(
-    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan | None, studies: Studies
+    bench: Bench, asked: Sequence[Asked], plan: DraftPlan | None, studies: Studies
 ) -> dict[str, Any]:
     """Return what a benchmark found: figures per arm, and of every study.
 
     Args:
         bench: The pair and what is asked of it.
-        prompts: Token ids; all leave room for an answer, see ``usable``.
+        asked: The prompts; all leave room for an answer, see ``usable``.
         plan: The shape of the drafts; None leaves it to what was measured of this machine. Parts
             of a cycle, memory and sweep are measured with the default shape then.
         studies: What is measured beside.
@@ -47,6 +55,7 @@ def run(
         InputError: If nothing was written that could be timed.
     """
     config, shape = bench.config, plan or DraftPlan()
+    prompts = [one.ids for one in asked]
     samples = bench.run(prompts, plan, "benchmark")
     greedy = bench.sampling.temperature == 0
     result: dict[str, Any] = {
@@ -54,6 +63,7 @@ def run(
         "equal_texts": equal_texts(samples) if greedy else None,
         "differences": differences(bench, prompts, samples, plan) if greedy else [],
         "acceptance_by_depth": mean_by_depth(samples[OURS]),
+        "classes": by_class(samples, [one.kind for one in asked]),
         "overhead": overhead(bench, prompts[: config.timed_prompts], shape),
         "dtype": str(bench.dtype).rpartition(".")[2],
     }
@@ -63,7 +73,22 @@ def run(
         result["long_run"] = long_run(bench, prompts, shape, studies.long_run)
     if config.sweep_prompts:
         result["sweep"] = sweep(bench, prompts[: config.sweep_prompts], shape)
+    if studies.growth:
+        result["growth"] = growth(bench, prompts, plan, studies.growth)
+    if studies.trees:
+        result["trees"] = trees(bench, asked, plan, studies.trees)
     return result
+
+
+def for_page(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, Any]:
+    """Return what a page shows beside: a profile, and what calls cost unless that is left out."""
+    found: dict[str, Any] = {
+        "profile": profile(bench, prompts, plan, run_profile(bench, prompts, plan))
+    }
+    if is_on():
+        pair = Pair(bench.model, bench.tokenizer, bench.drafter)
+        found["calibration"] = known_costs(pair).to_dict()
+    return found
 
 
 def differences(
@@ -85,10 +110,10 @@ def differences(
 
 def usable(
     model: nn.Module,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Asked],
     config: BenchmarkConfig,
     report: Report,
-) -> list[list[int]]:
+) -> list[Asked]:
     """Return the first prompts whose answers fit into what a model can read; others are counted.
 
     Raises:
@@ -97,7 +122,7 @@ def usable(
     limit, max_tokens = text_limit(model), config.max_tokens
     fitting = []
     for number, prompt in enumerate(prompts, start=1):
-        if limit is not None and len(prompt) + max_tokens > limit:
+        if limit is not None and len(prompt.ids) + max_tokens > limit:
             reason = f"prompt without room for {max_tokens} tokens in the model's {limit}"
             report.drop(reason, f"prompt {number}")
         else:

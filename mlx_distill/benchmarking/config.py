@@ -20,6 +20,8 @@ class BenchmarkConfig:
         max_tokens: Longest answer, in tokens.
         seed: Of the draws above temperature 0; every prompt has its own.
         num_draft_tokens: Of the draft model, if one is named, in tokens.
+        warm_up_s: The arms decode for so many seconds before anything counts, and one prompt at
+            least: processors start slow, and get slower when they are warm.
         timed_prompts: Prompts over which the parts of a cycle are timed.
         sweep_prompts: Prompts per cell of the sweep over beam widths and draft lengths, at most
             num_prompts; 0 leaves the sweep out.
@@ -32,6 +34,7 @@ class BenchmarkConfig:
     max_tokens: Annotated[int, Between(2, 10**9)] = 128
     seed: Seed = 0
     num_draft_tokens: DraftLength = 3
+    warm_up_s: Annotated[float, Between(0, 3600)] = 0.0
     timed_prompts: Count = 20
     sweep_prompts: Annotated[int, Between(0, 10**9)] = 0
     sweep_widths: tuple[BeamWidth, ...] = (1, 2, 4, 8)

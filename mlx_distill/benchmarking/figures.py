@@ -54,6 +54,35 @@ def mean_by_depth(samples: Sequence[Sample]) -> list[float]:
     return [statistics.mean(column) for column in zip(*padded, strict=True)]
 
 
+def by_class(samples: dict[str, list[Sample]], kinds: Sequence[str | None]) -> list[dict[str, Any]]:
+    """Return a row per class of prompts: speed-up, tokens per call, acceptance by depth.
+
+    Args:
+        samples: Of every arm, prompt by prompt.
+        kinds: The classes of the prompts; there are no rows if none has any.
+    """
+    names = [kind for kind in dict.fromkeys(kinds) if kind is not None]
+    rows = []
+    for name in names:
+        mine = {arm: list(compress(of, map(name.__eq__, kinds))) for arm, of in samples.items()}
+        ours = mine[OURS]
+        ratios = [
+            sample.tokens_per_s / plain.tokens_per_s
+            for sample, plain in zip(ours, mine[PLAIN], strict=True)
+            if len(sample.tokens) > 1 and len(plain.tokens) > 1
+        ]
+        rows.append(
+            {
+                "class": name,
+                "prompts": len(ours),
+                "speedup": spread(ratios) if ratios else None,
+                "tokens_per_call": statistics.mean(s.tokens_per_call for s in ours),
+                "acceptance_by_depth": mean_by_depth(ours),
+            }
+        )
+    return rows
+
+
 def equal_texts(samples: dict[str, list[Sample]]) -> int:
     """Return on how many prompts drafting wrote exactly mlx-lm's tokens."""
     pairs = zip(samples[PLAIN], samples[OURS], strict=True)

@@ -3,17 +3,23 @@
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_distill import machine
-from mlx_distill.benchmarking.arms import OURS, Bench, measure
+from mlx_distill.benchmarking.arms import OURS, Bench, Sample, measure
 from mlx_distill.benchmarking.figures import summary
 from mlx_distill.benchmarking.profile import run_profile
+from mlx_distill.benchmarking.recording import record
+from mlx_distill.data.prompts import Asked
 from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.target.context import text_limit
 
+# Of the study of contexts: the shortest, the tokens that are written after each, and how often.
+SHORTEST, GROWTH_TOKENS, GROWTH_RUNS = 128, 32, 3
 SHARING_SHAPES = ((5, 4), (10, 4), (15, 5), (25, 5), (35, 5), (45, 5))
 
 
@@ -39,6 +45,49 @@ def overhead(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dic
             }
         )
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def growth(
+    bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan | None, longest: int
+) -> list[dict[str, Any]]:
+    """Return every arm's speed and peak memory after texts of growing length.
+
+    The lengths double up to ``longest``, or as far as the model reads; the texts are the prompts
+    one after the other. The arms take turns.
+    """
+    short = replace(bench, config=replace(bench.config, max_tokens=GROWTH_TOKENS))
+    limit = text_limit(bench.model)
+    longest = longest if limit is None else min(longest, limit - GROWTH_TOKENS)
+    lengths = [n for n in (SHORTEST * 2**k for k in range(24)) if n < longest]
+    text = [token for prompt in prompts for token in prompt]
+    arms, rows = short.arms(plan), []
+    for length in tqdm([*lengths, longest], desc="contexts", leave=False):
+        prompt = (text * (length // len(text) + 1))[:length]
+        samples: dict[str, list[Sample]] = {name: [] for name in arms}
+        for turn in range(GROWTH_RUNS + 1):
+            for name, decode in arms.items():
+                sample = measure(decode, prompt, bench.config.seed)
+                if turn and len(sample.tokens) > 1:  # the first compiles what is compiled
+                    samples[name].append(sample)
+        for name, found in samples.items():
+            if found:
+                speed = statistics.median(sample.tokens_per_s for sample in found)
+                peak = max(sample.peak_memory_bytes for sample in found)
+                figures = {"tokens_per_s": speed, "peak_memory_bytes": peak}
+                rows.append({"context": length, "arm": name, **figures})
+    return rows
+
+
+def trees(
+    bench: Bench, prompts: Sequence[Asked], plan: DraftPlan | None, count: int
+) -> list[dict[str, Any]]:
+    """Return some texts with the trees that they were written with."""
+    decode = bench.arms(plan)[OURS]
+    found = []
+    for number, asked in enumerate(prompts[:count]):
+        steps = partial(decode, asked.ids, bench.config.seed + number)
+        found.append(record(steps, bench.tokenizer, asked.ids, kind=asked.kind))
+    return found
 
 
 def sharing(bench: Bench, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
@@ -95,10 +144,11 @@ def long_run(
 def sweep(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> list[dict[str, Any]]:
     """Return speed-up and tokens per call for every beam width and draft length."""
     rows = []
+    warm = replace(bench, config=replace(bench.config, warm_up_s=0.0))  # it is by now
     for width in bench.config.sweep_widths:
         for length in bench.config.sweep_lengths:
             shape = replace(plan, beam_width=width, draft_length=length)
-            found = summary(bench.run(prompts, shape, f"beams {width} x {length}"))[-1]
+            found = summary(warm.run(prompts, shape, f"beams {width} x {length}"))[-1]
             rows.append(
                 {
                     "beam_width": width,

@@ -1,6 +1,8 @@
 """Prompts out of the JSONL layouts that mlx-lm users have: prompt, messages, turns, text."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,23 @@ from mlx_distill.data.tokens import encode_text
 from mlx_distill.errors import InputError
 
 DOCUMENT_TOKENS = 32
+# Spec-Bench has ten questions of each, and counts them as one class of six.
+MT_BENCH = frozenset(
+    ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An encoded prompt.
+
+    Args:
+        ids: Its token ids.
+        kind: The class that its row names (``category``, as Spec-Bench and MT-Bench have it).
+    """
+
+    ids: list[int]
+    kind: str | None = None
 
 
 def encode_prompt(
@@ -77,7 +96,12 @@ def _templated(
     return ids
 
 
-def read_prompts(
+def read_prompts(path: str | Path, tokenizer: Any, **options: Any) -> list[list[int]]:
+    """Return the encoded prompts of a file, one list of token ids per row; see ``read_asked``."""
+    return [asked.ids for asked in read_asked(path, tokenizer, **options)]
+
+
+def read_asked(
     path: str | Path,
     tokenizer: Any,
     *,
@@ -85,8 +109,8 @@ def read_prompts(
     chat_template: bool = True,
     template_config: Mapping[str, Any] | None = None,
     report: Report | None = None,
-) -> list[list[int]]:
-    """Return the encoded prompts of a file, one list of token ids per row.
+) -> list[Asked]:
+    """Return the encoded prompts of a file, one per row, with their classes.
 
     A row holds ``prompt`` (text), ``messages`` (a chat; its last answer is dropped), ``turns``
     (MT-Bench; the first counts) or ``text`` (a document; its first ``prompt_tokens`` tokens are the
@@ -122,14 +146,31 @@ def read_prompts(
                     ids = ids[:prompt_tokens]
             if not ids:
                 raise InputError(f"{place}: the prompt has no tokens")
-            prompts.append(ids)
+            kind = given.get("category")
+            prompts.append(Asked(ids, kind if isinstance(kind, str) else None))
             report.kept += 1
     if not prompts:
         raise InputError(
             f"{path} holds no prompts"
             + (f"; of {report.rows} rows: {report.reasons()}" if report.dropped else "")
         )
-    return prompts
+    return _with_spec_bench_classes(prompts)
+
+
+def _with_spec_bench_classes(prompts: list[Asked]) -> list[Asked]:
+    """Return prompts with MT-Bench's eight categories as one where they lie beside others."""
+    kinds = {one.kind for one in prompts}
+    if kinds <= MT_BENCH or not kinds & MT_BENCH:
+        return prompts
+    return [replace(one, kind="mt_bench") if one.kind in MT_BENCH else one for one in prompts]
+
+
+def in_turn(prompts: Sequence[Asked]) -> list[Asked]:
+    """Return prompts with their classes taking turns, so that the first few hold all of them."""
+    kinds: dict[str | None, list[Asked]] = {}
+    for one in prompts:
+        kinds.setdefault(one.kind, []).append(one)
+    return [one for row in zip_longest(*kinds.values()) for one in row if one is not None]
 
 
 def _opening(tokenizer: Any, text: str, limit: int) -> list[int]:

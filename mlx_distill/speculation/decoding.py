@@ -142,7 +142,7 @@ def _read(
 
 def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle:
     """Keep the accepted path in the cache, and launch the tree that follows it."""
-    with mx.stream(generation_stream), phase("commit") as made:
+    with mx.stream(generation_stream), phase("commit", path) as made:
         decoding.ledger.commit(cycle.call, path)
         made(decoding.caches)
     assert cycle.root is not None
