@@ -53,7 +53,7 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def bundled_pair() -> tuple[Any, Any]:
-    """Return the bundled model and its tokenizer."""
+    """Return the bundled model and its tokenizer; no test changes them for another."""
     return checkpoint.load(checkpoint.bundled("stories-14m"))
 
 

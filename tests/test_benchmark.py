@@ -67,8 +67,8 @@ def test_chats_are_never_cut(
     ]
 
 
-def test_prompts_that_leave_no_room() -> None:
-    model, _ = mlx_distill.load(bundled("stories-14m"))
+def test_prompts_that_leave_no_room(bundled_pair: tuple[Any, Any]) -> None:
+    model, _ = bundled_pair
     prompts = [Asked([1] * length) for length in (500, 5, 507, 506)]
     report = Report(rows=4)
     config = BenchmarkConfig(num_prompts=2, sweep_prompts=0, max_tokens=6)

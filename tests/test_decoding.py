@@ -165,11 +165,6 @@ def random_drafter(model: Any, draft_vocab_size: int | None = None) -> BoundDraf
 
 
 @pytest.fixture(scope="module")
-def whole_pair() -> tuple[Any, Any]:
-    return mlx_distill.load(bundled("stories-14m"))
-
-
-@pytest.fixture(scope="module")
 def real_pair() -> tuple[Any, Any]:
     """Return a part of the bundled model, whose drafter fits it still."""
     model, tokenizer = mlx_distill.load(bundled("stories-14m"))
@@ -300,11 +295,11 @@ def test_greedy_equals_mlx_lm(
         assert seen(found) == answer
 
 
-def test_bundled_drafter_equals_mlx_lm(whole_pair: tuple[Any, Any]) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *whole_pair)
+def test_bundled_drafter_equals_mlx_lm(bundled_pair: tuple[Any, Any]) -> None:
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *bundled_pair)
     for prompt in PROMPTS[:2]:
-        responses = list(ours(whole_pair, prompt, drafter=drafter, max_tokens=32))
-        assert seen(iter(responses)) == seen(plain(whole_pair, prompt, max_tokens=32))
+        responses = list(ours(bundled_pair, prompt, drafter=drafter, max_tokens=32))
+        assert seen(iter(responses)) == seen(plain(bundled_pair, prompt, max_tokens=32))
         assert responses[-1].tokens_per_call > 1.5
 
 

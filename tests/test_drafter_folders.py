@@ -82,8 +82,9 @@ def full_vocabulary(vocab_size: int) -> Any:
 
 
 @pytest.mark.parametrize("size", [4096, 4160])
-def test_a_drafter_of_a_padded_head_drafts_no_padding(tmp_path: Path, size: int) -> None:
-    pair = mlx_distill.load(bundled("stories-14m"))
+def test_a_drafter_of_a_padded_head_drafts_no_padding(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, size: int
+) -> None:
 
     def configure(values: dict[str, Any]) -> None:
         values.pop("draft_vocab_size")
@@ -91,20 +92,24 @@ def test_a_drafter_of_a_padded_head_drafts_no_padding(tmp_path: Path, size: int)
 
     source = bundled("stories-14m-redrafter")
     folder = edited(source, tmp_path / "drafter", configure, full_vocabulary(size))
-    drafter = mlx_distill.load_drafter(folder, *pair)
+    drafter = mlx_distill.load_drafter(folder, *bundled_pair)
     assert drafter.config.vocab_size == 4096
     options: dict[str, Any] = {"max_tokens": 24, "temperature": 1.0, "seed": 1}
-    expected = mlx_distill.generate(*pair, "Once upon a time", **options)
-    assert mlx_distill.generate(*pair, "Once upon a time", drafter=drafter, **options) == expected
+    expected = mlx_distill.generate(*bundled_pair, "Once upon a time", **options)
+    assert (
+        mlx_distill.generate(*bundled_pair, "Once upon a time", drafter=drafter, **options)
+        == expected
+    )
 
 
-def test_a_drafter_of_a_wider_model_is_not_used_for_another(padded: tuple[Any, Any]) -> None:
-    pair = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+def test_a_drafter_of_a_wider_model_is_not_used_for_another(
+    bundled_pair: tuple[Any, Any], padded: tuple[Any, Any]
+) -> None:
+    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *bundled_pair)
     assert mlx_distill.generate(*padded, "Once", drafter=drafter, max_tokens=2)
     drafter.network.config = dataclasses.replace(drafter.config, vocab_size=4160)
     with pytest.raises(InputError, match="loaded for a model of 4160 tokens, this one has 4096"):
-        mlx_distill.stream_generate(*pair, "Once", drafter=drafter)
+        mlx_distill.stream_generate(*bundled_pair, "Once", drafter=drafter)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +157,12 @@ def test_targets_that_do_not_fit(change: dict[str, Any], name: str) -> None:
     ],
 )
 def test_numbers_beyond_the_file_are_refused_before_anything_is_built(
-    tmp_path: Path, fields: dict[str, int], target: dict[str, int], sentence: str
+    bundled_pair: tuple[Any, Any],
+    tmp_path: Path,
+    fields: dict[str, int],
+    target: dict[str, int],
+    sentence: str,
 ) -> None:
-    pair = mlx_distill.load(bundled("stories-14m"))
 
     def change(values: dict[str, Any]) -> None:
         values.update(fields)
@@ -162,10 +170,12 @@ def test_numbers_beyond_the_file_are_refused_before_anything_is_built(
 
     folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", change)
     with pytest.raises(InputError, match=sentence):
-        mlx_distill.load_drafter(folder, *pair)
+        mlx_distill.load_drafter(folder, *bundled_pair)
 
 
-def test_a_map_beyond_the_real_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_a_map_beyond_the_real_vocabulary_is_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path
+) -> None:
     """Though its own configuration and its fingerprint speak of more tokens."""
 
     def change(values: dict[str, Any]) -> None:
@@ -175,17 +185,17 @@ def test_a_map_beyond_the_real_vocabulary_is_refused(tmp_path: Path) -> None:
         weights["token_ids"] = weights["token_ids"] + 3000
 
     folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", change, move)
-    pair = mlx_distill.load(bundled("stories-14m"))
     with pytest.raises(InputError, match="token_ids must lie in the vocabulary of 4096"):
-        mlx_distill.load_drafter(folder, *pair)
+        mlx_distill.load_drafter(folder, *bundled_pair)
 
 
 @pytest.mark.parametrize("value", [mx.nan, mx.inf])
-def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+def test_weights_that_are_no_numbers_are_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, value: float
+) -> None:
     def spoil(weights: dict[str, Any]) -> None:
         weights["rnn_u.bias"] = mx.full(weights["rnn_u.bias"].shape, value, mx.float16)
 
     folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", arrays=spoil)
-    pair = mlx_distill.load(bundled("stories-14m"))
     with pytest.raises(InputError, match=r"rnn_u\.bias holds values that are no finite numbers"):
-        mlx_distill.load_drafter(folder, *pair)
+        mlx_distill.load_drafter(folder, *bundled_pair)

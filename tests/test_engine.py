@@ -22,8 +22,8 @@ PROMPTS = ("Once upon a time", "The old baker forgot", "Ben had a red kite.")
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    return mlx_distill.load(bundled("stories-14m"))
+def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return bundled_pair
 
 
 @pytest.fixture(scope="module")

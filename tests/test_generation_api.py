@@ -29,8 +29,8 @@ PLANS = (
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    return mlx_distill.load(bundled("stories-14m"))
+def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return bundled_pair
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ from types import FrameType
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+from half_models import tiny_llama
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from test_decoding import KnowingDrafter, assert_equal_caches, with_eos
 from tiny_models import tiny_model
@@ -46,9 +48,8 @@ class Countdown:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any]:
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    model["model"].layers = model["model"].layers[:2]
-    return model, with_eos(tokenizer, set())
+    tokenizer = mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+    return tiny_llama(head_dim=32), with_eos(tokenizer, set())
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from mlx_lm.sample_utils import make_logits_processors
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError, NGramDrafter
-from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.protocol import Drafter, DraftState, Features
 
 NOTHING = Features(mx.zeros((1, 4)))
@@ -19,8 +18,8 @@ PLAN = DraftPlan(draft_length=4)
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    return mlx_distill.load(bundled("stories-14m"))
+def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return bundled_pair
 
 
 def drafted(tokens: list[int], root: int, length: int = 4, **sizes: int) -> list[int]:

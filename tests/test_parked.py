@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
@@ -35,7 +36,7 @@ class Parked:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return with_eos(mlx_distill.load(bundled("stories-14m"))[1], set())
+    return with_eos(mlx_lm.utils.load_tokenizer(bundled("stories-14m")), set())
 
 
 def operations(folder: Path, *arrays: mx.array) -> Counter[str]:

@@ -57,7 +57,7 @@ class Leaky(nn.Module):
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return with_eos(mlx_distill.load(bundled("stories-14m"))[1], set())
+    return with_eos(mlx_lm.utils.load_tokenizer(bundled("stories-14m")), set())
 
 
 def states(caches: list[Any]) -> list[np.ndarray]:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ModelIn
 
 import mlx_distill
 from mlx_distill import InputError
-from mlx_distill.checkpoint import bundled
 from mlx_distill.distillation.responses import (
     ResponseConfig,
     read_responses,
@@ -20,8 +20,8 @@ from mlx_distill.distillation.responses import (
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    return mlx_distill.load(bundled("stories-14m"))
+def pair(model_in: ModelIn) -> tuple[Any, Any]:
+    return mlx_distill.load(model_in("tiny", "float16"))
 
 
 ANSWERS = ResponseConfig(max_tokens=5, temperatures=(0.0, 1.0), response_batch_size=2)

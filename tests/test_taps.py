@@ -3,6 +3,7 @@
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
@@ -76,7 +77,7 @@ class EverySecond:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return with_eos(mlx_distill.load(bundled("stories-14m"))[1], set())
+    return with_eos(mlx_lm.utils.load_tokenizer(bundled("stories-14m")), set())
 
 
 def outputs_of(model: Any, text: list[int], taps: tuple[int, ...]) -> list[np.ndarray]:
