@@ -109,7 +109,7 @@ def test_packed_file_and_one_with_a_mark_of_its_byte_order(tmp_path: Path, token
 
 
 def test_parquet(tmp_path: Path, tokenizer: Any) -> None:
-    arrow = pytest.importorskip("pyarrow")
+    import pyarrow as arrow
     from pyarrow import parquet
 
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
