@@ -318,11 +318,9 @@ def _forward_kl(student: mx.array, teacher: mx.array, probs: mx.array) -> tuple[
     def top(x: mx.array) -> mx.array:
         return x.max(axis=-1, keepdims=True)
 
-    # log p - log q of an entry is the logits' difference less that of the normalisers. As in _kl,
-    # the sums' difference takes out what rounding leaves.
+    # log p - log q of an entry is the logits' difference less that of the normalisers.
     offset = (top(teacher) - top(student)) - (mx.log(top(probs)) - mx.log(top(own)))
-    terms = mx.where(probs > 0, probs * (teacher - student - offset), 0)
-    return row_sum(terms + (own - probs)), own
+    return row_sum(mx.where(probs > 0, probs * (teacher - student - offset), 0)), own
 
 
 @_forward_kl.vjp
