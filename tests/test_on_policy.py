@@ -136,6 +136,21 @@ def test_questions_that_leave_no_room_are_counted() -> None:
     }
 
 
+def test_a_training_says_which_questions_left_no_room(tmp_path: Path) -> None:
+    """To a caller in Python, too, as the command does from the files."""
+    long = Text([5] * 20, [False] * 20, Source("there, line 7"))
+    share = OnPolicyConfig(1.0, rollout_max_tokens=4)
+    made = (llama(), from_config(TABLE))
+    done = run(tmp_path / "some", *made, [long, QUESTION], valid=[QUESTION, long], on_policy=share)
+    reason = "1 no room for an answer within 20 tokens"
+    assert done.notes[:2] == [
+        f"of 2 texts are not used: {reason}",
+        f"of 2 held-out texts are not used: {reason}",
+    ]
+    with pytest.raises(InputError, match=f"nothing is left to learn: {reason}"):
+        run(tmp_path / "none", *made, [long], on_policy=share)
+
+
 def test_writing_ends_with_the_learned_positions(tmp_path: Path) -> None:
     texts = [Text.behind([5] * (n - 1) + [6], n - 1) for n in (12, 16, 19, 20)]
     written = rollouts(tmp_path, from_config(TABLE), texts, limit=20)

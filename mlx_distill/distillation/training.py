@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from mlx_distill.data.report import Report
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import has_adapters
 from mlx_distill.distillation.batches import Data, batch_of, batches, seeded, slices
 from mlx_distill.distillation.distiller import Distiller, Examples, Taught
-from mlx_distill.distillation.on_policy import OnPolicyConfig, answered
+from mlx_distill.distillation.on_policy import OnPolicyConfig, answered, with_room
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
@@ -114,15 +115,7 @@ def distill(
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     teacher = _teacher(teachers, texts, weights, mean)
     _check(batch_size, data, valid, training, teacher, on_policy)
-    limit = None
-    if not isinstance(data, Examples):
-        assert not isinstance(valid, Examples)
-        networks = readers(student, teacher)
-        limit = text_limit(*networks)
-        _check_tokens(networks, [*data, *(valid or ())])
-        # The last of them reads the same tokens, and knows more, where there is a teacher.
-        config = on_policy or OnPolicyConfig()
-        valid = valid and answered(valid, networks[-1], set(eos_token_ids), config, limit)
+    given = _readable(student, teacher, data, valid, on_policy, set(eos_token_ids))
     if isinstance(teacher, CachedTeacher):
         valid_teacher = valid_teacher or TextTeacher()
     settings = settings or {
@@ -132,34 +125,88 @@ def distill(
         "on_policy": None if on_policy is None else asdict(on_policy),
         "eos_token_ids": sorted(eos_token_ids),
         "seed": seed,
-        **_parts(student, teacher, data),
+        **_parts(student, teacher, given.data),
     }
     with only_training(), locked(folder / LOCK, folder):
         begin_or_resume(folder, settings)
+        data, limit = given.data, given.limit
         batch_at = batches(
             student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
         )
-        size = len(data) if texts else data.labels.size
+        size = data.labels.size if isinstance(data, Examples) else len(data)
         first = batch_of(data, range(min(2, size)), limit)
         distiller = Distiller(student, teacher, terms, first, size, seed)
-        for examples in (data, valid):
+        for examples in (data, given.valid):
             if isinstance(examples, Examples):
                 distiller.check_labels(examples)
-
-        def evaluate() -> dict[str, float]:
-            if valid is None:
-                return {}
-            return distiller.evaluate(slices(valid, batch_size, limit), valid_teacher)
-
-        return _run(
+        done = _run(
             distiller,
             lambda number: distiller.teach(seeded(batch_at(number), number, seed)),
-            evaluate,
+            _judge(distiller, given, batch_size, valid_teacher),
             training,
             folder,
             callback,
             quiet,
         )
+        return replace(done, notes=[*given.notes, *done.notes])
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a training is given, as far as its networks can read it.
+
+    Args:
+        data: To learn from.
+        valid: Held out.
+        limit: The longest text in tokens, of all networks; None for any, and for examples.
+        notes: What was left out, and why.
+    """
+
+    data: Data
+    valid: Data | None
+    limit: int | None = None
+    notes: Sequence[str] = ()
+
+
+def _readable(
+    student: nn.Module,
+    teacher: Teacher,
+    data: Data,
+    valid: Data | None,
+    on_policy: OnPolicyConfig | None,
+    ends: set[int],
+) -> _Given:
+    """Return the data less the questions that leave no room, and held-out ones with answers."""
+    if isinstance(data, Examples):
+        return _Given(data, valid)
+    assert not isinstance(valid, Examples)
+    networks = readers(student, teacher)
+    limit = text_limit(*networks)
+    _check_tokens(networks, [*data, *(valid or ())])
+    config = on_policy or OnPolicyConfig()
+    learned, judged = (Report(rows=len(texts), kept=len(texts)) for texts in (data, valid or ()))
+    if config.on_policy:
+        data = with_room(data, limit, learned)
+    if not data:
+        raise InputError(f"nothing is left to learn: {learned.reasons()}")
+    # The last of them reads the same tokens, and knows more, where there is a teacher.
+    valid = valid and answered(valid, networks[-1], ends, config, limit, judged)
+    notes = [
+        f"of {report.rows} {name} are not used: {report.reasons()}"
+        for name, report in (("texts", learned), ("held-out texts", judged))
+        if report.dropped
+    ]
+    return _Given(data, valid, limit, notes)
+
+
+def _judge(
+    distiller: Distiller, given: _Given, batch_size: int, teacher: Teacher | None
+) -> Callable[[], dict[str, float]]:
+    """Return what evaluates a student on the held-out data; without any it says nothing."""
+    valid = given.valid
+    if valid is None:
+        return dict
+    return lambda: distiller.evaluate(slices(valid, batch_size, given.limit), teacher)
 
 
 def _run(
