@@ -13,7 +13,7 @@ from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
 from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
-from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.stepping import Steps
 from mlx_distill.errors import InputError
@@ -22,6 +22,12 @@ from mlx_distill.errors import InputError
 SHAPES = [
     {"exit_dim": exit_dim, "num_draft_layers": layers, "rnn": rnn}
     for exit_dim, layers, rnn in product((7, 10), (0, 1, 2), (True, False))
+]
+SHAPES += [
+    {"exit_dim": 7, "num_draft_layers": 1, "cell": "gru"},
+    {"exit_dim": 7, "num_draft_layers": 1, "context_state": True},
+    {"exit_dim": 10, "num_draft_layers": 0, "cell": "gru", "context_state": True},
+    {"exit_dim": 5, "num_draft_layers": 1, "cell": "gru", "context_state": True, "taps": (0, 2)},
 ]
 OTHER_EMBEDDING = {"exit_dim": 7, "num_draft_layers": 1, "embedding_size": 3}
 TRIMMED = {"exit_dim": 7, "num_draft_layers": 1, "draft_vocab_size": 4}
@@ -52,12 +58,18 @@ def random_inputs(network: RecurrentDrafter, *leading: int) -> tuple[np.ndarray,
     return hidden.astype(np.float32), embeddings.astype(np.float32)
 
 
+def taps_of(network: RecurrentDrafter, hidden: np.ndarray) -> list[np.ndarray]:
+    """Return made-up outputs of the tapped layers, each of another size."""
+    return [(hidden[..., ::-1] + 1) * 10.0**place for place in range(len(network.config.taps))]
+
+
 def logits_after_each(
     network: RecurrentDrafter, hidden: np.ndarray, embeddings: np.ndarray
 ) -> np.ndarray:
     """Return the network's logits after one, two, ... tokens, (..., T, K)."""
-    context = network.context(mx.array(hidden))
-    state, logits = None, []
+    joined = network.joined(mx.array(hidden), [mx.array(x) for x in taps_of(network, hidden)])
+    context = network.context(joined)
+    state, logits = network.begin(joined), []
     for place in range(embeddings.shape[-2]):
         state = network.advance(state, network.read(mx.array(embeddings[..., place, :])))
         logits.append(network.logits(context, state))
@@ -68,7 +80,13 @@ def slow_logits_after_each(
     network: RecurrentDrafter, hidden: np.ndarray, embeddings: np.ndarray
 ) -> np.ndarray:
     rows = [
-        slow_logits(parameters(network), hidden, embeddings[: place + 1], network.config.rnn)
+        slow_logits(
+            parameters(network),
+            hidden,
+            embeddings[: place + 1],
+            network.config.rnn,
+            taps_of(network, hidden),
+        )
         for place in range(len(embeddings))
     ]
     return np.array(rows)
@@ -101,8 +119,10 @@ def test_leading_axes_are_independent_drafts(shape: dict[str, Any]):
 def test_one_context_serves_several_states(shape: dict[str, Any]):
     network = random_drafter(**shape)
     hidden, embeddings = random_inputs(network, 4)
-    context = network.context(mx.array(hidden[0]))[None]
-    state = network.advance(None, network.read(mx.array(embeddings[:, 0])))
+    taps = [mx.array(x) for x in taps_of(network, hidden[0])]
+    joined = network.joined(mx.array(hidden[0]), taps)[None]
+    context = network.context(joined)
+    state = network.advance(network.begin(joined), network.read(mx.array(embeddings[:, 0])))
     found = np.array(network.logits(context, state))
     for row in range(4):
         expected = slow_logits_after_each(network, hidden[0], embeddings[row, :1])[0]
@@ -122,7 +142,7 @@ def test_joined_steps_equal_the_network(shape: dict[str, Any], table_bytes: int)
     context = steps.context(hidden)
     x, carried = steps.first(mx.array([1]), context)
     y, _ = steps.next(mx.array([column]), carried, context)
-    state = network.advance(None, network.read(embed(mx.array([1]))))
+    state = network.advance(network.begin(hidden), network.read(embed(mx.array([1]))))
     expected = network.features(network.context(hidden)[None], state)
     np.testing.assert_allclose(np.array(x), np.array(expected), rtol=1e-4, atol=1e-5)
     state = network.advance(state, network.read(embed(mx.array([token]))))
@@ -136,6 +156,7 @@ def test_joined_steps_equal_the_network(shape: dict[str, Any], table_bytes: int)
 def expected_names(
     exit_dim: int, num_draft_layers: int, rnn: bool = True, **others: Any
 ) -> set[str]:
+    """Return the names of a shape's parameters."""
     names = {f"lm_head.{num_draft_layers}.weight"}
     for layer in range(num_draft_layers):
         names |= {f"lm_head.{layer}.linear.{kind}" for kind in ("weight", "bias")}
@@ -145,6 +166,10 @@ def expected_names(
         names |= {"rnn_u.weight", "rnn_u.bias", "rnn_w.weight"}
     if "draft_vocab_size" in others:
         names.add("token_ids")
+    if "context_state" in others:
+        names |= {"first_state.weight", "first_state.bias"}
+    if "taps" in others:
+        names.add("tap_proj.weight")
     return names
 
 
@@ -175,15 +200,19 @@ def test_parameters_have_the_published_shapes():
 # The drafter bound to a target
 
 
-def test_the_first_drafted_tokens_are_the_networks_best():
-    network = random_drafter(**TRIMMED)
+@pytest.mark.parametrize("shape", [{}, *SHAPES[-4:]], ids=str)
+def test_the_first_drafted_tokens_are_the_networks_best(shape: dict[str, Any]):
+    network = random_drafter(**{**TRIMMED, **shape})
     network.token_ids = mx.array([2, 3, 7, 10])
     embed = nn.Embedding(11, 5)
     hidden = random_inputs(network)[0]
     read = np.array(embed.weight)[[6]]
     probs = softmax(SHARPNESS * slow_logits_after_each(network, hidden, read)[0])
     drafter = BoundDrafter(network, embed, {"hidden_size": 5})
-    draft = drafter.draft(mx.array(hidden), mx.array([6]), DraftPlan(2, 1))
+    rows = [mx.array(np.stack([0 * hidden, row])) for row in (hidden, *taps_of(network, hidden))]
+    state = drafter.open(mx.array([1, 2]), Features(rows[0], None, tuple(rows[1:])))
+    draft = state.draft(mx.array([6]), DraftPlan(2, 1), None)
+    assert draft is not None
     best = np.argsort(-probs)[:2]
     scores = dict(zip(draft.tokens[1:].tolist(), draft.scores[1:].tolist(), strict=True))
     expected = {[2, 3, 7, 10][column]: np.log(probs[column]) for column in best}
@@ -220,6 +249,11 @@ def unchecked_types(monkeypatch: pytest.MonkeyPatch):
         ({"exit_dim": "7"}, "exit_dim must be a whole number, got '7'"),
         ({"embedding_size": "x"}, "embedding_size must be a whole number, got 'x'"),
         ({"rnn": "no"}, "rnn must be true or false, got 'no'"),
+        ({"cell": "lstm"}, "cell must be elman or gru, got lstm"),
+        (
+            {"rnn": False, "cell": "gru"},
+            "a drafter without rnn has neither a cell nor a first state",
+        ),
         ({"num_draft_layers": -1}, "num_draft_layers must be at least 0, got -1"),
         (
             {"num_draft_layers": None},

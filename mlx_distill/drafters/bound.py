@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -43,15 +43,15 @@ class BoundDrafter:
         target: Fingerprint of the target that the network was trained for.
 
     Attributes:
+        taps: The target's layers that the context is made of, too.
         searches: Those that are compiled, the one used last behind the others.
     """
-
-    taps: tuple[int, ...] = ()
 
     def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: Fingerprint):
         self.network = network
         self.embed = embed
         self.target = target
+        self.taps = network.config.taps
         self._steps = Steps(network, embed, TABLE_BYTES)
         if self._steps.token_ids is not None:
             every = mx.arange(embed["weight"].shape[0])
@@ -67,7 +67,7 @@ class BoundDrafter:
 
     def open(self, prompt: Int[mx.array, " T"], features: Features) -> "RecurrentState":
         """Return the state of a text: what the target's head saw last."""
-        return RecurrentState(self, features.last)
+        return RecurrentState(self, features)
 
     def draft(
         self,
@@ -75,9 +75,18 @@ class BoundDrafter:
         root: Int[mx.array, " 1"],
         plan: DraftPlan,
         noise: Float[mx.array, "L V"] | None = None,
+        taps: Sequence[Float[mx.array, " D"]] = (),
     ) -> Draft:
-        """Return the beams that follow a root; ``hidden`` is what the target's head saw before."""
-        arrays = (hidden, root) if noise is None else (hidden, root, noise)
+        """Return the beams that follow a root.
+
+        Args:
+            hidden: What the target's head saw before, when it chose the root.
+            root: The token that is certain.
+            plan: How many beams, and how long.
+            noise: What will be added to the target's logits; None at temperature 0.
+            taps: What the tapped layers returned where the head saw that.
+        """
+        arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
         search = self._search_of(plan.beam_width, plan.draft_length, noise is not None)
         return Draft(*search(*arrays), plan.draft_length)
 
@@ -103,10 +112,12 @@ class BoundDrafter:
         length: int,
         serial: int,
         hidden: mx.array,
+        taps: list[mx.array],
         root: mx.array,
         noise: mx.array | None = None,
     ) -> Arrays:
-        steps, context = self._steps, self._steps.context(hidden)
+        steps = self._steps
+        context = steps.context(self.network.joined(hidden, taps))
         if noise is not None:
             ids = steps.token_ids
             noise = (
@@ -147,22 +158,23 @@ class RecurrentState:
 
     Args:
         drafter: Searches.
-        hidden: What the target's head saw when it chose the root.
+        features: The last of them is what the target computed when it chose the root.
     """
 
-    def __init__(self, drafter: BoundDrafter, hidden: Float[mx.array, " D"]):
+    def __init__(self, drafter: BoundDrafter, features: Features):
         self.drafter = drafter
-        self.hidden = hidden
+        self.features = features
 
     def draft(
         self, root: Int[mx.array, " 1"], plan: DraftPlan, noise: Float[mx.array, "L V"] | None
     ) -> Draft:
         """Return the beams that follow a root."""
-        return self.drafter.draft(self.hidden, root, plan, noise)
+        seen = self.features
+        return self.drafter.draft(seen.last, root, plan, noise, seen.last_taps)
 
     def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
         """Look at the last of the accepted tokens."""
-        self.hidden = features.last
+        self.features = features
 
     def rewind(self, num_tokens: int) -> None:
         """Nothing is remembered, so nothing is forgotten; what is accepted next replaces it."""

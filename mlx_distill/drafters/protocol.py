@@ -77,6 +77,12 @@ class Features:
         return self.states[-1] if self.walk is None else self.states[self.walk.last]
 
     @property
+    def last_taps(self) -> tuple[Float[mx.array, " _"], ...]:
+        """What the tapped layers returned at the last token."""
+        row = -1 if self.walk is None else self.walk.last
+        return tuple(tap[row] for tap in self.taps)
+
+    @property
     def hidden(self) -> Float[mx.array, "T D"]:
         """What the head saw at each of the tokens; see ``DraftState.accept`` for their number."""
         return self.states if self.walk is None else self.states[self.walk.path]

@@ -7,12 +7,21 @@ e is the target's embedding, g_0 the certain token and h what the target's head 
 g_0; h stays the same over the draft. The head is an optional projection, residual blocks
 x + silu(A x + b), and a matrix of its own with one row per token that can be drafted.
 
+That is the reference form. A configuration switches parts of it, each by itself:
+
+    cell "gru"       z, r, n = W e + U s;  s' = n' + z (s - n'),  n' = tanh(n_W + r n_U)
+    context_state    s_0 = tanh(S h + c)
+    taps             h = what the head saw + T [norm(tap_1) ; norm(tap_2) ; ...]
+
+Taps are what layers of the target returned at the same token; norm divides by the root mean square.
+
 Source:
     Zhang et al. 2024, arXiv:2403.09919, section 3. The names of the parameters are those of the
     checkpoints published with it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -21,11 +30,14 @@ from jaxtyping import Float
 from mlx import nn
 
 from mlx_distill.errors import InputError
-from mlx_distill.limits import Between, check_fields
+from mlx_distill.limits import Between, OneOf, check_fields
 
 MODEL_TYPE = "recurrent_drafter"
 FORMAT_VERSION = 1
 Size = Annotated[int, Between(1, 2**31 - 1)]
+Cell = Annotated[str, OneOf("elman", "gru")]
+Tap = Annotated[int, Between(-10_000, 10_000)]
+NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,10 @@ class RecurrentDrafterConfig:
         embedding_size: Width of the target's embedding; None if it is hidden_size.
         draft_vocab_size: How many tokens can be drafted; None for all. The map of a smaller
             vocabulary is the checkpoint's ``token_ids``.
+        cell: "elman" is the reference form's recurrence, "gru" a gated one.
+        context_state: Whether the state starts from the context, and not from zero.
+        taps: Layers of the target that the context is made of, beside what the head sees; negative
+            numbers count from the last.
     """
 
     hidden_size: Size
@@ -50,9 +66,15 @@ class RecurrentDrafterConfig:
     rnn: bool = True
     embedding_size: Size | None = None
     draft_vocab_size: Size | None = None
+    cell: Cell = "elman"
+    context_state: bool = False
+    taps: tuple[Tap, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
+        object.__setattr__(self, "taps", tuple(self.taps))  # JSON knows lists alone
+        if not self.rnn and (self.cell != "elman" or self.context_state):
+            raise InputError("a drafter without rnn has neither a cell nor a first state")
         if (self.draft_vocab_size or 1) > self.vocab_size:
             raise InputError(
                 f"draft_vocab_size must be at most the vocabulary's {self.vocab_size}, "
@@ -110,11 +132,26 @@ class RecurrentDrafter(nn.Module):
             nn.Linear(config.exit_dim, num_tokens, bias=False),
         ]
         if config.rnn:
-            self.rnn_u = nn.Linear(width, width)
-            self.rnn_w = nn.Linear(config.embedding_size or width, width, bias=False)
+            gates = width if config.cell == "elman" else 3 * width
+            self.rnn_u = nn.Linear(width, gates)
+            self.rnn_w = nn.Linear(config.embedding_size or width, gates, bias=False)
+        if config.context_state:
+            self.first_state = nn.Linear(width, width)
+        if config.taps:
+            self.tap_proj = nn.Linear(len(config.taps) * width, width, bias=False)
         if config.draft_vocab_size:
             self.token_ids = mx.arange(config.draft_vocab_size)
             self.freeze(keys=["token_ids"], recurse=False)
+
+    def joined(
+        self, hidden: Float[mx.array, "... D"], taps: Sequence[Float[mx.array, "... D"]] = ()
+    ) -> Float[mx.array, "... D"]:
+        """Return h: what the head saw, with what the tapped layers returned."""
+        if "tap_proj" not in self:
+            return hidden
+        # Layers' outputs differ in size by hundreds; norms without weights, as T has some.
+        normed = [mx.fast.rms_norm(tap, None, NORM_EPS) for tap in taps]
+        return hidden + self.tap_proj(mx.concatenate(normed, axis=-1))
 
     def context(self, hidden: Float[mx.array, "... D"]) -> Float[mx.array, "... C"]:
         """Return the context's share of the head's input, which a draft needs only once."""
@@ -123,18 +160,24 @@ class RecurrentDrafter(nn.Module):
         weight = self.input_proj.weight[:, : self.config.hidden_size]
         return hidden @ weight.T + self.input_proj.bias
 
-    def read(self, embeddings: Float[mx.array, "... E"]) -> Float[mx.array, "... D"]:
+    def begin(self, hidden: Float[mx.array, "... D"]) -> Float[mx.array, "... D"] | None:
+        """Return the state before the first token; None is zero."""
+        return mx.tanh(self.first_state(hidden)) if self.config.context_state else None
+
+    def read(self, embeddings: Float[mx.array, "... E"]) -> Float[mx.array, "... G"]:
         """Return what tokens add to the state: W e, or e itself without a recurrence."""
         return self.rnn_w(embeddings) if self.config.rnn else embeddings
 
     def advance(
-        self, state: Float[mx.array, "... D"] | None, read: Float[mx.array, "... D"]
+        self, state: Float[mx.array, "... D"] | None, read: Float[mx.array, "... G"]
     ) -> Float[mx.array, "... D"]:
-        """Return the state after one more token; None is the state before the first."""
+        """Return the state after one more token."""
         if not self.config.rnn:
             return read if state is None else state + read
         recurrent = self.rnn_u.bias if state is None else self.rnn_u(state)
-        return nn.silu(read + recurrent)
+        if self.config.cell == "elman":
+            return nn.silu(read + recurrent)
+        return gated(state, read, recurrent)
 
     def logits(
         self, context: Float[mx.array, "... C"], state: Float[mx.array, "... D"]
@@ -162,3 +205,25 @@ class RecurrentDrafter(nn.Module):
         for block in self.lm_head[:-1]:
             x = block(x)
         return x
+
+
+def gated(
+    state: Float[mx.array, "... D"] | None,
+    read: Float[mx.array, "... G"],
+    recurrent: Float[mx.array, "... G"],
+) -> Float[mx.array, "... D"]:
+    """Return the next state of a gated cell.
+
+    Args:
+        state: The one before; None is zero.
+        read: W e, for the gates z and r and for what is new, side by side.
+        recurrent: U s with its bias, as ``read``.
+
+    Source:
+        Cho et al. 2014, arXiv:1406.1078; r is applied behind U, so that one product makes all.
+    """
+    width = read.shape[-1] // 3
+    gates = mx.sigmoid(read[..., : 2 * width] + recurrent[..., : 2 * width])
+    keep, reset = gates[..., :width], gates[..., width:]
+    new = mx.tanh(read[..., 2 * width :] + reset * recurrent[..., 2 * width :])
+    return (1 - keep) * new if state is None else new + keep * (state - new)

@@ -8,6 +8,9 @@ added by the operation that comes next anyway:
     x = joint_1 + c;   x + silu(joint_2 + c A + a)          one fused operation
     state' = silu(W e(g) + b + joint_3)                     one fused operation
 
+A gated cell's U is three times as wide, and it needs the state itself, too: behind U stands the
+identity. The first state, where the context makes it, is one more part of what the context gives.
+
 Where the memory allows it, W e(g) is tabulated for the tokens that can be drafted, and the joint of
 the first step, which the root alone decides, for all tokens.
 """
@@ -18,7 +21,7 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 from mlx import nn
 
-from mlx_distill.drafters.recurrent import RecurrentDrafter, ResidualBlock
+from mlx_distill.drafters.recurrent import RecurrentDrafter, ResidualBlock, gated
 
 Context = tuple[mx.array, mx.array]  # the hidden state, and what the joined matrices make of it
 
@@ -28,10 +31,12 @@ class Joined:
     """Matrices side by side.
 
     Args:
-        of_hidden: What the context is multiplied by: for the projection and the first block.
+        of_hidden: What the context is multiplied by: for the projection, the first block and the
+            first state.
         bias: Added to that.
-        of_state: What a state is multiplied by: for the same and for the recurrence.
-        widths: Of the parts, 0 for what the network does not have.
+        of_state: What a state is multiplied by: for the projection, the first block and the
+            recurrence.
+        widths: Of these three parts, 0 for what the network does not have.
     """
 
     of_hidden: Float[mx.array, "D C"]
@@ -55,11 +60,16 @@ class Steps:
         self.token_ids = network.token_ids if network.config.draft_vocab_size else None
         self.joined = join(network)
         self._reads = self._firsts = None
-        row_bytes = network.head.weight.dtype.size
-        if network.head.weight.shape[0] * network.config.hidden_size * row_bytes <= table_bytes:
-            self._reads = self._read(mx.arange(network.head.weight.shape[0]))
+        num_rows, row_bytes = network.head.weight.shape[0], network.head.weight.dtype.size
+        reads = network.rnn_w.weight.shape[0] if network.config.rnn else network.config.hidden_size
+        if num_rows * reads * row_bytes <= table_bytes:
+            self._reads = self._read(mx.arange(num_rows))
         num_tokens = embed["weight"].shape[0]  # the root can be any of the target's
         alone = network.config.rnn and "input_proj" in network
+        if network.config.context_state:
+            alone = False
+            self._recurrence = mx.contiguous(self.joined.of_state[:, -self.joined.widths[2] :])
+            mx.eval(self._recurrence)
         if alone and num_tokens * sum(self.joined.widths) * row_bytes <= table_bytes:
             read = network.read(embed(mx.arange(num_tokens)))
             self._firsts = network.advance(None, read) @ self.joined.of_state
@@ -78,7 +88,13 @@ class Steps:
         """Return what the head makes logits of after the root, and what is carried on."""
         if self._firsts is not None:
             return self._features(None, self._firsts[root], context)
-        state = self.network.advance(None, self.network.read(self.embed(root)))
+        read = self.network.read(self.embed(root))
+        if self.network.config.context_state:
+            _, shares = context
+            begin = mx.tanh(shares[:, -self.network.config.hidden_size :])
+            state = self._state(read, begin @ self._recurrence)
+        else:
+            state = self.network.advance(None, read)
         return self._features(state, state @ self.joined.of_state, context)
 
     def next(
@@ -89,11 +105,17 @@ class Steps:
     ) -> tuple[Float[mx.array, "W E"], Float[mx.array, "W D"]]:
         """Return the same after drafted tokens, which columns of the logits stand for."""
         read = self._read(columns) if self._reads is None else self._reads[columns]
-        if self.network.config.rnn:
-            state = nn.silu(read + self.network.rnn_u.bias + carried)
-        else:
-            state = read + carried
+        state = self._state(read, carried)
         return self._features(state, state @ self.joined.of_state, context)
+
+    def _state(self, read: mx.array, carried: mx.array) -> Float[mx.array, "W D"]:
+        """Return the state that follows what was carried on."""
+        if not self.network.config.rnn:
+            return read + carried
+        bias, width = self.network.rnn_u.bias, self.network.config.hidden_size
+        if self.network.config.cell == "elman":
+            return nn.silu(read + bias + carried)
+        return gated(carried[:, -width:], read, bias + carried[:, :-width])
 
     def _read(self, columns: Integer[mx.array, " W"]) -> Float[mx.array, "W D"]:
         tokens = columns if self.token_ids is None else self.token_ids[columns]
@@ -136,18 +158,23 @@ def join(network: RecurrentDrafter) -> Joined:
         by = block.linear.weight.T.astype(mx.float32)
         parts.append((weight @ by, bias @ by + block.linear.bias))
     of_state = [matrix[width:] for matrix, _ in parts]
-    if network.config.rnn:
-        of_state.append(network.rnn_u.weight.T)
+    recurrence = [network.rnn_u.weight.T] if network.config.rnn else []
+    recurrence += [mx.eye(width)] if network.config.cell == "gru" else []
+    of_hidden = [matrix[:width] for matrix, _ in parts]
+    biases = [bias for _, bias in parts]
+    if network.config.context_state:
+        of_hidden.append(network.first_state.weight.T)
+        biases.append(network.first_state.bias)
     widths = (
         network.config.exit_dim if "input_proj" in network else 0,
         network.config.exit_dim if isinstance(block, ResidualBlock) else 0,
-        width if network.config.rnn else 0,
+        sum(matrix.shape[1] for matrix in recurrence),
     )
     nothing = mx.zeros((width, 0))
     arrays = (
-        mx.concatenate([*(matrix[:width] for matrix, _ in parts), nothing], axis=1),
-        mx.concatenate([*(bias for _, bias in parts), mx.zeros((0,))]),
-        mx.concatenate([*of_state, nothing], axis=1),
+        mx.concatenate([*of_hidden, nothing], axis=1),
+        mx.concatenate([*biases, mx.zeros((0,))]),
+        mx.concatenate([*of_state, *recurrence, nothing], axis=1),
     )
     of_hidden, bias, of_state = (mx.contiguous(x.astype(dtype)) for x in arrays)
     return Joined(of_hidden, bias, of_state, widths)
