@@ -1,5 +1,6 @@
 """What every layer does with arrays: leaving the device, sizes, and logits as log-probabilities."""
 
+import itertools
 import math
 from typing import Any
 
@@ -7,6 +8,11 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx import nn
 from mlx.utils import tree_flatten
+
+# MLX knows a compiled function by its address and forgets a freed one in the thread alone that
+# called it last (mlx 0.32, compile.cpp): in another thread, the next function at that address would
+# be given the old one's graph. A number that no other function has, as an argument, prevents that.
+SERIAL = itertools.count()
 
 WIDE = 4096  # entries; the sum of fewer is as exact as float32 needs
 

@@ -1,6 +1,7 @@
 """Train a recurrent drafter for a model: the model writes, the drafter learns its distributions.
 
     python -m mlx_distill.train_drafter --model M --data prompts.jsonl --output DIR
+    python -m mlx_distill.train_drafter --model M --answers answers.npz --output DIR
 
 First the model answers the prompts (in batches; the answers are kept beside the output and used
 again), then the drafter is trained on them. A run that was stopped goes on with ``--resume``.
@@ -12,11 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx import nn
+
 from mlx_distill import cli
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
+from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_training import train_drafter
 from mlx_distill.distillation.responses import ResponseConfig
@@ -24,6 +28,7 @@ from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
+from mlx_distill.target.target import Target
 from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.runs import check_output
 
@@ -42,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_value(name, getattr(arguments, name), Count | None)
     about = _about(arguments)
     check_output(Path(arguments.output), arguments.resume)
+    if bool(arguments.data) == bool(arguments.answers):
+        raise InputError("name either --data, prompts that the model answers, or --answers")
     check_sources(arguments.data)  # before anything is loaded
+    given = read_answers(arguments.answers) if arguments.answers else None
     model, tokenizer = cli.load_model(arguments)
     start = None
     if arguments.start_from:
@@ -52,11 +60,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"{arguments.start_from} is no recurrent drafter; it cannot be trained"
             )
         start = first.network
-    report = Report(noun="prompts")
+    report = Report(noun="answers" if given else "prompts")
     train_drafter(
         model,
         tokenizer,
-        _prompts(arguments, tokenizer, report),
+        _answers(given, arguments.max_prompts, model, report)
+        if given
+        else _prompts(arguments, tokenizer, report),
         arguments.output,
         config,
         start=start,
@@ -68,6 +78,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"the drafter is in {arguments.output}")
     return 0
+
+
+def _answers(
+    given: WrittenAnswers, most: int | None, model: nn.Module, report: Report
+) -> WrittenAnswers:
+    """Return the answers, or the first of them; the report counts the rows."""
+    given.check(Target.of(model).vocab_size)
+    report.rows = report.kept = len(given.responses)
+    return given.only(range(len(given.responses))[:most])
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any, report: Report) -> list[list[int]]:
@@ -93,7 +112,7 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any, report: Report) -> l
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what settings and card say about the data and the model; of folders the names."""
     return {
-        "data": [Path(path).name for path in arguments.data],
+        "data": [Path(path).name for path in [*arguments.data, arguments.answers] if path],
         "max_prompts": arguments.max_prompts,
         "prompt_tokens": arguments.prompt_tokens,
         "start_from": arguments.start_from and Path(arguments.start_from).name,
@@ -112,9 +131,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         type=cli.path,
-        required=True,
+        default=[],
         nargs="+",
-        help="JSONL files of prompts, messages, turns or text",
+        help="JSONL files of prompts, messages, turns or text, which the model answers",
+    )
+    parser.add_argument(
+        "--answers",
+        type=cli.path,
+        metavar="NPZ",
+        help="answers that this very model has written already, as token ids: arrays prompt, "
+        "answer, prompt_len, answer_len and greedy",
     )
     parser.add_argument(
         "--output", type=cli.path, required=True, help="the drafter's folder; must not exist"

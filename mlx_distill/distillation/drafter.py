@@ -2,20 +2,21 @@
 
 For every token x_{t+1} of an answer that the target wrote, the drafter starts from the hidden state
 h_t, reads x_{t+1}, x_{t+2}, ... and after each of them is asked for the next token; the target's
-answer at that position is the goal. All starting points of a batch are unrolled at once:
+answer at that position is the goal:
 
     position       t        t+1       t+2       t+3
     target         h_t      p_{t+1}   p_{t+2}   p_{t+3}
     drafter reads           x_{t+1}   x_{t+2}   x_{t+3}
     loss                    KL(p_{t+1} || q_1) + 0.8 KL(p_{t+2} || q_2) + 0.64 KL(...) ...
 
-Only the positions where the target chose a token are taken out of the texts, one row each; prompts
-and padding end there. Logits exist for some rows at a time, the target's and the drafter's. A row
-of the target's is the goal of drafts of every depth, so drafts are kept by their goal.
+Only the positions where the target chose a token are kept of the texts, one row each; prompts and
+padding end there. Of these some are taken as starts, and unrolled together; logits exist for some
+rows of them at a time, the target's and the drafter's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -25,36 +26,62 @@ from mlx import nn
 from mlx_distill.arrays import log_probs
 from mlx_distill.distillation.objective import weighted_sum
 from mlx_distill.drafters.recurrent import RecurrentDrafter
-from mlx_distill.losses.chunked import chunk_rows, chunked_loss
+from mlx_distill.losses.chunked import CHUNK_BYTES, chunk_rows, chunked_loss
 from mlx_distill.losses.response import forward_kl
+
+# Of a chunk's logits on a GPU, where every operation has a price of its own.
+GPU_CHUNK_BYTES = 2**27
+
+Logits = Callable[[mx.array], mx.array]
+
+
+class Starts(NamedTuple):
+    """Drafts to learn, and what the target says along them; nothing in it has a gradient.
+
+    Args:
+        hidden: What the target's head saw where a draft starts.
+        taps: What the tapped layers returned there.
+        embeddings: Of the tokens that the draft reads.
+        goals: What makes the target's logits behind each of them.
+        mask: 1 where there is a goal; the answer may end before.
+    """
+
+    hidden: Float[mx.array, "S D"]
+    taps: list[mx.array]
+    embeddings: Float[mx.array, "S L E"]
+    goals: Float[mx.array, "S L G"]
+    mask: Float[mx.array, "S L"]
 
 
 @dataclass(frozen=True)
 class TargetView:
-    """The positions at which the target chose a token; nothing in it has a gradient.
+    """The positions at which the target chose a token, in the order of the texts.
 
     Args:
         hidden: What its head saw there.
-        embeddings: Of the tokens there.
+        tokens: What stands there.
         ahead: How many of the rows that follow belong to the same answer.
-        goals: What ``head`` makes the target's logits of; mostly the hidden states.
-        head: Makes them.
-        token_ids: The tokens that can be drafted; None for all.
-        rows: Of the data, that the answers are.
+        goals: What makes the target's logits; mostly the hidden states.
+        embed: Makes embeddings of tokens.
+        taps: What layers returned there.
     """
 
     hidden: Float[mx.array, "N D"]
-    embeddings: Float[mx.array, "N E"]
+    tokens: Int[mx.array, " N"]
     ahead: Int[mx.array, " N"]
     goals: Float[mx.array, "N G"]
-    head: Callable[[mx.array], mx.array]
-    token_ids: Int[mx.array, " K"] | None = None
-    rows: Sequence[int] = ()
+    embed: Callable[[mx.array], mx.array]
+    taps: tuple[Float[mx.array, "N _"], ...] = ()
 
-    def log_probs(self, places: Int[mx.array, " C"]) -> Float[mx.array, "C K"]:
-        """Return the target's distributions at some positions, over what can be drafted."""
-        logits = self.head(self.goals[places])
-        return log_probs(logits if self.token_ids is None else logits[..., self.token_ids])
+    def starts(self, places: Int[mx.array, " S"], length: int) -> Starts:
+        """Return the drafts of ``length`` tokens that start at some rows."""
+        there = places[:, None] + mx.arange(1, length + 1)
+        mask = self.ahead[places][:, None] >= mx.arange(1, length + 1)
+        there = mx.minimum(there, self.tokens.size - 1)  # what is behind the last does not count
+        taps = [tap[places] for tap in self.taps]
+        embeddings = self.embed(self.tokens[there])
+        goals = self.goals[there]
+        return Starts(self.hidden[places], taps, embeddings, goals, mask.astype(mx.float32))
 
 
 def answer_places(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -74,67 +101,49 @@ def answer_places(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return places.astype(np.int32), ahead.reshape(-1)[places]
 
 
-def unroll(
-    drafter: RecurrentDrafter, view: TargetView, length: int
-) -> tuple[Float[mx.array, "N L E"], Float[mx.array, "N L"]]:
-    """Return what the drafter's head is given, by goal and depth, and the mask of what there is.
-
-    Entry (n, d - 1) is that of the draft which started d rows before the n-th, and has read the
-    tokens from there to the n-th.
-    """
-    num_rows = view.hidden.shape[0]
-    hidden, embeddings = map(mx.stop_gradient, (view.hidden, view.embeddings))
-    context = drafter.context(hidden)
-    read = mx.pad(drafter.read(embeddings), [(0, length), (0, 0)])
-    state = None
-    columns, masks = [], []
-    for depth in range(1, length + 1):
-        state = drafter.advance(state, read[depth : depth + num_rows])
-        by_start = (drafter.features(context, state), view.ahead >= depth)
-        features, there = (_later(array, depth) for array in by_start)
-        columns.append(features)
-        masks.append(there.astype(mx.float32))
-    return mx.stack(columns, axis=1), mx.stack(masks, axis=1)
-
-
-def _later(rows: mx.array, count: int) -> mx.array:
-    """Return rows moved down; what moves in at the top is zero."""
-    widths = [(count, 0), *[(0, 0)] * (rows.ndim - 1)]
-    return mx.pad(rows, widths)[: rows.shape[0]]
+def unroll(drafter: RecurrentDrafter, starts: Starts) -> Float[mx.array, "S L E"]:
+    """Return what the drafter's head is given along every draft."""
+    hidden = drafter.joined(starts.hidden, starts.taps)
+    context, state = drafter.context(hidden), drafter.begin(hidden)
+    read = drafter.read(starts.embeddings)
+    features = []
+    for depth in range(read.shape[1]):
+        state = drafter.advance(state, read[:, depth])
+        features.append(drafter.features(context, state))
+    return mx.stack(features, axis=1)
 
 
 def drafter_loss(
-    drafter: RecurrentDrafter, view: TargetView, length: int, decay: float = 0.8
+    drafter: RecurrentDrafter, starts: Starts, target_logits: Logits, decay: float = 0.8
 ) -> tuple[mx.array, mx.array]:
-    """Return the weighted sum of KL(target || drafter) over an unrolled draft, and its count.
+    """Return the weighted sum of KL(target || drafter) along drafts, and its count.
 
     Args:
         drafter: The student.
-        view: The target's view of a batch.
-        length: Drafted tokens per start.
+        starts: The drafts.
+        target_logits: Makes the target's logits of goals, for what can be drafted.
         decay: The i-th drafted token weighs ``decay ** (i - 1)``.
     """
-    features, mask = unroll(drafter, view, length)
-    weights = mask * decay ** mx.arange(length)
-    places = mx.repeat(mx.arange(mask.shape[0]), length)
+    features = unroll(drafter, starts)
+    weights = starts.mask * decay ** mx.arange(starts.mask.shape[1])
 
-    def loss(logits: mx.array, places: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        goals = view.log_probs(places[::length])  # a goal is that of drafts of every depth
-        goals, probs = (mx.repeat(x, length, axis=0) for x in (goals, mx.exp(goals)))
-        return weighted_sum(forward_kl(logits, goals, probs), weights), weights.sum()
+    def loss(logits: mx.array, goals: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+        values = forward_kl(logits, target_logits(goals))
+        return weighted_sum(values, weights), weights.sum()
 
+    rows = (starts.goals.reshape(-1, starts.goals.shape[-1]), weights.reshape(-1))
     flat = features.reshape(-1, features.shape[-1])
-    size = length * goal_rows(drafter.head, length)
-    return chunked_loss(drafter.head, flat, loss, (places, weights.reshape(-1)), size)
+    return chunked_loss(drafter.head, flat, loss, rows, rows_at_once(drafter.head))
 
 
-def goal_rows(head: nn.Linear, length: int) -> int:
-    """Return how many goals a chunk of drafts has."""
-    return max(1, chunk_rows(head["weight"].shape[0]) // length)
+def rows_at_once(head: nn.Linear) -> int:
+    """Return how many rows of logits there are at a time."""
+    on_gpu = mx.default_device() == mx.Device(mx.gpu)
+    return chunk_rows(head["weight"].shape[0], GPU_CHUNK_BYTES if on_gpu else CHUNK_BYTES)
 
 
 def acceptance_by_depth(
-    drafter: RecurrentDrafter, view: TargetView, length: int
+    drafter: RecurrentDrafter, starts: Starts, target_logits: Logits
 ) -> tuple[Float[mx.array, "2 L"], Float[mx.array, " L"]]:
     """Return summed acceptances of a drafted chain by depth, and their counts.
 
@@ -142,15 +151,36 @@ def acceptance_by_depth(
     the text itself is what was drafted before. Row 1 sums the probability with which sampling at
     temperature 1 would take the drafter's best token.
     """
-    features, mask = unroll(drafter, view, length)
-    total = mx.zeros((2, length))
-    size = goal_rows(drafter.head, length)
-    for start in range(0, mask.shape[0], size):
-        here = slice(start, start + size)
-        probs = mx.exp(view.log_probs(mx.arange(mask.shape[0])[here]))
-        best = mx.argmax(drafter.head(features[here]), axis=-1)
-        agreed = best == mx.argmax(probs, axis=-1)[:, None]
-        taken = mx.take_along_axis(probs, best, axis=-1)
-        total += mx.stack([(kind * mask[here]).sum(axis=0) for kind in (agreed, taken)])
-        mx.eval(total)  # one chunk at a time is in memory
-    return total, mask.sum(axis=0)
+    probs = mx.exp(log_probs(target_logits(starts.goals)))
+    best = mx.argmax(drafter.head(unroll(drafter, starts)), axis=-1)
+    agreed = best == mx.argmax(probs, axis=-1)
+    taken = mx.take_along_axis(probs, best[..., None], axis=-1)[..., 0]
+    sums = mx.stack([(kind * starts.mask).sum(axis=0) for kind in (agreed, taken)])
+    return sums, starts.mask.sum(axis=0)
+
+
+def joined_views(views: list[TargetView]) -> TargetView:
+    """Return several views of one target as one; the list is emptied.
+
+    Only one kind of their rows is in memory twice at a time.
+    """
+    first = views[0]
+    if len(views) == 1:
+        return first
+    embed, alike = first.embed, first.goals is first.hidden
+    kinds = [list(one) for one in zip(*map(_rows, views), strict=True)]
+    del first
+    views.clear()
+    joined = []
+    for kind in kinds:
+        joined.append(mx.concatenate(kind))
+        mx.eval(joined[-1])
+        kind.clear()
+    hidden, tokens, ahead, *others = joined
+    goals = hidden if alike else others.pop(0)
+    return TargetView(hidden, tokens, ahead, goals, embed, tuple(others))
+
+
+def _rows(view: TargetView) -> list[mx.array]:
+    goals = [] if view.goals is view.hidden else [view.goals]
+    return [view.hidden, view.tokens, view.ahead, *goals, *view.taps]

@@ -6,10 +6,15 @@ from typing import Annotated
 import mlx.core as mx
 
 from mlx_distill.distillation.responses import ResponseConfig
-from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent import Cell, RecurrentDrafterConfig, Tap
+from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, Count, Seed, check_fields
+from mlx_distill.machine import memory_bytes
+from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import NEW, TrainingConfig
+
+NO_TAP = -1  # the last layer's output, all but for a norm, is what the head sees anyway
 
 
 @dataclass(frozen=True)
@@ -17,16 +22,24 @@ class DrafterTraining:
     """Everything that decides what a training makes; kept with the result.
 
     Args:
-        exit_dim: Width of the drafter's head. Without it, two thirds of the target's
-            width.
+        exit_dim: Width of the drafter's head. Without it, the target's width.
         num_draft_layers: Residual blocks in the head.
         draft_vocab_size: Tokens that can be drafted, the most frequent in the answers; at most the
             vocabulary, 0 is all.
             Without it, all up to a vocabulary of 2,048, else three eighths of it and 32,768 at the
             most.
+        cell: The recurrence: "gru" is gated, "elman" the published form's.
+        context_state: Start the drafter's state from what the target computed.
+        head_from_target: Start the drafter's head from the target's own, where it is as wide.
+        tap_layers: Layers of the target that the drafter sees. Without it, three of them, at a
+            fifth, a half and three quarters of the depth; -1 alone for none.
         unroll: Drafted tokens per start.
         decay: The i-th drafted token weighs decay ** (i - 1) in the loss.
-        batch_size: Answers per batch.
+        starts: Drafts per step.
+        epochs: How often every answer is learned; without it, the number of steps decides.
+        feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
+            is computed again in every epoch. Without it, a quarter of the machine's memory.
+        batch_size: Answers that the target reads at once.
         held_out: Answers that are not learned but judge the drafter. The seed chooses
             them, of every temperature as many.
         seed: Of the first weights, the order of the answers, and which are held out.
@@ -37,8 +50,15 @@ class DrafterTraining:
     exit_dim: Annotated[int | None, Between(1, 65_536)] = None
     num_draft_layers: Annotated[int, Between(0, 64)] = 1
     draft_vocab_size: Annotated[int | None, Between(0, 2**31 - 1)] = None
+    cell: Cell = "gru"
+    context_state: bool = True
+    head_from_target: bool = True
+    tap_layers: tuple[Tap, ...] | None = None
     unroll: Annotated[int, Between(1, 512)] = 5
     decay: Annotated[float, Between(above=0, high=1)] = 0.8
+    starts: Count = 2048
+    epochs: Annotated[float | None, Between(above=0, high=10**6)] = None
+    feature_gb: Annotated[float | None, Between(above=0, high=10**6)] = None
     batch_size: Count = 16
     held_out: Count = 64
     seed: Seed = 0
@@ -59,8 +79,28 @@ class DrafterTraining:
         return RecurrentDrafterConfig(
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
-            exit_dim=target.hidden_size * 2 // 3 if self.exit_dim is None else self.exit_dim,
+            exit_dim=target.hidden_size if self.exit_dim is None else self.exit_dim,
             num_draft_layers=self.num_draft_layers,
             embedding_size=None if embedding_size == target.hidden_size else embedding_size,
             draft_vocab_size=None if draft_vocab in (0, target.vocab_size) else draft_vocab,
+            cell=self.cell,
+            context_state=self.context_state,
+            taps=self.taps(target),
         )
+
+    def taps(self, target: Target) -> tuple[int, ...]:
+        """Return the layers that the drafter sees."""
+        if self.tap_layers == (NO_TAP,):
+            return ()
+        if self.tap_layers is not None:
+            return self.tap_layers
+        try:
+            depth = len(numbered_layers(target.model))
+        except InputError:  # they have no numbers; nobody asked for any
+            return ()
+        return tuple(sorted({depth // 5, depth // 2, depth * 3 // 4}))
+
+    @property
+    def feature_bytes(self) -> int:
+        """Memory for what the target computes of the answers."""
+        return int(1e9 * self.feature_gb) if self.feature_gb else memory_bytes() // 4

@@ -2,7 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,29 @@ import numpy as np
 from tqdm import tqdm
 
 from mlx_distill.arrays import to_host
-from mlx_distill.data.batches import batch_order
 from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text, text_batch
+from mlx_distill.distillation.drafted_head import drafted_logits, head_rows
 from mlx_distill.distillation.drafter import (
+    Starts,
     TargetView,
     acceptance_by_depth,
     answer_places,
     drafter_loss,
+    joined_views,
+    rows_at_once,
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.responses import Response
+from mlx_distill.distillation.start_order import StartOrder
 from mlx_distill.distillation.teachers import Answers
 from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
+from mlx_distill.target.taps import tapped
 from mlx_distill.target.target import Target
 from mlx_distill.training.checkpoints import checkpoints, step_of
+from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.loop import train
 
 Log = list[dict[str, Any]]
@@ -40,6 +48,8 @@ class DrafterTrainer:
         responses: The target's answers to all prompts, in order.
         config: How to train; the seed chooses the ``held_out`` answers.
         start: A drafter to start from, of the configuration's shape.
+        kinds: Of each answer, what it is like; as many of every kind are held out. Without it, the
+            temperature that it was written at.
     """
 
     def __init__(
@@ -48,87 +58,144 @@ class DrafterTrainer:
         responses: Sequence[Response],
         config: DrafterTraining,
         start: RecurrentDrafter | None = None,
+        kinds: Sequence[Hashable] | None = None,
     ):
         assert target.embed is not None
         self.target = target
         self.embed = target.embed
         self.config = config
-        kinds = [config.responses.temperature(row) for row in range(len(responses))]
-        held = held_out_rows(kinds, config.held_out, config.seed)
-        self.held_out = [_text(responses[row]) for row in held]
-        self.training = [_text(one) for row, one in enumerate(responses) if row not in set(held)]
+        if kinds is None:
+            kinds = [config.responses.temperature(row) for row in range(len(responses))]
+        held = set(held_out_rows(kinds, config.held_out, config.seed))
+        self.held_out = [_text(responses[row]) for row in sorted(held)]
+        self.training = [_text(one) for row, one in enumerate(responses) if row not in held]
         self._answers = Answers(target.model, texts=True)
-        self.network = self._network(start)
+        self.network, self.coverage = self._network(start)
+        self.order = StartOrder(
+            [max(0, text.num_learned - 1) for text in self.training],
+            [text.num_learned for text in self.training],
+            max(1, config.feature_bytes // self.row_bytes),
+            config.starts,
+            config.seed,
+        )
+        if not self.order.groups:
+            raise InputError("no answer has two tokens; there is nothing to learn")
+        self._group: tuple[int, TargetView, mx.array] | None = None
+        self._judged: TargetView | None = None
+        token_ids = self.network.get("token_ids")
+        some = self.view([self.held_out[0]]).goals[:4]
+        self.target_logits = drafted_logits(self._answers, some, token_ids)
 
-    def _network(self, start: RecurrentDrafter | None) -> RecurrentDrafter:
-        """Return the drafter as it begins, in the target's type."""
+    def _network(self, start: RecurrentDrafter | None) -> tuple[RecurrentDrafter, float]:
+        """Return the drafter as it begins, in the target's type, and its vocabulary's coverage."""
         mx.random.seed(self.config.seed)
         shape = self.config.network(self.target)
         network = RecurrentDrafter(shape)
+        size = shape.draft_vocab_size or shape.vocab_size
+        tokens, coverage = frequent_tokens(self.training, size, shape.vocab_size)
         if shape.draft_vocab_size:
-            tokens = frequent_tokens(self.training, shape.draft_vocab_size, shape.vocab_size)
             network.token_ids = mx.array(tokens)
         if start is not None:
             network.update(start.parameters())
+        elif self.config.head_from_target:
+            rows = head_rows(self._answers, mx.array(tokens))
+            if rows is not None and rows.shape == network.head.weight.shape:
+                network.head.weight = rows
         network.set_dtype(self.embed(mx.array([0])).dtype)
         mx.eval(network.parameters())
-        return network
+        return network, coverage
 
-    def view(self, texts: Sequence[Text], rows: Sequence[int]) -> TargetView:
-        """Return the target's view of some of its answers."""
+    @property
+    def row_bytes(self) -> int:
+        """What is kept of a token of an answer."""
+        shape = self.network.config
+        kept = (1 + len(shape.taps)) * shape.hidden_size
+        if not self._answers.body:
+            kept += shape.vocab_size
+        return kept * self.embed(mx.array([0])).dtype.size
+
+    def view(self, texts: Sequence[Text]) -> TargetView:
+        """Return the target's view of some answers, which it reads in batches of similar length."""
+        order = sorted(range(len(texts)), key=lambda row: len(texts[row].tokens))
+        size = self.config.batch_size
+        batches = (order[start : start + size] for start in range(0, len(order), size))
+        return joined_views([self._batch(texts, rows) for rows in batches])
+
+    def _batch(self, texts: Sequence[Text], rows: Sequence[int]) -> TargetView:
         # Nothing is padded beyond the longest: that could be beyond a model's last position.
         batch = text_batch(texts, rows, multiple=1)
         found, ahead = answer_places(np.array(batch.mask))
         places = mx.array(found)
 
         def taken(array: mx.array) -> mx.array:
+            if array.shape[:2] != batch.inputs.shape:
+                raise InputError(f"a tapped layer returns {array.shape}, which is no row per token")
             return array.reshape(-1, array.shape[-1])[places]
 
+        layers = self.network.config.taps
         if self._answers.body:
-            states, _ = self._answers.read(batch.inputs)
+            states, outputs = self._answers.read(batch.inputs, layers)
             hidden = goals = taken(states)
         else:
-            logits, states = self.target.read(batch.inputs)
+            with tapped(self.target.model, layers) as outputs:
+                logits, states = self.target.read(batch.inputs)
             hidden, goals = taken(states), taken(logits)
-        embeddings = self.embed(batch.inputs.reshape(-1)[places])
-        mx.eval(hidden, goals, embeddings)  # what the target computed for them is let go
-        token_ids = self.network.get("token_ids")
-        return TargetView(
-            hidden, embeddings, mx.array(ahead), goals, self._answers.logits, token_ids, batch.rows
-        )
+        taps = tuple(taken(outputs[layer]) for layer in layers)
+        tokens = batch.inputs.reshape(-1)[places]
+        mx.eval(hidden, goals, taps, tokens)  # what the target computed for them is let go
+        return TargetView(hidden, tokens, mx.array(ahead), goals, self.embed, taps)
+
+    def batch(self, step: int) -> Starts:
+        """Return what a step learns."""
+        asked = self.order.at(step)
+        if self._group is None or self._group[0] != asked.group:
+            self._group = None  # two at a time are more than was asked for
+            view = self.view([self.training[row] for row in self.order.groups[asked.group]])
+            self._group = asked.group, view, _starting(view)
+        _, view, starting = self._group
+        places = starting[mx.array(asked.numbers.astype(np.int32))]
+        return view.starts(places, self.config.unroll)
+
+    def loss(self, starts: Starts) -> tuple[mx.array, mx.array]:
+        """Return the summed loss of a step, and what it is divided by."""
+        return drafter_loss(self.network, Starts(*starts), self.target_logits, self.config.decay)
 
     def evaluate(self) -> dict[str, list[float]]:
         """Return the held-out acceptance of a drafted chain, by depth."""
-        config = self.config
-        total, count = mx.zeros((2, config.unroll)), mx.zeros((config.unroll,))
-        order = sorted(range(len(self.held_out)), key=lambda row: len(self.held_out[row].tokens))
-        for start in range(0, len(order), config.batch_size):
-            view = self.view(self.held_out, order[start : start + config.batch_size])
-            sums, counts = acceptance_by_depth(self.network, view, config.unroll)
+        length = self.config.unroll
+        if self._judged is None:
+            self._judged = self.view(self.held_out)
+        view, starting = self._judged, _starting(self._judged)
+        total, count = mx.zeros((2, length)), mx.zeros((length,))
+        size = max(1, rows_at_once(self.network.head) // length)
+        for first in range(0, starting.size, size):
+            starts = view.starts(starting[first : first + size], length)
+            sums, counts = acceptance_by_depth(self.network, starts, self.target_logits)
             total, count = total + sums, count + counts
-            mx.eval(total, count)
+            mx.eval(total, count)  # one chunk at a time is in memory
         greedy, sampled = to_host(total / mx.maximum(count, 1))
         return {"acceptance_greedy": greedy, "acceptance_sampled": sampled}
 
+    @property
+    def settings(self) -> TrainingConfig:
+        """How the network is trained; epochs as steps."""
+        settings, epochs = self.config.training, self.config.epochs
+        if epochs is None:
+            return settings
+        return replace(settings, steps=max(1, round(epochs * self.order.steps_per_epoch)))
+
     def run(self, folder: Path, quiet: bool = False) -> Log:
         """Train, from the last checkpoint in ``folder`` if there is one; return the log."""
-        config = self.config
         folder.mkdir(parents=True, exist_ok=True)
         log_path = folder / "log.jsonl"
         done = checkpoints(folder)
         step = step_of(done[-1]) if done else 0
         log = [row for row in _read_log(log_path) if row["step"] <= step]
-        lengths = [len(text.tokens) for text in self.training]
-        order = batch_order(lengths, config.batch_size, config.seed)
+        settings = self.settings
         steps = train(
-            self.network,
-            lambda view: drafter_loss(self.network, view, config.unroll, config.decay),
-            lambda step: self.view(self.training, order(step)),
-            self.evaluate,
-            config.training,
-            folder,
+            self.network, self.loss, self.batch, self.evaluate, settings, folder, quick=True
         )
-        with tqdm(total=config.training.steps, initial=step, unit="step", disable=quiet) as bar:
+        with tqdm(total=settings.steps, initial=step, unit="step", disable=quiet) as bar:
             for progress in steps:
                 bar.update()
                 bar.set_description(f"loss {progress.loss:.3f}")
@@ -150,8 +217,10 @@ class DrafterTrainer:
         }
 
 
-def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> list[int]:
+def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple[list[int], float]:
     """Return the ``count`` tokens that are learned most often, in ascending order.
+
+    Beside them stands which share of all that is learned they are.
 
     Tokens that are never learned fill up what is missing, smallest id first.
     """
@@ -162,7 +231,13 @@ def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> list[
         if learned
     )
     ranked = sorted(range(vocab_size), key=lambda token: (-used[token], token))
-    return sorted(ranked[:count])
+    covered = sum(used[token] for token in ranked[:count])
+    return sorted(ranked[:count]), covered / max(1, used.total())
+
+
+def _starting(view: TargetView) -> mx.array:
+    """Return the rows of a view that have one ahead: there a draft can start."""
+    return mx.array(np.flatnonzero(np.array(view.ahead)).astype(np.int32))
 
 
 def _text(response: Response) -> Text:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from mlx_distill import machine
 from mlx_distill.data.report import Report
+from mlx_distill.distillation.answer_files import WrittenAnswers
 from mlx_distill.distillation.drafter_card import card
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_memory import memory_estimate
@@ -42,7 +43,7 @@ from mlx_distill.training.runs import SETTINGS, check_output, check_settings, pa
 def train_drafter(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[list[int]] | WrittenAnswers,
     output: str | Path,
     config: DrafterTraining,
     *,
@@ -60,7 +61,8 @@ def train_drafter(
     Args:
         model: The target; never changes.
         tokenizer: Its tokenizer.
-        prompts: Token ids, as ``read_prompts`` returns them.
+        prompts: Token ids, as ``read_prompts`` returns them; or answers that the model has written
+            already.
         output: The drafter's folder; must not exist.
         config: How.
         start: A drafter to start from, of the configuration's shape.
@@ -83,10 +85,17 @@ def train_drafter(
     settings = {"config": asdict(config), "target": known, **(about or {})}
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
-    report = report or Report(rows=len(prompts), kept=len(prompts))
-    prompts = _usable(model, prompts, config, report)
+    given = prompts if isinstance(prompts, WrittenAnswers) else None
+    asked = [one.prompt for one in given.responses] if given else list(prompts)
+    report = report or Report(rows=len(asked), kept=len(asked))
+    if given:
+        given = _fitting(model, given, config, report)
+    else:
+        asked = _usable(model, asked, config, report)
     _check_start(start, config.network(target))
-    print(memory_estimate(target, config, longest_text(model, prompts, config)), file=sys.stderr)
+    longest = given.longest if given else longest_text(model, asked, config)
+    tokens = given.num_tokens if given else len(asked) * config.responses.max_tokens
+    print(memory_estimate(target, config, longest, tokens), file=sys.stderr)
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
@@ -94,13 +103,17 @@ def train_drafter(
     with only_training(), locked(work / "lock", work):
         try:
             write_whole(work / SETTINGS, json.dumps(settings, indent=1))
-            with locked(path):
-                written = _answers(path, model, tokenizer, prompts, config, writer, quiet)
+            if given:
+                written = given.responses
+            else:
+                with locked(path):
+                    written = _answers(path, model, tokenizer, asked, config, writer, quiet)
         except InputError:
             if not resume:  # nothing has been done that could go on
                 shutil.rmtree(work)
             raise
-        trainer = DrafterTrainer(target, written, config, start)
+        trainer = DrafterTrainer(target, written, config, start, given and given.greedy)
+        print(_plan(trainer), file=sys.stderr)
         log = trainer.run(work, quiet)
         _write(output, trainer, settings, known, report, log)
         shutil.rmtree(work)
@@ -142,13 +155,41 @@ def _usable(
             "use a smaller --max-tokens"
         )
     kept = prompts_with_room(model, prompts, report)
+    _check_enough(len(kept), "prompts", config, report)
+    return kept
+
+
+def _fitting(
+    model: nn.Module, given: WrittenAnswers, config: DrafterTraining, report: Report
+) -> WrittenAnswers:
+    """Return the answers that the model can read; say what was dropped, and whether few remain."""
+    limit = text_limit(model)
+    if limit is not None:
+        given = given.within(limit, report)
+    _check_enough(len(given.responses), "answers", config, report)
+    return given
+
+
+def _check_enough(kept: int, noun: str, config: DrafterTraining, report: Report) -> None:
     lines = report.lines() if report.dropped else []
-    if len(kept) <= config.held_out:
+    if kept <= config.held_out:
         lost = "".join(f"; {line}" for line in lines[1:])
-        raise InputError(f"{len(kept)} prompts are too few: {config.held_out} are held out{lost}")
+        raise InputError(f"{kept} {noun} are too few: {config.held_out} are held out{lost}")
     for line in lines:
         print(line, file=sys.stderr)
-    return kept
+
+
+def _plan(trainer: DrafterTrainer) -> str:
+    """Return what is going to be learned, in a line."""
+    counts, order, settings = trainer.counts(), trainer.order, trainer.settings
+    size = len(order.groups) and counts["tokens"] * trainer.row_bytes
+    epochs = settings.steps / order.steps_per_epoch
+    return (
+        f"{counts['answers']:,} answers, {counts['tokens']:,} tokens; what the target computes of "
+        f"them is {size / 1e9:.2f} GB, in {len(order.groups)} parts; {settings.steps:,} steps are "
+        f"{epochs:.1f} epochs; {len(trainer.network.get('token_ids', ())) or 'all'} tokens can be "
+        f"drafted, {100 * trainer.coverage:.2f} % of what was written"
+    )
 
 
 def _check_start(start: RecurrentDrafter | None, shape: RecurrentDrafterConfig) -> None:

@@ -1,6 +1,5 @@
 """A recurrent drafter bound to a target, whose embedding it reads tokens with."""
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +8,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
+from mlx_distill.arrays import SERIAL
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.fingerprint import Fingerprint
@@ -25,11 +25,6 @@ SHARPNESS = 1.4
 MOST_COMPILED = 16
 # Up to this size each, what tokens add to the state and make of it as roots is tabulated once.
 TABLE_BYTES = 64 * 2**20
-
-# MLX knows a compiled function by its address and forgets a freed one in the thread alone that
-# called it last (mlx 0.32, compile.cpp): in another thread, the next function at that address would
-# be given the old one's graph. A number that no other search has, as an argument, prevents that.
-SERIAL = itertools.count()
 
 Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
 

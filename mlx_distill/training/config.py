@@ -34,6 +34,9 @@ class TrainingConfig:
         checkpoint_every: Steps between checkpoints.
         patience: Evaluations without a better one after which the training ends; 0 for never.
         keep_best: End with the weights of the best evaluation instead of the last step's.
+        max_minutes: End after so long, counted from the first step's end, if the steps are not done
+            by then; the learning rate has come down at the end of whichever is first. Such a run
+            does not repeat bit by bit. Without it, only the steps count.
     """
 
     steps: Count = 1000
@@ -46,6 +49,7 @@ class TrainingConfig:
     checkpoint_every: Count = 100
     patience: Annotated[int, Between(0, 10**9)] = 0
     keep_best: bool = False
+    max_minutes: Annotated[float | None, Between(above=0, high=10**6)] = None
 
     def __post_init__(self) -> None:
         check_fields(self)

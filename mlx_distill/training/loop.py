@@ -9,6 +9,7 @@ import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,9 +27,14 @@ from mlx_distill.training.checkpoints import last_good, restore, save
 from mlx_distill.training.config import TrainingConfig, schedule
 from mlx_distill.training.gradients import Gradients, clipped
 from mlx_distill.training.masters import Masters
+from mlx_distill.training.quick_steps import QuickSteps
 
 # (sum, count), and perhaps the terms that the sum is made of, by name, for the log.
 Loss = Callable[[Any], tuple[Any, ...]]
+
+
+# How often a quick step's numbers are read.
+READ_EVERY = 20
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Progress:
 
     Args:
         step: Number of updates so far.
-        loss: Of this step's batches, before the update.
+        loss: Of this step's batches, before the update; of quick steps, of the last that was read.
         rows: Of the data, that the batches were made of, if they know.
         count: What the loss was divided by: positions, or examples.
         learning_rate: Of this step.
@@ -69,6 +75,7 @@ def train(
     folder: Path,
     stop: Callable[[], bool] = lambda: False,
     score: Score = held_out_score,
+    quick: bool = False,
 ) -> Iterator[Progress]:
     """Train a network, from its last checkpoint if there is one; yield after every step.
 
@@ -84,21 +91,25 @@ def train(
         folder: Where the checkpoints lie.
         stop: Asked after every step; True ends the training there, with a checkpoint.
         score: Of an evaluation, the lower the better; for ``patience`` and ``keep_best``.
+        quick: The loss is a function of arrays alone, and may run as ``QuickSteps``.
 
     Raises:
         InputError: If the loss is not a number; the last checkpoint is from before.
     """
-    run = _Run(network, loss, config, folder, score)
-    while run.step < config.steps and not run.best.enough:
+    run = _Run(network, loss, config, folder, score, quick)
+    while not (run.is_done or run.best.enough):
         progress = run.update(batch_at)
         progress.stopped = stop()
-        if run.step == config.steps or run.step % config.evaluate_every == 0:
+        if run.is_done or run.step % config.evaluate_every == 0:
+            run.read(progress)
             progress.evaluation = evaluate()
             run.check(progress, progress.evaluation, "held-out ")
             run.best.see(run.step, progress.evaluation, run.masters)
-        progress.ended = run.step == config.steps or run.best.enough
+        progress.ended = run.is_done or run.best.enough
         due = run.step % config.checkpoint_every == 0
         progress.saves = progress.ended or due or progress.stopped
+        if progress.saves or run.step % READ_EVERY == 1:
+            run.read(progress)
         yield progress  # what the caller keeps of a step is there before its checkpoint is
         if progress.saves:
             run.save()
@@ -111,19 +122,32 @@ class _Run:
     """A training's state: weights, moments, and what is kept beside them."""
 
     def __init__(
-        self, network: nn.Module, loss: Loss, config: TrainingConfig, folder: Path, score: Score
+        self,
+        network: nn.Module,
+        loss: Loss,
+        config: TrainingConfig,
+        folder: Path,
+        score: Score,
+        quick: bool,
     ):
         self.network = network
         self.config = config
         self.folder = folder
         self.masters = Masters(network)
         # Without the bias correction the first steps are several times the rate.
+        rate = schedule(config)
         self.optimizer = optim.AdamW(
-            learning_rate=schedule(config), weight_decay=config.weight_decay, bias_correction=True
+            learning_rate=0.0 if config.max_minutes else rate,  # else time decides, step by step
+            weight_decay=config.weight_decay,
+            bias_correction=True,
         )
         self.optimizer.init(self.masters.arrays)
         self.best = Best(folder, config, score)
         self.gradients = Gradients(network, loss, self.masters.has_float16)
+        self._rate = rate
+        self._elapsed_s, self._since = 0.0, None
+        self._numbers: tuple[mx.array, mx.array, mx.array] | None = None
+        self._last_loss = math.nan
         self.step, weights, state = restore(folder)
         if self.step:
             if not {"optimizer", "best", "scale"} <= state.keys():
@@ -134,9 +158,55 @@ class _Run:
             self.optimizer.state = state["optimizer"]
             self.best.state = state["best"]
             self.gradients.scale = float(to_number(state["scale"]))
+            self._elapsed_s = float(to_number(state.get("elapsed_s", mx.array(0.0))))
             mx.eval(network.parameters(), self.masters.arrays, self.optimizer.state)
+        self.is_done = self.share >= 1
+        self._quick: QuickSteps | None = None
+        if quick and config.accumulate == 1 and not self.masters.has_float16:
+            self._quick = QuickSteps(
+                network, loss, self.masters, self.optimizer, config.max_grad_norm
+            )
+
+    @property
+    def share(self) -> float:
+        """How much of the training is over, by steps or by time."""
+        done = self.step / self.config.steps
+        if self.config.max_minutes is None:
+            return done
+        return min(1.0, max(done, self.elapsed_s / (60 * self.config.max_minutes)))
+
+    @property
+    def elapsed_s(self) -> float:
+        """How long it has been training."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return self._elapsed_s + running
 
     def update(self, batch_at: Callable[[int], Any]) -> Progress:
+        """Do a step."""
+        if self.config.max_minutes is not None:
+            self.optimizer.learning_rate = self._rate(mx.array(self.share * self.config.steps))
+        progress = self._quickly(batch_at) if self._quick else self._update(batch_at)
+        self._since = self._since or time.perf_counter()  # behind what only the first step does
+        self.is_done = self.share >= 1
+        return progress
+
+    def _quickly(self, batch_at: Callable[[int], Any]) -> Progress:
+        assert self._quick is not None
+        self._numbers = self._quick(batch_at(self.step))
+        self.step += 1
+        return Progress(self.step, self._last_loss)
+
+    def read(self, progress: Progress) -> None:
+        """Wait for a quick step, and say what its numbers are."""
+        if self._numbers is None:
+            return
+        loss, count, norm = (float(to_number(number)) for number in self._numbers)
+        self._numbers = None
+        progress.loss, progress.count, self._last_loss = loss, count, loss
+        progress.learning_rate = float(to_number(self.optimizer.learning_rate))
+        self.check(progress, {"loss": loss, "gradient": norm})
+
+    def _update(self, batch_at: Callable[[int], Any]) -> Progress:
         """Do a step, on ``accumulate`` batches."""
         accumulate = self.config.accumulate
         first = self.step * accumulate
@@ -170,6 +240,7 @@ class _Run:
             "optimizer": self.optimizer.state,
             "best": self.best.state,
             "scale": mx.array(self.gradients.scale),
+            "elapsed_s": mx.array(self.elapsed_s),
         }
         save(self.folder, self.step, self.masters.kept(), state)
 

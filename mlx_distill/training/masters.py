@@ -43,9 +43,14 @@ class Masters:
     def put(self, arrays: Any) -> None:
         """Take new masters, and give the network what they are in its types."""
         self.arrays = arrays
+        self.network.update(self.rounded(arrays))
+
+    def rounded(self, arrays: Any) -> Any:
+        """Return masters in the network's types."""
         flat: dict[str, Any] = dict(tree_flatten(arrays))
-        rounded = [(name, array.astype(self._types[name])) for name, array in flat.items()]
-        self.network.update(tree_unflatten(rounded))
+        return tree_unflatten(
+            [(name, array.astype(self._types[name])) for name, array in flat.items()]
+        )
 
     def kept(self) -> dict[str, mx.array]:
         """Return what training changes: the masters, and running means of normalisations.

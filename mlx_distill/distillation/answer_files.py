@@ -1,0 +1,114 @@
+"""Answers of a target that were written elsewhere, as token ids in one ``npz`` file.
+
+``prompt`` and ``answer`` hold the tokens of all rows, one row after the other, ``prompt_len`` and
+``answer_len`` how many of them are each row's; ``greedy`` says whether a row was written at
+temperature 0, and ``cls``, which may be left out, what kind of prompt it answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlx_distill.data.report import Drop, Report
+from mlx_distill.distillation.responses import Response
+from mlx_distill.errors import InputError, one_line
+
+NAMES = ("prompt", "prompt_len", "answer", "answer_len", "greedy")
+
+
+@dataclass(frozen=True)
+class WrittenAnswers:
+    """Answers with what is known of each.
+
+    Args:
+        responses: The prompts and answers.
+        greedy: Whether each was written at temperature 0.
+        kinds: What kind of prompt each answers; empty where nothing is said.
+    """
+
+    responses: list[Response]
+    greedy: list[bool]
+    kinds: list[str]
+
+    def check(self, vocab_size: int) -> None:
+        """Raise InputError if a model with so many tokens cannot have written them."""
+        largest = max(max([0, *one.prompt, *one.response]) for one in self.responses)
+        if largest >= vocab_size:
+            raise InputError(
+                f"the answers are another model's: token {largest} is beyond this one's "
+                f"{vocab_size}"
+            )
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt and answer."""
+        return max(_length(one) for one in self.responses)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(one.response) for one in self.responses)
+
+    def within(self, limit: int, report: Report) -> "WrittenAnswers":
+        """Return those that a model of so many tokens can read; the others count as dropped."""
+        kept = []
+        for row, one in enumerate(self.responses):
+            with report.counting(f"answer {row + 1}"):
+                if _length(one) > limit:
+                    raise Drop(f"longer than the model's {limit} tokens")
+                kept.append(row)
+        report.kept = len(kept)
+        return self.only(kept)
+
+    def only(self, rows: Sequence[int]) -> "WrittenAnswers":
+        """Return some of them."""
+        kinds = [self.kinds[row] for row in rows] if self.kinds else []
+        greedy = [self.greedy[row] for row in rows]
+        return WrittenAnswers([self.responses[row] for row in rows], greedy, kinds)
+
+
+def _length(one: Response) -> int:
+    return len(one.prompt) + len(one.response)
+
+
+def read_answers(path: str | Path) -> WrittenAnswers:
+    """Return the answers of a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: If it cannot be read, or holds something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError) as error:
+        raise InputError(f"{path} cannot be read as answers: {one_line(error)}") from None
+    missing = [name for name in NAMES if name not in arrays]
+    if missing:
+        raise InputError(f"{path} holds no answers: it lacks {', '.join(missing)}")
+    greedy = arrays["greedy"]
+    kinds = arrays.get("cls", np.zeros(0, str))
+    for name in ("prompt", "answer"):
+        _check(path, name, arrays[name], arrays[f"{name}_len"], len(greedy))
+    if kinds.size and len(kinds) != len(greedy):
+        raise InputError(f"{path} is damaged: {len(kinds)} kinds for {len(greedy)} answers")
+    prompts, answers = (
+        np.split(arrays[name].astype(np.int64), np.cumsum(arrays[f"{name}_len"])[:-1])
+        for name in ("prompt", "answer")
+    )
+    responses = [Response(p.tolist(), a.tolist()) for p, a in zip(prompts, answers, strict=True)]
+    return WrittenAnswers(responses, [bool(one) for one in greedy], [str(one) for one in kinds])
+
+
+def _check(
+    path: str | Path, name: str, tokens: np.ndarray, lengths: np.ndarray, num_rows: int
+) -> None:
+    """Raise InputError if the tokens of all rows are not what their lengths say."""
+    whole = all(np.issubdtype(x.dtype, np.integer) and x.ndim == 1 for x in (tokens, lengths))
+    fits = whole and 0 < num_rows == len(lengths) and (lengths > 0).all() and tokens.min() >= 0
+    if not (fits and lengths.sum() == tokens.size):
+        raise InputError(f"{path} is damaged: {name} and {name}_len do not fit each other")

@@ -1,0 +1,54 @@
+"""The target's logits of the tokens that can be drafted, without making all the others."""
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+from mlx import nn
+
+from mlx_distill.arrays import to_number
+from mlx_distill.distillation.drafter import Logits
+from mlx_distill.distillation.teachers import Answers
+from mlx_distill.target.body import TiedHead
+
+# Rows that were dequantised round a product otherwise than a quantised one does.
+MOST_DIFFERENCE = 0.02
+
+
+def drafted_logits(
+    answers: Answers, goals: Float[mx.array, "N G"], token_ids: Int[mx.array, " K"] | None
+) -> Logits:
+    """Return what makes the logits of the tokens that can be drafted.
+
+    Args:
+        answers: The target's.
+        goals: Some of what it makes logits of; the shorter way is tried on them.
+        token_ids: The tokens; None for all.
+    """
+    if token_ids is None:
+        return answers.logits
+
+    def of_all(goals: mx.array) -> mx.array:
+        return answers.logits(goals)[..., token_ids]
+
+    rows = head_rows(answers, token_ids)
+    if rows is None or rows.shape[-1] != goals.shape[-1]:
+        return of_all
+    matrix = rows.T
+    expected = of_all(goals).astype(mx.float32)
+    found = (goals @ matrix).astype(mx.float32)
+    off = mx.sqrt(mx.mean(mx.square(found - expected)) / mx.mean(mx.square(expected)))
+    # A head that scales, caps or shifts its logits is no matrix alone.
+    return (lambda goals: goals @ matrix) if to_number(off) <= MOST_DIFFERENCE else of_all
+
+
+def head_rows(answers: Answers, token_ids: Int[mx.array, " K"]) -> Float[mx.array, "K G"] | None:
+    """Return some tokens' rows of the target's head; None if it has no matrix of its own."""
+    head = answers.body.head if answers.body else None
+    if isinstance(head, TiedHead):
+        return head.embed(token_ids)
+    if isinstance(head, nn.Linear):
+        return head["weight"][token_ids]
+    if isinstance(head, nn.QuantizedLinear):
+        parts = [head[name][token_ids] for name in ("weight", "scales", "biases") if name in head]
+        options = {"group_size": head.group_size, "bits": head.bits, "mode": head.mode}
+        return mx.dequantize(*parts, **options)
+    return None

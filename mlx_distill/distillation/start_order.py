@@ -1,0 +1,88 @@
+"""Which drafts a step learns: a function of the step's number, so that a run can go on anywhere.
+
+What the target computes for an answer is kept while drafts are learned from it. Where that does not
+fit in memory for all answers, they come in groups, and the target reads a group again when it is
+its turn:
+
+    epoch 0    group 1: steps 0 1 2   group 0: steps 3 4 5
+    epoch 1    group 0: steps 6 7 8   group 1: steps 9 10 11
+
+A step takes its starts from a whole group at random, so neighbours in a text rarely come together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class StepStarts:
+    """What a step learns.
+
+    Args:
+        group: Number of its group.
+        numbers: Of the group's starts; each counts those rows of a view that have one ahead.
+    """
+
+    group: int
+    numbers: np.ndarray
+
+
+class StartOrder:
+    """The order of drafts, which only the seed decides.
+
+    Args:
+        sizes: Of each answer, how many drafts can start in it.
+        rows: Of each answer, how many rows of a view it is.
+        most_rows: Of a group; an answer with more is a group of its own.
+        count: Starts of a step; a smaller group has fewer.
+        seed: Decides.
+
+    Attributes:
+        groups: The answers of each group.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int], rows: Sequence[int], most_rows: int, count: int, seed: int
+    ):
+        self._seed = seed
+        self._sizes: list[int] = []
+        self.groups: list[list[int]] = []
+        total = most_rows + 1
+        for answer in np.random.default_rng([seed, 7]).permutation(len(sizes)).tolist():
+            if not sizes[answer]:
+                continue
+            if total + rows[answer] > most_rows:
+                self.groups.append([])
+                self._sizes.append(0)
+                total = 0
+            self.groups[-1].append(answer)
+            self._sizes[-1] += sizes[answer]
+            total += rows[answer]
+        self._counts = [min(count, size) for size in self._sizes]
+        self._steps = [size // count for size, count in zip(self._sizes, self._counts, strict=True)]
+        self._known: tuple[tuple[int, int], np.ndarray] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many steps see every answer once; the last starts of a group may be left out."""
+        return sum(self._steps)
+
+    def at(self, step: int) -> StepStarts:
+        """Return what a step learns; steps count from 0."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = np.random.default_rng([self._seed, epoch, 11]).permutation(len(self.groups))
+        for group in order.tolist():
+            if place < self._steps[group]:
+                first = place * self._counts[group]
+                starts = self._shuffled(epoch, group)
+                return StepStarts(group, starts[first : first + self._counts[group]])
+            place -= self._steps[group]
+        raise AssertionError("a step lies in its epoch")
+
+    def _shuffled(self, epoch: int, group: int) -> np.ndarray:
+        if self._known is None or self._known[0] != (epoch, group):
+            random = np.random.default_rng([self._seed, epoch, group, 13])
+            self._known = (epoch, group), random.permutation(self._sizes[group])
+        return self._known[1]
