@@ -1,10 +1,13 @@
 """Measure how well a teacher and its students predict, answer and run, with intervals.
 
     python -m mlx_distill.evaluate --teacher DIR --student plain=DIR distilled=DIR --data x.jsonl
+    python -m mlx_distill.evaluate --teacher DIR --drafter DIR --data answers.npz
 
 All models read the same batches, and the teacher's logits serve all students. Intervals are of
 95 %, over texts drawn anew, for the tokens of a text hang together. Without a teacher every model
 is measured by itself, with its own tokenizer.
+
+A drafter is judged by greedy answers of its target, the teacher here, that were written already.
 """
 
 import argparse
@@ -17,11 +20,17 @@ from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.completions import CompletionFilter
 from mlx_distill.data.corpus import LAYOUTS, Reading
 from mlx_distill.data.sources import check_sources
+from mlx_distill.distillation.answer_files import read_answers
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.errors import InputError
+from mlx_distill.evaluation.drafts import judge_plans, show_drafts
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
-from mlx_distill.evaluation.models import Sources
+from mlx_distill.evaluation.models import TEACHER, Sources
 from mlx_distill.evaluation.questions import QuestionConfig, read_questions
 from mlx_distill.evaluation.table import plain, show
 from mlx_distill.files import write_whole
+from mlx_distill.target.target import Target
 
 
 @cli.command
@@ -32,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     asking = from_flags(QuestionConfig, arguments)
     keep = from_flags(CompletionFilter, arguments)
     reading = Reading(arguments.data_layout, keep, template_config=cli.template_config(arguments))
+    if arguments.drafter:
+        return _judge_drafter(arguments)
     sources = Sources.named(arguments.teacher, arguments.student, arguments.adapter_path)
     output = cli.new_file(arguments.output)
     check_sources([arguments.data], "valid")  # before anything is loaded
@@ -44,6 +55,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(output, json.dumps(plain(result), indent=1) + "\n")
     if arguments.json:
         print(json.dumps(plain(result)))
+    return 0
+
+
+def _judge_drafter(arguments: argparse.Namespace) -> int:
+    """Judge a drafter as the arguments say; return the exit status."""
+    plans = [DraftPlan(*arguments.beams, nodes=nodes) for nodes in arguments.nodes]
+    if arguments.teacher is None or arguments.student:
+        raise InputError("a drafter is judged with its target, --teacher, and nothing else")
+    output = cli.new_file(arguments.output)
+    answers = read_answers(arguments.data).greedy_ones()
+    answers = answers.only(range(len(answers.responses))[: arguments.max_texts])
+    sources = Sources.named(arguments.teacher, [], arguments.adapter_path)
+    loaded = sources.load(cli.code_options(arguments.trust_remote_code))[TEACHER]
+    target = Target.of(loaded.model)
+    answers.check(target.vocab_size)
+    drafter = load_drafter(arguments.drafter, loaded.model, loaded.tokenizer)
+    figures = judge_plans(drafter, target, answers, plans)
+    result = {"drafts": figures, "config": cli.settings(arguments), **machine.provenance()}
+    show_drafts(figures)
+    if output:
+        write_whole(output, json.dumps(result, indent=1) + "\n")
+    if arguments.json:
+        print(json.dumps(result))
     return 0
 
 
@@ -99,7 +133,30 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=cli.path,
         required=True,
-        help="JSONL of held-out texts, or a folder with valid.jsonl",
+        help="JSONL of held-out texts, or a folder with valid.jsonl; with --drafter, see there",
+    )
+    parser.add_argument(
+        "--drafter",
+        type=cli.path,
+        metavar="DIR",
+        help="judge this drafter of the teacher's; --data is an npz file of the teacher's answers "
+        "then, of which the greedy ones count (default: none)",
+    )
+    parser.add_argument(
+        "--nodes",
+        type=int,
+        nargs="+",
+        default=[4, 8, 16],
+        metavar="INT",
+        help="tokens of a draft that the teacher verifies in one call (default: 4 8 16)",
+    )
+    parser.add_argument(
+        "--beams",
+        type=int,
+        nargs=2,
+        default=[4, 6],
+        metavar=("WIDTH", "LENGTH"),
+        help="beams of the drafts and their length (default: 4 6)",
     )
     parser.add_argument(
         "--data-layout",

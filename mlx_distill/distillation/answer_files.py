@@ -62,6 +62,17 @@ class WrittenAnswers:
         report.kept = len(kept)
         return self.only(kept)
 
+    def greedy_ones(self) -> "WrittenAnswers":
+        """Return those that were written at temperature 0.
+
+        Raises:
+            InputError: If there are none.
+        """
+        rows = [row for row, greedy in enumerate(self.greedy) if greedy]
+        if not rows:
+            raise InputError("none of the answers was written at temperature 0")
+        return self.only(rows)
+
     def only(self, rows: Sequence[int]) -> "WrittenAnswers":
         """Return some of them."""
         kinds = [self.kinds[row] for row in rows] if self.kinds else []

@@ -13,25 +13,22 @@ from tqdm import tqdm
 
 from mlx_distill.arrays import to_host
 from mlx_distill.data.selection import held_out_rows
-from mlx_distill.data.texts import Text, text_batch
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafted_head import drafted_logits, head_rows
 from mlx_distill.distillation.drafter import (
     Starts,
     TargetView,
     acceptance_by_depth,
-    answer_places,
     drafter_loss,
-    joined_views,
     rows_at_once,
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.start_order import StartOrder
-from mlx_distill.distillation.teachers import Answers
+from mlx_distill.distillation.target_reader import TargetReader, text_of
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
-from mlx_distill.target.taps import tapped
 from mlx_distill.target.target import Target
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import TrainingConfig
@@ -60,21 +57,19 @@ class DrafterTrainer:
         start: RecurrentDrafter | None = None,
         kinds: Sequence[Hashable] | None = None,
     ):
-        assert target.embed is not None
         self.target = target
-        self.embed = target.embed
         self.config = config
         if kinds is None:
             kinds = [config.responses.temperature(row) for row in range(len(responses))]
         held = set(held_out_rows(kinds, config.held_out, config.seed))
-        self.held_out = [_text(responses[row]) for row in sorted(held)]
-        self.training = [_text(one) for row, one in enumerate(responses) if row not in held]
-        self._answers = Answers(target.model, texts=True)
+        self.held_out = [text_of(responses[row]) for row in sorted(held)]
+        self.training = [text_of(one) for row, one in enumerate(responses) if row not in held]
+        self.reader = TargetReader(target, config.taps(target), config.batch_size)
         self.network, self.coverage = self._network(start)
         self.order = StartOrder(
             [max(0, text.num_learned - 1) for text in self.training],
             [text.num_learned for text in self.training],
-            max(1, config.feature_bytes // self.row_bytes),
+            max(1, config.feature_bytes // self.reader.row_bytes),
             config.starts,
             config.seed,
         )
@@ -83,8 +78,8 @@ class DrafterTrainer:
         self._group: tuple[int, TargetView, mx.array] | None = None
         self._judged: TargetView | None = None
         token_ids = self.network.get("token_ids")
-        some = self.view([self.held_out[0]]).goals[:4]
-        self.target_logits = drafted_logits(self._answers, some, token_ids)
+        some = self.reader.view([self.held_out[0]]).goals[:4]
+        self.target_logits = drafted_logits(self.reader.answers, some, token_ids)
 
     def _network(self, start: RecurrentDrafter | None) -> tuple[RecurrentDrafter, float]:
         """Return the drafter as it begins, in the target's type, and its vocabulary's coverage."""
@@ -98,59 +93,19 @@ class DrafterTrainer:
         if start is not None:
             network.update(start.parameters())
         elif self.config.head_from_target:
-            rows = head_rows(self._answers, mx.array(tokens))
+            rows = head_rows(self.reader.answers, mx.array(tokens))
             if rows is not None and rows.shape == network.head.weight.shape:
                 network.head.weight = rows
-        network.set_dtype(self.embed(mx.array([0])).dtype)
+        network.set_dtype(self.reader.embed(mx.array([0])).dtype)
         mx.eval(network.parameters())
         return network, coverage
-
-    @property
-    def row_bytes(self) -> int:
-        """What is kept of a token of an answer."""
-        shape = self.network.config
-        kept = (1 + len(shape.taps)) * shape.hidden_size
-        if not self._answers.body:
-            kept += shape.vocab_size
-        return kept * self.embed(mx.array([0])).dtype.size
-
-    def view(self, texts: Sequence[Text]) -> TargetView:
-        """Return the target's view of some answers, which it reads in batches of similar length."""
-        order = sorted(range(len(texts)), key=lambda row: len(texts[row].tokens))
-        size = self.config.batch_size
-        batches = (order[start : start + size] for start in range(0, len(order), size))
-        return joined_views([self._batch(texts, rows) for rows in batches])
-
-    def _batch(self, texts: Sequence[Text], rows: Sequence[int]) -> TargetView:
-        # Nothing is padded beyond the longest: that could be beyond a model's last position.
-        batch = text_batch(texts, rows, multiple=1)
-        found, ahead = answer_places(np.array(batch.mask))
-        places = mx.array(found)
-
-        def taken(array: mx.array) -> mx.array:
-            if array.shape[:2] != batch.inputs.shape:
-                raise InputError(f"a tapped layer returns {array.shape}, which is no row per token")
-            return array.reshape(-1, array.shape[-1])[places]
-
-        layers = self.network.config.taps
-        if self._answers.body:
-            states, outputs = self._answers.read(batch.inputs, layers)
-            hidden = goals = taken(states)
-        else:
-            with tapped(self.target.model, layers) as outputs:
-                logits, states = self.target.read(batch.inputs)
-            hidden, goals = taken(states), taken(logits)
-        taps = tuple(taken(outputs[layer]) for layer in layers)
-        tokens = batch.inputs.reshape(-1)[places]
-        mx.eval(hidden, goals, taps, tokens)  # what the target computed for them is let go
-        return TargetView(hidden, tokens, mx.array(ahead), goals, self.embed, taps)
 
     def batch(self, step: int) -> Starts:
         """Return what a step learns."""
         asked = self.order.at(step)
         if self._group is None or self._group[0] != asked.group:
             self._group = None  # two at a time are more than was asked for
-            view = self.view([self.training[row] for row in self.order.groups[asked.group]])
+            view = self.reader.view([self.training[row] for row in self.order.groups[asked.group]])
             self._group = asked.group, view, _starting(view)
         _, view, starting = self._group
         places = starting[mx.array(asked.numbers.astype(np.int32))]
@@ -164,7 +119,7 @@ class DrafterTrainer:
         """Return the held-out acceptance of a drafted chain, by depth."""
         length = self.config.unroll
         if self._judged is None:
-            self._judged = self.view(self.held_out)
+            self._judged = self.reader.view(self.held_out)
         view, starting = self._judged, _starting(self._judged)
         total, count = mx.zeros((2, length)), mx.zeros((length,))
         size = max(1, rows_at_once(self.network.head) // length)
@@ -238,10 +193,6 @@ def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple
 def _starting(view: TargetView) -> mx.array:
     """Return the rows of a view that have one ahead: there a draft can start."""
     return mx.array(np.flatnonzero(np.array(view.ahead)).astype(np.int32))
-
-
-def _text(response: Response) -> Text:
-    return Text.behind([*response.prompt, *response.response], len(response.prompt))
 
 
 def _read_log(path: Path) -> Log:

@@ -182,7 +182,7 @@ def _check_enough(kept: int, noun: str, config: DrafterTraining, report: Report)
 def _plan(trainer: DrafterTrainer) -> str:
     """Return what is going to be learned, in a line."""
     counts, order, settings = trainer.counts(), trainer.order, trainer.settings
-    size = len(order.groups) and counts["tokens"] * trainer.row_bytes
+    size = counts["tokens"] * trainer.reader.row_bytes
     epochs = settings.steps / order.steps_per_epoch
     return (
         f"{counts['answers']:,} answers, {counts['tokens']:,} tokens; what the target computes of "
