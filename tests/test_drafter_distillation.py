@@ -1,5 +1,7 @@
 """What the drafter learns, against a twin that takes one position and one draft step at a time."""
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,10 +16,12 @@ from scipy.special import log_softmax, rel_entr
 
 from mlx_distill.distillation import drafter as module
 from mlx_distill.distillation.drafter import (
+    Starts,
     TargetView,
     acceptance_by_depth,
     answer_places,
     drafter_loss,
+    joined_views,
     unroll,
 )
 from mlx_distill.distillation.objective import weighted_sum
@@ -169,7 +173,14 @@ TRIMMED = [1, 2, 5, 6, 9]
 UNROLL = 4
 
 
-def random_drafter(token_ids: list[int] | None = None) -> RecurrentDrafter:
+FORMS = [
+    {},
+    {"cell": "gru", "context_state": True},
+    {"cell": "gru", "context_state": True, "taps": (1, 2)},
+]
+
+
+def random_drafter(token_ids: list[int] | None = None, **shape: Any) -> RecurrentDrafter:
     """Return a drafter with random weights."""
     config = RecurrentDrafterConfig(
         hidden_size=HIDDEN_SIZE,
@@ -177,6 +188,7 @@ def random_drafter(token_ids: list[int] | None = None) -> RecurrentDrafter:
         exit_dim=7,
         num_draft_layers=1,
         draft_vocab_size=token_ids and len(token_ids),
+        **shape,
     )
     network = RecurrentDrafter(config)
     random = np.random.default_rng(0)
@@ -197,19 +209,33 @@ def random_batch() -> dict[str, np.ndarray]:
     }
 
 
-def view_of(batch: dict[str, Any], token_ids: list[int] | None = None) -> TargetView:
-    """Return the view of the batch; the target's "states" are its logits themselves."""
+def rows_of(batch: dict[str, Any], mask: np.ndarray) -> TargetView:
+    """Return the view of the places of a mask; the target's "states" are its logits themselves."""
+    found, ahead = answer_places(mask)
+    logits, hidden, embeddings = (
+        mx.array(batch[name]).reshape(4 * WIDTH, -1)[mx.array(found)]
+        for name in ("logits", "hidden", "embeddings")
+    )
+    tokens = mx.arange(len(found))
+    return TargetView(hidden, tokens, mx.array(ahead), logits, lambda ids: embeddings[ids])
+
+
+def view_of(batch: dict[str, Any]) -> TargetView:
+    """Return the view of the batch's answers."""
     mask = np.zeros((4, WIDTH), np.float32)
     for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
         mask[text, prompt - 1 : length - 1] = 1
-    found, ahead = answer_places(mask)
+    return rows_of(batch, mask)
 
-    def rows(name: str) -> mx.array:
-        return mx.array(batch[name]).reshape(4 * WIDTH, -1)[mx.array(found)]
 
-    ids = None if token_ids is None else mx.array(token_ids)
-    arrays = (rows("hidden"), rows("embeddings"), mx.array(ahead), rows("logits"))
-    return TargetView(*arrays, lambda rows: rows, ids)
+def starts_of(view: TargetView) -> Starts:
+    """Return the drafts from everywhere."""
+    return view.starts(mx.arange(view.tokens.size), UNROLL)
+
+
+def head_of(token_ids: list[int] | None) -> Callable[[mx.array], mx.array]:
+    """Return what makes the target's logits of what can be drafted."""
+    return lambda rows: rows if token_ids is None else rows[..., mx.array(token_ids)]
 
 
 def parameters_of(drafter: RecurrentDrafter) -> dict[str, np.ndarray]:
@@ -249,16 +275,6 @@ def slow_loss(
     return float(np.dot(weights, terms)), sum(weights)
 
 
-def test_the_view_is_the_targets_distribution():
-    batch = random_batch()
-    for token_ids in (None, TRIMMED):
-        found = view_of(batch, token_ids).log_probs(mx.array([0, 4]))
-        # The first text's answer begins behind three tokens, and its fifth token is the seventh.
-        logits = batch["logits"][0, [2, 6]].astype(np.float64)
-        probs = softmax(logits if token_ids is None else logits[:, token_ids])
-        np.testing.assert_allclose(np.exp(np.array(found)), probs, atol=1e-6)
-
-
 def test_only_places_where_the_target_chose_a_token_are_taken():
     mask = np.zeros((3, 8))
     mask[0, 2:5] = mask[0, 6] = 1  # two turns
@@ -269,32 +285,31 @@ def test_only_places_where_the_target_chose_a_token_are_taken():
     assert ahead.tolist() == [2, 1, 0, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("token_ids", [None, TRIMMED])
-def test_unrolled_logits_are_those_of_every_draft_alone(token_ids: list[int] | None):
-    drafter, batch = random_drafter(token_ids), random_batch()
-    parameters, view = parameters_of(drafter), view_of(batch, token_ids)
-    features, mask = unroll(drafter, view, UNROLL)
-    logits = np.array(drafter.head(features))
-    hidden, embeddings = np.array(view.hidden), np.array(view.embeddings)
-    count = 0
+@pytest.mark.parametrize("shape", FORMS, ids=str)
+def test_unrolled_logits_are_those_of_every_draft_alone(shape: dict[str, Any]):
+    drafter, batch = random_drafter(**shape), random_batch()
+    view = view_of(batch)
+    taps = tuple(view.hidden * 10**place + 1 for place in range(len(drafter.config.taps)))
+    starts = starts_of(dataclasses.replace(view, taps=taps))
+    logits = np.array(drafter.head(unroll(drafter, starts)))
+    embeddings = np.array(view.embed(view.tokens))
     for start, ahead in enumerate(np.array(view.ahead).tolist()):
-        for depth in range(1, UNROLL + 1):
-            goal = start + depth
-            if goal >= len(hidden):
-                continue
-            assert mask[goal, depth - 1].item() == (depth <= ahead)
-            if depth <= ahead:
-                expected = slow_logits(parameters, hidden[start], embeddings[start + 1 : goal + 1])
-                np.testing.assert_allclose(logits[goal, depth - 1], expected, rtol=1e-4, atol=1e-4)
-                count += 1
-    assert count == mask.sum().item() > 20
+        assert starts.mask[start].tolist() == [depth <= ahead for depth in range(1, UNROLL + 1)]
+        for depth in range(1, min(ahead, UNROLL) + 1):
+            read = embeddings[start + 1 : start + depth + 1]
+            seen = [np.array(tap[start]) for tap in taps]
+            hidden = np.array(view.hidden[start])
+            expected = slow_logits(parameters_of(drafter), hidden, read, taps=seen)
+            np.testing.assert_allclose(logits[start, depth - 1], expected, rtol=1e-4, atol=1e-4)
+            np.testing.assert_array_equal(starts.goals[start, depth - 1], view.goals[start + depth])
+    assert starts.mask.sum().item() > 20
 
 
 @pytest.mark.parametrize("decay", [0.8, 1.0, 0.3])
 @pytest.mark.parametrize("token_ids", [None, TRIMMED])
 def test_the_loss_equals_a_loop_over_positions(token_ids: list[int] | None, decay: float):
     drafter, batch = random_drafter(token_ids), random_batch()
-    found = drafter_loss(drafter, view_of(batch, token_ids), UNROLL, decay)
+    found = drafter_loss(drafter, starts_of(view_of(batch)), head_of(token_ids), decay)
     expected = slow_loss(parameters_of(drafter), batch, token_ids, decay)
     assert [x.item() for x in found] == pytest.approx(expected, rel=1e-5)
 
@@ -307,37 +322,56 @@ def test_acceptance_equals_a_loop_over_positions(token_ids: list[int] | None):
         best = student.argmax()
         expected[:, depth - 1] += best == target.argmax(), target[best]
         counts[depth - 1] += 1
-    found, found_counts = acceptance_by_depth(drafter, view_of(batch, token_ids), UNROLL)
+    starts = starts_of(view_of(batch))
+    found, found_counts = acceptance_by_depth(drafter, starts, head_of(token_ids))
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-5)
     assert found_counts.tolist() == counts.tolist()
     assert counts[0] > counts[-1] > 0
 
 
-@pytest.mark.parametrize("goals", [1, 2, 5])
+@pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("token_ids", [None, TRIMMED])
 def test_chunks_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, token_ids: list[int] | None, goals: int
+    monkeypatch: pytest.MonkeyPatch, token_ids: list[int] | None, rows: int
 ):
-    drafter, view = random_drafter(token_ids), view_of(random_batch(), token_ids)
+    drafter, starts = random_drafter(token_ids), starts_of(view_of(random_batch()))
 
     def everything() -> list[np.ndarray]:
-        found, grads = nn.value_and_grad(drafter, drafter_loss)(drafter, view, UNROLL)
-        arrays = (found, *acceptance_by_depth(drafter, view, UNROLL))
-        return [np.array(x) for x in (*arrays, *dict(tree_flatten(grads)).values())]
+        loss_and_grads = nn.value_and_grad(drafter, drafter_loss)
+        found, grads = loss_and_grads(drafter, starts, head_of(token_ids))
+        return [np.array(x) for x in (*found, *dict(tree_flatten(grads)).values())]
 
     expected = everything()
-    monkeypatch.setattr(module, "goal_rows", lambda head, length: goals)
+    monkeypatch.setattr(module, "rows_at_once", lambda head: rows)
     for found, whole in zip(everything(), expected, strict=True):
         np.testing.assert_allclose(found, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_views_in_parts_are_the_whole():
+    view = view_of(random_batch())
+    view = dataclasses.replace(view, taps=(view.hidden + 1,))
+    cut = 7
+    parts = [
+        TargetView(
+            view.hidden[part],
+            view.tokens[part],
+            view.ahead[part],
+            view.goals[part],
+            view.embed,
+            (view.taps[0][part],),
+        )
+        for part in (slice(cut), slice(cut, None))
+    ]
+    joined = joined_views(parts)
+    for name in ("hidden", "tokens", "ahead", "goals"):
+        np.testing.assert_array_equal(getattr(joined, name), getattr(view, name))
+    np.testing.assert_array_equal(joined.taps[0], view.taps[0])
+
+
 def test_a_batch_without_answers_of_two_tokens_counts_nothing():
     drafter, batch = random_drafter(), random_batch()
-    found, ahead = answer_places(np.eye(4, WIDTH))
-    rows = [mx.array(x).reshape(4 * WIDTH, -1)[mx.array(found)] for x in batch.values()]
-    logits, hidden, embeddings = rows
-    view = TargetView(hidden, embeddings, mx.array(ahead), logits, lambda rows: rows)
-    total, count = drafter_loss(drafter, view, UNROLL)
+    starts = starts_of(rows_of(batch, np.eye(4, WIDTH)))
+    total, count = drafter_loss(drafter, starts, head_of(None))
     assert (total.item(), count.item()) == (0, 0)
 
 
@@ -345,11 +379,12 @@ def test_a_batch_without_answers_of_two_tokens_counts_nothing():
 def test_half_precision_learns_the_same(dtype: mx.Dtype):
     """Sums are float32; the rest rounds as its type does."""
     drafter, batch = random_drafter(TRIMMED), random_batch()
-    value_and_grad = nn.value_and_grad(drafter, lambda d, view: drafter_loss(d, view, UNROLL)[0])
-    expected, grads = value_and_grad(drafter, view_of(batch, TRIMMED))
+    head = head_of(TRIMMED)
+    value_and_grad = nn.value_and_grad(drafter, lambda d, s: drafter_loss(d, s, head)[0])
+    expected, grads = value_and_grad(drafter, starts_of(view_of(batch)))
     drafter.set_dtype(dtype)
     half = {name: mx.array(array).astype(dtype) for name, array in batch.items()}
-    found, half_grads = value_and_grad(drafter, view_of(half, TRIMMED))
+    found, half_grads = value_and_grad(drafter, starts_of(view_of(half)))
     assert found.dtype == mx.float32
     assert found.item() == pytest.approx(expected.item(), rel=0.02)
     half_flat = dict(tree_flatten(half_grads))
@@ -362,13 +397,8 @@ def test_the_target_gets_no_gradient():
     drafter, batch = random_drafter(), random_batch()
 
     def loss(arrays: dict[str, mx.array]) -> mx.array:
-        found, ahead = answer_places(np.ones((4, WIDTH)))
-        logits, hidden, embeddings = (
-            arrays[name].reshape(4 * WIDTH, -1)[mx.array(found)]
-            for name in ("logits", "hidden", "embeddings")
-        )
-        view = TargetView(hidden, embeddings, mx.array(ahead), logits, lambda rows: rows)
-        return drafter_loss(drafter, view, UNROLL)[0]
+        starts = starts_of(rows_of(arrays, np.ones((4, WIDTH))))
+        return drafter_loss(drafter, starts, head_of(None))[0]
 
     arrays = {name: mx.array(array) for name, array in batch.items()}
     assert loss(arrays).item() > 0
@@ -376,11 +406,12 @@ def test_the_target_gets_no_gradient():
         assert mx.abs(grad).max().item() == 0
 
 
-@pytest.mark.parametrize("token_ids", [None, TRIMMED])
-def test_the_drafters_gradient_equals_finite_differences(token_ids: list[int] | None):
-    drafter, batch = random_drafter(token_ids), random_batch()
-    view = view_of(batch, token_ids)
-    _, grads = nn.value_and_grad(drafter, lambda d: drafter_loss(d, view, UNROLL)[0])(drafter)
+@pytest.mark.parametrize("shape", [*FORMS[:2], {"token_ids": TRIMMED}], ids=str)
+def test_the_drafters_gradient_equals_finite_differences(shape: dict[str, Any]):
+    drafter, batch = random_drafter(**shape), random_batch()
+    token_ids, starts = shape.get("token_ids"), starts_of(view_of(batch))
+    head = head_of(token_ids)
+    _, grads = nn.value_and_grad(drafter, lambda d: drafter_loss(d, starts, head)[0])(drafter)
     found = dict(tree_flatten(grads))
     assert found.keys() == dict(tree_flatten(drafter.trainable_parameters())).keys()
     random = np.random.default_rng(3)
@@ -406,12 +437,12 @@ def test_a_drafter_overfits_a_task_that_has_one_answer():
         "hidden": embeddings[tokens],
         "embeddings": embeddings[tokens],
     }
-    drafter, view = random_drafter(), view_of(batch)
-    arrays = (view.hidden, view.embeddings, view.goals)
+    drafter, starts = random_drafter(), starts_of(view_of(batch))
+    arrays = (starts.hidden, starts.embeddings, starts.goals)
     teacher = [np.array(x) for x in arrays]
 
     def mean_loss(drafter: RecurrentDrafter) -> mx.array:
-        total, count = drafter_loss(drafter, view, UNROLL)
+        total, count = drafter_loss(drafter, starts, head_of(None))
         return total / count
 
     optimizer = optim.Adam(learning_rate=0.02)
@@ -423,7 +454,7 @@ def test_a_drafter_overfits_a_task_that_has_one_answer():
         mx.eval(drafter.parameters(), optimizer.state)
     assert first > 1
     assert mean_loss(drafter).item() < 0.01
-    agreed, counts = acceptance_by_depth(drafter, view, UNROLL)
+    agreed, counts = acceptance_by_depth(drafter, starts, head_of(None))
     assert agreed[0].tolist() == counts.tolist()
     assert mx.all(agreed[1] > 0.99 * counts).item()
     for before, after in zip(teacher, arrays, strict=True):

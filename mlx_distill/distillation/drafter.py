@@ -103,9 +103,12 @@ def answer_places(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def unroll(drafter: RecurrentDrafter, starts: Starts) -> Float[mx.array, "S L E"]:
     """Return what the drafter's head is given along every draft."""
-    hidden = drafter.joined(starts.hidden, starts.taps)
+    seen, embeddings, *taps = map(
+        mx.stop_gradient, (starts.hidden, starts.embeddings, *starts.taps)
+    )
+    hidden = drafter.joined(seen, taps)
     context, state = drafter.context(hidden), drafter.begin(hidden)
-    read = drafter.read(starts.embeddings)
+    read = drafter.read(embeddings)
     features = []
     for depth in range(read.shape[1]):
         state = drafter.advance(state, read[:, depth])

@@ -26,7 +26,7 @@ class DrafterTraining:
         num_draft_layers: Residual blocks in the head.
         draft_vocab_size: Tokens that can be drafted, the most frequent in the answers; at most the
             vocabulary, 0 is all.
-            Without it, all up to a vocabulary of 2,048, else three eighths of it and 32,768 at the
+            Without it, all up to a vocabulary of 2,048, else three eighths of it and 16,384 at the
             most.
         cell: The recurrence: "gru" is gated, "elman" the published form's.
         context_state: Start the drafter's state from what the target computed.
@@ -75,7 +75,7 @@ class DrafterTraining:
         embedding_size = target.embed(mx.array([0])).shape[-1]
         draft_vocab = self.draft_vocab_size
         if draft_vocab is None:
-            draft_vocab = 0 if target.vocab_size <= 2048 else min(32768, target.vocab_size * 3 // 8)
+            draft_vocab = 0 if target.vocab_size <= 2048 else min(16384, target.vocab_size * 3 // 8)
         return RecurrentDrafterConfig(
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,

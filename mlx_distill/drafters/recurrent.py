@@ -72,7 +72,6 @@ class RecurrentDrafterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        object.__setattr__(self, "taps", tuple(self.taps))  # JSON knows lists alone
         if not self.rnn and (self.cell != "elman" or self.context_state):
             raise InputError("a drafter without rnn has neither a cell nor a first state")
         if (self.draft_vocab_size or 1) > self.vocab_size:
@@ -98,7 +97,8 @@ class RecurrentDrafterConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise InputError(f"the drafter's config lacks the fields: {', '.join(missing)}")
-        return cls(**values)
+        # JSON knows lists alone.
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 class ResidualBlock(nn.Module):
