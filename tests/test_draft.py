@@ -141,16 +141,44 @@ def test_best_first_of_one_beam_is_a_chain():
     assert tree.parents.tolist() == [0, 0, 1, 2]
 
 
+def likeliest_line(draft: Draft) -> list[int]:
+    """Return the tokens of the root, its likeliest child, that node's likeliest child, ..."""
+    scores = draft.scores.tolist()
+    line = [0]
+    while children := [n for n, p in enumerate(draft.parents.tolist()) if n and p == line[-1]]:
+        line.append(max(children, key=scores.__getitem__))
+    return [draft.tokens.tolist()[node] for node in line]
+
+
 @pytest.mark.parametrize("num_nodes", [2, 5, 13, 30])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_likeliest_beam_comes_first(seed: int, num_nodes: int):
+def test_the_line_of_likeliest_children_comes_first(seed: int, num_nodes: int):
     draft = random_draft(seed, length=5, width=4)
     tree = draft.best_first(num_nodes)
-    beam = draft.beams()[0]
+    line = likeliest_line(draft)
     tokens = tree.tokens.tolist()
-    kept = [token for token in beam if token in tokens]
-    assert tokens[: len(kept)] == kept == beam[: len(kept)]
+    kept = [token for token in line if token in tokens]
+    assert tokens[: len(kept)] == kept == line[: len(kept)]
     assert tree.parents.tolist()[1 : len(kept)] == list(range(len(kept) - 1))
+
+
+@pytest.mark.parametrize("num_nodes", [2, 5, 13])
+@pytest.mark.parametrize("seed", range(6))
+def test_ranks_say_how_many_nodes_are_likelier(seed: int, num_nodes: int):
+    draft = random_draft(seed, length=5, width=4)
+    tree = draft.best_first(num_nodes)
+    assert tree.ranks is not None
+    score = dict(zip(draft.tokens.tolist(), draft.scores.tolist(), strict=True))
+    scores = [score[token] for token in tree.tokens.tolist()]
+    assert tree.ranks.tolist() == [sum(one > own for one in scores) for own in scores]
+
+
+@pytest.mark.parametrize("num_nodes", [2, 300])
+def test_of_very_many_nodes_the_most_probable_are_taken(num_nodes: int):
+    draft = random_draft(0, length=30, width=40)  # 1,201 nodes
+    tree = draft.best_first(num_nodes)
+    assert_is_a_tree(tree)
+    assert set(token_paths(tree)) == slow_best_first(draft, num_nodes)
 
 
 @pytest.mark.parametrize("num_nodes", [1, 3, 6, 20])

@@ -11,13 +11,18 @@ the target verifies.
 from dataclasses import dataclass
 
 import mlx.core as mx
-from jaxtyping import Bool, Float, Int
+import numpy as np
+from jaxtyping import Float, Int
 
 from mlx_distill.arrays import to_host
-from mlx_distill.core.prefix_tree import PrefixTree, ancestors
+from mlx_distill.core.prefix_tree import PrefixTree, connected, parents_of
 
 # Worse than every score; what is not a number counts as this, so that it is never preferred.
 WORST_SCORE = -1e30
+# Of more nodes than these, the likeliest are found before any is compared with every other.
+MOST_COMPARED = 1024
+# Added to a node's index, so that what comes later in a tree, or is not wanted, has higher numbers.
+OTHERS, UNWANTED = 2**16, 2**17
 
 
 @dataclass(frozen=True)
@@ -50,15 +55,20 @@ class Draft:
     def best_first(self, num_nodes: int) -> PrefixTree:
         """Return the tree of the root and the ``num_nodes`` - 1 nodes with the highest scores.
 
-        No node is better than its parent, so the chosen ones form a tree. Those on the best path of
-        full length come first, as nodes 1, 2, ...: where they are accepted, their keys and values
-        already lie where the text needs them. The shape is fixed and nothing is read by the host.
+        No node is better than its parent, so the chosen ones form a tree. The root's likeliest child
+        is node 1, that node's likeliest child node 2, and so on: where they are accepted, their
+        keys and values already lie where the text needs them. The shape is fixed and nothing is
+        read by the host.
         """
         if num_nodes == 1:
             return PrefixTree.root(self.tokens[:1])
+        num_nodes = min(num_nodes, self.tokens.size)
         arrays = (self.tokens, self.parents, self.depths, self.scores)
+        if self.tokens.size > MOST_COMPARED:
+            arrays = _likeliest(*arrays, num_nodes)
         depth = min(self.max_depth, num_nodes - 1)
-        return PrefixTree(*_best_first(*arrays, self.max_depth, num_nodes), depth)
+        *arrays, ranks = _best_first(*arrays, mx.array([num_nodes]), num_nodes, depth)
+        return PrefixTree(*arrays, depth, ranks)
 
     def best_chain(self, num_nodes: int) -> PrefixTree:
         """Return the best path of full length, cut to ``num_nodes`` nodes, as a tree."""
@@ -84,28 +94,62 @@ class Draft:
         return beams
 
 
-@mx.compile  # some thirty small operations, which cost more to start than to do
+@mx.compile  # in few operations: on a GPU each costs more to start than to do
 def _best_first(
-    tokens: mx.array,
-    parents: mx.array,
-    depths: mx.array,
-    scores: mx.array,
-    max_depth: int,
+    tokens: Int[mx.array, " M"],
+    parents: Int[mx.array, " M"],
+    depths: Int[mx.array, " M"],
+    scores: Float[mx.array, " M"],
+    limit: Int[mx.array, " 1"],
     num_nodes: int,
-) -> tuple[mx.array, mx.array, Bool[mx.array, "N N"], mx.array]:
-    size = tokens.size
+    max_depth: int,
+) -> tuple[mx.array, ...]:
+    """Return tokens, parents, mask, depths and ranks of a tree of ``limit`` = ``num_nodes`` nodes.
+
+    Every node is compared with every other. What stands below each other in a table of several
+    is made by one operation; that no number of the shape is written into one keeps them for all.
+    """
+    index = mx.array(np.arange(tokens.size, dtype=np.int32))
+    row = mx.array(np.arange(4, dtype=np.int32)[:, None])
+    this, other = index[:, None], index[None]
+    likelihood = _likelihood(scores, depths)
+    mine, others = likelihood[:, None], likelihood[None]
+    likelier = mx.where(other < this, others >= mine, others > mine)
+    sibling = (parents[:, None] == parents[None]) & (other > 0)
+    link = (parents[:, None] == other) | (this == other)
+    kind = row[:3, :, None]
+    table = mx.where(kind == 2, link, likelier & (sibling | (kind == 0))).astype(mx.float32)
+    better, lines = table[:2].sum(axis=-1), connected(table[2:].squeeze(0), max_depth)
+    # On the line of likeliest children no node, nor any above it, has a likelier sibling.
+    beside = (lines @ better[1:].T).T
+    place = other + OTHERS * (beside > 0) + UNWANTED * (better[:1] >= limit)
+    ranks = better[:1].astype(mx.int32)
+    columns = mx.where(row == 2, depths[None], mx.where(row == 1, tokens[None], ranks))
+    table = mx.where(row == 0, place, columns)
+    order = mx.argsort(table[:1].squeeze(0))[:num_nodes]
+    mask, parents = parents_of(lines[order[:, None], order[None]])
+    tokens, depths, ranks = mx.split(mx.take(table[1:], order, axis=1).reshape(-1), 3)
+    return tokens, parents, mask, depths, ranks
+
+
+def _likelihood(scores: mx.array, depths: mx.array) -> mx.array:
+    """Return scores that put every node behind its parent.
+
+    A sure token leaves a path as probable as its parent's: depth has to break that tie. The margin
+    is absolute near 0 and relative beyond -1, so that float32 can hold it at any score.
+    """
     scores = mx.where(scores > WORST_SCORE, scores, WORST_SCORE)
-    # A sure token leaves a path as probable as its parent's: depth has to break that tie. The
-    # margin is relative, so that float32 can hold it at any score.
-    rank = scores - 1e-5 * depths * mx.maximum(1, -scores)
-    order = mx.argsort(-rank)[:num_nodes]
-    # By index, which puts parents before children, but the best path before all.
-    best = mx.stack(_best_path(parents, depths, scores, max_depth))
-    on_best = (order[:, None] == best[None]).any(axis=1)
-    order = mx.sort(order + mx.where(on_best, 0, size)) % size
+    margin = 1e-5 * depths
+    return mx.minimum(scores - margin, scores * (1 + margin))
+
+
+def _likeliest(
+    tokens: mx.array, parents: mx.array, depths: mx.array, scores: mx.array, num_nodes: int
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """Return the likeliest nodes, which form a tree, in their order."""
+    order = mx.sort(mx.argsort(-_likelihood(scores, depths))[:num_nodes])
     links = mx.argmax(order[None] == parents[order][:, None], axis=1).astype(mx.int32)
-    mask = ancestors(links, min(max_depth, num_nodes - 1))
-    return tokens[order], links, mask, depths[order]
+    return tokens[order], links, depths[order], scores[order]
 
 
 def _best_path(

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from mlx_distill.arrays import to_host
 
@@ -30,6 +30,7 @@ class PrefixTree:
         mask: Row i holds the ancestors of node i and i itself.
         depths: Distance of each node from the root.
         max_depth: No node is deeper than this, which the host knows without reading.
+        ranks: How many nodes are likelier than each; None if the draft does not say.
     """
 
     tokens: Int[mx.array, " N"]
@@ -37,6 +38,7 @@ class PrefixTree:
     mask: Bool[mx.array, "N N"]
     depths: Int[mx.array, " N"]
     max_depth: int
+    ranks: Int[mx.array, " N"] | None = None
 
     @classmethod
     def from_parents(
@@ -102,16 +104,35 @@ class PrefixTree:
 
 
 def ancestors(parents: Int[mx.array, " N"], max_depth: int) -> Bool[mx.array, "N N"]:
-    """Return which nodes are on the path to each node, itself included.
-
-    Squaring (identity + parent links) doubles the reach of the links, so a depth of d takes
-    ceil(log2 d) products of N x N.
-    """
+    """Return which nodes are on the path to each node, itself included."""
     nodes = mx.arange(parents.size)
-    reach = (nodes[None] == parents[:, None]) | (nodes[None] == nodes[:, None])
+    links = (nodes[None] == parents[:, None]) | (nodes[None] == nodes[:, None])
+    return connected(links.astype(mx.float32), max_depth) > 0
+
+
+def connected(links: Float[mx.array, "N N"], max_depth: int) -> Float[mx.array, "N N"]:
+    """Return what is above 0 where a node is on the path to another, or is that one.
+
+    Squaring doubles the reach of the links, so a depth of d takes ceil(log2 d) products of N x N.
+    The entries count the ways, in float32: fewer than 2^64 up to a depth of 64.
+
+    Args:
+        links: 1 between every node and itself, and from every node to its parent, else 0.
+        max_depth: No node is deeper than this.
+    """
     steps = 1
     while steps < max_depth:
-        product = reach.astype(mx.float32)
-        reach = (product @ product) > 0
+        links = links @ links
         steps *= 2
-    return reach
+    return links
+
+
+def parents_of(lines: Float[mx.array, "N N"]) -> tuple[Bool[mx.array, "N N"], Int[mx.array, " N"]]:
+    """Return the mask and the parents of a tree, of what ``connected`` returns.
+
+    The closest ancestor is the one with the greatest index.
+    """
+    index = mx.array(np.arange(lines.shape[0], dtype=np.int32))
+    mask = lines > 0
+    above = mx.where(mask & (index[None] < index[:, None]), index[None], 0)
+    return mask, above.max(axis=-1)
