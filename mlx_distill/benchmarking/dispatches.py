@@ -155,7 +155,7 @@ def _nodes(arrays: Iterable[mx.array]) -> set[Node]:
             blocks = re.split(r'^{ \d+ \[label ="', file.read(), flags=re.MULTILINE)[1:]
     return {
         Node(
-            block[: block.index('"')],
+            block[: block.index('"')].split()[0],  # of "View int32" the first word
             tuple(re.findall(r'^"(\w+)" -> ', block, re.MULTILINE)),
             tuple(re.findall(r' -> "(\w+)"$', block, re.MULTILINE)),
         )

@@ -112,12 +112,16 @@ def sample_fast(
 
 
 def _best(logits: mx.array) -> mx.array:
-    return mx.argmax(_normalised(logits), axis=-1).astype(mx.int32)
+    return _argmax(_normalised(logits))
 
 
 def _drawn(shaped: mx.array, noise: mx.array | None) -> mx.array:
     assert noise is not None
-    return mx.argmax(shaped + noise, axis=-1).astype(mx.int32)
+    return _argmax(shaped + noise)
+
+
+def _argmax(values: mx.array) -> mx.array:
+    return mx.argmax(values, axis=-1).view(mx.int32)  # a view: no operation
 
 
 def _normalised(logits: mx.array) -> mx.array:

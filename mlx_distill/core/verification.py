@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Bool, Int
 
 from mlx_distill.core.prefix_tree import PrefixTree
@@ -61,10 +62,22 @@ def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
     if tree.max_depth == 0 and drawn.ndim == 1:
         zero = mx.array(0, mx.int32)
         return Walk(mx.array([True]), zero, drawn.reshape(()), 0)
+    return Walk(*_followed(tree.tokens, tree.parents, tree.mask, drawn), tree.max_depth)
+
+
+@mx.compile
+def _followed(
+    tokens: Int[mx.array, " N"],
+    parents: Int[mx.array, " N"],
+    mask: Bool[mx.array, "N N"],
+    drawn: Int[mx.array, "... N"],
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the fields of a walk; this is six operations."""
+    node = mx.array(np.arange(tokens.size, dtype=np.int32))
     # A node is entered if its parent drew its token; it is reached if all on its path are entered.
-    entered = mx.take(drawn, tree.parents, axis=-1) == tree.tokens
-    entered = entered | (mx.arange(tree.tokens.size) == 0)
-    accepted = ~(tree.mask & ~entered[..., None, :]).any(axis=-1)
-    last = mx.argmax(mx.where(accepted, tree.depths, -1), axis=-1).astype(mx.int32)
-    next_token = mx.take_along_axis(drawn, last[..., None], axis=-1)[..., 0]
-    return Walk(accepted, last, next_token, tree.max_depth)
+    drawn_before = mx.take(drawn, parents, axis=-1)[..., None, :]
+    entered = (drawn_before == tokens) | (node == 0)
+    accepted = ~(mask & ~entered).any(axis=-1)
+    last = mx.where(accepted, node, 0).max(axis=-1)  # parents come before their children
+    next_token = mx.take_along_axis(drawn, last[..., None], axis=-1).squeeze(-1)
+    return accepted, last, next_token

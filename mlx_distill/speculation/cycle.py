@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Int
 from mlx_lm.generate import generation_stream
 
@@ -143,8 +144,8 @@ class Cycle:
         start: How many tokens the text had up to the root, the root included.
         history: The text up to the root, for the processors.
         report: Per node its parent, whether it was accepted, what was drawn there, whether its
-            logits are no numbers, and, with filters, whether its draw is certain. None if logits
-            processors have to walk on the host.
+            logits are no numbers; with filters, whether its draw is certain; of a best-first tree,
+            its rank. None if logits processors have to walk on the host.
         walk: Where the draws led; None as the report is.
         root: The root of the next tree; None until that is drafted.
         draft: The draft of the next tree.
@@ -181,12 +182,14 @@ class Accepted:
         tokens: What was drawn at each of them: the text that the cycle adds.
         rows: For each of the tokens the logits, and in which row of them it was drawn.
         parents: Of the tree's nodes.
+        ranks: How many nodes are likelier than each; empty if the draft does not say.
     """
 
     path: list[int]
     tokens: list[int]
     rows: list[tuple[mx.array, int]]
     parents: list[int]
+    ranks: Sequence[int] = ()
 
 
 def launch(
@@ -228,13 +231,25 @@ def _walk(
 ) -> None:
     """Follow the draws through a cycle's tree, on the device; the report is on its way then."""
     cycle.walk = follow(cycle.tree, drawn)
-    failed = mx.isnan(cycle.call.logits).any(axis=-1)
-    rows = [cycle.tree.parents, cycle.walk.accepted, drawn, failed]
     cycle.in_doubt = certain is not None
-    if certain is not None:
-        rows.append(certain)
-    cycle.report = mx.stack([row.astype(mx.int32) for row in rows])
+    # The greatest is no number where any is none.
+    rows = [cycle.tree.parents, cycle.walk.accepted, drawn, cycle.call.logits.max(axis=-1)]
+    cycle.report = _report(*rows, *(x for x in (certain, cycle.tree.ranks) if x is not None))
     mx.async_eval(cycle.report)
+
+
+@mx.compile
+def _report(
+    parents: mx.array, accepted: mx.array, drawn: mx.array, greatest: mx.array, *others: mx.array
+) -> Int[mx.array, "R N"]:
+    """Return rows in one array, by one operation."""
+    rows = [x[None] for x in (parents, accepted, drawn, greatest, *others)]
+    rows[3] = mx.isnan(rows[3])
+    numbers = mx.array(np.arange(len(rows), dtype=np.int32)[:, None])
+    report = rows[0]
+    for number, row in enumerate(rows[1:], start=1):
+        report = mx.where(numbers == number, row.astype(mx.int32), report)
+    return report
 
 
 def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
@@ -279,8 +294,9 @@ def read(decoding: Decoding, cycle: Cycle) -> Accepted:
     if cycle.report is None:
         return _walk_on_host(decoding, cycle)
     with phase("read"):
-        parents, accepted, drawn, failed, *certain = to_host(cycle.report)
-    if certain and not all(sure for sure, kept in zip(*certain, accepted, strict=True) if kept):
+        parents, accepted, drawn, failed, *others = to_host(cycle.report)
+    certain = others.pop(0) if cycle.in_doubt else accepted
+    if not all(sure for sure, kept in zip(certain, accepted, strict=True) if kept):
         _walk_again(decoding, cycle)
         return read(decoding, cycle)
     # Parents have smaller indices than their children, so the path is already in order.
@@ -289,7 +305,7 @@ def read(decoding: Decoding, cycle: Cycle) -> Accepted:
         if failed[node]:
             raise failed_after(cycle.start + length)
     rows = [(cycle.call.logits, node) for node in path]
-    return Accepted(path, [drawn[node] for node in path], rows, parents)
+    return Accepted(path, [drawn[node] for node in path], rows, parents, *others)
 
 
 def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:

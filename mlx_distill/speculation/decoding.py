@@ -156,4 +156,6 @@ def _count(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> None:
     decoding.counters.add(accepted.parents, num_accepted)
     before = decoding.prompt_tokens + cycle.start - 1
     path = tuple(accepted.path)
-    decoding.outcome = Outcome(before, tuple(accepted.parents), num_accepted, path)
+    decoding.outcome = Outcome(
+        before, tuple(accepted.parents), num_accepted, path, tuple(accepted.ranks)
+    )
