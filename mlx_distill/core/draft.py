@@ -55,10 +55,10 @@ class Draft:
     def best_first(self, num_nodes: int) -> PrefixTree:
         """Return the tree of the root and the ``num_nodes`` - 1 nodes with the highest scores.
 
-        No node is better than its parent, so the chosen ones form a tree. The root's likeliest child
-        is node 1, that node's likeliest child node 2, and so on: where they are accepted, their
-        keys and values already lie where the text needs them. The shape is fixed and nothing is
-        read by the host.
+        No node is better than its parent, so the chosen ones form a tree. The root's likeliest
+        child is node 1, that node's likeliest child node 2, and so on: where they are accepted,
+        their keys and values already lie where the text needs them. The shape is fixed and nothing
+        is read by the host.
         """
         if num_nodes == 1:
             return PrefixTree.root(self.tokens[:1])
