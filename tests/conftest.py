@@ -24,6 +24,14 @@ import mlx_distill  # noqa: E402, F401  (the BLAS comes first)
 
 # isort: split
 from damage import refused  # noqa: E402, F401
+from distilling import (  # noqa: E402, F401
+    finished,
+    no_curves,
+    no_hub,
+    refuses,
+    tokenizer,
+    world,
+)
 from half_models import TYPES, write_model  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 

@@ -1,0 +1,307 @@
+"""``distill`` stopped, resumed and gone wrong: nothing is lost that was good."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from distilling import (
+    TINY,
+    Refuse,
+    arguments,
+    command,
+    learn,
+    log_of,
+    main,
+    same_result,
+    save,
+    without,
+)
+
+pytestmark = pytest.mark.usefixtures("no_hub", "no_curves")
+
+# --------------------------------------------------------------------------- stopped and resumed
+
+LONG = ["--steps", "24", "--checkpoint-every", "3", "--evaluate-every", "10"]
+KINDS: dict[str, list[str]] = {
+    "plain": [],
+    "everything": [
+        *("--loss", "forward_kl:weight=0.8", "hidden_mse:weight=0.1", "reverse_kl:weight=0.1"),
+        *("--on-policy", "0.4", "--rollout-every", "8", "--rollout-texts", "4"),
+        *("--rollout-max-tokens", "4", "--accumulate", "2", "--fine-tune", "lora"),
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def wholes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the folders of students whose training was never stopped."""
+    folder = tmp_path_factory.mktemp("wholes")
+    return {
+        name: learn(world, folder / name / "student", *LONG, *more) for name, more in KINDS.items()
+    }
+
+
+def started(argv: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "mlx_distill.distill", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_training_resumes_with_the_same_bits(
+    world: Path, tmp_path: Path, wholes: dict[str, Path], kind: str
+) -> None:
+    """Twice, without notice, and never after the same step."""
+    output = tmp_path / "student"
+    argv = arguments(world, output, *LONG, *KINDS[kind])
+    work = tmp_path / "student.partial"
+    for step, more in ((3, []), (12, ["--resume"])):
+        with started([*argv, *more]) as process:
+            first = work / f"step-{step:07d}"
+            wait_for(process, lambda first=first: any(p >= first for p in work.glob("step-*")))
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL
+        assert not output.exists()
+    assert main([*argv, "--resume"]) == 0
+    assert not work.exists()
+    assert same_result(output, wholes[kind])
+    for name in ("config.json", "config.yaml", "log.csv"):
+        assert (output / name).read_bytes() == (wholes[kind] / name).read_bytes()
+
+
+def test_interrupted_training_says_how_to_go_on(
+    world: Path, tmp_path: Path, wholes: dict[str, Path]
+) -> None:
+    output = tmp_path / "student"
+    argv = arguments(world, output, *LONG)
+    work = tmp_path / "student.partial"
+    with started(argv) as process:
+        wait_for(process, lambda: any(work.glob("step-*")))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert out == ""
+    assert "finishing this step, then saving; Ctrl-C again ends at once" in err
+    found = re.search(r"stopped after step (\d+) of 24; the same command with --resume goes", err)
+    assert found, err
+    step = int(found[1])
+    assert 3 <= step < 24
+    assert (work / f"step-{step:07d}").is_dir()
+    assert [row["step"] for row in log_of(work)] == list(range(1, step + 1))
+    assert not output.exists()
+    assert main([*argv, "--resume"]) == 0
+    assert same_result(output, wholes["plain"])
+
+
+def test_second_interrupt_ends_at_once(world: Path, tmp_path: Path) -> None:
+    """The checkpoints from before are there."""
+    argv = arguments(world, tmp_path / "student", "--steps", "100000", "--checkpoint-every", "5")
+    work = tmp_path / "student.partial"
+    with started(argv) as process:
+        wait_for(process, (work / "step-0000005").exists)
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "stopped" in err
+    assert list(work.glob("step-*"))
+
+
+class Interrupt:
+    """Stands in for Ctrl-C while a step is computed."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        if info["iteration"] == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def on_val_loss_report(self, info: dict[str, Any]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6])
+def test_interrupt_at_any_step(
+    world: Path,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
+) -> None:
+    argv = arguments(world, tmp_path / "student")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(step))
+        status = main(argv)
+    if step < 5:  # it is heard of after the next step; the sixth is the last one
+        assert status == 130
+        assert f"stopped after step {step + 1} of 6" in capsys.readouterr().err
+        assert main([*argv, "--resume"]) == 0
+    else:
+        assert status == 0
+    assert same_result(tmp_path / "student", finished)
+
+
+def leave_unfinished(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(2))
+        assert main(arguments(world, output)) == 130
+
+
+def test_other_options_are_not_resumed(
+    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    output = tmp_path / "student"
+    leave_unfinished(world, output, monkeypatch)
+    sentence = refuses(arguments(world, output, "--resume", "--batch-size", "2", "--steps", "9"))
+    assert sentence == (
+        "cannot resume with other settings: batch_size was 3, is 2; training.steps was 6, is 9"
+    )
+    sentence = refuses(arguments(world, output, "--resume", "--loss", "hard"))
+    assert "loss was ['forward_kl'], is ['hard']" in sentence
+    sentence = refuses(arguments(world, output))
+    assert "holds an unfinished training; add --resume, or remove it" in sentence
+    assert main(arguments(world, output, "--resume")) == 0
+    assert same_result(output, finished)
+
+
+def test_refused_resume_keeps_the_checkpoints(
+    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "student"
+    leave_unfinished(world, output, monkeypatch)
+    before = sorted(path.name for path in (tmp_path / "student.partial").iterdir())
+    sentence = refuses(arguments(world, output, "--resume", "--report-to", "carrier-pigeon"))
+    assert "carrier-pigeon" in sentence
+    assert sorted(path.name for path in (tmp_path / "student.partial").iterdir()) == before
+
+
+def test_resume_of_a_damaged_folder(
+    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch, finished: Path
+) -> None:
+    """Without settings nothing is resumed; a damaged checkpoint gives way to the one before."""
+    output = tmp_path / "student"
+    leave_unfinished(world, output, monkeypatch)
+    work = tmp_path / "student.partial"
+    names = sorted(path.name for path in work.glob("step-*"))
+    assert names == ["step-0000002", "step-0000003"]
+    weights = work / "step-0000003" / "network.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    settings = (work / "settings.json").read_text()
+    (work / "settings.json").write_text(settings[:20])
+    argv = arguments(world, output, "--resume")
+    assert f"{work / 'settings.json'} cannot be read as JSON: " in refuses(argv)
+    (work / "settings.json").write_text(settings)
+    assert main(argv) == 0
+    assert same_result(output, finished)
+
+
+def full_disk(*args: Any, **options: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_at_the_export(
+    world: Path, tmp_path: Path, refuses: Refuse, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is not lost."""
+    output = tmp_path / "student"
+    argv = arguments(world, output)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_distill.distillation.exporting.save_config", full_disk)
+        sentence = refuses(argv)
+    assert sentence == f"{output} could not be written: [Errno 28] No space left on device"
+    assert {path.name for path in tmp_path.iterdir()} == {"student.partial"}
+    assert main([*argv, "--resume"]) == 0
+    assert same_result(output, finished)
+
+
+def test_full_disk_at_a_checkpoint(
+    world: Path, tmp_path: Path, refuses: Refuse, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "student"
+    argv = arguments(world, output)
+    save = mx.save_safetensors
+
+    def fails_later(path: str, *args: Any) -> None:
+        if (tmp_path / "student.partial" / "step-0000002").exists():
+            raise RuntimeError("[save] Failed to write")
+        save(path, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", fails_later)
+        sentence = refuses(argv)
+    good = tmp_path / "student.partial" / "step-0000002"
+    assert sentence == (
+        "the checkpoint of step 4 could not be written ([save] Failed to write); the last good "
+        f"checkpoint is {good}"
+    )
+    assert main([*argv, "--resume"]) == 0
+    assert same_result(output, finished)
+
+
+# ---------------------------------------------------------------------------------- not a number
+
+
+def test_poisoned_student_is_not_trained(
+    world: Path, tmp_path: Path, refuses: Refuse, tokenizer: Any
+) -> None:
+    weights = save(tmp_path / "poisoned", TINY, 3, tokenizer) / "model.safetensors"
+    values: dict[str, mx.array] = mx.load(str(weights))  # pyright: ignore
+    mx.eval(values)
+    values["model.norm.weight"] = mx.full((32,), mx.nan)
+    mx.save_safetensors(str(weights), values, {"format": "mlx"})
+    argv = without(arguments(world, tmp_path / "student"), "--student-config")
+    sentence = refuses([*argv, "--student", str(tmp_path / "poisoned")])
+    found = re.match(
+        r"the loss of step 1 is nan, on rows \[(.*)\] of the data; there is no checkpoint before "
+        r"it; a smaller learning rate may help",
+        sentence,
+    )
+    assert found, sentence
+    rows = [int(row) for row in found[1].split(", ")]
+    assert len(set(rows)) == 3
+    assert all(0 <= row < 12 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"poisoned"}
+
+
+def test_training_that_explodes_keeps_its_last_good_checkpoint(
+    world: Path, tmp_path: Path, refuses: Refuse
+) -> None:
+    more = ["--learning-rate", "1000", "--checkpoint-every", "1", "--warmup", "0"]
+    sentence = refuses(arguments(world, tmp_path / "student", *more))
+    found = re.match(
+        r"the (loss|gradient) of step (\d) is (nan|-?inf), on rows \[.*\] of the data; the last "
+        r"good checkpoint is (.*); a smaller learning rate may help",
+        sentence,
+    )
+    assert found, sentence
+    step = int(found[2]) - 1
+    folder = tmp_path / "student.partial" / f"step-{step:07d}"
+    assert found[4] == str(folder)
+    saved = mx.load(str(folder / "network.safetensors"))
+    assert isinstance(saved, dict)
+    assert all(mx.isfinite(x).all().item() for x in saved.values())
+    assert not (tmp_path / "student").exists()
