@@ -67,8 +67,9 @@ class Draft:
         if self.tokens.size > MOST_COMPARED:
             arrays = _likeliest(*arrays, num_nodes)
         depth = min(self.max_depth, num_nodes - 1)
-        *arrays, ranks = _best_first(*arrays, mx.array([num_nodes]), num_nodes, depth)
-        return PrefixTree(*arrays, depth, ranks)
+        limit = mx.array([num_nodes])
+        tokens, parents, mask, depths, ranks = _best_first(*arrays, limit, num_nodes, depth)
+        return PrefixTree(tokens, parents, mask, depths, depth, ranks)
 
     def best_chain(self, num_nodes: int) -> PrefixTree:
         """Return the best path of full length, cut to ``num_nodes`` nodes, as a tree."""
