@@ -6,13 +6,13 @@ best fixed shape is known in hindsight. Time is a sum of costs; nothing is timed
 
 import itertools
 import json
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from mlx_distill.benchmarking.traces import TracedText
 from mlx_distill.drafters.protocol import DraftPlan, Outcome
 from mlx_distill.speculation.acceptance import Acceptance, model_rates
 from mlx_distill.speculation.costs import Costs
@@ -39,30 +39,8 @@ def costs(curve: Callable[[int], float], draft: float = 0.03, overhead: float = 
     return Costs((128,), ROWS, (calls,), WIDTHS, LENGTHS, drafts, overhead)
 
 
-class Text:
-    """Places of a text, each with the draft that begins there, as ``record_traces`` writes them."""
-
-    def __init__(self, places: Sequence[tuple[Sequence[int], Sequence[int]]]):
-        self.places = places
-        self.tree = cache(self._tree)
-
-    def _tree(self, place: int, plan: DraftPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the parents of a shape's tree at a place, and the path that is accepted."""
-        parents, right = self.places[place % len(self.places)]
-        depths, beams, counts = [0], [0], [1]
-        for parent in parents[1:]:
-            depths.append(depths[parent] + 1)
-            counts += [0] * (depths[-1] + 1 - len(counts))
-            beams.append(max(beams[parent], counts[depths[-1]]))
-            counts[depths[-1]] += 1
-        kept = [
-            node
-            for node in range(len(parents))
-            if depths[node] <= plan.draft_length and beams[node] < plan.beam_width
-        ][: plan.nodes]
-        index = {node: number for number, node in enumerate(kept)}
-        path = (0, *(index[node] for node in right if node in index))
-        return tuple(index[parents[node]] for node in kept), path
+class Text(TracedText):
+    """A traced text on a simulated machine."""
 
     def fixed(self, machine: Costs, plan: DraftPlan, num_tokens: int) -> float:
         """Return the tokens per plain step's time with one shape throughout."""
@@ -147,7 +125,7 @@ def test_a_useless_drafter_costs_at_most_three_percent(curve: str, draft: float)
 
 def test_where_nothing_can_pay_nothing_is_drafted() -> None:
     planner = AdaptivePlanner(costs(float, draft=0.0, overhead=0.0))
-    run = Run(Text([((0, 1, 2, 3), (1, 2, 3))]), planner.costs, planner)
+    run = Run(Text([((0, 0, 1, 2), (1, 2, 3))]), planner.costs, planner)
     assert run.until(100) == 1
     assert set(run.plans) == {None}
 
