@@ -203,8 +203,8 @@ def test_published_figures_name_their_sources() -> None:
 def test_lines_lie_where_their_values_are() -> None:
     x, y = Axis("x", 1, 3), Axis("y", 0, 2)
     drawn = lines([Line("one", [(1, 0), (3, 2)]), Line("<two>", [(2, 1)])], x, y, 1)
-    assert 'points="54.0,236.0 428.0,14.0"' in drawn
-    assert 'points="241.0,125.0"' in drawn
+    assert 'points="54.0,236.0 420.0,14.0"' in drawn
+    assert 'points="237.0,125.0"' in drawn
     assert "&lt;two&gt;: 1 at 2" in drawn
     assert 'class="reference"' in drawn
     assert "reference" not in lines([Line("one", [(1, 0)])], x, y, 3)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 440, 280
-LEFT, RIGHT, TOP, BOTTOM = 54, 12, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 54, 20, 14, 44
 COLOURS = 6
 Number = int | float
 

@@ -157,8 +157,8 @@ def _acceptance(result: Mapping[str, Any]) -> str:
     parts = []
     if series:
         depths = [float(depth) for line in series for depth, _ in line.points]
-        x = Axis.over("drafted tokens", [1.0, *depths])
-        y = Axis("share of calls that accept as many", 0, 1)
+        x = Axis.over("drafted tokens, at least", [1.0, *depths])
+        y = Axis("share of calls that accept", 0, 1)
         parts.append(f"<figure>{lines(series, x, y)}</figure>")
     if classes:
         heads = ("class of prompt", "prompts", "speed-up", "tokens/call")
