@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import re
+import runpy
 import struct
 import subprocess
 import sys
@@ -520,10 +521,14 @@ def test_module_from_another_folder(tmp_path: Path, expected: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_example_runs() -> None:
-    example = REPOSITORY / "examples" / "continue_story.py"
-    run = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, check=True)
-    assert len(run.stdout) > 100
+def test_example_runs(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    bundled_pair: tuple[Any, Any],
+) -> None:
+    monkeypatch.setattr(mlx_distill, "load", lambda folder: bundled_pair)
+    runpy.run_path(str(REPOSITORY / "examples" / "continue_story.py"), run_name="__main__")
+    assert len(capsys.readouterr().out) > 100
 
 
 def test_a_draft_model_drafts_by_mlx_lms_own_loop(capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,10 +52,10 @@ def student_of(kind: str) -> nn.Module:
     ("kind", "work"),
     [
         ("full", Work(Batch(2, 64))),
-        ("full", Work(Batch(4, 192))),
+        ("full", Work(Batch(3, 144))),
         ("full", Work(Batch(2, 96), accumulated=True)),
         ("full bfloat16", Work(Batch(2, 32))),
-        ("checkpointed", Work(Batch(4, 192), checkpointed=True)),
+        ("checkpointed", Work(Batch(3, 144), checkpointed=True)),
         ("lora", Work(Batch(2, 128))),
         ("4-bit lora", Work(Batch(4, 32))),
         ("lora", Work(Batch(1, 32), judged=Batch(2, 192))),
