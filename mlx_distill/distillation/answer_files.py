@@ -5,6 +5,7 @@
 temperature 0, and ``cls``, which may be left out, what kind of prompt it answers.
 """
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +95,12 @@ def read_answers(path: str | Path) -> WrittenAnswers:
         InputError: If it cannot be read, or holds something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+        with open(path, "rb") as file:
+            found = np.load(file, allow_pickle=False)
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                raise ValueError("it holds a single array")
+            arrays = {name: found[name] for name in found.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as answers: {one_line(error)}") from None
     missing = [name for name in NAMES if name not in arrays]
     if missing:

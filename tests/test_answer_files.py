@@ -1,0 +1,86 @@
+"""Answers as token ids in one file: read as they are, and refused in a sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_distill import train_drafter
+from mlx_distill.data.report import Report
+from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
+from mlx_distill.distillation.responses import Response
+from mlx_distill.errors import InputError
+
+ARRAYS: dict[str, Any] = {
+    "prompt": np.array([1, 2, 3, 4], np.uint16),
+    "prompt_len": np.array([3, 1]),
+    "answer": np.array([5, 6, 7, 8, 9], np.uint16),
+    "answer_len": np.array([2, 3]),
+    "greedy": np.array([True, False]),
+    "cls": np.array(["chat", "code"]),
+}
+
+
+def file_of(folder: Path, **changes: Any) -> Path:
+    path = folder / "answers.npz"
+    arrays = {name: value for name, value in (ARRAYS | changes).items() if value is not None}
+    np.savez(path, **arrays)
+    return path
+
+
+def test_rows_are_cut_by_their_lengths(tmp_path: Path):
+    found = read_answers(file_of(tmp_path))
+    assert found.responses == [Response([1, 2, 3], [5, 6]), Response([4], [7, 8, 9])]
+    assert (found.greedy, found.kinds) == ([True, False], ["chat", "code"])
+    assert (found.longest, found.num_tokens) == (5, 5)
+    assert found.greedy_ones() == WrittenAnswers([Response([1, 2, 3], [5, 6])], [True], ["chat"])
+    assert read_answers(file_of(tmp_path, cls=None)).kinds == []
+
+
+def test_what_a_model_cannot_read_is_counted(tmp_path: Path):
+    report = Report(rows=2)
+    kept = read_answers(file_of(tmp_path)).within(4, report)
+    assert [one.prompt for one in kept.responses] == [[4]]
+    assert (report.kept, report.reasons()) == (1, "1 longer than the model's 4 tokens")
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"answer": None}, "holds no answers: it lacks answer"),
+        ({"answer_len": np.array([2, 2])}, "answer and answer_len do not fit"),
+        ({"prompt_len": np.array([4, 0])}, "prompt and prompt_len do not fit"),
+        ({"prompt": np.array([1, -2, 3, 4])}, "prompt and prompt_len do not fit"),
+        ({"answer": np.zeros(5)}, "answer and answer_len do not fit"),
+        ({"greedy": np.array([True])}, "do not fit"),
+        ({"cls": np.array(["chat"])}, "1 kinds for 2 answers"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, changes: dict[str, Any], sentence: str):
+    with pytest.raises(InputError, match=sentence):
+        read_answers(file_of(tmp_path, **changes))
+
+
+def test_answers_of_another_model_are_refused(tmp_path: Path):
+    answers = read_answers(file_of(tmp_path))
+    answers.check(10)
+    with pytest.raises(InputError, match="token 9 is beyond this one's 9"):
+        answers.check(9)
+    with pytest.raises(InputError, match="none of the answers was written at temperature 0"):
+        answers.only([1]).greedy_ones()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{}"])
+def test_the_command_refuses_what_is_no_file_of_answers(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "x.npz").write_bytes(content)
+    flags = ["--answers", str(tmp_path / "x.npz"), "--output", str(tmp_path / "d")]
+    assert train_drafter.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot be read as answers" in error
+    assert list(tmp_path.iterdir()) == [tmp_path / "x.npz"]
+    assert train_drafter.main(["--output", str(tmp_path / "d")]) == 2
+    assert "--data" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""Which drafts a step learns: all of an epoch's, once, group by group, and the same ones again."""
+
+import numpy as np
+import pytest
+
+from mlx_distill.distillation.start_order import StartOrder
+
+SIZES = [5, 0, 9, 3, 12, 7, 1]
+ROWS = [6, 1, 10, 4, 13, 8, 2]
+
+
+def order_of(most_rows: int, count: int = 4, seed: int = 0) -> StartOrder:
+    return StartOrder(SIZES, ROWS, most_rows, count, seed)
+
+
+@pytest.mark.parametrize("most_rows", [1, 14, 20, 100])
+def test_groups_hold_every_answer_once_and_fit(most_rows: int):
+    groups = order_of(most_rows).groups
+    found = sorted(answer for group in groups for answer in group)
+    assert found == [0, 2, 3, 4, 5, 6]  # nothing can start in the other
+    assert all(len(g) == 1 or sum(ROWS[one] for one in g) <= most_rows for g in groups)
+    assert len(order_of(100).groups) == 1
+
+
+@pytest.mark.parametrize("most_rows", [1, 20, 100])
+def test_an_epoch_takes_every_start_at_most_once(most_rows: int):
+    order = order_of(most_rows)
+    seen: dict[int, list[int]] = {}
+    for step in range(order.steps_per_epoch):
+        asked = order.at(step)
+        seen.setdefault(asked.group, []).extend(asked.numbers.tolist())
+    assert seen.keys() == set(range(len(order.groups)))
+    for group, numbers in seen.items():
+        size = sum(SIZES[answer] for answer in order.groups[group])
+        assert len(set(numbers)) == len(numbers) > size - 4
+        assert set(numbers) <= set(range(size))
+
+
+def test_a_step_is_a_function_of_its_number_and_the_seed():
+    def numbers(step: int, seed: int = 0) -> list[int]:
+        return order_of(20, seed=seed).at(step).numbers.tolist()
+
+    order = order_of(20)
+    steps = [order.at(step) for step in range(2 * order.steps_per_epoch)]
+    for step in (7, 0, len(steps) - 1):
+        np.testing.assert_array_equal(steps[step].numbers, numbers(step))
+    assert numbers(0) != numbers(order.steps_per_epoch)
+    assert numbers(0) != numbers(0, seed=1)
