@@ -5,7 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ def provenance() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of what a result depends on."""
     names = ("mlx-distill", "mlx", "mlx-lm", "numpy")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    """Return a package's version; a checkout that is only on the path has none."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def description() -> dict[str, Any]:
