@@ -148,7 +148,8 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[4, 8, 16],
         metavar="INT",
-        help="tokens of a draft that the teacher verifies in one call (default: 4 8 16)",
+        help="tokens of a draft that the teacher verifies in one call, each at least "
+        "1 (default: 4 8 16)",
     )
     parser.add_argument(
         "--beams",
@@ -156,7 +157,7 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=[4, 6],
         metavar=("WIDTH", "LENGTH"),
-        help="beams of the drafts and their length (default: 4 6)",
+        help="beams of the drafts and their length, each at least 1 (default: 4 6)",
     )
     parser.add_argument(
         "--data-layout",

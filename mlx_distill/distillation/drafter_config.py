@@ -36,7 +36,7 @@ class DrafterTraining:
         unroll: Drafted tokens per start.
         decay: The i-th drafted token weighs decay ** (i - 1) in the loss.
         starts: Drafts per step.
-        epochs: How often every answer is learned; without it, the number of steps decides.
+        epochs: How often every answer is learned. Without it, the number of steps decides.
         feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
             is computed again in every epoch. Without it, a quarter of the machine's memory.
         batch_size: Answers that the target reads at once.

@@ -97,8 +97,9 @@ class RecurrentDrafterConfig:
         missing = [name for name in required if name not in values]
         if missing:
             raise InputError(f"the drafter's config lacks the fields: {', '.join(missing)}")
-        # JSON knows lists alone.
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        if isinstance(values.get("taps"), list):  # JSON knows no tuples
+            values = {**values, "taps": tuple(values["taps"])}
+        return cls(**values)
 
 
 class ResidualBlock(nn.Module):

@@ -147,7 +147,9 @@ def _go_through(
         drafts = [_draft(text, plan) for text in texts]  # all are on their way before one is read
         for text, draft in zip(texts, drafts, strict=True):
             follows = text.answer[text.place + 1 :]
-            accepted = accepted_tokens(*map(to_host, draft), follows) if draft else 0
+            accepted = (
+                accepted_tokens(to_host(draft[0]), to_host(draft[1]), follows) if draft else 0
+            )
             brought = min(accepted + 1, len(follows))
             for kind in {"", text.kind}:
                 worth.setdefault(kind, Worth()).add(accepted, brought)
