@@ -1,8 +1,7 @@
 """Decoding without a drafter of ours: mlx-lm's own loops, alone and with a draft model."""
 
-import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +10,14 @@ import mlx.core as mx
 from mlx import nn
 from mlx_lm.generate import generate_step, speculative_generate_step
 
-from mlx_distill.core.sampling import Sampling, TextNoise, sample
+from mlx_distill.arrays import to_number
+from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import LogitsProcessor, failed_after
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
 from mlx_distill.speculation.ledger import PlainLedger, give_up
 from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.target.tree_cache import can_trim
 
 
 @dataclass
@@ -57,6 +58,23 @@ class PlainDecoding:
         }
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What a token was drawn from.
+
+    Args:
+        log_probs: Of the tokens.
+        noise: That was added; None at temperature 0.
+        failed: Whether the log-probabilities are no numbers.
+        certain: Whether the filters looked at enough of them; None where they look at all.
+    """
+
+    log_probs: mx.array
+    noise: mx.array | None
+    failed: mx.array
+    certain: mx.array | None
+
+
 class PlainSampler:
     """Draws as the drafting loop does, and notes where the logits are no numbers.
 
@@ -66,25 +84,73 @@ class PlainSampler:
     Args:
         sampling: How tokens are drawn.
         key: Of the text's random numbers.
+        fast: Whether filters may leave a doubt, so that ``checked`` has to be asked.
     """
 
-    def __init__(self, sampling: Sampling, key: mx.array):
+    def __init__(self, sampling: Sampling, key: mx.array, fast: bool):
         self.sampling = sampling
-        self.failed: deque[mx.array] = deque()
+        self.fast = fast
+        self.draws: deque[Draw] = deque()
         self._key = key
         self._noise: TextNoise | None = None
-        self._places = itertools.count()
+        self._place = 0
 
     def __call__(self, log_probs: mx.array) -> mx.array:
         """Return a token per row of log-probabilities."""
         # One entry tells: mlx-lm has normalised them.
         failed = mx.isnan(log_probs.reshape(-1)[:1])
-        mx.async_eval(failed)
-        self.failed.append(failed)
         if self.sampling.temperature and self._noise is None:
             self._noise = TextNoise(self._key, log_probs.shape[-1])
-        rows = None if self._noise is None else self._noise.rows(next(self._places), 1)
-        return sample(log_probs.astype(mx.float32), self.sampling, rows)
+        rows = None if self._noise is None else self._noise.rows(self._place, 1)
+        self._place += 1
+        log_probs = log_probs.astype(mx.float32)
+        if self.fast:
+            token, certain = sample_fast(log_probs, self.sampling, rows)
+        else:
+            token, certain = sample(log_probs, self.sampling, rows), None
+        mx.async_eval(failed, *(() if certain is None else (certain,)))
+        self.draws.append(Draw(log_probs, rows, failed, certain))
+        return token
+
+    def checked(self, draw: Draw, token: int) -> int:
+        """Return the token that filters of all tokens draw, where there is a doubt."""
+        if draw.certain is None or draw.certain.all().item():
+            return token
+        return int(to_number(sample(draw.log_probs, self.sampling, draw.noise)))
+
+    def forget(self) -> None:
+        """Take back the draws that nobody has looked at."""
+        self._place -= len(self.draws)
+        self.draws.clear()
+
+
+def _steps(
+    decoding: PlainDecoding, sampler: PlainSampler, tokens: mx.array
+) -> Generator[tuple[Draw, int, mx.array], None, None]:
+    """Yield each draw, its token and the log-probabilities.
+
+    mlx-lm's loop is one step ahead of the host. Where that step was given a token that should not
+    have been drawn, which is very seldom, it is taken back and made again.
+    """
+    left = decoding.max_tokens
+    prompt: mx.array | None = tokens
+    while prompt is not None:
+        options = decoding.options(sampler)
+        options["max_tokens"] = left
+        with closing(generate_step(prompt, decoding.model, **options)) as steps:
+            prompt = None
+            for drawn, logits in steps:
+                left -= 1
+                draw = sampler.draws.popleft()
+                token = sampler.checked(draw, int(drawn))
+                yield draw, token, logits
+                if token != drawn:
+                    prompt = mx.array([token])
+                    break
+        if prompt is not None:
+            sampler.forget()
+            for cache in decoding.caches:
+                cache.trim(1)
 
 
 def decode_plainly(decoding: PlainDecoding, tokens: mx.array, key: mx.array) -> DecodedTokens:
@@ -93,19 +159,20 @@ def decode_plainly(decoding: PlainDecoding, tokens: mx.array, key: mx.array) -> 
     Raises:
         InputError: If the model's logits are not numbers.
     """
-    sampler = PlainSampler(decoding.sampling, key)
+    # A step can be taken back where nobody else has seen it.
+    alone = not decoding.keep_caches and not decoding.logits_processors
+    sampler = PlainSampler(decoding.sampling, key, alone and all(map(can_trim, decoding.caches)))
     ledger = PlainLedger(decoding.caches, tokens.size) if decoding.keep_caches else None
-    steps = generate_step(tokens, decoding.model, **decoding.options(sampler))
     try:
-        with closing(steps):
-            for number, (token, logits) in enumerate(steps):
-                if sampler.failed.popleft().item():
+        with closing(_steps(decoding, sampler, tokens)) as steps:
+            for number, (draw, token, logits) in enumerate(steps):
+                if draw.failed.item():
                     raise failed_after(number)
                 if number:
                     decoding.counters.add([0], 0)
                 if ledger:
                     ledger.hand_out()
-                yield DecodedToken(int(token), logits, None, False)
+                yield DecodedToken(token, logits, None, False)
     except GeneratorExit:  # between two tokens, where mlx-lm's cache is as it should be
         raise
     except BaseException:
