@@ -107,9 +107,10 @@ class Alternating:
     def __init__(self) -> None:
         self.outcomes: list[Outcome | None] = []
         self.plans: list[DraftPlan | None] = []
+        self.texts: set[int] = set()
 
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
-        assert text == 0
+        self.texts.add(text)
         self.outcomes.append(outcome)
         number = len(self.outcomes)
         plan = DraftPlan(3, 1 + number % 4, 6) if number % 2 else None
@@ -129,6 +130,7 @@ def test_a_planner_shapes_every_draft_and_parks(
     assert "".join(response.text for response in responses) == expected
     outcomes = [outcome for outcome in planner.outcomes if outcome is not None]
     assert planner.outcomes[0] is None
+    assert len(planner.texts) == 1
     parked = [outcome for outcome in outcomes if len(outcome.parents) == 1]
     assert len(parked) >= 3
     assert all(outcome.num_accepted == 0 for outcome in parked)
@@ -202,3 +204,10 @@ def test_an_answer_ends_where_the_positions_end(
     assert max(x.max().item() for part, x in seen if part is table) == limit - 1
     with pytest.raises(InputError, match=f"no room for an answer: .* the model's {limit}"):
         mlx_distill.stream_generate(model, tokenizer, [5] * limit, drafter=drafter)
+
+
+def test_texts_of_several_engines_have_numbers_of_their_own(pair: tuple[Any, Any]) -> None:
+    """One planner serves them all, and learns from each what it asked of it."""
+    engines = [Engine(*pair) for _ in range(3)]
+    numbers = [engine.submit(Request(mx.array([5, 6]), 2)) for engine in engines for _ in range(2)]
+    assert len(set(numbers)) == 6

@@ -40,6 +40,10 @@ from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.target import Target
 
 
+# Of texts: no two in a process have the same, since a planner may serve several engines.
+_numbers = itertools.count()
+
+
 @dataclass(frozen=True)
 class Emitted:
     """The next token of a text.
@@ -83,7 +87,6 @@ class Engine:
         self.num_draft_tokens = num_draft_tokens
         if draft_model is not None:
             checks.check_draft_model(drafter, num_draft_tokens)
-        self._numbers = itertools.count()
         self._texts: dict[int, Responses] = {}
         self._ready: list[Emitted] = []
 
@@ -109,7 +112,7 @@ class Engine:
             InputError: If the prompt is longer than the model's context, a token is none of the
                 model's, or the caches cannot be used.
         """
-        number, counters = next(self._numbers), DraftCounters()
+        number, counters = next(_numbers), DraftCounters()
         caches = self._caches(request)
         max_tokens = checks.check_request(self.model, self.positions, request, caches)
         decode = self._plain if self.drafter is None else self._drafted

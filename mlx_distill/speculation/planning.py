@@ -136,7 +136,7 @@ class AdaptivePlanner:
     def _state(self, text: int, outcome: Outcome | None) -> TextState:
         """Return what is known of a text; a new one starts with what others came to.
 
-        Numbers come again where engines do: a text that has no outcome any more is another one.
+        A text that has no outcome any more is another one of the same number.
         """
         state = self._texts.get(text)
         if state is None or (outcome is None and state.seen is not None):
