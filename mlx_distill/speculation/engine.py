@@ -39,7 +39,6 @@ from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.target import Target
 
-
 # Of texts: no two in a process have the same, since a planner may serve several engines.
 _numbers = itertools.count()
 
