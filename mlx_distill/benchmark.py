@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.report and not arguments.sweep_prompts:
         arguments.sweep_prompts = min(PAGE_SWEEP, arguments.num_prompts)
     config = from_flags(BenchmarkConfig, arguments)
-    plan = cli.asked_shape(_parser(), argv)
+    plan = cli.asked_shape(_parser(), argv, arguments)
     sampling = from_flags(Sampling, arguments)
     files = {name: cli.new_file(getattr(arguments, name)) for name in WRITTEN}
     _check(arguments, config)

@@ -69,13 +69,21 @@ def add_shape_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def asked_shape(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> DraftPlan | None:
-    """Return the shape that the flags ask for; None if they leave it to what was measured."""
+def asked_shape(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, arguments: argparse.Namespace
+) -> DraftPlan | None:
+    """Return the shape that the flags ask for; None if they leave it to what was measured.
+
+    The arguments then have none either, so that no report says of a planned draft that it had one.
+    """
     names = [field.name for field in fields(DraftPlan)]
     # What is in the namespace already gets no default.
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
     values = {name: value for name in names if (value := getattr(given, name)) is not None}
-    return DraftPlan(**values) if values or given.no_calibrate else None
+    if values or given.no_calibrate:
+        return DraftPlan(**values)
+    vars(arguments).update(dict.fromkeys(names))
+    return None
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
     sampling = from_flags(Sampling, arguments)
-    plan = cli.asked_shape(_parser(), argv)
+    plan = cli.asked_shape(_parser(), argv, arguments)
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
     if arguments.draft_model and arguments.drafter:

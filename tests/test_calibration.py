@@ -1,5 +1,6 @@
 """Calibration: tasks timed by clocks of our own, files that are kept, or ignored and made anew."""
 
+import argparse
 import importlib
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import mlx.core as mx
 import pytest
 
 import mlx_distill
+from mlx_distill import cli
 from mlx_distill.calibration import automatic, store
 from mlx_distill.calibration.config import QUICK, CalibrationConfig
 from mlx_distill.calibration.measuring import Calibration, Pair, calibrate, usable_contexts
@@ -340,3 +342,12 @@ def test_flags_of_a_shape_keep_it(
     monkeypatch.setattr(command, "stream_generate", no_text)
     assert command.main([*flags, "--max-tokens", "1"]) == 0
     assert seen == [plan]
+
+
+def test_a_report_of_planned_drafts_names_no_shape() -> None:
+    parser = argparse.ArgumentParser()
+    cli.add_shape_flags(parser)
+    for argv, nodes in (([], None), (["--no-calibrate"], 8), (["--beam-width", "2"], 8)):
+        arguments = parser.parse_args(argv)
+        cli.asked_shape(parser, argv, arguments)
+        assert arguments.nodes == nodes
