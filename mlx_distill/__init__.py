@@ -11,6 +11,7 @@ from mlx_distill.distillation.distiller import Examples
 from mlx_distill.distillation.exporting import ExportConfig, export_student
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.drafters.packing import quantize_drafter
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
     "load",
     "load_drafter",
+    "quantize_drafter",
     "read_texts",
     "stream_generate",
 ]

@@ -27,7 +27,6 @@ from mlx_distill.benchmarking.plot import plot
 from mlx_distill.benchmarking.profile import profile, run_profile
 from mlx_distill.benchmarking.table import loss_sentence, show, show_dispatches, show_profile
 from mlx_distill.benchmarking.trace import trace
-from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import Asked, in_turn, read_asked
@@ -35,7 +34,6 @@ from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.loss_memory import loss_memory
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, write_whole
 from mlx_distill.limits import Count, check_value
@@ -138,10 +136,7 @@ def _open(
     """Return the loaded pair, its prompts, and what became of the rows."""
     template_config = cli.template_config(arguments)
     model, tokenizer = cli.load_model(arguments)
-    path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
-    if path is None:
-        raise InputError("a model of your own needs a drafter; name one with --drafter")
-    drafter = load_drafter(path, model, tokenizer)
+    drafter = cli.need_drafter(arguments, model, tokenizer)
     draft_model = cli.load_draft_model(arguments, tokenizer)
     check_draft_model(model, draft_model)
     report = Report(noun="prompts")

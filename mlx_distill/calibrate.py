@@ -20,9 +20,7 @@ from mlx_distill.calibration.config import QUICK, CalibrationConfig
 from mlx_distill.calibration.measuring import Pair, calibrate, summary
 from mlx_distill.calibration.report import plot, show
 from mlx_distill.calibration.store import file_of, identity, keep
-from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
-from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
 from mlx_distill.speculation.caching import CacheConfig
@@ -62,11 +60,8 @@ def _bar(rounds: Iterable[int]) -> Iterable[int]:
 
 def _pair(arguments: argparse.Namespace, cache: CacheConfig) -> Pair:
     """Return the model and the drafter that the flags ask for."""
-    path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
-    if path is None:
-        raise InputError("a model of your own needs a drafter; name one with --drafter")
     model, tokenizer = cli.load_model(arguments)
-    return Pair(model, tokenizer, load_drafter(path, model, tokenizer), cache)
+    return Pair(model, tokenizer, cli.need_drafter(arguments, model, tokenizer), cache)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,10 +27,16 @@ def bundled(name: str) -> Path:
     Raises:
         InputError: If the package was installed without it.
     """
-    for models in (PACKAGE / "models", PACKAGE.parent / "models"):
-        if (models / name / "config.json").exists():
-            return models / name
+    for folder in bundled_folders():
+        if folder.name == name:
+            return folder
     raise InputError(f"the bundled model {name} is missing; install the package again")
+
+
+def bundled_folders() -> list[Path]:
+    """Return the folders of all models and drafters that come with the package."""
+    places = (PACKAGE / "models", PACKAGE.parent / "models")
+    return [file.parent for place in places for file in sorted(place.glob("*/config.json"))]
 
 
 def load(

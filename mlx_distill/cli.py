@@ -53,8 +53,7 @@ def add_drafter_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter",
         type=path,
-        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
-        "model)",
+        help="the drafter's folder or hub repository (default: a bundled one that fits the model)",
     )
 
 
@@ -196,6 +195,33 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
     options = code_options(arguments.trust_remote_code)
     name = arguments.model or bundled("stories-14m")
     return load(name, adapter_path=arguments.adapter_path, **options)
+
+
+def load_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """Return the drafter that the flags ask for, else a bundled one that fits, else None."""
+    from mlx_distill.checkpoint import bundled
+    from mlx_distill.drafters import registry
+
+    path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
+    if path is not None:
+        return registry.load_drafter(path, model, tokenizer)
+    found = registry.bundled_drafter(model, tokenizer)
+    if found is None:
+        return None
+    print(f"drafting with the bundled {found[0].name}, which fits the model", file=sys.stderr)
+    return found[1]
+
+
+def need_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
+    """Return the same.
+
+    Raises:
+        InputError: If no bundled drafter fits.
+    """
+    drafter = load_drafter(arguments, model, tokenizer)
+    if drafter is None:
+        raise InputError("no bundled drafter fits this model; name one with --drafter")
+    return drafter
 
 
 def load_draft_model(arguments: argparse.Namespace, tokenizer: Any) -> Any:

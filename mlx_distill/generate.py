@@ -23,12 +23,10 @@ from rich.style import Style
 
 from mlx_distill import cli, machine
 from mlx_distill.benchmarking.comparison import Comparison, compare, plain
-from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import DraftLength
-from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
@@ -152,8 +150,8 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter",
         type=cli.path,
-        help="the drafter's folder or hub repository (default: the bundled one with the bundled "
-        "model, else none)",
+        help="the drafter's folder or hub repository (default: a bundled one that fits the model, "
+        "else none)",
     )
     parser.add_argument(
         "--draft-model",
@@ -253,15 +251,14 @@ def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) ->
         raise InputError("--drafter and --no-drafter exclude each other")
     if arguments.no_drafter or arguments.draft_model:
         return None
-    path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
-    if path is None:
+    drafter = cli.load_drafter(arguments, model, tokenizer)
+    if drafter is None:
         print(
-            "no drafter is named, so mlx-lm decodes plainly; train one with "
-            "python -m mlx_distill.train_drafter",
+            "no drafter is named and none that is bundled fits, so mlx-lm decodes plainly; train "
+            "one with python -m mlx_distill.train_drafter",
             file=sys.stderr,
         )
-        return None
-    return load_drafter(path, model, tokenizer)
+    return drafter
 
 
 def _print_statistics(

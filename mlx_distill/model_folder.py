@@ -52,7 +52,7 @@ def check_model(path: Path, in_float32: bool) -> dict[str, Any]:
     tensors = _weights(path)
     _check_memory(path, tensors, in_float32)
     check_sizes(config, tensors, str(path / "config.json"))
-    _check_quantization(config.get("quantization"), path / "config.json")
+    check_quantization(config.get("quantization"), path / "config.json")
     for name in SETTINGS:
         if (path / name).exists():
             values = read_json(path / name)
@@ -177,7 +177,7 @@ def _check_end_tokens(tokens: Any, place: Path) -> None:
             raise InputError(f"{place}: eos_token_id must be token ids, got {tokens}")
 
 
-def _check_quantization(settings: Any, place: Path) -> None:
+def check_quantization(settings: Any, place: Path) -> None:
     """Raise InputError if weights are said to be packed as nothing is."""
     if settings is None:
         return

@@ -5,10 +5,11 @@ import io
 import json
 import re
 import runpy
+import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,15 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_distill
-from mlx_distill import DraftPlan, GenerationResponse, benchmark, cli, train_drafter
+from mlx_distill import (
+    DraftPlan,
+    GenerationResponse,
+    benchmark,
+    calibrate,
+    checkpoint,
+    cli,
+    train_drafter,
+)
 from mlx_distill.benchmarking import studies
 from mlx_distill.benchmarking.arms import OURS, Bench
 from mlx_distill.checkpoint import bundled
@@ -137,13 +146,41 @@ def test_generate_without_drafter(capsys: pytest.CaptureFixture[str], expected: 
     assert "Acceptance" not in err
 
 
-def test_generate_with_another_model_says_that_it_has_no_drafter(
+def test_generate_finds_the_bundled_drafter_of_a_model(
     capsys: pytest.CaptureFixture[str], expected: str
 ) -> None:
-    assert generate.main(["--model", str(bundled("stories-14m")), "--max-tokens", "24"]) == 0
+    flags = ["--model", str(bundled("stories-14m")), "--max-tokens", "24", "--json"]
+    assert generate.main(flags) == 0
     out, err = capsys.readouterr()
-    assert out == expected + "\n"
-    assert "no drafter is named" in err
+    assert out.startswith(expected + "\n")
+    assert err.startswith("drafting with the bundled stories-14m-redrafter,")
+    assert last_line(out)["drafted_tokens"] > 0
+    assert generate.main([*flags, "--no-drafter"]) == 0
+    out, err = capsys.readouterr()
+    assert "drafting with" not in err
+    assert last_line(out)["drafted_tokens"] == 0
+
+
+@pytest.mark.parametrize("main", [generate.main, benchmark.main, calibrate.main])
+def test_a_bundled_drafter_of_another_target_is_not_used(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    main: Callable[[list[str]], int],
+) -> None:
+    flags = ["--model", str(bundled("stories-14m"))]
+    folder = tmp_path / "models" / "other"
+    shutil.copytree(bundled("stories-14m-redrafter"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["target"]["tokenizer_hash"] = "another"
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(checkpoint, "PACKAGE", tmp_path)
+    if main is generate.main:
+        assert main([*flags, "--max-tokens", "2"]) == 0
+        assert "no drafter is named and none that is bundled fits" in capsys.readouterr().err
+    else:
+        assert main(flags) == 2
+        assert "no bundled drafter fits this model; name one" in capsys.readouterr().err
 
 
 def test_generate_compares_with_mlx_lm(capsys: pytest.CaptureFixture[str], expected: str) -> None:

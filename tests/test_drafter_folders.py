@@ -9,11 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 import mlx_distill
 from mlx_distill import InputError
 from mlx_distill.checkpoint import bundled
-from mlx_distill.drafters.fingerprint import check_fingerprint
+from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent_folder import save_drafter
+from mlx_distill.target.target import Target
 
 HASH = {"hidden_size": 8, "vocab_size": 100, "tokenizer_hash": "ab"}
 
@@ -199,3 +203,81 @@ def test_weights_that_are_no_numbers_are_refused(
     folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", arrays=spoil)
     with pytest.raises(InputError, match=r"rnn_u\.bias holds values that are no finite numbers"):
         mlx_distill.load_drafter(folder, *bundled_pair)
+
+
+@pytest.fixture
+def wide(bundled_pair: tuple[Any, Any], tmp_path: Path) -> Path:
+    """Return a folder of a drafter with every kind of layer; some rows are no whole groups."""
+    shape = {"exit_dim": 96, "num_draft_layers": 1, "draft_vocab_size": 512, "cell": "gru"}
+    config = RecurrentDrafterConfig(384, 4096, **shape, context_state=True, taps=(1, -1))
+    target = fingerprint(Target.of(bundled_pair[0]), bundled_pair[1])
+    save_drafter(tmp_path / "wide", RecurrentDrafter(config), target, {"README.md": "# wide"})
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_quantised_drafter_is_nearly_the_same_in_less_space(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, wide: Path, bits: int
+) -> None:
+    mlx_distill.quantize_drafter(wide, tmp_path / "small", bits)
+    drafter = mlx_distill.load_drafter(tmp_path / "small", *bundled_pair)
+    whole = mlx_distill.load_drafter(wide, *bundled_pair)
+    assert drafter.config == whole.config
+    values = dict(tree_flatten(whole.network.parameters()))
+    for name, array in tree_flatten(drafter.network.parameters()):
+        step = (values[name].max() - values[name].min()).item() / (2**bits - 1)
+        assert mx.abs(array - values[name]).max().item() <= step
+    before, after = (
+        (folder / "model.safetensors").stat().st_size for folder in (wide, tmp_path / "small")
+    )
+    assert after < before * (bits + 3) / 32
+    assert (tmp_path / "small/README.md").read_text() == "# wide"
+    expected = mlx_distill.generate(*bundled_pair, "Once upon a time", max_tokens=12)
+    options: dict[str, Any] = {"drafter": drafter, "max_tokens": 12}
+    assert mlx_distill.generate(*bundled_pair, "Once upon a time", **options) == expected
+
+
+@pytest.mark.parametrize(
+    "quantization", [{"bits": 7, "group_size": 64}, {"bits": 4, "group_size": 5}, {"bits": 4}, 4]
+)
+def test_a_quantisation_that_there_is_not_is_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, wide: Path, quantization: Any
+) -> None:
+    mlx_distill.quantize_drafter(wide, tmp_path / "small", 4)
+    change = lambda values: values.update(quantization=quantization)  # noqa: E731
+    folder = edited(tmp_path / "small", tmp_path / "edited", change)
+    with pytest.raises(InputError, match="a quantization has"):
+        mlx_distill.load_drafter(folder, *bundled_pair)
+
+
+@pytest.mark.parametrize("name", ["rnn_u.biases", "rnn_u.weight", "rnn_u.scales"])
+@pytest.mark.parametrize("rows", [0, 7])
+def test_a_quantised_matrix_that_lacks_a_part_is_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, wide: Path, name: str, rows: int
+) -> None:
+
+    def cut(weights: dict[str, Any]) -> None:
+        weights[name] = weights[name][:rows]
+        if not rows:
+            del weights[name]
+
+    mlx_distill.quantize_drafter(wide, tmp_path / "small", 4)
+    folder = edited(tmp_path / "small", tmp_path / "edited", arrays=cut)
+    with pytest.raises(InputError, match="does not fit its config"):
+        mlx_distill.load_drafter(folder, *bundled_pair)
+
+
+def test_what_cannot_be_quantised_is_refused(tmp_path: Path, wide: Path) -> None:
+    for bits in (0, 3, 7, True):
+        with pytest.raises(InputError, match="bits must be one of 4, 5, 6, 8, got"):
+            mlx_distill.quantize_drafter(wide, tmp_path / "small", bits)
+    with pytest.raises(InputError, match="holds a llama, not a recurrent_drafter"):
+        mlx_distill.quantize_drafter(bundled("stories-14m"), tmp_path / "small")
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        mlx_distill.quantize_drafter(tmp_path, tmp_path / "small")
+    assert not (tmp_path / "small").exists()
+    mlx_distill.quantize_drafter(wide, tmp_path / "small")
+    with pytest.raises(InputError, match="is quantised already"):
+        mlx_distill.quantize_drafter(tmp_path / "small", tmp_path / "smaller")
+    with pytest.raises(InputError):
+        mlx_distill.quantize_drafter(wide, tmp_path / "small")

@@ -86,7 +86,10 @@ def train_drafter(
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
     given = prompts if isinstance(prompts, WrittenAnswers) else None
-    asked = [one.prompt for one in given.responses] if given else list(prompts)
+    if isinstance(prompts, WrittenAnswers):
+        asked = [one.prompt for one in prompts.responses]
+    else:
+        asked = list(prompts)
     report = report or Report(rows=len(asked), kept=len(asked))
     if given:
         given = _fitting(model, given, config, report)

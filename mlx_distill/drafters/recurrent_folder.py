@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.packing import unpacked
 from mlx_distill.drafters.recurrent import (
     FORMAT_VERSION,
     MODEL_TYPE,
@@ -19,6 +20,7 @@ from mlx_distill.drafters.recurrent import (
 )
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import whole_folder, write_whole
+from mlx_distill.model_folder import check_quantization
 from mlx_distill.safetensors import read_header
 from mlx_distill.target.target import Target
 
@@ -38,12 +40,16 @@ def load(path: Path, fields: dict[str, Any], target: Target, made_for: Fingerpri
     version = fields.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format version {version}, expected {FORMAT_VERSION}")
+    quantization = fields.pop("quantization", None)
+    check_quantization(quantization, path / "config.json")
     config = RecurrentDrafterConfig.from_dict(fields)
     weights = path / "model.safetensors"
-    _check_sizes(config, weights, made_for)
+    _check_sizes(config, weights, made_for, (quantization or {}).get("group_size", 1))
     network = RecurrentDrafter(config)
     try:
-        network.load_weights(str(weights))
+        arrays: dict[str, mx.array] = dict(mx.load(str(weights)))
+        arrays = unpacked(arrays, quantization) if quantization else arrays
+        network.load_weights(list(arrays.items()))
         mx.eval(network.parameters())
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{weights} does not fit its config: {one_line(error)}") from None
@@ -80,7 +86,9 @@ def save_drafter(
         mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
 
 
-def _check_sizes(config: RecurrentDrafterConfig, weights: Path, made_for: Fingerprint) -> None:
+def _check_sizes(
+    config: RecurrentDrafterConfig, weights: Path, made_for: Fingerprint, group_size: int
+) -> None:
     """Raise InputError if a configuration asks for more than its file holds; nothing is built."""
     if config.vocab_size != made_for.get("vocab_size"):
         raise InputError(
@@ -89,6 +97,8 @@ def _check_sizes(config: RecurrentDrafterConfig, weights: Path, made_for: Finger
         )
     tensors = read_header(weights)
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    scales = [one.shape for name, one in tensors.items() if name.endswith(".scales")]
+    widest = max([widest, *(shape[-1] * group_size for shape in scales if shape)])
     sizes = {k: v for k, v in vars(config).items() if k != "vocab_size" and type(v) is int}
     for name, value in sizes.items():
         most = len(tensors) if name == "num_draft_layers" else widest

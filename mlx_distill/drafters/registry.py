@@ -11,13 +11,14 @@ from typing import Any
 
 from mlx import nn
 
-from mlx_distill.checkpoint import local_folder
+from mlx_distill.checkpoint import bundled_folders, local_folder
 from mlx_distill.drafters import recurrent, recurrent_folder
 from mlx_distill.drafters.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
+from mlx_distill.target.taps import tapped
 from mlx_distill.target.target import Target
 
 # By the model_type of config.json: takes the folder, the fields of its own, the target and the
@@ -55,6 +56,28 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
     target.require_drafting()
     check_fingerprint(made_for, fingerprint(target, tokenizer))
     return LOADERS[kind](path, config, target, made_for)
+
+
+def bundled_drafter(model: nn.Module, tokenizer: Any) -> tuple[Path, Drafter] | None:
+    """Return the bundled drafter that fits a model, behind its folder; None if there is none.
+
+    Args:
+        model: The target.
+        tokenizer: The target's; a drafter fits if it was made for the same tokens and width.
+    """
+    target = Target.of(model)
+    if target.support == "none":
+        return None
+    for path in bundled_folders():
+        if _read_config(path).get("model_type") not in LOADERS:
+            continue
+        try:
+            drafter = load_drafter(path, model, tokenizer)
+            with tapped(model, getattr(drafter, "taps", ())):  # has the model so many layers?
+                return path, drafter
+        except InputError:
+            continue
+    return None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

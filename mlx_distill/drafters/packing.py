@@ -1,0 +1,89 @@
+"""Drafters with affine-quantised weights, in and out of folders.
+
+They are as mlx-lm writes models: ``quantization`` in ``config.json``, and for a matrix ``x.weight``
+of packed integers its ``x.scales`` and ``x.biases``. Packed they are on the disk only. A drafter is
+loaded as floating-point numbers: its matrices are joined and tabulated for decoding anyway.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_distill.drafters.recurrent import MODEL_TYPE
+from mlx_distill.errors import InputError
+from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
+from mlx_distill.safetensors import check_safetensors
+
+BITS = (4, 5, 6, 8)
+GROUP_SIZE = 64
+
+
+def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> None:
+    """Write a drafter's folder anew with quantised matrices, a third of the size with 6 bits.
+
+    Args:
+        folder: The drafter's folder; left as it is.
+        output: The new one; must not exist. It gets all text files of the old one, too.
+        bits: Of a weight: 4, 5, 6 or 8. Groups of 64 share a scale and an offset of 16 bits each.
+
+    Raises:
+        InputError: If there is no such drafter, it is quantised already, or nothing can be written.
+    """
+    source = usable_path(folder, "the drafter")
+    if type(bits) is not int or bits not in BITS:
+        raise InputError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    if not (source / "config.json").exists():
+        raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
+    config = read_json(source / "config.json")
+    if config.get("model_type") != MODEL_TYPE:
+        raise InputError(f"{source} holds a {config.get('model_type')}, not a {MODEL_TYPE}")
+    if "quantization" in config:
+        raise InputError(f"{source} is quantised already")
+    check_safetensors(source / "model.safetensors")
+    arrays: dict[str, mx.array] = dict(mx.load(str(source / "model.safetensors")))
+    config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
+    with whole_folder(usable_path(output, "the output")) as writing:
+        for file in source.iterdir():
+            if file.is_file() and file.suffix not in (".safetensors", ""):
+                shutil.copyfile(file, writing / file.name)
+        write_whole(writing / "config.json", json.dumps(config, indent=2))
+        weights = str(writing / "model.safetensors")
+        mx.save_safetensors(weights, _packed(arrays, bits), {"format": "mlx"})
+
+
+def unpacked(arrays: dict[str, mx.array], quantization: dict[str, Any]) -> dict[str, mx.array]:
+    """Return a drafter's arrays as floating-point numbers.
+
+    Args:
+        arrays: Those of its file.
+        quantization: How they are packed: ``bits`` and ``group_size``.
+
+    Raises:
+        ValueError: If a matrix and its scales do not go together.
+    """
+    group_size, bits = quantization["group_size"], quantization["bits"]
+    floats = dict(arrays)
+    for name in arrays:
+        if not name.endswith(".scales"):
+            continue
+        layer = name.removesuffix(".scales")
+        parts = [floats.pop(f"{layer}.{part}", None) for part in ("weight", "scales", "biases")]
+        if any(part is None for part in parts):
+            raise ValueError(f"{layer} lacks a part of a quantised matrix")
+        floats[f"{layer}.weight"] = mx.dequantize(*parts, group_size=group_size, bits=bits)
+    return floats
+
+
+def _packed(arrays: dict[str, mx.array], bits: int) -> dict[str, mx.array]:
+    """Return arrays with all matrices quantised whose rows are whole groups."""
+    packed: dict[str, mx.array] = {}
+    for name, array in arrays.items():
+        packed[name] = array
+        if name.endswith(".weight") and array.ndim == 2 and array.shape[1] % GROUP_SIZE == 0:
+            layer = name.removesuffix(".weight")
+            parts = mx.quantize(array, group_size=GROUP_SIZE, bits=bits)
+            packed |= dict(zip([name, f"{layer}.scales", f"{layer}.biases"], parts, strict=True))
+    return packed
