@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from half_models import tiny_llama
 from mlx import nn
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -33,9 +34,27 @@ def some_texts(count: int, length: int) -> list[Text]:
     return [Text(RANDOM.integers(3, 4096, length).tolist()) for _ in range(count)]
 
 
+# What a kind's words say about the student's shape.
+DEEP = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 512}
+WIDE = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 32768}
+
+
+def teacher_of(kind: str) -> nn.Module:
+    """Return a teacher for a kind of students; it is small where it would hide what they take."""
+    if "deep" in kind or "wide" in kind:
+        return tiny_llama(**(WIDE if "wide" in kind else {}))
+    return load(MODELS / "stories-14m")[0]
+
+
 def student_of(kind: str) -> nn.Module:
-    """Return a small student in the type, and with the trained parameters, of a kind."""
-    student = load(MODELS / "stories-4m")[0]
+    """Return a small student of the shape, in the type and with the trained parameters of a kind.
+
+    Without a shape it has one layer.
+    """
+    if "deep" in kind or "wide" in kind:
+        student = tiny_llama(**(WIDE if "wide" in kind else DEEP))
+    else:
+        student = load(MODELS / "stories-4m")[0]
     if "bfloat16" in kind:
         student.set_dtype(mx.bfloat16)
     if "4-bit" in kind:
@@ -43,7 +62,7 @@ def student_of(kind: str) -> nn.Module:
     if "lora" in kind:
         student.freeze()
         linear_to_lora_layers(student, 1, {"rank": 8, "scale": 20.0, "dropout": 0.0})
-    if kind == "checkpointed":
+    if "checkpointed" in kind:
         checkpoint_layers(student)
     return student
 
@@ -51,20 +70,20 @@ def student_of(kind: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("kind", "work"),
     [
-        ("full", Work(Batch(2, 64))),
-        ("full", Work(Batch(3, 144))),
+        ("deep", Work(Batch(3, 144))),
         ("full", Work(Batch(2, 96), accumulated=True)),
         ("full bfloat16", Work(Batch(2, 32))),
-        ("checkpointed", Work(Batch(3, 144), checkpointed=True)),
+        ("deep checkpointed", Work(Batch(3, 144), checkpointed=True)),
         ("lora", Work(Batch(2, 128))),
         ("4-bit lora", Work(Batch(4, 32))),
-        ("lora", Work(Batch(1, 32), judged=Batch(2, 192))),
         ("lora", Work(Batch(1, 20), written=Batch(64, 20))),
+        ("wide lora", Work(Batch(1, 4), judged=Batch(2, 128))),
+        ("wide lora", Work(Batch(1, 4), written=Batch(64, 4))),
     ],
 )
 def test_estimate_is_the_peak(kind: str, work: Work, tmp_path: Path) -> None:
     """Whichever is the largest: gradients, an update, held-out texts, or what is written."""
-    teacher, student = load(MODELS / "stories-14m")[0], student_of(kind)
+    teacher, student = teacher_of(kind), student_of(kind)
     said = memory_estimate(student, [teacher], work)
     found = re.search(r"about ([0-9.]+) GB", said)
     assert found
@@ -97,10 +116,11 @@ def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_reading_is_estimated(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of eight long texts at once, by a teacher whose answers are kept, or by two models."""
+    """Of four long texts at once, by a teacher whose answers are kept, or by two models."""
     data = tmp_path / "data.jsonl"
+    count = 6 if command == "cache" else 4
     story = "Once upon a time there was a dog. " * 30
-    data.write_text("".join(json.dumps({"text": f"{n}. {story}"}) + "\n" for n in range(6)))
+    data.write_text("".join(json.dumps({"text": f"{n}. {story}"}) + "\n" for n in range(count)))
     teacher, flags = str(MODELS / "stories-14m"), ["--data", str(data), "--batch-size", "4"]
     gc.collect()
     before = mx.get_active_memory()  # what other tests left

@@ -25,7 +25,7 @@ from mlx_distill.target.watching import Heard, listening_once
 # Arrays as large as a chunk's logits that are there at once: in the loss and its gradient, of one
 # chunk and of several; where texts are only judged; where the most probable are looked for; and
 # where a model writes.
-ONE_CHUNK, CHUNKS, JUDGED, RANKED, WRITTEN = 5, 8.5, 6.5, 12, 6
+ONE_CHUNK, CHUNKS, JUDGED, RANKED, WRITTEN = 5, 8.5, 8, 12, 8.5
 SCORES = 1.2  # arrays as large as attention's scores, in a layer
 HEADS = 2  # gradients of the head, where their parts are joined
 # An update makes some dozen arrays of each, ten at a time: so many times the ten largest.
