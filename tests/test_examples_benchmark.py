@@ -54,7 +54,7 @@ def test_it_runs_small_and_goes_on(
     folder = tmp_path / "run"
     assert example.main(flags(folder)) == 0
     out = capsys.readouterr().out
-    assert "2 benchmarks, about a minute" in out
+    assert "2 benchmarks, about " in out
     assert (folder / "report.html").exists()
     planned, beams = (json.loads((folder / f"{name}.json").read_text()) for name in NAMES)
     assert (planned["config"]["tree"], beams["config"]["tree"]) == ("best-first", "beam")
@@ -65,7 +65,7 @@ def test_it_runs_small_and_goes_on(
     for name in (f"{NAMES[1]}.json", "report.html"):
         (folder / name).unlink()
     assert example.main(flags(folder)) == 0
-    assert "1 benchmarks, about a minute" in capsys.readouterr().out
+    assert "1 benchmarks, about " in capsys.readouterr().out
     assert (folder / f"{NAMES[0]}.json").read_bytes() == kept
     assert (folder / "report.html").exists()
 
