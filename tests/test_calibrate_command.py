@@ -36,7 +36,6 @@ def test_it_measures_reports_and_keeps(
     [
         (["--rounds", "1"], "rounds must be at least 3, got 1"),
         (["--rows", "2"], "rows must hold 1, which is a plain step"),
-        (["--model", "somewhere"], "a model of your own needs a drafter"),
         (["--plot", "curve.pdf"], "--plot writes a PNG"),
         (["--output", "/nowhere/result.json"], "its folder does not exist"),
     ],
