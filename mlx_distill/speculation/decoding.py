@@ -69,9 +69,10 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
     """
     ledger = decoding.ledger
     try:
-        first, cycle = _begin(decoding, prompt)
+        first, root, features = _begin(decoding, prompt)
         ledger.hand_out(first.token, 0, in_cache=False)
         yield first
+        cycle = _first_cycle(decoding, prompt, root, features)
         while True:
             draft_next(decoding, cycle)
             # Where nothing was drafted, the device need not wait until the draw is read.
@@ -90,8 +91,13 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
                 ledger.settle()
 
 
-def _begin(decoding: Decoding, prompt: Int[mx.array, " T"]) -> tuple[DecodedToken, Cycle]:
-    """Read the prompt; return the first token, and the cycle that it is the root of."""
+def _begin(
+    decoding: Decoding, prompt: Int[mx.array, " T"]
+) -> tuple[DecodedToken, mx.array, Features]:
+    """Read the prompt; return the first token, the same as a root, and the features behind it.
+
+    Nothing is drafted yet: that would keep the caller waiting for the first token.
+    """
     with mx.stream(generation_stream):
         logits, features = prefill(decoding, prompt)
         decoding.ledger.prompt_is_read()
@@ -102,12 +108,20 @@ def _begin(decoding: Decoding, prompt: Int[mx.array, " T"]) -> tuple[DecodedToke
         root = sample(logits, decoding.sampling, decoding.rows(0, 1))
         report = mx.concatenate([root, failed])
         mx.async_eval(report)
-        decoding.state = decoding.drafter.open(prompt, features)
-        draft = decoding.draft(root, lambda length: decoding.rows(1, length))
     token, failed = to_host(report)
     if failed:
         raise failed_after(0)
-    return DecodedToken(token, logits, 0, False), launch(decoding, root, draft, prompt, 1)
+    return DecodedToken(token, logits, 0, False), root, features
+
+
+def _first_cycle(
+    decoding: Decoding, prompt: Int[mx.array, " T"], root: Int[mx.array, " 1"], features: Features
+) -> Cycle:
+    """Launch the cycle whose root is the first token."""
+    with mx.stream(generation_stream):
+        decoding.state = decoding.drafter.open(prompt, features)
+        draft = decoding.draft(root, lambda length: decoding.rows(1, length))
+    return launch(decoding, root, draft, prompt, 1)
 
 
 def prefill(
