@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_distill.errors import InputError
 from mlx_distill.parsing import parse_json
 
@@ -110,3 +112,10 @@ def _packed_end(tensors: dict[str, Tensor]) -> int:
             raise InputError(f"{name} begins at byte {tensor.start}, the one before ends at {end}")
         end = tensor.end
     return end
+
+
+def read_arrays(path: Path) -> dict[str, mx.array]:
+    """Return the arrays of a safetensors file by name."""
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    return arrays

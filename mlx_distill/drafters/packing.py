@@ -15,10 +15,11 @@ import mlx.core as mx
 from mlx_distill.drafters.recurrent import MODEL_TYPE
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
-from mlx_distill.safetensors import check_safetensors
+from mlx_distill.safetensors import check_safetensors, read_arrays
 
 BITS = (4, 5, 6, 8)
 GROUP_SIZE = 64
+PARTS = "weight", "scales", "biases"
 
 
 def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> None:
@@ -43,7 +44,7 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
     if "quantization" in config:
         raise InputError(f"{source} is quantised already")
     check_safetensors(source / "model.safetensors")
-    arrays: dict[str, mx.array] = dict(mx.load(str(source / "model.safetensors")))
+    arrays = read_arrays(source / "model.safetensors")
     config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
     with whole_folder(usable_path(output, "the output")) as writing:
         for file in source.iterdir():
@@ -70,10 +71,12 @@ def unpacked(arrays: dict[str, mx.array], quantization: dict[str, Any]) -> dict[
         if not name.endswith(".scales"):
             continue
         layer = name.removesuffix(".scales")
-        parts = [floats.pop(f"{layer}.{part}", None) for part in ("weight", "scales", "biases")]
-        if any(part is None for part in parts):
-            raise ValueError(f"{layer} lacks a part of a quantised matrix")
-        floats[f"{layer}.weight"] = mx.dequantize(*parts, group_size=group_size, bits=bits)
+        try:
+            weight, scales, biases = (floats.pop(f"{layer}.{part}") for part in PARTS)
+        except KeyError:
+            raise ValueError(f"{layer} lacks a part of a quantised matrix") from None
+        found = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)
+        floats[f"{layer}.weight"] = found
     return floats
 
 

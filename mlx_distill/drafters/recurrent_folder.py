@@ -21,7 +21,7 @@ from mlx_distill.drafters.recurrent import (
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import whole_folder, write_whole
 from mlx_distill.model_folder import check_quantization
-from mlx_distill.safetensors import read_header
+from mlx_distill.safetensors import read_arrays, read_header
 from mlx_distill.target.target import Target
 
 
@@ -47,7 +47,7 @@ def load(path: Path, fields: dict[str, Any], target: Target, made_for: Fingerpri
     _check_sizes(config, weights, made_for, (quantization or {}).get("group_size", 1))
     network = RecurrentDrafter(config)
     try:
-        arrays: dict[str, mx.array] = dict(mx.load(str(weights)))
+        arrays = read_arrays(weights)
         arrays = unpacked(arrays, quantization) if quantization else arrays
         network.load_weights(list(arrays.items()))
         mx.eval(network.parameters())

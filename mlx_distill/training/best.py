@@ -8,7 +8,8 @@ import mlx.core as mx
 
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
-from mlx_distill.training.checkpoints import NETWORK, read_arrays, write
+from mlx_distill.safetensors import read_arrays
+from mlx_distill.training.checkpoints import NETWORK, write
 from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.masters import Masters
 

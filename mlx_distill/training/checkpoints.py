@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.errors import InputError
 from mlx_distill.files import check_safetensors
+from mlx_distill.safetensors import read_arrays
 
 NETWORK, OPTIMIZER = "network.safetensors", "optimizer.safetensors"
 
@@ -73,13 +74,6 @@ def restore(folder: Path) -> tuple[int, dict[str, mx.array], Any]:
         return 0, {}, {}
     state = list(read_arrays(found[-1] / OPTIMIZER).items())
     return step_of(found[-1]), read_arrays(found[-1] / NETWORK), tree_unflatten(state)
-
-
-def read_arrays(path: Path) -> dict[str, mx.array]:
-    """Return the arrays of a safetensors file by name."""
-    arrays = mx.load(str(path))
-    assert isinstance(arrays, dict)
-    return arrays
 
 
 def checkpoints(folder: Path) -> list[Path]:
