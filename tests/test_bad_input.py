@@ -249,7 +249,3 @@ def test_benchmark_output_that_cannot_be_written(
         assert str(path) in refused(benchmark.main, *sweep, flag, path)
     assert there.read_text() == "mine"
     assert list(tmp_path.iterdir()) == [there]
-
-
-def test_benchmark_of_a_model_without_drafter(refused: Run) -> None:
-    assert "needs a drafter" in refused(benchmark.main, "--model", TARGET)

@@ -57,7 +57,7 @@ def test_it_runs_small_and_goes_on(
     assert "2 benchmarks, about " in out
     assert (folder / "report.html").exists()
     planned, beams = (json.loads((folder / f"{name}.json").read_text()) for name in NAMES)
-    assert (planned["config"]["tree"], beams["config"]["tree"]) == ("best-first", "beam")
+    assert (planned["config"]["tree"], beams["config"]["tree"]) == (None, "beam")
     assert planned["growth"]
     assert planned["trees"]
     assert {"os", "power", "processor", "memory_bytes"} <= set(planned["machine"])
