@@ -73,6 +73,7 @@ class TextState:
         cycles: Until the next choice.
         wait: Tokens of the next pause.
         resume: When the parked text is tried again, in tokens.
+        waiting: Whether it is parked only until it is known what the draft under way came to.
         asked: The latest two: the next outcome is that of the first.
         seen: The latest outcome.
     """
@@ -85,14 +86,19 @@ class TextState:
     cycles: int = 0
     wait: int = FIRST_WAIT
     resume: int = 0
+    waiting: bool = False
     asked: deque[Shape | None] = field(default_factory=lambda: deque((None, None), 2))
     seen: Outcome | None = None
 
     @property
+    def under_way(self) -> float:
+        """What the draft that nothing is known of yet may still lose, in plain steps."""
+        return self.asked[-1].price - 1 if self.asked[-1] else 0.0
+
+    @property
     def budget(self) -> float:
         """What the next draft may lose, in plain steps, if the one under way comes to nothing."""
-        under_way = self.asked[-1].price - 1 if self.asked[-1] else 0.0
-        return LOSS * max(IN_ADVANCE, self.tokens) + self.balance - under_way
+        return LOSS * max(IN_ADVANCE, self.tokens) + self.balance - self.under_way
 
     def park(self, tokens: int) -> None:
         """Decode plainly for so many tokens."""
@@ -164,14 +170,18 @@ class AdaptivePlanner:
 
     def _choose(self, state: TextState) -> None:
         """Decide what shape the next cycle has."""
-        if state.shape is None:
+        if state.shape is None and not state.waiting:
             if state.tokens >= state.resume:
                 self._try(state)
             return
         state.cycles -= 1
-        if state.cycles > 0 and state.shape.price - 1 <= state.budget:
+        if state.shape and state.cycles > 0 and state.shape.price - 1 <= state.budget:
             return
         state.shape = self._best(state, 1 + self._caution)
+        # What is dear may be unaffordable just because the draft before it has no outcome yet.
+        state.waiting = state.shape is None and state.under_way > 0
+        if state.waiting:
+            return
         if state.shape is None:
             state.park(state.wait)
             state.wait = min(2 * state.wait, LAST_WAIT)
