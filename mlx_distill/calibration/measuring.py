@@ -129,7 +129,9 @@ def calibrate(
         spread=typical_spread(times.values()),
     )
     nodes = [decoding.nodes for decoding in whole.values()]
-    return Calibration(_with_overheads(costs, times, nodes, contexts[0]), times)
+    costs = _with_overheads(costs, times, nodes, contexts[0])
+    greedy, sampled = (decoding.tokens for decoding in whole.values())
+    return Calibration(replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled), times)
 
 
 def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:
@@ -289,7 +291,8 @@ class Decoding:
         self.planner = FixedPlanner(plan or PLAN)
         self.prompt = mx.array(pair.tokens(context))
         self.sampling, self.cache = sampling, pair.cache
-        self.nodes = 0  # that a call verified, the latest time
+        # What a call verified and added to the text, the latest time.
+        self.nodes, self.tokens = 0, 0.0
 
     def __call__(self, clock: Clock) -> float:
         """Return the seconds of a cycle."""
@@ -300,20 +303,20 @@ class Decoding:
         number = self.engine.submit(request)
         marks = [(clock(), *counts) for counts in self._counts()]
         self.engine.cancel(number)
-        took_s, calls, nodes = (
-            last - first for first, last in zip(marks[0], marks[-1], strict=True)
-        )
-        self.nodes = round(nodes / max(1, calls))
-        return took_s / max(1, calls)
+        pairs = zip(marks[0], marks[-1], strict=True)
+        took_s, calls, nodes, tokens = (last - first for first, last in pairs)
+        calls = max(1, calls)
+        self.nodes, self.tokens = round(nodes / calls), tokens / calls
+        return took_s / calls
 
-    def _counts(self) -> Iterator[tuple[int, int]]:
-        """Yield the calls so far and their nodes, once a cycle, when its first token is there."""
+    def _counts(self) -> Iterator[tuple[int, int, int]]:
+        """Yield calls, nodes and tokens so far, once a cycle, when its first token is there."""
         seen = -1
         while self.engine.busy and seen < CYCLES:
             for one in self.engine.step():
                 if one.response.target_calls > seen:
                     seen = one.response.target_calls
-                    yield seen, one.response.verified_tokens
+                    yield seen, one.response.verified_tokens, one.response.generation_tokens
 
 
 def summary(calibration: Calibration) -> Sequence[dict[str, Any]]:

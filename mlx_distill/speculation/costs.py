@@ -50,6 +50,9 @@ class Costs:
         plain_overhead_s: What a step of plain decoding takes beyond its call.
         sampled_overhead_s: As ``overhead_s``, where tokens are drawn and not the likeliest.
         sampled_plain_overhead_s: As ``plain_overhead_s``, where tokens are drawn.
+        cycle_tokens: What a cycle of the default shape added to the text that was measured on;
+            0 if that is not known.
+        sampled_cycle_tokens: As ``cycle_tokens``, where tokens are drawn.
         threads: Of the matrix products with which this was measured; None without a choice.
         spread: How far measurements of the same lay apart, as a share of them.
 
@@ -67,6 +70,8 @@ class Costs:
     plain_overhead_s: float = 0.0
     sampled_overhead_s: float = 0.0
     sampled_plain_overhead_s: float = 0.0
+    cycle_tokens: float = 0.0
+    sampled_cycle_tokens: float = 0.0
     threads: int | None = None
     spread: float = 0.0
 
@@ -133,6 +138,7 @@ class Costs:
             self,
             overhead_s=self.sampled_overhead_s,
             plain_overhead_s=self.sampled_plain_overhead_s,
+            cycle_tokens=self.sampled_cycle_tokens,
         )
 
     def draft(self, width: int, length: int) -> float:
@@ -161,8 +167,9 @@ def _check(values: Mapping[str, Any]) -> None:
         raise InputError("rows must begin with 1, which is a plain step")
     for name, rows, columns in (("call_s", "contexts", "rows"), ("draft_s", "widths", "lengths")):
         _check_table(name, values[name], len(values[rows]), len(values[columns]))
-    if not _is_time(values["spread"]):
-        raise InputError(f"spread must be a number of at least 0, got {values['spread']!r}")
+    for name in ("spread", "cycle_tokens", "sampled_cycle_tokens"):
+        if not _is_time(values[name]):
+            raise InputError(f"{name} must be a number of at least 0, got {values[name]!r}")
     threads = values["threads"]
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")

@@ -26,7 +26,8 @@ from mlx_distill.speculation.costs import Costs
 # In plain steps: what a text may lose by drafts in vain, of every token, counted from the first
 # with so many in advance. Half a percent is left for the planner's own work and what it cannot see.
 LOSS, IN_ADVANCE = 0.025, 64
-# What a drafter that has proved itself may lose beyond that, and when it has.
+# What a drafter that has proved itself may lose beyond that, and when it has: in the texts so far,
+# or, while they are few, where the costs were measured.
 TRUST, PROVED_CYCLES, PROVED_SPEED = 2.0, 40, 1.1
 # A single draft takes no more than this of what may be lost, if one shape is that cheap.
 CAREFUL = 1 / 3
@@ -175,7 +176,7 @@ class AdaptivePlanner:
                 self._try(state)
             return
         state.cycles -= 1
-        if state.shape and state.cycles > 0 and state.shape.price - 1 <= state.budget:
+        if state.shape and state.cycles > 0 and state.shape.price - 1 <= self._allowed(state):
             return
         state.shape = self._best(state, 1 + self._caution)
         # What is dear may be unaffordable just because the draft before it has no outcome yet.
@@ -212,7 +213,7 @@ class AdaptivePlanner:
         """
         prices = self._prices(state.context)
         speeds = state.acceptance.tokens()[..., self.nodes - 1] / prices
-        budget = state.budget
+        budget = self._allowed(state)
         if state.acceptance.cycles >= PROVED_CYCLES and speeds.max() >= PROVED_SPEED:
             budget += TRUST
         # Some shapes would not pay if every node on their longest path were accepted.
@@ -226,6 +227,19 @@ class AdaptivePlanner:
             worth[state.shape.place] *= CLEARLY
         place = np.unravel_index(worth.argmax(), worth.shape)
         return self._shape_at(place, prices) if worth[place] > 0 else None
+
+    def _allowed(self, state: TextState) -> float:
+        """Return what the next draft may lose, of a drafter of which nothing is proved here."""
+        return state.budget + (TRUST if self._promising(state) else 0.0)
+
+    def _promising(self, state: TextState) -> bool:
+        """Return whether drafting paid where the costs were measured, and little else is known."""
+        if state.acceptance.cycles >= PROVED_CYCLES:
+            return False
+        plan, context = DraftPlan(), state.context
+        cycle_s = self.costs.cycle(plan, self.batch * plan.nodes, context)
+        step_s = self.costs.plain(context, self.batch)
+        return self.costs.cycle_tokens * step_s >= PROVED_SPEED * cycle_s
 
     def _prices(self, context: int) -> np.ndarray:
         """Return what a cycle of every shape takes, in plain steps."""
