@@ -99,6 +99,7 @@ def test_a_pair_is_measured(pair: Pair) -> None:
     for law in (costs, costs.sampled()):
         assert law.overhead_s == 1 - (1 + 1)  # a cycle, less a call and a draft
         assert law.plain_overhead_s == 0
+        assert 1 <= law.cycle_tokens <= 5
     assert costs.spread == 0
     assert Costs.from_dict(json.loads(json.dumps(costs.to_dict()))) == costs
 
