@@ -161,18 +161,21 @@ def test_generate_finds_the_bundled_drafter_of_a_model(
     assert last_line(out)["drafted_tokens"] == 0
 
 
+@pytest.mark.parametrize("change", [{"tokenizer_hash": "another"}, {"num_layers": 9}], ids=str)
 @pytest.mark.parametrize("main", [generate.main, benchmark.main, calibrate.main])
 def test_a_bundled_drafter_of_another_target_is_not_used(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     main: Callable[[list[str]], int],
+    change: dict[str, Any],
 ) -> None:
+    """A student has its target's tokenizer and width, but fewer layers."""
     flags = ["--model", str(bundled("stories-14m"))]
     folder = tmp_path / "models" / "other"
     shutil.copytree(bundled("stories-14m-redrafter"), folder)
     config = json.loads((folder / "config.json").read_text())
-    config["target"]["tokenizer_hash"] = "another"
+    config["target"] |= change
     (folder / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(checkpoint, "PACKAGE", tmp_path)
     if main is generate.main:

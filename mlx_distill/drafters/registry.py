@@ -18,7 +18,7 @@ from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
-from mlx_distill.target.taps import tapped
+from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
 
 # By the model_type of config.json: takes the folder, the fields of its own, the target and the
@@ -63,18 +63,20 @@ def bundled_drafter(model: nn.Module, tokenizer: Any) -> tuple[Path, Drafter] | 
 
     Args:
         model: The target.
-        tokenizer: The target's; a drafter fits if it was made for the same tokens and width.
+        tokenizer: The target's; a drafter fits if it was made for the same tokens, width and number
+            of layers: a student of the target has its tokens and its width, too.
     """
     target = Target.of(model)
     if target.support == "none":
         return None
     for path in bundled_folders():
-        if _read_config(path).get("model_type") not in LOADERS:
+        config = _read_config(path)
+        if config.get("model_type") not in LOADERS:
             continue
         try:
-            drafter = load_drafter(path, model, tokenizer)
-            with tapped(model, getattr(drafter, "taps", ())):  # has the model so many layers?
-                return path, drafter
+            if config["target"]["num_layers"] != len(numbered_layers(model)):
+                continue
+            return path, load_drafter(path, model, tokenizer)
         except InputError:
             continue
     return None
