@@ -186,11 +186,12 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, Sampling, {"temperature": "temp"})
     cli.add_shape_flags(parser)
     _add_study_flags(parser)
+    _add_output_flags(parser)
     return parser
 
 
 def _add_study_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of what is measured beside the speed, and of where it goes."""
+    """Add the flags of what is measured beside the speed, or instead of it."""
     parser.add_argument(
         "--sharing", action="store_true", help="also measure what shared prefixes save"
     )
@@ -227,6 +228,10 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         help="time only the parts of a cycle, over the timed prompts: what each takes alone, its "
         "dispatches, and what it would take at least at this machine's measured speeds",
     )
+
+
+def _add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of where it all goes."""
     parser.add_argument(
         "--trace",
         type=cli.path,

@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure how well a teacher and its students predict, answer and run.",
     )
     _add_source_flags(parser)
+    _add_drafter_flags(parser)
     add_flags(parser, EvaluationConfig)
     add_flags(parser, QuestionConfig)
     add_flags(parser, CompletionFilter)
@@ -136,6 +137,22 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
         help="JSONL of held-out texts, or a folder with valid.jsonl; with --drafter, see there",
     )
     parser.add_argument(
+        "--data-layout",
+        choices=LAYOUTS,
+        default="texts",
+        help="texts for mlx-lm's layouts, completions for stored answers (default: texts)",
+    )
+    parser.add_argument(
+        "--qa",
+        type=cli.path,
+        metavar="JSONL",
+        help="questions, their contexts and answers (default: none)",
+    )
+
+
+def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that have a drafter judged instead."""
+    parser.add_argument(
         "--drafter",
         type=cli.path,
         metavar="DIR",
@@ -158,18 +175,6 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
         default=[4, 6],
         metavar=("WIDTH", "LENGTH"),
         help="beams of the drafts and their length, each at least 1 (default: 4 6)",
-    )
-    parser.add_argument(
-        "--data-layout",
-        choices=LAYOUTS,
-        default="texts",
-        help="texts for mlx-lm's layouts, completions for stored answers (default: texts)",
-    )
-    parser.add_argument(
-        "--qa",
-        type=cli.path,
-        metavar="JSONL",
-        help="questions, their contexts and answers (default: none)",
     )
 
 

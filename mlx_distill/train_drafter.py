@@ -128,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a recurrent drafter for a model by distillation.",
     )
     cli.add_model_flags(parser)
+    _add_run_flags(parser)
+    for config in (DrafterTraining, ResponseConfig, TrainingConfig):
+        add_flags(parser, config)
+    return parser
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is read and where it goes."""
     parser.add_argument(
         "--data",
         type=cli.path,
@@ -176,9 +184,6 @@ def _parser() -> argparse.ArgumentParser:
         "--ignore-chat-template", action="store_true", help="use prompts as they are"
     )
     parser.add_argument("--quiet", action="store_true", help="draw no progress bar")
-    for config in (DrafterTraining, ResponseConfig, TrainingConfig):
-        add_flags(parser, config)
-    return parser
 
 
 if __name__ == "__main__":
