@@ -71,7 +71,7 @@ def test_answers_of_another_model_are_refused(tmp_path: Path):
         answers.only([1]).greedy_ones()
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{}"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{}", b"\x80\x04pickled"])
 def test_the_command_refuses_what_is_no_file_of_answers(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ):
@@ -80,7 +80,7 @@ def test_the_command_refuses_what_is_no_file_of_answers(
     assert train_drafter.main(flags) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "cannot be read as answers" in error
+    assert error.endswith("cannot be read as answers: it is no npz file\n")
     assert list(tmp_path.iterdir()) == [tmp_path / "x.npz"]
     assert train_drafter.main(["--output", str(tmp_path / "d")]) == 2
     assert "--data" in capsys.readouterr().err

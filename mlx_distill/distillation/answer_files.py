@@ -95,10 +95,11 @@ def read_answers(path: str | Path) -> WrittenAnswers:
         InputError: If it cannot be read, or holds something else.
     """
     try:
-        with open(path, "rb") as file:
-            found = np.load(file, allow_pickle=False)
-            if not isinstance(found, np.lib.npyio.NpzFile):
-                raise ValueError("it holds a single array")
+        if not Path(path).is_file():
+            raise ValueError("there is no such file")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no npz file")
+        with np.load(path, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} cannot be read as answers: {one_line(error)}") from None
