@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, machine
-from mlx_distill.benchmarking import arms, roofline
+from mlx_distill.benchmarking import arms, roofline, studies
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, Sample
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.precisions import PRECISIONS, in_precision
@@ -50,6 +50,8 @@ def test_it_runs_small_and_goes_on(
 ) -> None:
     monkeypatch.setattr(roofline, "COPIED_BYTES", 2**20)
     monkeypatch.setattr(roofline, "LARGEST", 256)
+    monkeypatch.setattr(studies, "GROWTH_TOKENS", 4)
+    monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
     monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "0")
     folder = tmp_path / "run"
     assert example.main(flags(folder)) == 0

@@ -13,7 +13,7 @@ import pytest
 
 import mlx_distill
 from mlx_distill import InputError, benchmark
-from mlx_distill.benchmarking import roofline
+from mlx_distill.benchmarking import roofline, studies
 from mlx_distill.benchmarking.arms import PLAIN, Bench, Sample
 from mlx_distill.benchmarking.charts import Axis, Line, heat_map, lines, round_step
 from mlx_distill.benchmarking.config import BenchmarkConfig
@@ -260,8 +260,10 @@ def test_recorded_trees_are_the_texts(pair: tuple[Any, Any, Any], tree: str) -> 
         assert all(0 <= share <= 1 for share in cycle["draft"][1:])
 
 
-def test_a_growing_context(pair: tuple[Any, Any, Any]) -> None:
+def test_a_growing_context(pair: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It doubles, up to what was asked for or the model's limit of 512."""
+    monkeypatch.setattr(studies, "GROWTH_TOKENS", 4)
+    monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
     bench = Bench(*pair, None, Sampling(), BenchmarkConfig())
     found = growth(bench, [[1, 5, 6, 7]], DraftPlan(), 300)
     assert [row["context"] for row in found] == [128, 128, 256, 256, 300, 300]
@@ -296,6 +298,8 @@ def test_figures_of_classes() -> None:
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "COPIED_BYTES", 2**20)
     monkeypatch.setattr(roofline, "LARGEST", 256)
+    monkeypatch.setattr(studies, "GROWTH_TOKENS", 4)
+    monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
     monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "0")
     first, again, output = (tmp_path / name for name in ("a.html", "b.html", "result.json"))
     sizes = ["--num-prompts", "1", "--max-tokens", "6", "--timed-prompts", "1", "--growth", "128"]
