@@ -262,16 +262,25 @@ def slow_steps(
     return steps
 
 
+def slow_mixture(target: np.ndarray, student: np.ndarray) -> float:
+    """Return the divergence, mixed with the share that is rejected."""
+    accepted = np.minimum(target, student).sum()
+    weight = np.exp(-3 * accepted)
+    return weight * rel_entr(target, student).sum() + (1 - weight) * (1 - accepted)
+
+
 def slow_loss(
     parameters: dict[str, np.ndarray],
     batch: dict[str, np.ndarray],
     token_ids: list[int] | None,
     decay: float,
+    kind: str = "kl",
 ) -> tuple[float, float]:
-    """Return the weighted sum of divergences and its count."""
+    """Return the weighted sum of a loss and its count."""
     steps = slow_steps(parameters, batch, token_ids)
     weights = [decay ** (depth - 1) for depth, _, _ in steps]
-    terms = [rel_entr(target, student).sum() for _, target, student in steps]
+    value = {"kl": lambda p, q: rel_entr(p, q).sum(), "lk": slow_mixture}[kind]
+    terms = [value(target, student) for _, target, student in steps]
     return float(np.dot(weights, terms)), sum(weights)
 
 
@@ -305,12 +314,14 @@ def test_unrolled_logits_are_those_of_every_draft_alone(shape: dict[str, Any]):
     assert starts.mask.sum().item() > 20
 
 
-@pytest.mark.parametrize("decay", [0.8, 1.0, 0.3])
+@pytest.mark.parametrize(("kind", "decay"), [("kl", 0.8), ("kl", 1.0), ("lk", 1.0), ("lk", 0.3)])
 @pytest.mark.parametrize("token_ids", [None, TRIMMED])
-def test_the_loss_equals_a_loop_over_positions(token_ids: list[int] | None, decay: float):
+def test_the_loss_equals_a_loop_over_positions(
+    token_ids: list[int] | None, kind: str, decay: float
+):
     drafter, batch = random_drafter(token_ids), random_batch()
-    found = drafter_loss(drafter, starts_of(view_of(batch)), head_of(token_ids), decay)
-    expected = slow_loss(parameters_of(drafter), batch, token_ids, decay)
+    found = drafter_loss(drafter, starts_of(view_of(batch)), head_of(token_ids), decay, kind)
+    expected = slow_loss(parameters_of(drafter), batch, token_ids, decay, kind)
     assert [x.item() for x in found] == pytest.approx(expected, rel=1e-5)
 
 
@@ -338,7 +349,7 @@ def test_chunks_change_nothing(
 
     def everything() -> list[np.ndarray]:
         loss_and_grads = nn.value_and_grad(drafter, drafter_loss)
-        found, grads = loss_and_grads(drafter, starts, head_of(token_ids))
+        found, grads = loss_and_grads(drafter, starts, head_of(token_ids), 0.8, "lk")
         return [np.array(x) for x in (*found, *dict(tree_flatten(grads)).values())]
 
     expected = everything()

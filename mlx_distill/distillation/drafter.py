@@ -9,6 +9,8 @@ answer at that position is the goal:
     drafter reads           x_{t+1}   x_{t+2}   x_{t+3}
     loss                    KL(p_{t+1} || q_1) + 0.8 KL(p_{t+2} || q_2) + 0.64 KL(...) ...
 
+In the divergence's place another loss may stand, one of ``DRAFT_LOSSES``.
+
 Only the positions where the target chose a token are kept of the texts, one row each; prompts and
 padding end there. Of these some are taken as starts, and unrolled together; logits exist for some
 rows of them at a time, the target's and the drafter's.
@@ -26,6 +28,7 @@ from mlx import nn
 from mlx_distill.arrays import log_probs
 from mlx_distill.distillation.objective import weighted_sum
 from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.losses.acceptance import likely_acceptance
 from mlx_distill.losses.chunked import CHUNK_BYTES, chunk_rows, chunked_loss
 from mlx_distill.losses.response import forward_kl
 
@@ -33,6 +36,9 @@ from mlx_distill.losses.response import forward_kl
 GPU_CHUNK_BYTES = 2**27
 
 Logits = Callable[[mx.array], mx.array]
+
+# What a drafter can learn by, of its logits and the target's.
+DRAFT_LOSSES = {"kl": forward_kl, "lk": likely_acceptance}
 
 
 class Starts(NamedTuple):
@@ -117,21 +123,26 @@ def unroll(drafter: RecurrentDrafter, starts: Starts) -> Float[mx.array, "S L E"
 
 
 def drafter_loss(
-    drafter: RecurrentDrafter, starts: Starts, target_logits: Logits, decay: float = 0.8
+    drafter: RecurrentDrafter,
+    starts: Starts,
+    target_logits: Logits,
+    decay: float = 0.8,
+    kind: str = "kl",
 ) -> tuple[mx.array, mx.array]:
-    """Return the weighted sum of KL(target || drafter) along drafts, and its count.
+    """Return the weighted sum of a loss along drafts, and its count.
 
     Args:
         drafter: The student.
         starts: The drafts.
         target_logits: Makes the target's logits of goals, for what can be drafted.
         decay: The i-th drafted token weighs ``decay ** (i - 1)``.
+        kind: Of loss, by its name in ``DRAFT_LOSSES``.
     """
     features = unroll(drafter, starts)
     weights = starts.mask * decay ** mx.arange(starts.mask.shape[1])
 
     def loss(logits: mx.array, goals: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-        values = forward_kl(logits, target_logits(goals))
+        values = DRAFT_LOSSES[kind](logits, target_logits(goals))
         return weighted_sum(values, weights), weights.sum()
 
     rows = (starts.goals.reshape(-1, starts.goals.shape[-1]), weights.reshape(-1))

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.recurrent import Cell, RecurrentDrafterConfig, Tap
 from mlx_distill.errors import InputError
-from mlx_distill.limits import Between, Count, Seed, check_fields
+from mlx_distill.limits import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.machine import memory_bytes
 from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
@@ -35,6 +35,8 @@ class DrafterTraining:
             fifth, a half and three quarters of the depth; -1 alone for none.
         unroll: Drafted tokens per start.
         decay: The i-th drafted token weighs decay ** (i - 1) in the loss.
+        loss: "kl" is the divergence from the target, "lk" mixes it with the share of tokens that
+            the target would reject.
         starts: Drafts per step.
         epochs: How often every answer is learned. Without it, the number of steps decides.
         feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
@@ -56,6 +58,7 @@ class DrafterTraining:
     tap_layers: tuple[Tap, ...] | None = None
     unroll: Annotated[int, Between(1, 512)] = 5
     decay: Annotated[float, Between(above=0, high=1)] = 0.8
+    loss: Annotated[str, OneOf("kl", "lk")] = "kl"
     starts: Count = 2048
     epochs: Annotated[float | None, Between(above=0, high=10**6)] = None
     feature_gb: Annotated[float | None, Between(above=0, high=10**6)] = None

@@ -113,7 +113,8 @@ class DrafterTrainer:
 
     def loss(self, starts: Starts) -> tuple[mx.array, mx.array]:
         """Return the summed loss of a step, and what it is divided by."""
-        return drafter_loss(self.network, Starts(*starts), self.target_logits, self.config.decay)
+        decay, kind = self.config.decay, self.config.loss
+        return drafter_loss(self.network, Starts(*starts), self.target_logits, decay, kind)
 
     def evaluate(self) -> dict[str, list[float]]:
         """Return the held-out acceptance of a drafted chain, by depth."""
