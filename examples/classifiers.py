@@ -154,6 +154,23 @@ def load_images(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray,
     return (x if x.ndim == 4 else x[..., None]), y, names or [str(n) for n in range(y.max() + 1)]
 
 
+def load_splits(
+    folder: str | Path, tune: bool
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray], list[str]]:
+    """Return images and labels to learn, others to judge by, and the classes' names.
+
+    Args:
+        folder: Holds ``train*.npz`` and ``test*.npz``.
+        tune: Judge by the last sixth of the training images, and learn the others: for choosing a
+            learning rate without a look at the test.
+    """
+    images, labels, names = load_images(folder, "train")
+    if not tune:
+        return (images, labels), load_images(folder, "test")[:2], names
+    cut = len(images) * 5 // 6
+    return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), names
+
+
 def as_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
     """Return images and labels as examples."""
     return Examples.of(mx.array(images), mx.array(labels))
@@ -252,6 +269,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     flags.add_argument("--seeds", type=int, default=3, help="trainings per row (default: 3)")
     flags.add_argument("--json", metavar="FILE", help="write everything to this file")
     flags.add_argument("--steps", type=int, help="of every training, to try things out")
+    flags.add_argument("--rate", type=float, help="the students' learning rate (default: the best)")
+    flags.add_argument(
+        "--tune",
+        action="store_true",
+        help="judge by training images that are not learned, to choose a rate",
+    )
     flags.add_argument("--train", type=int, help="most images to learn from")
     flags.add_argument("--test", type=int, help="most images to judge by")
     return flags
@@ -261,21 +284,26 @@ def parsed(flags: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
     """Return the arguments.
 
     Raises:
-        InputError: If a number is below 1, or the JSON file's folder does not exist.
+        InputError: If a number is out of its range, or the JSON file's folder does not exist.
     """
     arguments = flags.parse_args(argv)
     for name in ("seeds", "steps", "train", "test"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    if arguments.rate is not None and not 0 < arguments.rate < 1:
+        raise InputError(f"rate must lie between 0 and 1, got {arguments.rate}")
     if arguments.json and not Path(arguments.json).parent.is_dir():
         raise InputError(f"{arguments.json} cannot be written: its folder does not exist")
     return arguments
 
 
-def with_steps(settings: dict[str, Any], steps: int | None) -> dict[str, Any]:
-    """Return a training's settings; with another number of steps, if one was asked for."""
-    return settings if steps is None else settings | {"steps": steps}
+def with_flags(
+    settings: dict[str, Any], steps: int | None, rate: float | None = None
+) -> dict[str, Any]:
+    """Return a training's settings; with other steps or another rate, if they were asked for."""
+    asked = {"steps": steps, "learning_rate": rate}
+    return settings | {name: value for name, value in asked.items() if value is not None}
 
 
 def show(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -21,12 +21,12 @@ from classifiers import (
     fit,
     jitter,
     keep,
-    load_images,
+    load_splits,
     over_seeds,
     parsed,
     parser,
     show,
-    with_steps,
+    with_flags,
 )
 
 # isort: split
@@ -56,13 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the teacher and the students; print what came of it."""
     start_s = time.perf_counter()
     arguments = parsed(parser(__doc__), argv)
-    teaching, learning = (with_steps(one, arguments.steps) for one in (TEACHING, LEARNING))
-    images, labels, names = load_images(arguments.data, "train")
+    teaching = with_flags(TEACHING, arguments.steps)
+    learning = with_flags(LEARNING, arguments.steps, arguments.rate)
+    (images, labels), (test_images, test_labels), names = load_splits(
+        arguments.data, arguments.tune
+    )
     images, labels = images[: arguments.train], labels[: arguments.train]
     cut = len(images) * 5 // 6
     held_out, images, labels = (images[cut:], labels[cut:]), images[:cut], labels[:cut]
     transfer = as_examples(images[labels != OMITTED], labels[labels != OMITTED])
-    test_images, test_labels, _ = load_images(arguments.data, "test")
     test = test_images[: arguments.test], test_labels[: arguments.test]
     moved = jitter(2)
 

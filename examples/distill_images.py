@@ -22,13 +22,13 @@ from classifiers import (
     jitter,
     judged,
     keep,
-    load_images,
+    load_splits,
     over_seeds,
     parsed,
     parser,
     show,
     widest,
-    with_steps,
+    with_flags,
 )
 
 # isort: split
@@ -65,9 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the teacher and the students; print what came of it."""
     start_s = time.perf_counter()
     arguments = parsed(parser(__doc__), argv)
-    teaching, learning = (with_steps(one, arguments.steps) for one in (TEACHING, LEARNING))
-    train = animals(arguments.data, "train", arguments.train)
-    test = animals(arguments.data, "test", arguments.test)
+    teaching = with_flags(TEACHING, arguments.steps)
+    learning = with_flags(LEARNING, arguments.steps, arguments.rate)
+    train, test, names = load_splits(arguments.data, arguments.tune)
+    train = animals(*train, names, arguments.train)
+    test = animals(*test, names, arguments.test)
     moved = jitter(3, flip=True)
 
     print("teacher", file=sys.stderr)
@@ -113,17 +115,16 @@ def network(shape: dict[str, Any], seed: int) -> ConvNet:
     return ConvNet(3, num_classes=len(CLASSES), **shape)
 
 
-def animals(folder: str, split: str, most: int | None) -> Examples:
-    """Return a split's images of the four classes.
+def animals(images: np.ndarray, labels: np.ndarray, names: list[str], most: int | None) -> Examples:
+    """Return the images of the four classes.
 
     Raises:
         InputError: If none of them is there.
     """
-    images, labels, names = load_images(folder, split)
     classes = np.array([CLASSES.index(NAMES[name]) if name in NAMES else -1 for name in names])
     chosen = np.flatnonzero(classes[labels] >= 0)[:most]
     if not chosen.size:
-        raise InputError(f"{folder} has none of {', '.join(NAMES)}; its classes are {names}")
+        raise InputError(f"the images have none of {', '.join(NAMES)}; their classes are {names}")
     return as_examples(images[chosen], classes[labels[chosen]].astype(np.int32))
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from classifiers import (
     ConvNet,
@@ -20,13 +21,13 @@ from classifiers import (
     fit,
     judged,
     keep,
-    load_images,
+    load_splits,
     over_seeds,
     parsed,
     parser,
     show,
     widest,
-    with_steps,
+    with_flags,
 )
 
 # isort: split
@@ -68,27 +69,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train teachers and students; print what came of it."""
     start_s = time.perf_counter()
     arguments = parsed(parser(__doc__), argv)
-    settings = with_steps(SETTINGS, arguments.steps)
-    images, labels, names = load_images(arguments.data, "train")
+    teaching = with_flags(SETTINGS, arguments.steps)
+    learning = with_flags(SETTINGS, arguments.steps, arguments.rate)
+    (images, labels), (test_images, test_labels), names = load_splits(
+        arguments.data, arguments.tune
+    )
     most = arguments.train or LABELLED
     labelled = as_examples(images[:most], labels[:most])
     others = images[most : most + UNLABELLED]
     unlabelled = as_examples(others, np.zeros(len(others), np.int32))
-    images, labels, _ = load_images(arguments.data, "test")
-    test = as_examples(images[: arguments.test], labels[: arguments.test])
+    test = as_examples(test_images[: arguments.test], test_labels[: arguments.test])
 
-    def trained(arm: str, seed: int, teachers: Sequence[nn.Module]) -> nn.Module:
+    def trained(
+        arm: str, seed: int, teachers: Sequence[nn.Module], settings: dict[str, Any]
+    ) -> nn.Module:
         mx.random.seed(seed)
         student = ConvNet(1, num_classes=len(names), **NETWORK)
         data = unlabelled if arm == FURTHER else labelled
         return fit(student, teachers, data, ARMS[arm], settings, seed=seed)
 
     print("teachers", file=sys.stderr)
-    teachers = [trained(PLAIN, 100 + number, []) for number in range(NUM_TEACHERS)]
+    teachers = [trained(PLAIN, 100 + number, [], teaching) for number in range(NUM_TEACHERS)]
     size = num_values(teachers[0].trainable_parameters())
 
     def figures(arm: str, seed: int) -> dict[str, float]:
-        student = trained(arm, seed, [] if arm == PLAIN else teachers)
+        student = trained(arm, seed, [] if arm == PLAIN else teachers, learning)
         return judged(student, test, teachers)
 
     alone = [judged(teacher, test, teachers)["accuracy"] for teacher in teachers]
@@ -116,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep(
         arguments.json,
         start_s,
-        {"network": NETWORK, "training": settings, "arms": ARMS, **counts},
+        {"network": NETWORK, "training": learning, "arms": ARMS, **counts},
         teachers=alone,
         ensemble=together,
         students=found,

@@ -83,7 +83,8 @@ def test_images_end_to_end(example: Any, animals: Path, capsys: pytest.CaptureFi
 
 def test_images_of_two_classes_are_one_and_others_are_dropped(example: Any, animals: Path) -> None:
     module = example("distill_images")
-    data = module.animals(str(animals), "train", None)
+    train, _, names = example("classifiers").load_splits(animals, tune=False)
+    data = module.animals(*train, names, None)
     counts = np.bincount(np.array(data.labels), minlength=4)
     per_class = 200 // 6
     assert module.CLASSES[int(counts.argmax())] == "cow-like"
@@ -119,6 +120,19 @@ def test_hinton_end_to_end(example: Any, digits: Path, capsys: pytest.CaptureFix
     assert "no student ever saw" in capsys.readouterr().out
 
 
+def test_tuning_judges_by_training_images_that_are_not_learned(example: Any, digits: Path) -> None:
+    classifiers = example("classifiers")
+    images, labels, _ = classifiers.load_images(digits, "train")
+    learned, judged, names = classifiers.load_splits(digits, tune=True)
+    assert [len(learned[0]), len(judged[0])] == [len(images) * 5 // 6, -(-len(images) // 6)]
+    assert np.array_equal(np.concatenate([learned[0], judged[0]]), images)
+    assert np.array_equal(np.concatenate([learned[1], judged[1]]), labels)
+    test = classifiers.load_images(digits, "test")
+    plain = classifiers.load_splits(digits, tune=False)
+    assert np.array_equal(plain[1][0], test[0])
+    assert names == plain[2]
+
+
 def test_raised_bias_gives_the_class_its_frequency(example: Any) -> None:
     module = example("digits_hinton")
     draw = np.random.default_rng(1)
@@ -149,6 +163,8 @@ def test_errors_are_sentences(
     assert "holds no train*.npz" in capsys.readouterr().err
     assert module.main(["--data", str(tmp_path), "--seeds", "0"]) == 2
     assert "seeds must be at least 1, got 0" in capsys.readouterr().err
+    assert module.main(["--data", str(tmp_path), "--rate", "0"]) == 2
+    assert "rate must lie between 0 and 1, got 0.0" in capsys.readouterr().err
     assert module.main(["--data", str(tmp_path), "--json", str(tmp_path / "no" / "f")]) == 2
     assert "its folder does not exist" in capsys.readouterr().err
     np.savez(tmp_path / "train.npz", x=np.zeros((3, 28, 28), np.uint8))
@@ -158,7 +174,7 @@ def test_errors_are_sentences(
     assert example("distill_images").main(["--data", str(tmp_path)]) == 2
     (tmp_path / "train.npz").unlink()
     assert example("distill_images").main(["--data", str(tmp_path)]) == 2
-    assert "has none of bird, cat, dog, deer, horse" in capsys.readouterr().err
+    assert "have none of bird, cat, dog, deer, horse" in capsys.readouterr().err
 
 
 def test_a_killed_run_with_dropout_ends_with_the_same_bits(example: Any, tmp_path: Path) -> None:
