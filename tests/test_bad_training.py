@@ -22,6 +22,7 @@ from damage import (
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
 from mlx_distill.checkpoint import bundled
+from mlx_distill.distillation import responses
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
 
@@ -233,20 +234,21 @@ def test_full_disk_for_the_finished_drafter(
 def test_full_disk_for_the_responses(
     refused: Run, tmp_path: Path, arguments: list[str], finished: bytes
 ) -> None:
-    """The first batch is written, the second one meets a full disk."""
-    opened, batches = Path.open, []
+    """The first part is written, the second one meets a full disk."""
+    opened, parts = Path.open, []
 
     def full(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
         if path.suffix == ".jsonl" and "a" in mode:
-            batches.append(path)
-            if len(batches) > 1:
+            parts.append(path)
+            if len(parts) > 1:
                 raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return opened(path, mode, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "open", full)
+        patch.setattr(responses, "PART", 1)
         sentence = refused(train_drafter.main, *arguments, alone=False)
-    assert len(batches) == 2
+    assert len(parts) == 2
     assert "No space left on device" in sentence
     assert resumed(arguments, tmp_path) == finished
 

@@ -31,7 +31,8 @@ KNOWN = {"hidden_size": 384, "vocab_size": 4096, "tokenizer_hash": "1"}
 @pytest.fixture(scope="module")
 def prompts(pair: tuple[Any, Any]) -> list[list[int]]:
     texts = ("Once upon a time", "Ben had", "The old baker", "A dog", "One day Lily")
-    return [pair[1].encode(text) for text in texts]
+    prompts = [pair[1].encode(text) for text in texts]
+    return [[*prompt, token] for token in (3, 5, 8, 13) for prompt in prompts]
 
 
 def answer(
@@ -45,7 +46,7 @@ def whole_file(
     pair: tuple[Any, Any], prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> bytes:
     path = tmp_path_factory.mktemp("responses") / "answers.jsonl"
-    assert list(answer(path, pair, prompts)) == [2, 4, 5]
+    assert list(answer(path, pair, prompts)) == [16, 20]
     return path.read_bytes()
 
 

@@ -1,7 +1,7 @@
 """The target's own answers: what a drafter learns from, and their file.
 
 A drafter has to predict what *its* target writes, so the target writes the training text itself:
-in batches, at several temperatures, one JSON line per answer. The file begins with a header that
+many at once, at several temperatures, one JSON line per answer. The file begins with a header that
 says which target wrote it; a run that was stopped goes on where the file ends. An answer that was
 cut off at its longest allowed length holds no end token, so nothing learns to end there.
 """
@@ -12,19 +12,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from mlx import nn
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.sample_utils import make_sampler
 
 from mlx_distill.core.sampling import Temperature
 from mlx_distill.data.report import Drop, Report
+from mlx_distill.distillation.answer_batch import Wanted, written
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl
 from mlx_distill.limits import Count, Seed, check_fields
 from mlx_distill.target.context import text_limit
 
-FORMAT_VERSION = 2  # since then every prompt has a temperature of its own, and not every batch
+FORMAT_VERSION = 3  # since then what is drawn for an answer follows from its number alone
+PART = 8  # batches whose answers are kept together: few rows wait for its longest answer
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class ResponseConfig:
         max_tokens: The longest answer, in tokens. It ends where the model's context does, too.
         temperatures: The i-th prompt is answered at the i-th of them, over and over; 0 is greedy.
         response_batch_size: How many answers are written at once.
-        response_seed: Makes the answers repeatable, batch by batch.
+        response_seed: Makes the answers repeatable.
     """
 
     max_tokens: Count = 192
@@ -55,6 +54,11 @@ class ResponseConfig:
         check_fields(self)
         if not self.temperatures:
             raise InputError("temperatures must name at least one")
+
+    @property
+    def part(self) -> int:
+        """How many answers are kept together."""
+        return PART * self.response_batch_size
 
     def temperature(self, row: int) -> float:
         """Return at which temperature a prompt is answered; its neighbours' are others."""
@@ -69,7 +73,7 @@ def write_responses(
     config: ResponseConfig,
     target: dict[str, Any],
 ) -> Iterator[int]:
-    """Append the target's answers to ``path`` and yield how many are there after each batch.
+    """Append the target's answers to ``path`` and yield how many are there after each part.
 
     Args:
         path: A JSONL file; it is created, or continued where it ends.
@@ -83,15 +87,15 @@ def write_responses(
         InputError: If the file was written by another target or with another configuration.
     """
     done = open_responses(path, prompts, config, target)
-    for start in range(done, len(prompts), config.response_batch_size):
-        batch = prompts[start : start + config.response_batch_size]
-        responses = answer(model, eos_token_ids, batch, start, config)
+    for start in range(done, len(prompts), config.part):
+        part = prompts[start : start + config.part]
+        responses = answer(model, eos_token_ids, part, start, config)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"prompt": p, "response": r}, separators=(",", ":")) + "\n"
-                for p, r in zip(batch, responses, strict=True)
+                for p, r in zip(part, responses, strict=True)
             )
-        yield start + len(batch)
+        yield start + len(part)
 
 
 def read_responses(path: Path) -> list[Response]:
@@ -112,9 +116,9 @@ def read_responses(path: Path) -> list[Response]:
 def open_responses(
     path: Path, prompts: Sequence[list[int]], config: ResponseConfig, target: dict[str, Any]
 ) -> int:
-    """Create the file, or cut what a kill left of it back to whole batches; count its answers.
+    """Create the file, or cut what a kill left of it back to whole parts; count its answers.
 
-    Only the last batch of the prompts may be short.
+    Only the last part of the prompts may be short.
 
     Raises:
         InputError: If the file is none of answers, or of other ones than these would be.
@@ -142,7 +146,7 @@ def open_responses(
         lines.pop()
     done = min(len(lines) - 1, len(prompts))
     if done < len(prompts):
-        done -= done % config.response_batch_size
+        done -= done % config.part
     kept = lines if done == len(prompts) else lines[: done + 1]
     if sum(map(len, kept)) != len(data):
         path.write_bytes(b"".join(kept))
@@ -163,7 +167,7 @@ def answer(
     start: int,
     config: ResponseConfig,
 ) -> list[list[int]]:
-    """Return the answers to one batch; the seed depends on its place, for resuming.
+    """Return the answers to some prompts; what is drawn depends on their numbers, for resuming.
 
     Args:
         model: The target.
@@ -172,28 +176,22 @@ def answer(
         start: Which of all prompts the first one is.
         config: How to write.
     """
-    mx.random.seed(config.response_seed * 1_000_003 + start)
     limit = text_limit(model)
     rooms = [limit - len(prompt) if limit else config.max_tokens for prompt in prompts]
     asked = [row for row, room in enumerate(rooms) if room > 0]
-    samplers = {temperature: make_sampler(temperature) for temperature in config.temperatures}
-    generator = BatchGenerator(
-        model,
-        stop_tokens=[[token] for token in sorted(eos_token_ids)],
-        completion_batch_size=config.response_batch_size,
-        prefill_batch_size=config.response_batch_size,
-    )
-    uids = generator.insert(
-        [list(prompts[row]) for row in asked],
-        max_tokens=[min(config.max_tokens, rooms[row]) for row in asked],
-        samplers=[samplers[config.temperature(start + row)] for row in asked],
-    )
-    places = dict(zip(uids, asked, strict=True))
+    asked.sort(key=lambda row: -len(prompts[row]))  # those that begin together are alike
+    wanted = [
+        Wanted(
+            prompts[row],
+            min(config.max_tokens, rooms[row]),
+            config.temperature(start + row),
+            (config.response_seed * 1_000_003 + start + row) % 2**32,
+        )
+        for row in asked
+    ]
     answers: list[list[int]] = [[] for _ in prompts]
-    while batch := generator.next_generated():
-        for response in batch:
-            answers[places[response.uid]].append(response.token)
-    generator.close()
+    for place, tokens in written(model, wanted, eos_token_ids, config.response_batch_size, limit):
+        answers[asked[place]] = tokens
     return answers
 
 
