@@ -1,24 +1,31 @@
-"""Make language models faster with drafters of their own, and smaller by distillation."""
+"""Make language models faster with drafters of their own, and smaller by distillation.
 
-# ruff: noqa: E402
+The public names are imported when they are first asked for: a command that writes text does not
+wait for what trains.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
 from mlx_distill.openblas import load_openblas
 
 load_openblas()  # has to come before the first import of mlx.core
 
-from mlx_distill.checkpoint import load
-from mlx_distill.data.encoding import read_texts
-from mlx_distill.distillation.distiller import Examples
-from mlx_distill.distillation.exporting import ExportConfig, export_student
-from mlx_distill.distillation.training import Distilled, distill
-from mlx_distill.drafters.ngram import NGramDrafter
-from mlx_distill.drafters.packing import quantize_drafter
-from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.registry import load_drafter
-from mlx_distill.errors import InputError
-from mlx_distill.speculation.caching import CacheConfig
-from mlx_distill.speculation.generation import generate, stream_generate
-from mlx_distill.speculation.responses import GenerationResponse
-from mlx_distill.training.config import TrainingConfig
+if TYPE_CHECKING:
+    from mlx_distill.checkpoint import load
+    from mlx_distill.data.encoding import read_texts
+    from mlx_distill.distillation.distiller import Examples
+    from mlx_distill.distillation.exporting import ExportConfig, export_student
+    from mlx_distill.distillation.training import Distilled, distill
+    from mlx_distill.drafters.ngram import NGramDrafter
+    from mlx_distill.drafters.packing import quantize_drafter
+    from mlx_distill.drafters.protocol import DraftPlan
+    from mlx_distill.drafters.registry import load_drafter
+    from mlx_distill.errors import InputError
+    from mlx_distill.speculation.caching import CacheConfig
+    from mlx_distill.speculation.generation import generate, stream_generate
+    from mlx_distill.speculation.responses import GenerationResponse
+    from mlx_distill.training.config import TrainingConfig
 
 __all__ = [
     "CacheConfig",
@@ -39,3 +46,37 @@ __all__ = [
     "read_texts",
     "stream_generate",
 ]
+
+_MODULES = {
+    "CacheConfig": "speculation.caching",
+    "Distilled": "distillation.training",
+    "DraftPlan": "drafters.protocol",
+    "Examples": "distillation.distiller",
+    "ExportConfig": "distillation.exporting",
+    "GenerationResponse": "speculation.responses",
+    "InputError": "errors",
+    "NGramDrafter": "drafters.ngram",
+    "TrainingConfig": "training.config",
+    "distill": "distillation.training",
+    "export_student": "distillation.exporting",
+    "generate": "speculation.generation",
+    "load": "checkpoint",
+    "load_drafter": "drafters.registry",
+    "quantize_drafter": "drafters.packing",
+    "read_texts": "data.encoding",
+    "stream_generate": "speculation.generation",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Return the public names, and what is imported already."""
+    return sorted({*globals(), *__all__})

@@ -19,6 +19,7 @@ import type_checks
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read when it is loaded
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_DISTILL_CALIBRATE", "0")  # no test measures this machine by itself
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process would compile all it imports
 type_checks.install("mlx_distill")
 import mlx_distill  # noqa: E402, F401  (the BLAS comes first)
 

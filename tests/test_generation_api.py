@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import itertools
+import subprocess
+import sys
 from typing import Any
 
 import mlx.core as mx
@@ -45,6 +47,23 @@ def test_public_names() -> None:
     names = ("load", "load_drafter", "generate", "stream_generate", "GenerationResponse")
     assert set(names) <= set(mlx_distill.__all__)
     assert all(hasattr(mlx_distill, name) for name in mlx_distill.__all__)
+    assert set(names) <= set(dir(mlx_distill))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mlx_distill.nothing  # noqa: B018  # pyright: ignore
+
+
+def test_a_command_imports_no_more_than_it_needs() -> None:
+    code = """
+import sys
+import mlx_distill
+print(*sorted({"mlx", "mlx_lm", "transformers"} & set(sys.modules)))
+import mlx_distill.generate
+unneeded = ("mlx_distill.distillation", "mlx_distill.training", "matplotlib")
+print(*(name for name in sys.modules if name.startswith(unneeded)))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n\n"
 
 
 def test_arguments_of_the_contract() -> None:

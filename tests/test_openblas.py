@@ -38,14 +38,8 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# The module as the package's first line uses it, without the seconds that the rest takes.
-ALONE = f"""
-import sys, types
-package = types.ModuleType("mlx_distill")
-package.__path__ = [{os.path.dirname(openblas.__file__)!r}]
-sys.modules["mlx_distill"] = package
+PACKAGE = """
 from mlx_distill import openblas
-openblas.load_openblas()
 """
 MAPPED = """
 def mapped():
@@ -121,13 +115,13 @@ def test_load_openblas_returns_whether_it_helps(capsys: pytest.CaptureFixture[st
 
 @needs_openblas
 def test_mlx_imported_first_is_said() -> None:
-    done = run("import mlx.core" + ALONE)
+    done = run("import mlx.core" + PACKAGE)
     assert done.stderr == openblas.ORDER_HINT + "\n"
 
 
 @needs_openblas
 def test_preloaded_library_makes_any_order_right() -> None:
-    done = run("import mlx.core" + ALONE, LD_PRELOAD="libopenblas.so.0")
+    done = run("import mlx.core" + PACKAGE, LD_PRELOAD="libopenblas.so.0")
     assert done.stderr == ""
 
 
@@ -149,7 +143,7 @@ with module["drafting_threads"]():
 
 
 THREADS = (
-    ALONE
+    PACKAGE
     + """
 import ctypes
 library = ctypes.CDLL("libopenblas.so.0")
@@ -198,7 +192,7 @@ for context in (first, second):
     seen.append(library.openblas_get_num_threads())
 print(*seen)
 """
-    done = run(ALONE + code)
+    done = run(PACKAGE + code)
     before, *seen = map(int, done.stdout.split())
     assert seen == [before + 1, before + 1, before + 1, before]
 
@@ -216,8 +210,8 @@ with openblas.drafting_threads():
 library.openblas_set_num_threads(1)
 print(openblas.choices())
 """
-    assert run(ALONE + code).stdout.split("\n") == ["3 2", "3 2 2", "()", ""]
-    assert run(ALONE + "print(openblas.choices())", OPENBLAS_NUM_THREADS="2").stdout == "()\n"
+    assert run(PACKAGE + code).stdout.split("\n") == ["3 2", "3 2 2", "()", ""]
+    assert run(PACKAGE + "print(openblas.choices())", OPENBLAS_NUM_THREADS="2").stdout == "()\n"
 
 
 @needs_openblas
@@ -227,7 +221,7 @@ import ctypes
 library = ctypes.CDLL("libopenblas.so.0")
 print(openblas.fastest_threads(library, 1), openblas.fastest_threads(library, 2))
 """
-    one, two = map(int, run(ALONE + code).stdout.split())
+    one, two = map(int, run(PACKAGE + code).stdout.split())
     assert one == 1
     assert two in (1, 2)
 
