@@ -7,7 +7,8 @@ All models read the same batches, and the teacher's logits serve all students. I
 95 %, over texts drawn anew, for the tokens of a text hang together. Without a teacher every model
 is measured by itself, with its own tokenizer.
 
-A drafter is judged by greedy answers of its target, the teacher here, that were written already.
+A drafter is judged by answers of its target, the teacher here: those that were written already, or
+new ones.
 """
 
 import argparse
@@ -16,21 +17,21 @@ import sys
 from collections.abc import Sequence
 
 from mlx_distill import cli, machine
+from mlx_distill.calibration.measuring import Pair
+from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.completions import CompletionFilter
 from mlx_distill.data.corpus import LAYOUTS, Reading
 from mlx_distill.data.sources import check_sources
-from mlx_distill.distillation.answer_files import read_answers
-from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
-from mlx_distill.evaluation.drafts import judge_plans, show_drafts
+from mlx_distill.evaluation.draft_table import show_drafter
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
+from mlx_distill.evaluation.judging import JudgingConfig, Material, judge_drafter
 from mlx_distill.evaluation.models import TEACHER, Sources
 from mlx_distill.evaluation.questions import QuestionConfig, read_questions
 from mlx_distill.evaluation.table import plain, show
 from mlx_distill.files import write_whole
-from mlx_distill.target.target import Target
 
 
 @cli.command
@@ -60,20 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _judge_drafter(arguments: argparse.Namespace) -> int:
     """Judge a drafter as the arguments say; return the exit status."""
-    plans = [DraftPlan(*arguments.beams, nodes=nodes) for nodes in arguments.nodes]
-    if arguments.teacher is None or arguments.student:
+    config = from_flags(JudgingConfig, arguments)
+    if arguments.student or arguments.qa:
         raise InputError("a drafter is judged with its target, --teacher, and nothing else")
     output = cli.new_file(arguments.output)
-    answers = read_answers(arguments.data).greedy_ones()
-    answers = answers.only(range(len(answers.responses))[: arguments.max_texts])
-    sources = Sources.named(arguments.teacher, [], arguments.adapter_path)
+    check_sources([arguments.data])  # before anything is loaded
+    name = arguments.teacher or str(bundled("stories-14m"))
+    sources = Sources.named(name, [], arguments.adapter_path)
     loaded = sources.load(cli.code_options(arguments.trust_remote_code))[TEACHER]
-    target = Target.of(loaded.model)
-    answers.check(target.vocab_size)
     drafter = load_drafter(arguments.drafter, loaded.model, loaded.tokenizer)
-    figures = judge_plans(drafter, target, answers, plans)
-    result = {"drafts": figures, "config": cli.settings(arguments), **machine.provenance()}
-    show_drafts(figures)
+    pair = Pair(loaded.model, loaded.tokenizer, drafter)
+    options = {"template_config": cli.template_config(arguments)}
+    material = Material.read(arguments.data, pair, arguments.max_texts, **options)
+    found = judge_drafter(pair, material, config, quiet=False)
+    result = {**found, "config": cli.settings(arguments), **machine.provenance()}
+    show_drafter(found)
     if output:
         write_whole(output, json.dumps(result, indent=1) + "\n")
     if arguments.json:
@@ -156,26 +158,11 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
         "--drafter",
         type=cli.path,
         metavar="DIR",
-        help="judge this drafter of the teacher's; --data is an npz file of the teacher's answers "
-        "then, of which the greedy ones count (default: none)",
+        help="judge this drafter of the teacher's, which is the bundled model if none is named; "
+        "--data is then prompts, or an npz file of answers that the teacher has written, of which "
+        "the greedy ones count (default: none)",
     )
-    parser.add_argument(
-        "--nodes",
-        type=int,
-        nargs="+",
-        default=[4, 8, 16],
-        metavar="INT",
-        help="tokens of a draft that the teacher verifies in one call, each at least "
-        "1 (default: 4 8 16)",
-    )
-    parser.add_argument(
-        "--beams",
-        type=int,
-        nargs=2,
-        default=[4, 6],
-        metavar=("WIDTH", "LENGTH"),
-        help="beams of the drafts and their length, each at least 1 (default: 4 6)",
-    )
+    add_flags(parser, JudgingConfig)
 
 
 if __name__ == "__main__":

@@ -1,42 +1,143 @@
 """What a drafter is worth by known answers: the same as when they are generated."""
 
+from typing import Any
+
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlx_distill
 from mlx_distill.checkpoint import bundled
+from mlx_distill.core.draft import Draft
+from mlx_distill.core.posterior_noise import noise_behind
+from mlx_distill.core.sampling import TextNoise
 from mlx_distill.distillation.responses import Response
-from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.evaluation.drafts import accepted_tokens, judge_drafts
+from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.evaluation.drafts import judge_drafts
+from mlx_distill.evaluation.known_texts import posterior_noise
+from mlx_distill.evaluation.met import Met
 from mlx_distill.target.target import Target
 
-
-def test_accepted_tokens_follow_the_tree():
-    tokens, parents = [7, 1, 2, 3, 1], [0, 0, 1, 0, 3]
-    assert accepted_tokens(tokens, parents, [1, 2, 9]) == 2
-    assert accepted_tokens(tokens, parents, [3, 1]) == 2
-    assert accepted_tokens(tokens, parents, [2, 1]) == 0
-    assert accepted_tokens(tokens, parents, []) == 0
+PLANS = {
+    "chain": DraftPlan(1, 3, 4),
+    "tree": DraftPlan(4, 4, 8),
+    "beams": DraftPlan(3, 3, tree="beam"),
+}
 
 
-@pytest.mark.parametrize("plan", [DraftPlan(4, 4, 8), DraftPlan(1, 3, 4)])
-def test_known_answers_take_as_many_calls_as_generated_ones(plan: DraftPlan):
+@pytest.fixture(scope="module")
+def pair() -> tuple[Any, Any, Drafter]:
     model, tokenizer = mlx_distill.load(bundled("stories-14m"))
     drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), model, tokenizer)
-    answers, calls = [], 0
-    for text in ("Once upon a time", "Tom and Lily"):
-        prompt = tokenizer.encode(text)
-        found = list(
-            mlx_distill.stream_generate(
-                model, tokenizer, prompt, drafter=drafter, plan=plan, max_tokens=40
+    return model, tokenizer, drafter
+
+
+def one_draft(tokens: list[int], parents: list[int], scores: list[float]) -> Draft:
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    fields = (mx.array(x)[None] for x in (tokens, parents, depths, scores))
+    return Draft(*fields, max(depths))
+
+
+@pytest.mark.parametrize(
+    ("follows", "nodes", "accepted"),
+    [
+        ([1, 2], 8, 2),
+        ([1, 2], 3, 1),
+        ([1, 2], 4, 2),
+        ([3, 9], 8, 1),
+        ([3, 9], 2, 0),
+        ([2, 1], 8, 0),
+    ],
+)
+def test_a_tree_has_the_tokens_that_its_likeliest_nodes_have(
+    follows: list[int], nodes: int, accepted: int
+):
+    draft = one_draft([7, 1, 3, 2], [0, 0, 0, 1], [0.0, -0.1, -0.2, -0.3])
+    met = Met.of(draft, np.array([follows]))
+    assert met.accepted(DraftPlan(2, 2, nodes)).tolist() == [accepted]
+    assert met.num_nodes(DraftPlan(2, 2, nodes)).tolist() == [min(nodes, 4)]
+
+
+def test_beams_leave_out_what_ends_early():
+    draft = one_draft([7, 1, 3, 2, 4], [0, 0, 0, 1, 1], [0.0, -0.1, -0.2, -0.3, -0.4])
+    for follows, accepted in ([3, 9], 0), ([1, 4], 2), ([1, 9], 1):
+        met = Met.of(draft, np.array([follows]))
+        assert met.accepted(DraftPlan(2, 2, tree="beam")).tolist() == [accepted]
+        assert met.num_nodes(DraftPlan(2, 2, tree="beam")).tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("kind", "temperature"), [("recurrent", 0.0), ("recurrent", 0.7), ("ngram", 0.0)]
+)
+def test_known_answers_take_as_many_calls_as_generated_ones(
+    pair: tuple[Any, Any, Drafter], kind: str, temperature: float
+):
+    model, tokenizer, drafter = pair
+    drafter = drafter if kind == "recurrent" else NGramDrafter()
+    plans = {"chain": PLANS["chain"]} if kind == "ngram" else PLANS
+    prompts = [tokenizer.encode(text) for text in ("Once upon a time", "Tom and Lily")]
+    calls, nodes = dict.fromkeys(plans, 0), dict.fromkeys(plans, 0)
+    answers = []
+    for prompt in prompts:
+        found = []
+        for name, plan in plans.items():
+            options = {"plan": plan, "temperature": temperature, "seed": 5, "max_tokens": 31}
+            found = list(
+                mlx_distill.stream_generate(model, tokenizer, prompt, drafter=drafter, **options)
             )
-        )
-        answers.append(Response(prompt, [one.token for one in found][:40]))
+            calls[name] += found[-1].target_calls
+            nodes[name] += found[-1].verified_tokens
+        answers.append(Response(prompt, [one.token for one in found]))
+
+    def noise(row: int, tokens: mx.array, logits: mx.array) -> mx.array:
+        rows = TextNoise(mx.random.key(5), logits.shape[-1])
+        return temperature * rows.rows(0, tokens.size)
+
+    drawn = noise if temperature else None
+    judged = judge_drafts(drafter, Target.of(model), answers, plans, ["x", "y"], drawn)
+    for name, worth in judged.worth.items():
+        assert worth[""].tokens == sum(len(one.response) - 1 for one in answers)
+        assert (worth[""].calls, worth[""].nodes) == (calls[name], nodes[name])
+        assert worth[""].calls == worth["x"].calls + worth["y"].calls
+    mx.clear_cache()
+
+
+def test_noise_behind_a_text_is_as_if_it_had_drawn_it():
+    """Every value is Gumbel noise, two of a row are independent, and it draws the text."""
+    count = 40_000
+    law = mx.log(mx.array([0.6, 0.25, 0.1, 0.05]))
+    tokens = mx.random.categorical(law, shape=(count,), key=mx.random.key(1))
+    rows = mx.broadcast_to(law, (count, 4))
+    noise = noise_behind(rows, tokens, mx.random.key(2))
+    assert mx.array_equal(mx.argmax(rows + noise, axis=1), tokens)
+    uniform = np.exp(-np.exp(-np.array(noise, np.float64)))
+    for column in uniform.T:
+        found = np.histogram(column, bins=20, range=(0, 1))[0]
+        assert ((found - count / 20) ** 2 / (count / 20)).sum() < 45  # of chi2(19): 0.0007
+    assert np.abs(np.corrcoef(uniform.T) - np.eye(4)).max() < 0.02
+
+
+def test_unknown_noise_is_as_good_as_the_noise_that_drew_the_text(
+    pair: tuple[Any, Any, Drafter],
+):
+    """The same texts: calls with the noise that drew them, and with noise from its law."""
+    model, tokenizer, drafter = pair
+    prompt = tokenizer.encode("Once upon a time")
+    options: dict[str, Any] = {"plan": PLANS["tree"], "temperature": 1.0, "max_tokens": 48}
+    answers, calls = [], 0
+    for seed in range(8):
+        options |= {"drafter": drafter, "seed": seed}
+        found = list(mlx_distill.stream_generate(model, tokenizer, prompt, **options))
+        answers.append(Response(prompt, [one.token for one in found]))
         calls += found[-1].target_calls
-    worth = judge_drafts(drafter, Target.of(model), answers, plan, ["x", "y"])
-    assert worth.keys() == {"", "x", "y"}
-    assert worth[""].tokens == sum(len(one.response) - 1 for one in answers)
-    assert worth[""].calls == worth["x"].calls + worth["y"].calls
-    assert abs(worth[""].calls - calls) <= len(answers)  # the last call may bring nothing more
-    assert worth[""].reached[0] > worth[""].reached[-1] > 0
+    plans = {"tree": PLANS["tree"]}
+    estimates = [
+        judge_drafts(drafter, Target.of(model), answers, plans, noise=noise).worth["tree"][""].calls
+        for noise in (posterior_noise(1.0), None)
+    ]
+    assert abs(estimates[0] - calls) < 0.1 * calls
+    assert estimates[1] > 1.1 * calls  # blind to the noise, drafts are worse
     mx.clear_cache()

@@ -29,6 +29,8 @@ OTHERS, UNWANTED = 2**16, 2**17
 class Draft:
     """Continuations of a token that is certain, as a tree in which parents come first.
 
+    Drafts of several roots have an axis for them in front; the methods are of one root's.
+
     Args:
         tokens: One per node; node 0 is the certain one, the root. Siblings carry different tokens.
         parents: Index of each node's parent, smaller than its own; the root's is 0.
@@ -38,10 +40,10 @@ class Draft:
         max_depth: The depth of the deepest node, which the host knows without reading.
     """
 
-    tokens: Int[mx.array, " N"]
-    parents: Int[mx.array, " N"]
-    depths: Int[mx.array, " N"]
-    scores: Float[mx.array, " N"]
+    tokens: Int[mx.array, "... N"]
+    parents: Int[mx.array, "... N"]
+    depths: Int[mx.array, "... N"]
+    scores: Float[mx.array, "... N"]
     max_depth: int
 
     @classmethod
@@ -113,8 +115,8 @@ def _best_first(
     index = mx.array(np.arange(tokens.size, dtype=np.int32))
     row = mx.array(np.arange(4, dtype=np.int32)[:, None])
     this, other = index[:, None], index[None]
-    likelihood = _likelihood(scores, depths)
-    mine, others = likelihood[:, None], likelihood[None]
+    likely = likelihood(scores, depths)
+    mine, others = likely[:, None], likely[None]
     likelier = mx.where(other < this, others >= mine, others > mine)
     sibling = (parents[:, None] == parents[None]) & (other > 0)
     link = (parents[:, None] == other) | (this == other)
@@ -133,7 +135,7 @@ def _best_first(
     return tokens, parents, mask, depths, ranks
 
 
-def _likelihood(scores: mx.array, depths: mx.array) -> mx.array:
+def likelihood(scores: mx.array, depths: mx.array) -> mx.array:
     """Return scores that put every node behind its parent.
 
     A sure token leaves a path as probable as its parent's: depth has to break that tie. The margin
@@ -148,7 +150,7 @@ def _likeliest(
     tokens: mx.array, parents: mx.array, depths: mx.array, scores: mx.array, num_nodes: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """Return the likeliest nodes, which form a tree, in their order."""
-    order = mx.sort(mx.argsort(-_likelihood(scores, depths))[:num_nodes])
+    order = mx.sort(mx.argsort(-likelihood(scores, depths))[:num_nodes])
     links = mx.argmax(order[None] == parents[order][:, None], axis=1).astype(mx.int32)
     return tokens[order], links, depths[order], scores[order]
 

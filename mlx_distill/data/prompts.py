@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.data.chats import Chat, apply_template
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.rows import Row, read_row
+from mlx_distill.data.selection import rows_in_turn
 from mlx_distill.data.sources import read_rows
 from mlx_distill.data.tokens import encode_text
 from mlx_distill.errors import InputError
@@ -167,10 +167,7 @@ def _with_spec_bench_classes(prompts: list[Asked]) -> list[Asked]:
 
 def in_turn(prompts: Sequence[Asked]) -> list[Asked]:
     """Return prompts with their classes taking turns, so that the first few hold all of them."""
-    kinds: dict[str | None, list[Asked]] = {}
-    for one in prompts:
-        kinds.setdefault(one.kind, []).append(one)
-    return [one for row in zip_longest(*kinds.values()) for one in row if one is not None]
+    return [prompts[row] for row in rows_in_turn([one.kind for one in prompts])]
 
 
 def _opening(tokenizer: Any, text: str, limit: int) -> list[int]:

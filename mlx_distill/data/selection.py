@@ -1,6 +1,7 @@
 """Which texts are learned and which are held out, and in what lengths."""
 
 from collections.abc import Hashable, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -121,3 +122,11 @@ def split_held_out(texts: Sequence[Text], count: int, seed: int) -> tuple[list[T
     held = set(held_out_rows(files, count, seed))
     learn = [text for row, text in enumerate(texts) if row not in held]
     return learn, [texts[row] for row in sorted(held)]
+
+
+def rows_in_turn(kinds: Sequence[Hashable]) -> list[int]:
+    """Return all rows with their kinds taking turns, so that the first few hold every kind."""
+    rows: dict[Hashable, list[int]] = {}
+    for row, kind in enumerate(kinds):
+        rows.setdefault(kind, []).append(row)
+    return [row for turn in zip_longest(*rows.values()) for row in turn if row is not None]

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from mlx import nn
 
 from mlx_distill.arrays import SERIAL
 from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.beam_searches import beam_searches
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.protocol import DraftPlan, Features
@@ -112,12 +114,8 @@ class BoundDrafter:
         noise: mx.array | None = None,
     ) -> Arrays:
         steps = self._steps
-        context = steps.context(self.network.joined(hidden, taps))
-        if noise is not None:
-            ids = steps.token_ids
-            noise = (
-                noise[:, : self.config.vocab_size] if ids is None else mx.take(noise, ids, axis=1)
-            )
+        context = steps.context(self.network.joined(hidden, taps)[None])
+        noise = self._of_columns(noise)
         rows = iter(range(length))  # of noise; one per step, in the search's order
 
         def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array, mx.array]:
@@ -135,8 +133,46 @@ class BoundDrafter:
         draft = beam_search(step, root + steps.token_ids.size, None, width, length)
         return self._ids[draft.tokens], draft.parents, draft.depths, draft.scores
 
+    def draft_everywhere(
+        self,
+        roots: Int[mx.array, " S"],
+        features: Features,
+        plan: DraftPlan,
+        noise: Float[mx.array, "N V"] | None = None,
+    ) -> Draft:
+        """Return the drafts of many roots; see ``DraftsEverywhere``."""
+        steps, ids = self._steps, self._steps.token_ids
+        context = steps.context(self.network.joined(features.states, features.taps))
+        width = min(plan.beam_width, self.network.head.weight.shape[0])
+        hidden, shares = (mx.repeat(x, width, axis=0) for x in context)
+        noise = self._of_columns(noise)
+        rows = iter(range(plan.draft_length))  # of noise, in the search's order
+
+        def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array, mx.array]:
+            if carried is None:
+                x, carried = steps.first(columns, context)
+            else:
+                x, carried = steps.next(columns, carried, (hidden, shares))
+            row, seen = next(rows), noise
+            if seen is not None:
+                seen = mx.repeat(seen[row : row + roots.size], x.shape[0] // roots.size, axis=0)
+            return self._logits(x, seen), carried
+
+        draft = beam_searches(step, roots, width, plan.draft_length)
+        if ids is None:
+            return draft
+        tokens = mx.concatenate([roots[:, None], ids[draft.tokens[:, 1:]]], axis=1)
+        return replace(draft, tokens=tokens.astype(mx.int32))
+
+    def _of_columns(self, noise: Float[mx.array, "L V"] | None) -> Float[mx.array, "L K"] | None:
+        """Return the noise of the tokens that can be drafted."""
+        if noise is None:
+            return None
+        ids = self._steps.token_ids
+        return noise[:, : self.config.vocab_size] if ids is None else mx.take(noise, ids, axis=1)
+
     def _logits(
-        self, x: Float[mx.array, "W E"], noise: Float[mx.array, "1 K"] | None
+        self, x: Float[mx.array, "W E"], noise: Float[mx.array, "_ K"] | None
     ) -> Float[mx.array, "W K"]:
         """Return the sharpened logits in float32, after the noise is added."""
         weight = self.network.head.weight.T

@@ -175,6 +175,29 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class DraftsEverywhere(Protocol):
+    """A drafter that can draft behind every token of a known text at once, to be judged."""
+
+    def draft_everywhere(
+        self,
+        roots: Int[mx.array, " S"],
+        features: Features,
+        plan: DraftPlan,
+        noise: Float[mx.array, "N V"] | None = None,
+    ) -> Draft:
+        """Return the drafts of all roots, in fields with an axis for them in front.
+
+        Args:
+            roots: Consecutive tokens of a text.
+            features: Those of the token before each root.
+            plan: The shape of the drafts.
+            noise: Row i is added to the target's logits of the token behind root i; there are
+                S + L - 1 of them for drafts of length L. None at temperature 0.
+        """
+        ...
+
+
+@runtime_checkable
 class Planner(Protocol):
     """Says how much to draft."""
 

@@ -77,14 +77,13 @@ class Steps:
         joined = (self.joined.of_hidden, self.joined.bias, self.joined.of_state)
         mx.eval(joined, [x for x in (self._reads, self._firsts) if x is not None])
 
-    def context(self, hidden: Float[mx.array, " D"]) -> Context:
-        """Return what a draft needs of the hidden state, once."""
-        hidden = hidden[None]
+    def context(self, hidden: Float[mx.array, "S D"]) -> Context:
+        """Return what drafts need of the hidden states, once; decoding has one of them."""
         return hidden, mx.addmm(self.joined.bias, hidden, self.joined.of_hidden)
 
     def first(
-        self, root: Integer[mx.array, " 1"], context: Context
-    ) -> tuple[Float[mx.array, "1 E"], Float[mx.array, "1 D"]]:
+        self, root: Integer[mx.array, " S"], context: Context
+    ) -> tuple[Float[mx.array, "S E"], Float[mx.array, "S D"]]:
         """Return what the head makes logits of after the root, and what is carried on."""
         if self._firsts is not None:
             return self._features(None, self._firsts[root], context)

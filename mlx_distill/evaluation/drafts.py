@@ -1,32 +1,35 @@
-"""What a drafter is worth, by greedy answers that its target has written already.
+"""What a drafter is worth, by answers that its target has written already.
 
-At temperature 0 the text is known, so nothing has to be generated: the target reads every answer
-once, and the drafter is asked at the very places where decoding would ask it. A draft is worth the
-tokens of the text that it has in a row, and the one more that every call brings:
+The text is known, so nothing has to be generated: the target reads every answer once, and drafts
+are made behind every token of it, many at a time. A draft is worth the tokens of the text that it
+has in a row, and the one more that every call brings:
 
     text   the cat sat on the mat        draft at "cat": sat - on - a
     two of three are the text's; the next draft is made at "the", three tokens on
+
+That is what decoding does at temperature 0, call by call. Above it, a text depends on its random
+numbers as well, and drafts are made in sight of them. Let y be a text that the target drew and g
+the noise that it was drawn with. The calls c(y, g) that decoding takes are then known just so, and
+
+    tokens per call = E[|y|] / E[c(y, g)],   y ~ p,  g ~ p(g | y)
+
+needs nothing but texts of the target and noise from its law given the text (``posterior_noise``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import mlx.core as mx
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
 
-from mlx_distill.arrays import to_host
-from mlx_distill.distillation.answer_files import WrittenAnswers
-from mlx_distill.distillation.drafter import TargetView
 from mlx_distill.distillation.responses import Response
-from mlx_distill.distillation.target_reader import TargetReader, text_of
-from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
+from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.evaluation.known_texts import Noise, known_texts
+from mlx_distill.evaluation.met import NOWHERE, Met
 from mlx_distill.target.target import Target
 
-AT_ONCE = 64  # answers; the device drafts for all of them before the host reads any
+CHOICES = 8  # of the drafter, among which the next token may be
 
 
 @dataclass
@@ -36,11 +39,13 @@ class Worth:
     Args:
         calls: Of the target.
         tokens: That the calls brought.
+        nodes: That they verified.
         reached: How many drafts had one, two, ... tokens of the text in a row.
     """
 
     calls: int = 0
     tokens: int = 0
+    nodes: int = 0
     reached: list[int] = field(default_factory=list)
 
     @property
@@ -48,145 +53,112 @@ class Worth:
         """What a call brought on average."""
         return self.tokens / max(1, self.calls)
 
-    def add(self, accepted: int, brought: int) -> None:
-        """Count a draft."""
-        self.calls += 1
-        self.tokens += brought
-        self.reached += [0] * (accepted - len(self.reached))
-        for depth in range(accepted):
-            self.reached[depth] += 1
+    def walk(self, accepted: Int[np.ndarray, " S"], nodes: Int[np.ndarray, " S"]) -> None:
+        """Count the calls of a text, of which a draft is known at every place."""
+        place = 0
+        while place < len(accepted):
+            found = int(accepted[place])
+            self.calls += 1
+            self.nodes += int(nodes[place])
+            self.tokens += min(found + 1, len(accepted) - place)
+            self.reached += [0] * (found - len(self.reached))
+            for depth in range(found):
+                self.reached[depth] += 1
+            place += found + 1
 
     def to_dict(self) -> dict[str, float | int | list[float]]:
         """Return the figures; acceptance is the share of drafts that reached a depth."""
-        shares = [count / max(1, self.calls) for count in self.reached]
+        calls = max(1, self.calls)
         return {
             "tokens_per_call": self.tokens_per_call,
+            "nodes_per_call": self.nodes / calls,
             "calls": self.calls,
             "tokens": self.tokens,
-            "reached": shares,
+            "reached": [count / calls for count in self.reached],
         }
-
-
-def judge_plans(
-    drafter: Drafter, target: Target, answers: WrittenAnswers, plans: Sequence[DraftPlan]
-) -> dict[str, Any]:
-    """Return what drafts of several shapes are worth on greedy answers, by shape and kind."""
-    return {
-        f"{plan.nodes} nodes": {
-            kind or "all": worth.to_dict()
-            for kind, worth in judge_drafts(
-                drafter, target, answers.responses, plan, answers.kinds
-            ).items()
-        }
-        for plan in plans
-    }
-
-
-def show_drafts(figures: dict[str, Any]) -> None:
-    """Print the figures of ``judge_plans``: a column per shape, a row per kind of prompt."""
-    table = Table("tokens per call, T = 0", *figures, box=SIMPLE, padding=(0, 1))
-    for kind in next(iter(figures.values())):
-        cells = (f"{shape[kind]['tokens_per_call']:.3f}" for shape in figures.values())
-        table.add_row(escape(kind), *cells)
-    Console(highlight=False, soft_wrap=True, width=1000).print(table)
 
 
 @dataclass
-class _Text:
-    """An answer that is being gone through; ``place`` is the token that is the root now."""
+class Judged:
+    """What was found of a drafter.
 
-    answer: list[int]
-    kind: str
-    rows: slice
-    state: DraftState
-    place: int = 0
+    Args:
+        worth: By the name of a shape and the kind of prompt; "" is all.
+        choices: How often the next token was the drafter's first, second, ... choice.
+        places: How many drafts were made.
+        tokens: How many tokens the answers have.
+        agreed: How many of them are the target's best.
+    """
+
+    worth: dict[str, dict[str, Worth]]
+    choices: Int[np.ndarray, " K"] = field(default_factory=lambda: np.zeros(CHOICES, np.int64))
+    places: int = 0
+    tokens: int = 0
+    agreed: int = 0
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the figures; all kinds of prompts together are "all"."""
+        return {
+            "shapes": {
+                name: {kind or "all": worth.to_dict() for kind, worth in kinds.items()}
+                for name, kinds in self.worth.items()
+            },
+            "hits": (np.cumsum(self.choices) / max(1, self.places)).tolist(),
+            "places": self.places,
+            "tokens": self.tokens,
+            "agreement": self.agreed / max(1, self.tokens),
+        }
 
 
 def judge_drafts(
     drafter: Drafter,
     target: Target,
     answers: Sequence[Response],
-    plan: DraftPlan,
+    plans: Mapping[str, DraftPlan],
     kinds: Sequence[str] = (),
-    batch_size: int = 16,
-) -> dict[str, Worth]:
-    """Return what a drafter's trees are worth on greedy answers: in all (""), and by their kinds.
+    noise: Noise | None = None,
+    quiet: bool = True,
+) -> Judged:
+    """Return what a drafter's trees are worth on answers.
 
     Args:
         drafter: The drafter.
-        target: Wrote the answers at temperature 0.
+        target: Wrote the answers.
         answers: Those of one token are passed over.
-        plan: What is drafted.
+        plans: Shapes of drafts by name.
         kinds: Of each answer; none if nothing is said.
-        batch_size: Answers that the target reads at once.
+        noise: What the answers were drawn with; None if at temperature 0.
+        quiet: Draw no progress bar.
     """
-    reader = TargetReader(target, drafter.taps, batch_size)
-    worth: dict[str, Worth] = {"": Worth()}
-    longer = [row for row, one in enumerate(answers) if len(one.response) > 1]
-    for start in range(0, len(longer), AT_ONCE):
-        rows = longer[start : start + AT_ONCE]
-        view = reader.view([text_of(answers[row]) for row in rows], by_length=False)
-        texts, first = [], 0
-        for row in rows:
-            one = answers[row]
-            count = len(one.response)
-            features = _features(view, slice(first, first + 1))
-            state = drafter.open(mx.array(one.prompt), features)
-            kind = kinds[row] if kinds else ""
-            texts.append(_Text(one.response, kind, slice(first, first + count), state))
-            first += count
-        _go_through(texts, view, plan.for_support(target.support), worth)
-    return worth
+    plans = {name: plan.for_support(target.support) for name, plan in plans.items()}
+    searches = _searches(plans.values())
+    judged = Judged({name: {"": Worth()} for name in plans})
+    texts = known_texts(drafter, target, answers, noise)
+    for text in tqdm(texts, total=len(answers), unit="answer", disable=quiet, leave=False):
+        met = {search.beam_width: text.met(drafter, search) for search in searches}
+        for name, plan in plans.items():
+            found = met[plan.beam_width]
+            for kind in {"", kinds[text.row] if kinds else ""}:
+                worth = judged.worth[name].setdefault(kind, Worth())
+                worth.walk(found.accepted(plan), found.num_nodes(plan))
+        judged.choices += _choices(met[CHOICES])
+        judged.places += text.tokens.size - 1
+        judged.tokens += text.tokens.size
+        judged.agreed += text.agreed
+    return judged
 
 
-def _go_through(
-    texts: list[_Text], view: TargetView, plan: DraftPlan, worth: dict[str, Worth]
-) -> None:
-    """Draft for all texts, a call each at a time, until all are at their ends."""
-    while texts:
-        drafts = [_draft(text, plan) for text in texts]  # all are on their way before one is read
-        for text, draft in zip(texts, drafts, strict=True):
-            follows = text.answer[text.place + 1 :]
-            accepted = (
-                accepted_tokens(to_host(draft[0]), to_host(draft[1]), follows) if draft else 0
-            )
-            brought = min(accepted + 1, len(follows))
-            for kind in {"", text.kind}:
-                worth.setdefault(kind, Worth()).add(accepted, brought)
-            _accept(text, view, brought)
-        texts = [text for text in texts if text.place + 1 < len(text.answer)]
+def _searches(plans: Iterable[DraftPlan]) -> list[DraftPlan]:
+    """Return searches, one per width, of which every plan's is a part, and one of all choices."""
+    lengths = {CHOICES: 1}
+    for plan in plans:
+        width = plan.beam_width
+        lengths[width] = max(plan.draft_length, lengths.get(width, 1))
+    return [DraftPlan(width, length) for width, length in lengths.items()]
 
 
-def _draft(text: _Text, plan: DraftPlan) -> tuple[mx.array, mx.array] | None:
-    """Return tokens and parents of the tree that would be verified."""
-    draft = text.state.draft(mx.array([text.answer[text.place]], mx.int32), plan, None)
-    if draft is None:
-        return None
-    tree = draft.best_first(min(plan.nodes, draft.tokens.size))
-    mx.async_eval(tree.tokens, tree.parents)
-    return tree.tokens, tree.parents
-
-
-def _accept(text: _Text, view: TargetView, count: int) -> None:
-    """Go on by so many tokens."""
-    taken = text.answer[text.place : text.place + count]
-    text.place += count
-    first = text.rows.start + text.place - count + 1
-    if text.place + 1 < len(text.answer):
-        text.state.accept(mx.array(taken, mx.int32), _features(view, slice(first, first + count)))
-
-
-def _features(view: TargetView, rows: slice) -> Features:
-    return Features(view.hidden[rows], None, tuple(tap[rows] for tap in view.taps))
-
-
-def accepted_tokens(tokens: list[int], parents: list[int], follows: Sequence[int]) -> int:
-    """Return how many tokens of a text a tree has in a row, from its root on."""
-    children = {(parents[node], tokens[node]): node for node in range(1, len(tokens))}
-    node = 0
-    for count, token in enumerate(follows):
-        found = children.get((node, token))
-        if found is None:
-            return count
-        node = found
-    return len(follows)
+def _choices(met: Met) -> Int[np.ndarray, " K"]:
+    """Return how often the next token was the drafter's first, second, ... choice."""
+    node = met.nodes[:, 0]
+    rank = np.take_along_axis(met.ranks(1), np.maximum(node, 0)[:, None], axis=1)[:, 0]
+    return np.bincount(rank[node != NOWHERE] - 1, minlength=CHOICES)[:CHOICES]
