@@ -1,5 +1,7 @@
 """What a drafter is worth by known answers: the same as when they are generated."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import mlx_distill
+from mlx_distill import evaluate
 from mlx_distill.checkpoint import bundled
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.posterior_noise import noise_behind
@@ -141,3 +144,28 @@ def test_unknown_noise_is_as_good_as_the_noise_that_drew_the_text(
     assert abs(estimates[0] - calls) < 0.1 * calls
     assert estimates[1] > 1.1 * calls  # blind to the noise, drafts are worse
     mx.clear_cache()
+
+
+def test_the_command_judges_every_shape_at_every_temperature(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    data = tmp_path / "prompts.jsonl"
+    rows = [("a", "Once upon a time"), ("a", "One day"), ("b", "Tom and Lily")]
+    data.write_text("".join(f'{{"category": "{k}", "prompt": "{p}"}}\n' for k, p in rows))
+    flags = f"--data {data} --answer-tokens 24 --nodes 4 8 --rounds 3 --max-texts 2 --json"
+    drafter = str(bundled("stories-14m-redrafter"))
+    assert evaluate.main(["--drafter", drafter, *flags.split()]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["temperatures"].keys() == {"0", "1"}
+    for figures in found["temperatures"].values():
+        shapes = figures["shapes"]
+        assert list(shapes)[:6] == [f"chain of {n}" for n in range(1, 7)]
+        assert shapes["8 nodes"].keys() == {"all", "a", "b"}  # classes take turns
+        worth = [shapes[name]["all"]["tokens_per_call"] for name in ("4 nodes", "8 nodes")]
+        assert 1 < worth[0] <= worth[1] <= 7
+        assert figures["hits"] == sorted(figures["hits"])
+
+    costs = found["costs"]
+    assert costs["dispatches"]["draft"] < costs["dispatches"]["plain_step"]
+    assert costs["step_dispatch_share"] < 0.2
+    assert found["size"]["parameters"] == 952_704

@@ -124,12 +124,10 @@ class Material:
         """Return the target's answers at a temperature; it writes those that are not there."""
         if temperature == 0 and self.greedy is not None:
             return self.greedy
-        size = ResponseConfig.response_batch_size
-        asked = ResponseConfig(config.answer_tokens, (temperature,), size, config.judge_seed)
-        written = []
-        for start in range(0, len(self.prompts), size):
-            batch = self.prompts[start : start + size]
-            written += answer(pair.model, pair.tokenizer.eos_token_ids, batch, start, asked)
+        asked = ResponseConfig(
+            config.answer_tokens, (temperature,), response_seed=config.judge_seed
+        )
+        written = answer(pair.model, pair.tokenizer.eos_token_ids, self.prompts, 0, asked)
         pairs = zip(self.prompts, written, strict=True)
         return [Response(prompt, tokens) for prompt, tokens in pairs]
 
