@@ -14,6 +14,7 @@ from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
 from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.beam_searches import top_values
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan
@@ -237,3 +238,13 @@ def test_a_bound_drafter_needs_no_table(monkeypatch: pytest.MonkeyPatch):
     bound = BoundDrafter(drafter.network, drafter.embed, {})
     draft = bound.draft(mx.array(drafter.hidden), mx.array([ROOT]), DraftPlan(2, 3))
     assert_equal_levels(draft, drafter.slow_draft(2, 3))
+
+
+@pytest.mark.parametrize("width", [5, 128, 1000, 1024, 128 * 300])
+@pytest.mark.parametrize("count", [1, 4, 5])
+def test_top_values_are_the_largest(width: int, count: int):
+    values = mx.random.normal((3, width), key=mx.random.key(width))
+    places, found = top_values(values, count)
+    assert found.tolist() == np.take_along_axis(np.array(values), np.array(places), 1).tolist()
+    expected = np.sort(np.array(values), axis=1)[:, width - count :]
+    assert np.sort(np.array(found), axis=1).tolist() == expected.tolist()

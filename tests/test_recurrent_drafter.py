@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
+from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
@@ -139,7 +140,7 @@ def test_joined_steps_equal_the_network(shape: dict[str, Any], table_bytes: int)
     hidden, column = mx.random.normal((5,)), tokens - 1
     token = network.token_ids[column].item() if "token_ids" in network else column
     steps = Steps(network, embed, table_bytes)
-    context = steps.context(hidden)
+    context = steps.context(hidden[None])
     x, carried = steps.first(mx.array([1]), context)
     y, _ = steps.next(mx.array([column]), carried, context)
     state = network.advance(network.begin(hidden), network.read(embed(mx.array([1]))))
@@ -218,6 +219,41 @@ def test_the_first_drafted_tokens_are_the_networks_best(shape: dict[str, Any]):
     expected = {[2, 3, 7, 10][column]: np.log(probs[column]) for column in best}
     assert scores == pytest.approx(expected, abs=1e-5)
     assert drafter.config is network.config
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("shape", [*SHAPES[:4], *SHAPES[-4:], OTHER_EMBEDDING, TRIMMED], ids=str)
+def test_drafts_made_at_once_are_those_made_one_by_one(shape: dict[str, Any], noisy: bool):
+    network = random_drafter(**shape)
+    if "token_ids" in network:
+        network.token_ids = mx.array([2, 3, 7, 10])
+    embed = nn.Embedding(11, network.config.embedding_size or 5)
+    drafter = BoundDrafter(network, embed, {"hidden_size": 5})
+    hidden = random_inputs(network, 4)[0]
+    taps = tuple(mx.array(hidden * (2 + layer)) for layer in range(len(network.config.taps)))
+    roots, plan = mx.array([6, 1, 6, 9]), DraftPlan(3, 4)
+    noise = mx.random.gumbel((7, 11), key=mx.random.key(4)) if noisy else None
+    features = Features(mx.array(hidden), None, taps)
+    found = drafter.draft_everywhere(roots, features, plan, noise)
+    for row in range(4):
+        seen = None if noise is None else noise[row : row + 4]
+        there = [tap[row] for tap in taps]
+        one = drafter.draft(mx.array(hidden[row]), roots[row : row + 1], plan, seen, there)
+        at_once = Draft(*(x[row] for x in fields_of(found)), found.max_depth)
+        assert paths(at_once) == pytest.approx(paths(one), abs=1e-4)
+
+
+def fields_of(draft: Draft) -> tuple[mx.array, ...]:
+    return draft.tokens, draft.parents, draft.depths, draft.scores
+
+
+def paths(draft: Draft) -> dict[tuple[int, ...], float]:
+    """Return the score of every path, as tokens from the root on."""
+    tokens, parents, _, scores = (x.tolist() for x in fields_of(draft))
+    found = {0: (tokens[0],)}
+    for node in range(1, len(tokens)):
+        found[node] = (*found[parents[node]], tokens[node])
+    return {path: scores[node] for node, path in found.items()}
 
 
 # The configuration
