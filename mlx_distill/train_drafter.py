@@ -3,8 +3,9 @@
     python -m mlx_distill.train_drafter --model M --data prompts.jsonl --output DIR
     python -m mlx_distill.train_drafter --model M --answers answers.npz --output DIR
 
-First the model answers the prompts (in batches; the answers are kept beside the output and used
+First the model answers the prompts (many at once; the answers are kept beside the output and used
 again), then the drafter is trained on them. A run that was stopped goes on with ``--resume``.
+``--write-answers answers.npz`` in place of an output writes the answers, and ends.
 """
 
 import argparse
@@ -21,10 +22,12 @@ from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
+from mlx_distill.distillation.answer_writing import write_answers
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_training import train_drafter
 from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
@@ -45,22 +48,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for name in ("max_prompts", "prompt_tokens"):
         check_value(name, getattr(arguments, name), Count | None)
+    _check_names(arguments)
     about = _about(arguments)
-    check_output(Path(arguments.output), arguments.resume)
-    if bool(arguments.data) == bool(arguments.answers):
-        raise InputError("name either --data, prompts that the model answers, or --answers")
-    check_sources(arguments.data)  # before anything is loaded
     given = read_answers(arguments.answers) if arguments.answers else None
     model, tokenizer = cli.load_model(arguments)
-    start = None
-    if arguments.start_from:
-        first = load_drafter(arguments.start_from, model, tokenizer)
-        if not isinstance(first, BoundDrafter):
-            raise InputError(
-                f"{arguments.start_from} is no recurrent drafter; it cannot be trained"
-            )
-        start = first.network
     report = Report(noun="answers" if given else "prompts")
+    if arguments.write_answers:
+        prompts, path = _prompts(arguments, tokenizer, report), arguments.write_answers
+        quiet = arguments.quiet
+        write_answers(model, tokenizer, prompts, path, config.responses, report=report, quiet=quiet)
+        print(f"the answers are in {path}")
+        return 0
     train_drafter(
         model,
         tokenizer,
@@ -69,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else _prompts(arguments, tokenizer, report),
         arguments.output,
         config,
-        start=start,
+        start=_start(arguments.start_from, model, tokenizer),
         responses=arguments.responses,
         resume=arguments.resume,
         about=about,
@@ -78,6 +76,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     print(f"the drafter is in {arguments.output}")
     return 0
+
+
+def _check_names(arguments: argparse.Namespace) -> None:
+    """Raise InputError if what is read or written cannot be, before anything is loaded."""
+    if bool(arguments.output) == bool(arguments.write_answers):
+        raise InputError("name either --output, the drafter's folder, or --write-answers")
+    if arguments.output:
+        check_output(Path(arguments.output), arguments.resume)
+    else:
+        cli.new_file(arguments.write_answers)
+        if arguments.answers:
+            raise InputError("--write-answers needs --data, prompts that the model answers")
+    if bool(arguments.data) == bool(arguments.answers):
+        raise InputError("name either --data, prompts that the model answers, or --answers")
+    check_sources(arguments.data)
+
+
+def _start(name: str | None, model: nn.Module, tokenizer: Any) -> RecurrentDrafter | None:
+    """Return the drafter to start from."""
+    if not name:
+        return None
+    first = load_drafter(name, model, tokenizer)
+    if not isinstance(first, BoundDrafter):
+        raise InputError(f"{name} is no recurrent drafter; it cannot be trained")
+    return first.network
 
 
 def _answers(
@@ -150,8 +173,13 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="answers that this very model has written already, as token ids: arrays prompt, "
         "answer, prompt_len, answer_len and greedy",
     )
+    parser.add_argument("--output", type=cli.path, help="the drafter's folder; must not exist")
     parser.add_argument(
-        "--output", type=cli.path, required=True, help="the drafter's folder; must not exist"
+        "--write-answers",
+        type=cli.path,
+        metavar="NPZ",
+        help="only write the model's answers to --data, into a file for --answers that must not "
+        "exist; what was stopped goes on when the same is asked again",
     )
     parser.add_argument(
         "--start-from",

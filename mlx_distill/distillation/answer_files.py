@@ -1,13 +1,16 @@
-"""Answers of a target that were written elsewhere, as token ids in one ``npz`` file.
+"""Answers of a target that were written before, as token ids in one ``npz`` file.
 
 ``prompt`` and ``answer`` hold the tokens of all rows, one row after the other, ``prompt_len`` and
 ``answer_len`` how many of them are each row's; ``greedy`` says whether a row was written at
-temperature 0, and ``cls``, which may be left out, what kind of prompt it answers.
+temperature 0. May be left out: ``cls``, what kind of prompt it answers, ``ended``, whether it ends
+with an end token or was cut off, and ``target``, what its writer is known by, as JSON.
 """
 
+import json
+import os
 import zipfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import numpy as np
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.distillation.responses import Response
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.parsing import parse_json
 
 NAMES = ("prompt", "prompt_len", "answer", "answer_len", "greedy")
 
@@ -27,11 +31,13 @@ class WrittenAnswers:
         responses: The prompts and answers.
         greedy: Whether each was written at temperature 0.
         kinds: What kind of prompt each answers; empty where nothing is said.
+        target: What the model is known by that has written them, where it is said.
     """
 
     responses: list[Response]
     greedy: list[bool]
     kinds: list[str]
+    target: Mapping[str, int | str] = field(default_factory=dict)
 
     def check(self, vocab_size: int) -> None:
         """Raise InputError if a model with so many tokens cannot have written them."""
@@ -78,7 +84,8 @@ class WrittenAnswers:
         """Return some of them."""
         kinds = [self.kinds[row] for row in rows] if self.kinds else []
         greedy = [self.greedy[row] for row in rows]
-        return WrittenAnswers([self.responses[row] for row in rows], greedy, kinds)
+        some = [self.responses[row] for row in rows]
+        return WrittenAnswers(some, greedy, kinds, self.target)
 
 
 def _length(one: Response) -> int:
@@ -117,7 +124,53 @@ def read_answers(path: str | Path) -> WrittenAnswers:
         for name in ("prompt", "answer")
     )
     responses = [Response(p.tolist(), a.tolist()) for p, a in zip(prompts, answers, strict=True)]
-    return WrittenAnswers(responses, [bool(one) for one in greedy], [str(one) for one in kinds])
+    return WrittenAnswers(
+        responses,
+        [bool(one) for one in greedy],
+        [str(one) for one in kinds],
+        _target(path, arrays.get("target")),
+    )
+
+
+def save_answers(path: Path, answers: WrittenAnswers, ends: Collection[int]) -> None:
+    """Write answers as a file that ``read_answers`` takes; it is there when it is whole.
+
+    Args:
+        path: The file.
+        answers: All of them.
+        ends: Tokens that end an answer.
+    """
+    arrays = {}
+    responses = answers.responses
+    for name, rows in (
+        ("prompt", [one.prompt for one in responses]),
+        ("answer", [one.response for one in responses]),
+    ):
+        tokens = np.concatenate([np.array(row, np.uint32) for row in rows])
+        arrays[name] = tokens.astype(np.uint16) if tokens.max() < 2**16 else tokens
+        arrays[f"{name}_len"] = np.array([len(row) for row in rows], np.uint32)
+    arrays["greedy"] = np.array(answers.greedy)
+    arrays["ended"] = np.array([one.response[-1] in ends for one in responses])
+    arrays["target"] = np.array(json.dumps(dict(answers.target)))
+    if answers.kinds:
+        arrays["cls"] = np.array(answers.kinds)
+    writing = path.with_name(path.name + ".writing")
+    try:
+        with writing.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
+
+
+def _target(path: str | Path, found: np.ndarray | None) -> dict[str, int | str]:
+    """Return what the writer of answers is known by, if their file says it."""
+    if found is None:
+        return {}
+    target = parse_json(str(found))
+    if not isinstance(target, dict):
+        raise InputError(f"{path} is damaged: its target is no JSON object")
+    return target
 
 
 def _check(

@@ -12,28 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
-from tqdm import tqdm
 
 from mlx_distill import machine
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.answer_files import WrittenAnswers
+from mlx_distill.distillation.answer_writing import (
+    answered,
+    check_enough,
+    check_writes,
+    usable_prompts,
+    writer,
+)
 from mlx_distill.distillation.drafter_card import card
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_memory import memory_estimate
 from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
-from mlx_distill.distillation.responses import (
-    Response,
-    prompts_with_room,
-    read_responses,
-    write_responses,
-)
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
-from mlx_distill.hashes import weights_hash
 from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
@@ -94,7 +92,8 @@ def train_drafter(
     if given:
         given = _fitting(model, given, config, report)
     else:
-        asked = _usable(model, asked, config, report)
+        asked = usable_prompts(model, asked, config.responses, report)
+        check_enough(len(asked), config.held_out, "prompts", report)
     _check_start(start, config.network(target))
     longest = given.longest if given else longest_text(model, asked, config)
     tokens = given.num_tokens if given else len(asked) * config.responses.max_tokens
@@ -102,7 +101,7 @@ def train_drafter(
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
-    writer = {**known, "weights_hash": weights_hash(model)}
+    by = writer(model, tokenizer)
     with only_training(), locked(work / "lock", work):
         try:
             write_whole(work / SETTINGS, json.dumps(settings, indent=1))
@@ -110,7 +109,7 @@ def train_drafter(
                 written = given.responses
             else:
                 with locked(path):
-                    written = _answers(path, model, tokenizer, asked, config, writer, quiet)
+                    written = answered(path, model, tokenizer, asked, config.responses, by, quiet)
         except InputError:
             if not resume:  # nothing has been done that could go on
                 shutil.rmtree(work)
@@ -147,21 +146,6 @@ def longest_text(model: nn.Module, prompts: Sequence[list[int]], config: Drafter
     return min(longest, text_limit(model) or longest)
 
 
-def _usable(
-    model: nn.Module, prompts: Sequence[list[int]], config: DrafterTraining, report: Report
-) -> list[list[int]]:
-    """Return the prompts that can be answered; say what was dropped, and whether too few remain."""
-    limit, wanted = text_limit(model), config.responses.max_tokens
-    if limit is not None and wanted > limit:
-        raise InputError(
-            f"answers of {wanted} tokens are too long: the model's context is {limit}; "
-            "use a smaller --max-tokens"
-        )
-    kept = prompts_with_room(model, prompts, report)
-    _check_enough(len(kept), "prompts", config, report)
-    return kept
-
-
 def _fitting(
     model: nn.Module, given: WrittenAnswers, config: DrafterTraining, report: Report
 ) -> WrittenAnswers:
@@ -169,17 +153,8 @@ def _fitting(
     limit = text_limit(model)
     if limit is not None:
         given = given.within(limit, report)
-    _check_enough(len(given.responses), "answers", config, report)
+    check_enough(len(given.responses), config.held_out, "answers", report)
     return given
-
-
-def _check_enough(kept: int, noun: str, config: DrafterTraining, report: Report) -> None:
-    lines = report.lines() if report.dropped else []
-    if kept <= config.held_out:
-        lost = "".join(f"; {line}" for line in lines[1:])
-        raise InputError(f"{kept} {noun} are too few: {config.held_out} are held out{lost}")
-    for line in lines:
-        print(line, file=sys.stderr)
 
 
 def _plan(trainer: DrafterTrainer) -> str:
@@ -204,25 +179,4 @@ def _check_start(start: RecurrentDrafter | None, shape: RecurrentDrafterConfig) 
 
 def _check_target(target: Target) -> None:
     target.require_drafting()
-    if not all(hasattr(part, "merge") for part in make_prompt_cache(target.model)):
-        raise InputError("mlx-lm cannot write answers in batches with this model's kind of cache")
-
-
-def _answers(
-    path: Path,
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: list[list[int]],
-    config: DrafterTraining,
-    writer: dict[str, Any],
-    quiet: bool,
-) -> list[Response]:
-    """Let the target answer the prompts that it has not answered yet; return all the answers."""
-    written = write_responses(
-        path, model, tokenizer.eos_token_ids, prompts, config.responses, writer
-    )
-    title = "the target writes"
-    with tqdm(total=len(prompts), unit="answer", desc=title, leave=False, disable=quiet) as bar:
-        for count in written:
-            bar.update(count - bar.n)
-    return read_responses(path)[: len(prompts)]
+    check_writes(target.model)

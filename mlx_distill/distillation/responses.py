@@ -7,7 +7,7 @@ cut off at its longest allowed length holds no end token, so nothing learns to e
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ def write_responses(
     eos_token_ids: set[int],
     prompts: Sequence[list[int]],
     config: ResponseConfig,
-    target: dict[str, Any],
+    target: Mapping[str, Any],
+    ended: Callable[[], Any] = lambda: None,
 ) -> Iterator[int]:
     """Append the target's answers to ``path`` and yield how many are there after each part.
 
@@ -82,6 +83,7 @@ def write_responses(
         prompts: Token ids, answered in order.
         config: How to write.
         target: The target's fingerprint, for the header.
+        ended: Called for every answer that ends, before those of its part are appended.
 
     Raises:
         InputError: If the file was written by another target or with another configuration.
@@ -89,7 +91,7 @@ def write_responses(
     done = open_responses(path, prompts, config, target)
     for start in range(done, len(prompts), config.part):
         part = prompts[start : start + config.part]
-        responses = answer(model, eos_token_ids, part, start, config)
+        responses = answer(model, eos_token_ids, part, start, config, ended)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"prompt": p, "response": r}, separators=(",", ":")) + "\n"
@@ -114,7 +116,7 @@ def read_responses(path: Path) -> list[Response]:
 
 
 def open_responses(
-    path: Path, prompts: Sequence[list[int]], config: ResponseConfig, target: dict[str, Any]
+    path: Path, prompts: Sequence[list[int]], config: ResponseConfig, target: Mapping[str, Any]
 ) -> int:
     """Create the file, or cut what a kill left of it back to whole parts; count its answers.
 
@@ -125,7 +127,7 @@ def open_responses(
     """
     header = {
         "format_version": FORMAT_VERSION,
-        "target": target,
+        "target": dict(target),
         "config": json.loads(json.dumps(asdict(config))),
     }
     first = json.dumps(header).encode() + b"\n"
@@ -166,6 +168,7 @@ def answer(
     prompts: Sequence[list[int]],
     start: int,
     config: ResponseConfig,
+    ended: Callable[[], Any] = lambda: None,
 ) -> list[list[int]]:
     """Return the answers to some prompts; what is drawn depends on their numbers, for resuming.
 
@@ -175,6 +178,7 @@ def answer(
         prompts: Token ids; one that leaves no room within the model's context has an empty answer.
         start: Which of all prompts the first one is.
         config: How to write.
+        ended: Called for every answer that ends.
     """
     limit = text_limit(model)
     rooms = [limit - len(prompt) if limit else config.max_tokens for prompt in prompts]
@@ -192,6 +196,7 @@ def answer(
     answers: list[list[int]] = [[] for _ in prompts]
     for place, tokens in written(model, wanted, eos_token_ids, config.response_batch_size, limit):
         answers[asked[place]] = tokens
+        ended()
     return answers
 
 

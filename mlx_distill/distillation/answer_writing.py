@@ -1,0 +1,156 @@
+"""A target's answers as a file of their own, to learn from later, elsewhere and often."""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
+from tqdm import tqdm
+
+from mlx_distill.data.report import Report
+from mlx_distill.distillation.answer_files import WrittenAnswers, save_answers
+from mlx_distill.distillation.responses import (
+    Response,
+    ResponseConfig,
+    prompts_with_room,
+    read_responses,
+    write_responses,
+)
+from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
+from mlx_distill.errors import InputError
+from mlx_distill.hashes import weights_hash
+from mlx_distill.locks import locked
+from mlx_distill.target.context import text_limit
+from mlx_distill.target.target import Target
+
+
+def write_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    path: str | Path,
+    config: ResponseConfig,
+    *,
+    report: Report | None = None,
+    quiet: bool = False,
+) -> WrittenAnswers:
+    """Write a model's answers to prompts as an ``npz`` file that a training takes; return them.
+
+    They are kept in ``PATH.jsonl`` as they come; what was stopped goes on from there.
+
+    Args:
+        model: Writes them.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, as ``read_prompts`` returns them.
+        path: The file; must not exist.
+        config: How to write.
+        report: What became of the rows that the prompts were made of.
+        quiet: Draw no progress bar.
+
+    Raises:
+        InputError: If the model cannot write in batches, the file exists or cannot be written, or
+            what was kept answers other prompts, or in another way.
+    """
+    path = Path(path)
+    if path.exists():
+        raise InputError(f"the output {path} exists; name another, or remove it")
+    if not path.parent.is_dir():
+        raise InputError(f"the output {path} cannot be written: its folder does not exist")
+    check_writes(model)
+    report = report or Report(rows=len(prompts))
+    prompts = usable_prompts(model, prompts, config, report)
+    check_enough(len(prompts), 0, "prompts", report)
+    kept = path.with_name(path.name + ".jsonl")
+    start = time.perf_counter()
+    target = writer(model, tokenizer)
+    with locked(kept):
+        responses = answered(kept, model, tokenizer, prompts, config, target, quiet)
+        greedy = [config.temperature(row) == 0 for row in range(len(responses))]
+        answers = WrittenAnswers(responses, greedy, [], target)
+        save_answers(path, answers, tokenizer.eos_token_ids)
+        kept.unlink()
+    seconds = time.perf_counter() - start
+    print(_sentence(answers, tokenizer.eos_token_ids, seconds), file=sys.stderr)
+    return answers
+
+
+def writer(model: nn.Module, tokenizer: Any) -> Fingerprint:
+    """Return what answers know the model by that has written them."""
+    return {**fingerprint(Target.of(model), tokenizer), "weights_hash": weights_hash(model)}
+
+
+def check_writes(model: nn.Module) -> None:
+    """Raise InputError if a model cannot write answers in batches."""
+    if not all(hasattr(part, "merge") for part in make_prompt_cache(model)):
+        raise InputError("mlx-lm cannot write answers in batches with this model's kind of cache")
+
+
+def usable_prompts(
+    model: nn.Module, prompts: Sequence[list[int]], config: ResponseConfig, report: Report
+) -> list[list[int]]:
+    """Return the prompts that can be answered; the report counts the others.
+
+    Raises:
+        InputError: If answers may be longer than what the model reads.
+    """
+    limit, wanted = text_limit(model), config.max_tokens
+    if limit is not None and wanted > limit:
+        raise InputError(
+            f"answers of {wanted} tokens are too long: the model's context is {limit}; "
+            "use a smaller --max-tokens"
+        )
+    return prompts_with_room(model, prompts, report)
+
+
+def check_enough(kept: int, held_out: int, noun: str, report: Report) -> None:
+    """Say on stderr what was dropped.
+
+    Raises:
+        InputError: If nothing remains beside what is held out.
+    """
+    lines = report.lines() if report.dropped else []
+    if kept <= held_out:
+        lost = "".join(f"; {line}" for line in lines[1:])
+        raise InputError(f"{kept} {noun} are too few: {held_out} are held out{lost}")
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def answered(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    config: ResponseConfig,
+    target: Fingerprint,
+    quiet: bool,
+) -> list[Response]:
+    """Let a model answer the prompts that it has not answered yet; return all the answers.
+
+    Args:
+        path: Where they are kept.
+        model: Writes them.
+        tokenizer: Its tokenizer.
+        prompts: All of them.
+        config: How to write.
+        target: What the file knows the model by.
+        quiet: Draw no progress bar.
+    """
+    title = "the target writes"
+    with tqdm(total=len(prompts), unit="answer", desc=title, leave=False, disable=quiet) as bar:
+        ends = tokenizer.eos_token_ids
+        for count in write_responses(path, model, ends, prompts, config, target, bar.update):
+            bar.update(count - bar.n)
+    return read_responses(path)[: len(prompts)]
+
+
+def _sentence(answers: WrittenAnswers, ends: set[int], seconds: float) -> str:
+    ended = sum(one.response[-1] in ends for one in answers.responses)
+    count = len(answers.responses)
+    return (
+        f"{count:,} answers, {answers.num_tokens:,} tokens, {100 * ended / count:.0f} % ended by "
+        f"themselves, in {seconds:.0f} s"
+    )
