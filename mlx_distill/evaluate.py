@@ -27,7 +27,7 @@ from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.draft_table import show_drafter
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
-from mlx_distill.evaluation.judging import JudgingConfig, Material, judge_drafter
+from mlx_distill.evaluation.judging import JudgingConfig, Material, check_material, judge_drafter
 from mlx_distill.evaluation.models import TEACHER, Sources
 from mlx_distill.evaluation.questions import QuestionConfig, read_questions
 from mlx_distill.evaluation.table import plain, show
@@ -65,7 +65,7 @@ def _judge_drafter(arguments: argparse.Namespace) -> int:
     if arguments.student or arguments.qa:
         raise InputError("a drafter is judged with its target, --teacher, and nothing else")
     output = cli.new_file(arguments.output)
-    check_sources([arguments.data])  # before anything is loaded
+    check_material(arguments.data)  # before anything is loaded
     name = arguments.teacher or str(bundled("stories-14m"))
     sources = Sources.named(name, [], arguments.adapter_path)
     loaded = sources.load(cli.code_options(arguments.trust_remote_code))[TEACHER]

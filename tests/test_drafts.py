@@ -1,6 +1,7 @@
 """What a drafter is worth by known answers: the same as when they are generated."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +170,41 @@ def test_the_command_judges_every_shape_at_every_temperature(
     assert costs["dispatches"]["draft"] < costs["dispatches"]["plain_step"]
     assert costs["step_dispatch_share"] < 0.2
     assert found["size"]["parameters"] == 952_704
+
+
+def test_answers_that_are_there_are_judged_as_they_are(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, pair: tuple[Any, Any, Drafter]
+):
+    """Of a file with others, the greedy ones."""
+    prompt = pair[1].encode("Once upon a time")
+    arrays = {"prompt": prompt * 2, "prompt_len": [len(prompt)] * 2, "answer": [*range(5, 12)]}
+    np.savez(tmp_path / "a.npz", **arrays, answer_len=[4, 3], greedy=[False, True])
+    flags = ["--temperatures", "0", "--chains", "1", "--nodes", "3", "--rounds", "0", "--json"]
+    drafter = str(bundled("stories-14m-redrafter"))
+    assert evaluate.main(["--drafter", drafter, "--data", str(tmp_path / "a.npz"), *flags]) == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])
+    assert found["temperatures"]["0"]["tokens"] == 3
+    assert found["costs"] is None
+    assert "another model" in out  # nobody would write that
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--nodes 0", "nodes must be .*, got 0"),
+        ("--beams 4", "beams are a width and a length, got 1"),
+        ("--beams 4 65", "draft_length must be .*, got 65"),
+        ("--temperatures -1", "temperatures must be .*, got -1"),
+        ("--student a=b", "judged with its target, --teacher, and nothing else"),
+        ("--data nowhere.npz", "there is no such file"),
+        ("--data nowhere.jsonl", "nowhere.jsonl"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, flags: str, sentence: str
+):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Once"}\n')
+    data = ["--data", str(tmp_path / "data.jsonl")]
+    assert evaluate.main(["--drafter", "no/such/folder", *data, *flags.split()]) == 2
+    assert re.search(sentence, capsys.readouterr().err)

@@ -1,5 +1,6 @@
 """A drafter judged: what its drafts are worth in every shape, what they cost, how large it is."""
 
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +11,7 @@ from mlx_distill.core.sampling import Temperature
 from mlx_distill.data.prompts import read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.data.selection import rows_in_turn
+from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
 from mlx_distill.distillation.responses import (
     Response,
@@ -99,7 +101,7 @@ class Material:
         Raises:
             InputError: If the file cannot be used.
         """
-        if Path(data).suffix == ".npz":
+        if _holds_answers(data):
             return cls._of(read_answers(data), pair, count)
         report = Report(noun="prompts")
         asked = read_asked(data, pair.tokenizer, report=report, **options)
@@ -130,6 +132,18 @@ class Material:
         written = answer(pair.model, pair.tokenizer.eos_token_ids, self.prompts, 0, asked)
         pairs = zip(self.prompts, written, strict=True)
         return [Response(prompt, tokens) for prompt, tokens in pairs]
+
+
+def check_material(data: str | Path) -> None:
+    """Raise InputError if a file holds neither answers nor prompts; costs next to nothing."""
+    if _holds_answers(data):
+        read_answers(data)
+    else:
+        check_sources([data])
+
+
+def _holds_answers(data: str | Path) -> bool:
+    return Path(data).suffix == ".npz" or zipfile.is_zipfile(data)
 
 
 def judge_drafter(
