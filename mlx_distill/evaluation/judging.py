@@ -1,7 +1,7 @@
 """A drafter judged: what its drafts are worth in every shape, what they cost, how large it is."""
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +85,7 @@ class Material:
     prompts: list[list[int]]
     kinds: list[str]
     greedy: list[Response] | None = None
+    _written: dict[float, list[Response]] = field(default_factory=dict)
 
     @classmethod
     def read(
@@ -123,9 +124,14 @@ class Material:
         return cls(prompts, written.kinds or [""] * len(prompts), greedy)
 
     def answers(self, pair: Pair, temperature: float, config: JudgingConfig) -> list[Response]:
-        """Return the target's answers at a temperature; it writes those that are not there."""
+        """Return the target's answers at a temperature; what it has to write it writes once."""
         if temperature == 0 and self.greedy is not None:
             return self.greedy
+        if temperature not in self._written:
+            self._written[temperature] = self._write(pair, temperature, config)
+        return self._written[temperature]
+
+    def _write(self, pair: Pair, temperature: float, config: JudgingConfig) -> list[Response]:
         asked = ResponseConfig(
             config.answer_tokens, (temperature,), response_seed=config.judge_seed
         )

@@ -16,7 +16,7 @@ from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftsEverywhere, 
 from mlx_distill.evaluation.met import Met
 from mlx_distill.target.target import Target
 
-READ_AT_ONCE = 32  # answers
+READ_AT_ONCE = 8192  # tokens of answers and prompts, padding among them
 PLACES_AT_ONCE = 256  # drafts
 
 # Of the number of an answer, its tokens and the target's logits of them: what was added to those
@@ -108,10 +108,8 @@ def known_texts(
         answers: The answers.
         noise: What they were drawn with; None if they were written at temperature 0.
     """
-    reader = TargetReader(target, drafter.taps, READ_AT_ONCE)
-    longer = [row for row, one in enumerate(answers) if len(one.response) > 1]
-    for start in range(0, len(longer), READ_AT_ONCE):
-        rows = longer[start : start + READ_AT_ONCE]
+    reader = TargetReader(target, drafter.taps, len(answers))
+    for rows in _read_together(answers):
         view = reader.view([text_of(answers[row]) for row in rows], by_length=False)
         ends = np.flatnonzero(np.array(view.ahead) == 0)
         for row, end in zip(rows, ends.tolist(), strict=True):
@@ -122,6 +120,17 @@ def known_texts(
             drawn = None if noise is None else noise(row, tokens, logits)
             features = Features(view.hidden[there], None, tuple(tap[there] for tap in view.taps))
             yield KnownText(row, mx.array(answers[row].prompt), tokens, features, agreed, drawn)
+
+
+def _read_together(answers: Sequence[Response]) -> Iterator[list[int]]:
+    """Yield which answers are read at once: those of similar length, the longest first."""
+    longer = [row for row, one in enumerate(answers) if len(one.response) > 1]
+    size = [len(one.prompt) + len(one.response) for one in answers]
+    longer.sort(key=lambda row: -size[row])
+    while longer:
+        count = max(1, READ_AT_ONCE // size[longer[0]])
+        yield longer[:count]
+        longer = longer[count:]
 
 
 def posterior_noise(temperature: float, seed: int = 0) -> Noise:
