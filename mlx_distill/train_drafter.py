@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config,
         start=_start(arguments.start_from, model, tokenizer),
         responses=arguments.responses,
+        features=arguments.features,
         resume=arguments.resume,
         about=about,
         report=report,
@@ -194,6 +195,14 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--responses",
         type=cli.path,
         help="where the model's answers are kept (default: OUTPUT.responses.jsonl)",
+    )
+    parser.add_argument(
+        "--features",
+        type=cli.path,
+        metavar="DIR",
+        help="keep what the model computes of the answers in this folder, for every epoch and for "
+        "other trainings on the same answers (default: what does not fit in --feature-gb of "
+        "memory is computed in every epoch)",
     )
     parser.add_argument(
         "--max-prompts",

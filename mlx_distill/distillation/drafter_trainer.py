@@ -23,9 +23,11 @@ from mlx_distill.distillation.drafter import (
     rows_at_once,
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
+from mlx_distill.distillation.feature_store import FeatureStore
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.start_order import StartOrder
 from mlx_distill.distillation.target_reader import TargetReader, text_of
+from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
@@ -47,6 +49,9 @@ class DrafterTrainer:
         start: A drafter to start from, of the configuration's shape.
         kinds: Of each answer, what it is like; as many of every kind are held out. Without it, the
             temperature that it was written at.
+        features: Where what the target computes of the answers is kept; None keeps it in memory,
+            as much as there is room for.
+        writer: What the target is known by, for the features.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class DrafterTrainer:
         config: DrafterTraining,
         start: RecurrentDrafter | None = None,
         kinds: Sequence[Hashable] | None = None,
+        features: Path | None = None,
+        writer: Fingerprint | None = None,
     ):
         self.target = target
         self.config = config
@@ -75,6 +82,10 @@ class DrafterTrainer:
         )
         if not self.order.groups:
             raise InputError("no answer has two tokens; there is nothing to learn")
+        self.groups = [[self.training[row] for row in group] for group in self.order.groups]
+        self.store = (
+            FeatureStore(features, self.reader, self.groups, writer or {}) if features else None
+        )
         self._group: tuple[int, TargetView, mx.array] | None = None
         self._judged: TargetView | None = None
         token_ids = self.network.get("token_ids")
@@ -105,8 +116,10 @@ class DrafterTrainer:
         asked = self.order.at(step)
         if self._group is None or self._group[0] != asked.group:
             self._group = None  # two at a time are more than was asked for
-            view = self.reader.view([self.training[row] for row in self.order.groups[asked.group]])
-            self._group = asked.group, view, _starting(view)
+            number = asked.group
+            read = self.reader.view
+            view = self.store.view(number) if self.store else read(self.groups[number])
+            self._group = asked.group, view, starting_rows(view)
         _, view, starting = self._group
         places = starting[mx.array(asked.numbers.astype(np.int32))]
         return view.starts(places, self.config.unroll)
@@ -121,7 +134,7 @@ class DrafterTrainer:
         length = self.config.unroll
         if self._judged is None:
             self._judged = self.reader.view(self.held_out)
-        view, starting = self._judged, _starting(self._judged)
+        view, starting = self._judged, starting_rows(self._judged)
         total, count = mx.zeros((2, length)), mx.zeros((length,))
         size = max(1, rows_at_once(self.network.head) // length)
         for first in range(0, starting.size, size):
@@ -191,7 +204,7 @@ def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple
     return sorted(ranked[:count]), covered / max(1, used.total())
 
 
-def _starting(view: TargetView) -> mx.array:
+def starting_rows(view: TargetView) -> mx.array:
     """Return the rows of a view that have one ahead: there a draft can start."""
     return mx.array(np.flatnonzero(np.array(view.ahead)).astype(np.int32))
 

@@ -26,7 +26,10 @@ from mlx_distill.distillation.answer_writing import (
 from mlx_distill.distillation.drafter_card import card
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_memory import memory_estimate
+from mlx_distill.distillation.drafter_plan import plan
 from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
+from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
+from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
@@ -47,6 +50,7 @@ def train_drafter(
     *,
     start: RecurrentDrafter | None = None,
     responses: str | Path | None = None,
+    features: str | Path | None = None,
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
     report: Report | None = None,
@@ -65,6 +69,9 @@ def train_drafter(
         config: How.
         start: A drafter to start from, of the configuration's shape.
         responses: Where the model's answers are kept; None puts them beside the output.
+        features: A folder where what the target computes of the answers is kept, in two bytes a
+            number, for every epoch and for other trainings on the same answers. Without it, what
+            does not fit in memory is computed in every epoch.
         resume: Go on with the unfinished training of this output.
         about: What settings and card say about data and model beside all that: ``data``, a list of
             names, ``start_from`` and whatever else decides what is learned.
@@ -80,7 +87,8 @@ def train_drafter(
     target = Target.of(model)
     _check_target(target)
     known = fingerprint(target, tokenizer)
-    settings = {"config": asdict(config), "target": known, **(about or {})}
+    stored = {"features": True} if features else {}
+    settings = {"config": asdict(config), "target": known, **stored, **(about or {})}
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
     given = prompts if isinstance(prompts, WrittenAnswers) else None
@@ -98,6 +106,10 @@ def train_drafter(
     longest = given.longest if given else longest_text(model, asked, config)
     tokens = given.num_tokens if given else len(asked) * config.responses.max_tokens
     print(memory_estimate(target, config, longest, tokens), file=sys.stderr)
+    kept = Path(features) if features else None
+    if kept and not kept.exists():  # what is there may be enough
+        reader = TargetReader(target, config.taps(target), config.batch_size)
+        check_disk(kept, tokens * stored_row_bytes(reader))
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
@@ -110,12 +122,13 @@ def train_drafter(
             else:
                 with locked(path):
                     written = answered(path, model, tokenizer, asked, config.responses, by, quiet)
+            kinds = given and given.greedy
+            trainer = DrafterTrainer(target, written, config, start, kinds, kept, by)
         except InputError:
             if not resume:  # nothing has been done that could go on
                 shutil.rmtree(work)
             raise
-        trainer = DrafterTrainer(target, written, config, start, given and given.greedy)
-        print(_plan(trainer), file=sys.stderr)
+        print(plan(trainer), file=sys.stderr)
         log = trainer.run(work, quiet)
         _write(output, trainer, settings, known, report, log)
         shutil.rmtree(work)
@@ -155,19 +168,6 @@ def _fitting(
         given = given.within(limit, report)
     check_enough(len(given.responses), config.held_out, "answers", report)
     return given
-
-
-def _plan(trainer: DrafterTrainer) -> str:
-    """Return what is going to be learned, in a line."""
-    counts, order, settings = trainer.counts(), trainer.order, trainer.settings
-    size = counts["tokens"] * trainer.reader.row_bytes
-    epochs = settings.steps / order.steps_per_epoch
-    return (
-        f"{counts['answers']:,} answers, {counts['tokens']:,} tokens; what the target computes of "
-        f"them is {size / 1e9:.2f} GB, in {len(order.groups)} parts; {settings.steps:,} steps are "
-        f"{epochs:.1f} epochs; {len(trainer.network.get('token_ids', ())) or 'all'} tokens can be "
-        f"drafted, {100 * trainer.coverage:.2f} % of what was written"
-    )
 
 
 def _check_start(start: RecurrentDrafter | None, shape: RecurrentDrafterConfig) -> None:
