@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "mlx_distill"
 LAYERS = {
     "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli",
     "uses": "speculation distillation evaluation benchmarking calibration",
-    "loops": "speculation.decoding speculation.cycle speculation.caching speculation.ledger "
-    "speculation.statistics speculation.phases training",
+    "loops": "speculation.decoding speculation.cycle speculation.drafted_text speculation.caching "
+    "speculation.ledger speculation.statistics speculation.phases training",
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses",

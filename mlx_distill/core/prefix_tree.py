@@ -12,6 +12,7 @@ Node 0 is the root: the token that is certain. A node's parent always has a smal
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -57,8 +58,8 @@ class PrefixTree:
     @classmethod
     def root(cls, token: Int[mx.array, " 1"]) -> "PrefixTree":
         """Return the tree of one node: nothing is drafted, and the device has nothing to do."""
-        zero = mx.array([0], mx.int32)
-        return cls(token.astype(mx.int32), zero, mx.array([[True]]), zero, 0)
+        zero, own = _root()
+        return cls(token.astype(mx.int32), zero, own, zero, 0)
 
     @classmethod
     def chain(cls, tokens: Int[mx.array, " N"]) -> "PrefixTree":
@@ -101,6 +102,12 @@ class PrefixTree:
         for node, parent in enumerate(parents[1:], start=1):
             paths.append([*paths[parent], node])
         return paths
+
+
+@cache
+def _root() -> tuple[mx.array, mx.array]:
+    """Return the parents, which are the depths, too, and the mask of a root alone."""
+    return mx.array([0], mx.int32), mx.array([[True]])
 
 
 def ancestors(parents: Int[mx.array, " N"], max_depth: int) -> Bool[mx.array, "N N"]:

@@ -60,8 +60,7 @@ def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
             draws.
     """
     if tree.max_depth == 0 and drawn.ndim == 1:
-        zero = mx.array(0, mx.int32)
-        return Walk(mx.array([True]), zero, drawn.reshape(()), 0)
+        return Walk(tree.mask[0], tree.parents[0], drawn.reshape(()), 0)
     return Walk(*_followed(tree.tokens, tree.parents, tree.mask, drawn), tree.max_depth)
 
 

@@ -1,137 +1,48 @@
 """One cycle of the decoding loop: launch a tree, draft what follows it, read what it came to."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
+from mlx_distill.core.sampling import sample, sample_fast
 from mlx_distill.core.verification import Walk, follow
-from mlx_distill.drafters.protocol import Drafter, DraftState, Features, Outcome, Planner
+from mlx_distill.drafters.protocol import Features
 from mlx_distill.errors import InputError, not_numbers
-from mlx_distill.speculation.caching import CacheConfig, PromptCache
-from mlx_distill.speculation.ledger import Ledger
+from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
-from mlx_distill.speculation.statistics import DraftCounters
-from mlx_distill.target.target import Target, TreeCall
-
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+from mlx_distill.target.tree_call import TreeCall
 
 
-@dataclass
-class Decoding:
-    """One text that is decoded with a drafter: what it needs, and what is known of it.
+@dataclass(frozen=True)
+class RootReport:
+    """What is read of a root alone: what ``Cycle.report`` says, each part as it was computed.
 
     Args:
-        target: Verifies.
-        drafter: Drafts.
-        planner: Says how much to draft.
-        sampling: How tokens are drawn.
-        noise: The text's random numbers; None at temperature 0.
-        cache: How keys and values are kept.
-        caches: The prompt cache; it may hold earlier turns.
-        logits_processors: As mlx-lm's: of the tokens so far and the logits of the next one.
-        keep_caches: Whether the caller goes on with the prompt cache, so that it has to hold
-            exactly what was handed out.
-        text: Number of the text, for the planner.
-        positions: How many the target has a learned row for; None where it computes them.
-        counters: Counts what happens.
-        outcome: What became of the latest draft that was read.
-        prompt_tokens: How many tokens the target has read before its answer.
+        drawn: The token that was drawn.
+        failed: Whether its logits are no numbers.
+        certain: Whether the draw is certain; None where it always is.
     """
 
-    target: Target
-    drafter: Drafter
-    planner: Planner
-    sampling: Sampling
-    noise: TextNoise | None
-    cache: CacheConfig
-    caches: PromptCache
-    logits_processors: Sequence[LogitsProcessor] = ()
-    keep_caches: bool = False
-    text: int = 0
-    positions: int | None = None
-    counters: DraftCounters = field(default_factory=DraftCounters)
-    outcome: Outcome | None = None
-    prompt_tokens: int = 0
+    drawn: Int[mx.array, " 1"]
+    failed: Bool[mx.array, " 1"]
+    certain: Bool[mx.array, " 1"] | None
 
-    def __post_init__(self) -> None:
-        self.ledger = Ledger(self.target, self.cache, self.caches)
-        self.state: DraftState | None = None  # there is none before the prompt is read
+    @property
+    def arrays(self) -> list[mx.array]:
+        """The parts."""
+        return [x for x in (self.drawn, self.failed, self.certain) if x is not None]
 
-    def rows(self, start: int, count: int) -> Float[mx.array, "N V"] | None:
-        """Return the noise of ``count`` tokens from the text's token ``start`` on."""
-        return None if self.noise is None else self.noise.rows(start, count)
-
-    def process(
-        self, history: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
-    ) -> Float[mx.array, "1 V"]:
-        """Return the logits after the processors."""
-        for processor in self.logits_processors:
-            logits = processor(history, logits)
-        return logits
-
-    def draft(
-        self, root: Int[mx.array, " 1"], noise: Callable[[int], mx.array | None]
-    ) -> PrefixTree | Draft | None:
-        """Return continuations of the root, on their way; None where a token is decoded plainly.
-
-        A best-first tree is on its way, too: the device makes it while the host builds the call of
-        the target. Whole beams have to be read first.
-
-        Args:
-            root: The token that is certain.
-            noise: Returns the noise of the first so many tokens after it.
-        """
-        plan = self.planner.shape(self.text, self.outcome)
-        if plan is None or not plan.has_room:
-            return None
-        assert self.state is not None
-        plan = plan.for_support(self.target.support)
-        in_sight = self._in_sight(noise(plan.draft_length))
-        with phase("draft", root, in_sight) as made:
-            draft = self.state.draft(root, plan, in_sight)
-            made(draft)
-        if draft is None:
-            return None
-        if plan.tree == "beam":
-            mx.async_eval(draft.tokens, draft.parents, draft.depths, draft.scores)
-            return draft
-        chain = self.target.support == "chain"
-        with phase("tree") as made:
-            tree = (draft.best_chain if chain else draft.best_first)(plan.nodes)
-            made(tree)
-        mx.async_eval(tree.tokens, tree.parents, tree.mask, tree.depths)
-        return tree
-
-    def _in_sight(self, noise: mx.array | None) -> mx.array | None:
-        """Return what is added to the logits themselves, before the temperature divides them."""
-        temperature = self.sampling.temperature
-        return noise if noise is None or temperature == 1 else temperature * noise
-
-    def tree(
-        self, root: Int[mx.array, " 1"], draft: PrefixTree | Draft | None, start: int
-    ) -> PrefixTree:
-        """Return the tree to verify; ``start`` is the root's position."""
-        if draft is None or not self._reaches(start, draft.max_depth + 1):
-            return PrefixTree.root(root)
-        if not isinstance(draft, Draft):
-            return draft
-        with phase("tree", draft) as made:
-            tree = PrefixTree.from_beams(draft.beams())
-            made(tree)
-        return tree
-
-    def _reaches(self, start: int, num_tokens: int) -> bool:
-        """Return whether so many more tokens can be read in one call."""
-        beyond = self.positions is not None and start + num_tokens > self.positions
-        return not beyond and not self.cache.quantizes_within(start, num_tokens)
+    def rows(self) -> list[list[int]]:
+        """Return the rows that the report of a tree has; this waits once, for all of them."""
+        drawn, *others = self.arrays
+        return [[0], [1], to_host(drawn), *([int(bool(x.item()))] for x in others)]
 
 
 @dataclass
@@ -156,7 +67,7 @@ class Cycle:
     call: TreeCall
     start: int
     history: Int[mx.array, " T"]
-    report: Int[mx.array, "R N"] | None = None
+    report: Int[mx.array, "R N"] | RootReport | None = None
     walk: Walk | None = None
     root: Int[mx.array, " 1"] | None = None
     draft: PrefixTree | Draft | None = None
@@ -232,8 +143,12 @@ def _walk(
     """Follow the draws through a cycle's tree, on the device; the report is on its way then."""
     cycle.walk = follow(cycle.tree, drawn)
     cycle.in_doubt = certain is not None
-    # The greatest is no number where any is none.
-    rows = [cycle.tree.parents, cycle.walk.accepted, drawn, cycle.call.logits.max(axis=-1)]
+    greatest = cycle.call.logits.max(axis=-1)  # no number where any is none
+    if cycle.is_root:
+        cycle.report = RootReport(drawn, mx.isnan(greatest), certain)
+        mx.async_eval(cycle.report.arrays)
+        return
+    rows = [cycle.tree.parents, cycle.walk.accepted, drawn, greatest]
     cycle.report = _report(*rows, *(x for x in (certain, cycle.tree.ranks) if x is not None))
     mx.async_eval(cycle.report)
 
@@ -272,15 +187,18 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
     assert decoding.state is not None
 
     def noise(length: int) -> mx.array | None:
+        if cycle.is_root:
+            return decoding.rows(cycle.start + 1, length)
         rows = decoding.rows(cycle.start, tree.max_depth + 1 + length)
+        depth = tree.depths[walk.last]
         return None if rows is None else rows[depth + mx.arange(1, length + 1)]
 
     with mx.stream(generation_stream):
-        depth, tokens = tree.depths[walk.last], tree.tokens
+        tokens, last = tree.tokens, None
         if not cycle.is_root:
-            path = mx.arange(tree.max_depth + 1) <= depth
-            tokens = mx.where(path, tokens[walk.path], -1)
-        decoding.state.accept(tokens, Features(cycle.call.hidden, walk, cycle.call.taps))
+            path = mx.arange(tree.max_depth + 1) <= tree.depths[walk.last]
+            tokens, last = mx.where(path, tokens[walk.path], -1), walk
+        decoding.state.accept(tokens, Features(cycle.call.hidden, last, cycle.call.taps))
         cycle.root = walk.next_token[None]
         cycle.draft = decoding.draft(cycle.root, noise)
 
@@ -294,7 +212,9 @@ def read(decoding: Decoding, cycle: Cycle) -> Accepted:
     if cycle.report is None:
         return _walk_on_host(decoding, cycle)
     with phase("read"):
-        parents, accepted, drawn, failed, *others = to_host(cycle.report)
+        report = cycle.report
+        rows = report.rows() if isinstance(report, RootReport) else to_host(report)
+    parents, accepted, drawn, failed, *others = rows
     certain = others.pop(0) if cycle.in_doubt else accepted
     if not all(sure for sure, kept in zip(certain, accepted, strict=True) if kept):
         _walk_again(decoding, cycle)

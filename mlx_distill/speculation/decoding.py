@@ -24,12 +24,12 @@ from mlx_distill.drafters.protocol import Features, Outcome
 from mlx_distill.speculation.cycle import (
     Accepted,
     Cycle,
-    Decoding,
     draft_next,
     failed_after,
     launch,
     read,
 )
+from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
 from mlx_distill.target.layer_cache import cached_tokens
 

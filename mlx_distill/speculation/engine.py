@@ -28,8 +28,8 @@ from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.caching import PromptCache
-from mlx_distill.speculation.cycle import Decoding
 from mlx_distill.speculation.decoding import DecodedTokens, decode
+from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly, decode_with_model
 from mlx_distill.speculation.requests import Request
 from mlx_distill.speculation.responses import GenerationResponse, Responses, ResponseWriter

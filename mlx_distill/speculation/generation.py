@@ -20,7 +20,7 @@ from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
-from mlx_distill.speculation.cycle import LogitsProcessor
+from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 from mlx_distill.speculation.responses import Responses

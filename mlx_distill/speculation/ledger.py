@@ -9,7 +9,7 @@ a single assignment whenever a step is complete, so that an exception between an
 finds the record of before or that of after. Settling is idempotent: interrupted, it is repeated.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -80,7 +80,7 @@ class Ledger:
     def hand_out(self, token: int, rows: int, in_cache: bool) -> None:
         """Take note that a token is handed out, which makes so many of the path's nodes text."""
         missing = None if in_cache else token
-        self.record = replace(self.record, rows=rows, missing=missing)
+        self.record = Record(self.record.start, self.record.kept, rows, missing)
 
     def settle(self) -> None:
         """Let the cache hold the text; an interrupt meanwhile is raised when it does.

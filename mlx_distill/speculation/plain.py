@@ -13,8 +13,9 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_distill.arrays import to_number
 from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
-from mlx_distill.speculation.cycle import LogitsProcessor, failed_after
+from mlx_distill.speculation.cycle import failed_after
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
+from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.ledger import PlainLedger, give_up
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.tree_cache import can_trim

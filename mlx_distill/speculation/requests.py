@@ -11,7 +11,7 @@ from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, Count, check_fields
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
-from mlx_distill.speculation.cycle import LogitsProcessor
+from mlx_distill.speculation.drafted_text import LogitsProcessor
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,9 @@ def tapped(network: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[Layer, 
     Where a layer returns several arrays, the first one is its output.
     """
     outputs: dict[Layer, mx.array] = {}
+    if not layers:
+        yield outputs
+        return
 
     def record(layer: Layer) -> Call:
         def around(call: Call, *args: Any, **kwargs: Any) -> Any:

@@ -17,9 +17,9 @@ from mlx import nn
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
 from mlx_distill.target.head import Head
-from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
 from mlx_distill.target.taps import tapped
-from mlx_distill.target.tree_cache import TreeLayout, TreeView, tree_cache
+from mlx_distill.target.tree_cache import TreeLayout, TreeView, can_trim, tree_cache
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
 
 Support = Literal["row", "batch", "chain", "none"]
@@ -82,6 +82,31 @@ class TreeCall:
             view.base = cache
 
 
+@dataclass
+class RootCall(TreeCall):
+    """The outcome of a call on a root alone, which the caches took in as any token of a text.
+
+    Args:
+        appended: The caches; all of them append, so that they forget by their offsets.
+        start: How many tokens they held before.
+    """
+
+    appended: Sequence[LayerCache]
+    start: int
+
+    def commit(self, path: list[int]) -> None:
+        """Keep the root, which is what the caches hold."""
+
+    def rewind(self, num_tokens: int) -> None:
+        """Keep the root, or forget it, and all that came later."""
+        for cache in leaves(self.appended):
+            cache.offset = self.start + num_tokens
+
+    def rebase(self, caches: list[LayerCache]) -> None:
+        """Stand for caches that were replaced."""
+        self.appended = caches
+
+
 def call_on_text(
     model: nn.Module,
     head: Head,
@@ -105,13 +130,17 @@ def call_on_tree(
 
     A root alone is called as any token of a text is: it costs what plain decoding costs.
     """
-    start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
-    layout = TreeLayout(tree.mask, tree.depths, start, batched, support == "chain")
-    views = [tree_cache(cache, layout) for cache in caches]
 
     def read_again(num_tokens: int) -> None:
         call_on_text(model, head, tree.tokens[:num_tokens], caches)
 
+    if tree.tokens.size == 1 and all(map(can_trim, caches)):
+        start = cached_tokens(caches)
+        computed = call_on_text(model, head, tree.tokens, caches, taps)
+        return RootCall(*computed, [], read_again, caches, start)
+    start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
+    layout = TreeLayout(tree.mask, tree.depths, start, batched, support == "chain")
+    views = [tree_cache(cache, layout) for cache in caches]
     if support == "chain":
         return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views, read_again)
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
