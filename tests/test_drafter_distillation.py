@@ -22,6 +22,7 @@ from mlx_distill.distillation.drafter import (
     answer_places,
     drafter_loss,
     joined_views,
+    rows_before,
     unroll,
 )
 from mlx_distill.distillation.objective import weighted_sum
@@ -209,9 +210,9 @@ def random_batch() -> dict[str, np.ndarray]:
     }
 
 
-def rows_of(batch: dict[str, Any], mask: np.ndarray) -> TargetView:
+def rows_of(batch: dict[str, Any], mask: np.ndarray, before: int = 0) -> TargetView:
     """Return the view of the places of a mask; the target's "states" are its logits themselves."""
-    found, ahead = answer_places(mask)
+    found, ahead = answer_places(mask, before)
     logits, hidden, embeddings = (
         mx.array(batch[name]).reshape(4 * WIDTH, -1)[mx.array(found)]
         for name in ("logits", "hidden", "embeddings")
@@ -292,6 +293,53 @@ def test_only_places_where_the_target_chose_a_token_are_taken():
     places, ahead = answer_places(mask)
     assert places.tolist() == [2, 3, 4, 6, 14, 15, 16]
     assert ahead.tolist() == [2, 1, 0, 0, 1, 0, 0]
+
+
+def test_of_a_prompt_so_many_places_before_its_answer_are_kept():
+    mask = np.zeros((3, 8))
+    mask[0, 3:5] = mask[0, 6] = 1
+    mask[1, 1:3] = 1
+    places, ahead = answer_places(mask, before=2)
+    assert places.tolist() == [1, 2, 3, 4, 6, 8, 9, 10]
+    assert ahead.tolist() == [-1, -1, 1, 0, 0, -1, 1, 0]
+
+
+def test_the_rows_of_the_texts_that_some_starts_are_in():
+    """A window before the first start of a text, and at most to the text's begin."""
+    begins = np.array([0, 10, 30])
+    rows, behind, within = rows_before(np.array([14, 33, 5, 12, 31]), begins, window=4)
+    expected = [*range(2, 6), *range(10, 15), *range(30, 34)]
+    assert rows[: len(expected)].tolist() == expected
+    assert rows[within].tolist() == [14, 33, 5, 12, 31]
+    assert behind[: len(expected)].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert len(rows) == len(behind) == 1024
+
+
+def test_contexts_of_starts_are_those_of_whole_texts():
+    """With a prompt, and texts that stand side by side."""
+    shape = {"cell": "gru", "context_state": True, "context_blocks": 2, "context_window": 4}
+    drafter, batch = random_drafter(**shape), random_batch()
+    mask = np.zeros((4, WIDTH), np.float32)
+    for text, (prompt, length) in enumerate(zip(PROMPTS, LENGTHS, strict=True)):
+        mask[text, prompt - 1 : length - 1] = 1
+    view = rows_of(batch, mask, before=7)
+    places = view.starting[mx.array([9, 2, 3, 12, 11])]
+    starts = view.starts(places, UNROLL, window=8)
+    assert starts.past is not None
+    found = drafter.blocks(starts.hidden, *starts.past[:2])[starts.past.places]
+    begins = [0, *(np.flatnonzero(np.array(view.ahead) == 0) + 1).tolist()]
+    for context, place in zip(found, places.tolist(), strict=True):
+        begin = max(one for one in begins if one <= place)
+        rows = mx.array([*range(begin, place + 1), *[0] * ((begin - place - 1) % 4)])
+        following = view.embed(mx.minimum(rows + 1, view.tokens.size - 1))
+        expected = drafter.blocks(view.hidden[rows], following, mx.arange(rows.size))
+        np.testing.assert_allclose(context, expected[place - begin], rtol=1e-4, atol=1e-5)
+    logits = drafter.head(unroll(drafter, starts))
+    bare = dataclasses.replace(drafter.config, context_blocks=0)
+    plain = RecurrentDrafter(bare)
+    plain.update({k: v for k, v in drafter.parameters().items() if k != "blocks"})
+    alone = starts._replace(hidden=found, past=None)
+    np.testing.assert_allclose(logits, plain.head(unroll(plain, alone)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", FORMS, ids=str)

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_context_blocks import with_blocks
 
 import mlx_distill
 from mlx_distill import evaluate
@@ -74,13 +75,17 @@ def test_beams_leave_out_what_ends_early():
 
 
 @pytest.mark.parametrize(
-    ("kind", "temperature"), [("recurrent", 0.0), ("recurrent", 0.7), ("ngram", 0.0)]
+    ("kind", "temperature"),
+    [("recurrent", 0.0), ("recurrent", 0.7), ("ngram", 0.0), ("blocks", 0.0), ("blocks", 0.7)],
 )
 def test_known_answers_take_as_many_calls_as_generated_ones(
     pair: tuple[Any, Any, Drafter], kind: str, temperature: float
 ):
     model, tokenizer, drafter = pair
-    drafter = drafter if kind == "recurrent" else NGramDrafter()
+    if kind == "ngram":
+        drafter = NGramDrafter()
+    if kind == "blocks":
+        drafter = with_blocks(drafter, 1, 8)
     plans = {"chain": PLANS["chain"]} if kind == "ngram" else PLANS
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "Tom and Lily")]
     calls, nodes = dict.fromkeys(plans, 0), dict.fromkeys(plans, 0)

@@ -9,8 +9,8 @@ SIZES = [5, 0, 9, 3, 12, 7, 1]
 ROWS = [6, 1, 10, 4, 13, 8, 2]
 
 
-def order_of(most_rows: int, count: int = 4, seed: int = 0) -> StartOrder:
-    return StartOrder(SIZES, ROWS, most_rows, count, seed)
+def order_of(most_rows: int, count: int = 4, seed: int = 0, spread: int = 0) -> StartOrder:
+    return StartOrder(SIZES, ROWS, most_rows, count, seed, spread)
 
 
 @pytest.mark.parametrize("most_rows", [1, 14, 20, 100])
@@ -22,9 +22,10 @@ def test_groups_hold_every_answer_once_and_fit(most_rows: int):
     assert len(order_of(100).groups) == 1
 
 
+@pytest.mark.parametrize("spread", [0, 1, 2])
 @pytest.mark.parametrize("most_rows", [1, 20, 100])
-def test_an_epoch_takes_every_start_at_most_once(most_rows: int):
-    order = order_of(most_rows)
+def test_an_epoch_takes_every_start_at_most_once(most_rows: int, spread: int):
+    order = order_of(most_rows, spread=spread)
     seen: dict[int, list[int]] = {}
     for step in range(order.steps_per_epoch):
         asked = order.at(step)
@@ -46,3 +47,22 @@ def test_a_step_is_a_function_of_its_number_and_the_seed():
         np.testing.assert_array_equal(steps[step].numbers, numbers(step))
     assert numbers(0) != numbers(order.steps_per_epoch)
     assert numbers(0) != numbers(0, seed=1)
+
+
+def answers_of(order: StartOrder, step: int) -> set[int]:
+    """Return the answers that a step's starts are of, of the one group that there is."""
+    ends = np.cumsum([SIZES[answer] for answer in order.groups[0]])
+    return set(np.searchsorted(ends, order.at(step).numbers, side="right").tolist())
+
+
+@pytest.mark.parametrize("spread", [1, 2])
+def test_a_step_may_take_its_starts_from_few_answers(spread: int):
+    """Four starts, or eight of which every second is taken, are of at most so many in a row."""
+    order = order_of(100, spread=spread)
+    few = [answers_of(order, step) for step in range(order.steps_per_epoch)]
+    assert max(map(len, few)) <= {1: 3, 2: 4}[spread]
+    assert len(set.union(*few)) == 6
+    first = [order.at(step).numbers for step in range(order.steps_per_epoch)]
+    assert any(np.any(np.diff(numbers) < 0) for numbers in first)  # in no order
+    later = [order.at(order.steps_per_epoch + step).numbers for step in range(len(first))]
+    assert not all(np.array_equal(*pair) for pair in zip(first, later, strict=True))

@@ -14,10 +14,14 @@ In the divergence's place another loss may stand, one of ``DRAFT_LOSSES``.
 Only the positions where the target chose a token are kept of the texts, one row each; prompts and
 padding end there. Of these some are taken as starts, and unrolled together; logits exist for some
 rows of them at a time, the target's and the drafter's.
+
+A drafter with context blocks sees what was computed before a start, too: so the end of the prompt
+is kept, and the blocks read the texts of a step once, for all starts in them.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -34,6 +38,8 @@ from mlx_distill.losses.response import forward_kl
 
 # Of a chunk's logits on a GPU, where every operation has a price of its own.
 GPU_CHUNK_BYTES = 2**27
+# Texts that context blocks read together have a multiple of so many rows: few shapes are compiled.
+PAST_ROWS = 1024
 
 Logits = Callable[[mx.array], mx.array]
 
@@ -41,22 +47,38 @@ Logits = Callable[[mx.array], mx.array]
 DRAFT_LOSSES = {"kl": forward_kl, "lk": likely_acceptance}
 
 
+class Past(NamedTuple):
+    """Where drafts start in the texts that they belong to, for context blocks.
+
+    Args:
+        following: Embedding of the token behind each row of the texts.
+        behind: How many of the rows before each belong to its text.
+        places: The rows at which drafts start.
+    """
+
+    following: Float[mx.array, "R E"]
+    behind: Int[mx.array, " R"]
+    places: Int[mx.array, " S"]
+
+
 class Starts(NamedTuple):
     """Drafts to learn, and what the target says along them; nothing in it has a gradient.
 
     Args:
-        hidden: What the target's head saw where a draft starts.
+        hidden: What the target's head saw where a draft starts; with a past, at all of its rows.
         taps: What the tapped layers returned there.
         embeddings: Of the tokens that the draft reads.
         goals: What makes the target's logits behind each of them.
         mask: 1 where there is a goal; the answer may end before.
+        past: What context blocks read; None without blocks.
     """
 
-    hidden: Float[mx.array, "S D"]
+    hidden: Float[mx.array, "R D"]
     taps: list[mx.array]
     embeddings: Float[mx.array, "S L E"]
     goals: Float[mx.array, "S L G"]
     mask: Float[mx.array, "S L"]
+    past: Past | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +88,8 @@ class TargetView:
     Args:
         hidden: What its head saw there.
         tokens: What stands there.
-        ahead: How many of the rows that follow belong to the same answer.
+        ahead: How many of the rows that follow belong to the same answer; -1 for the prompt's,
+            where no draft starts.
         goals: What makes the target's logits; mostly the hidden states.
         embed: Makes embeddings of tokens.
         taps: What layers returned there.
@@ -79,31 +102,92 @@ class TargetView:
     embed: Callable[[mx.array], mx.array]
     taps: tuple[Float[mx.array, "N _"], ...] = ()
 
-    def starts(self, places: Int[mx.array, " S"], length: int) -> Starts:
-        """Return the drafts of ``length`` tokens that start at some rows."""
+    @cached_property
+    def starting(self) -> Int[mx.array, " S"]:
+        """The rows at which a draft can start: those that have one ahead."""
+        ahead: np.ndarray = np.array(self.ahead)
+        return mx.array(np.flatnonzero(ahead > 0).astype(np.int32))
+
+    def starts(self, places: Int[mx.array, " S"], length: int, window: int = 0) -> Starts:
+        """Return the drafts of ``length`` tokens that start at some rows.
+
+        Args:
+            places: The rows.
+            length: Of the drafts.
+            window: How many rows context blocks see; 0 without blocks.
+        """
         there = places[:, None] + mx.arange(1, length + 1)
         mask = self.ahead[places][:, None] >= mx.arange(1, length + 1)
         there = mx.minimum(there, self.tokens.size - 1)  # what is behind the last does not count
-        taps = [tap[places] for tap in self.taps]
         embeddings = self.embed(self.tokens[there])
         goals = self.goals[there]
-        return Starts(self.hidden[places], taps, embeddings, goals, mask.astype(mx.float32))
+        rows, past = self._past(places, window) if window else (places, None)
+        taps = [tap[rows] for tap in self.taps]
+        return Starts(self.hidden[rows], taps, embeddings, goals, mask.astype(mx.float32), past)
+
+    def _past(self, places: Int[mx.array, " S"], window: int) -> tuple[Int[mx.array, " R"], Past]:
+        """Return the rows that a window before some rows reaches, and what is known of them."""
+        found, behind, within = rows_before(np.array(places), self._begins, window)
+        rows = mx.array(found)
+        following = self.tokens[mx.minimum(rows + 1, self.tokens.size - 1)]
+        return rows, Past(self.embed(following), mx.array(behind), mx.array(within))
+
+    @cached_property
+    def _begins(self) -> np.ndarray:
+        """The first row of every text: each ends with a row that has none ahead."""
+        last = np.flatnonzero(np.array(self.ahead) == 0)
+        return np.concatenate([[0], last[:-1] + 1]).astype(np.int32)
 
 
-def answer_places(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def rows_before(
+    places: np.ndarray, begins: np.ndarray, window: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rows that are needed to see a window before some rows of texts.
+
+    Args:
+        places: The rows.
+        begins: The first row of every text, ascending.
+        window: How many rows each sees, itself included.
+
+    Returns:
+        The rows, in order and so many more that their number is one of few, a multiple of the
+        window; how many of the rows before each are its text's; and where the places are.
+    """
+    used, which = np.unique(np.searchsorted(begins, places, side="right"), return_inverse=True)
+    used = used - 1
+    first, last = np.full(used.size, np.iinfo(np.int32).max), np.zeros(used.size, np.int64)
+    np.minimum.at(first, which, places)
+    np.maximum.at(last, which, places)
+    first = np.maximum(begins[used], first - window + 1)
+    sizes = last - first + 1
+    offsets = np.cumsum(sizes) - sizes
+    behind = np.arange(sizes.sum()) - np.repeat(offsets, sizes)
+    rows = behind + np.repeat(first, sizes)
+    step = window * max(1, PAST_ROWS // window)
+    padding = (0, -rows.size % step)
+    within = places - first[which] + offsets[which]
+    arrays = np.pad(rows, padding), np.pad(behind, padding), within
+    return arrays[0].astype(np.int32), arrays[1].astype(np.int32), arrays[2].astype(np.int32)
+
+
+def answer_places(mask: np.ndarray, before: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Return where the target chose a token, and how many such places follow each in its answer.
 
     Args:
         mask: Of a ``TextBatch``, (B, T).
+        before: How many of the places before a text's first one are returned, too.
 
     Returns:
-        Places in the flattened mask, in order, and counts. A text's last place is followed by none.
+        Places in the flattened mask, in order, and counts. A text's last place is followed by none;
+        those before its first one have -1.
     """
     learned = mask > 0
-    ahead = np.zeros(mask.shape, np.int32)
-    for place in range(mask.shape[1] - 2, -1, -1):
-        ahead[:, place] = np.where(learned[:, place + 1], ahead[:, place + 1] + 1, 0)
-    places = np.flatnonzero(learned)
+    ahead = np.full(mask.shape, -1, np.int32)
+    for place in range(mask.shape[1] - 1, -1, -1):
+        follows = ahead[:, place + 1] + 1 if place + 1 < mask.shape[1] else 0
+        ahead[:, place] = np.where(learned[:, place], follows, -1)
+    first, place = learned.argmax(axis=1)[:, None], np.arange(mask.shape[1])
+    places = np.flatnonzero(learned | ((first - before <= place) & (place < first)))
     return places.astype(np.int32), ahead.reshape(-1)[places]
 
 
@@ -113,6 +197,9 @@ def unroll(drafter: RecurrentDrafter, starts: Starts) -> Float[mx.array, "S L E"
         mx.stop_gradient, (starts.hidden, starts.embeddings, *starts.taps)
     )
     hidden = drafter.joined(seen, taps)
+    if starts.past is not None:
+        following, behind, places = map(mx.stop_gradient, starts.past)
+        hidden = drafter.blocks(hidden, following, behind)[places]
     context, state = drafter.context(hidden), drafter.begin(hidden)
     read = drafter.read(embeddings)
     features = []
@@ -165,11 +252,17 @@ def acceptance_by_depth(
     the text itself is what was drafted before. Row 1 sums the probability with which sampling at
     temperature 1 would take the drafter's best token.
     """
-    probs = mx.exp(log_probs(target_logits(starts.goals)))
-    best = mx.argmax(drafter.head(unroll(drafter, starts)), axis=-1)
-    agreed = best == mx.argmax(probs, axis=-1)
-    taken = mx.take_along_axis(probs, best[..., None], axis=-1)[..., 0]
-    sums = mx.stack([(kind * starts.mask).sum(axis=0) for kind in (agreed, taken)])
+    features = unroll(drafter, starts)
+    size = max(1, rows_at_once(drafter.head) // features.shape[1])
+    sums = mx.zeros((2, features.shape[1]))
+    for first in range(0, features.shape[0], size):
+        rows = slice(first, first + size)
+        probs = mx.exp(log_probs(target_logits(starts.goals[rows])))
+        best = mx.argmax(drafter.head(features[rows]), axis=-1)
+        agreed = best == mx.argmax(probs, axis=-1)
+        taken = mx.take_along_axis(probs, best[..., None], axis=-1)[..., 0]
+        sums += mx.stack([(x * starts.mask[rows]).sum(axis=0) for x in (agreed, taken)])
+        mx.eval(sums)  # one chunk at a time is in memory
     return sums, starts.mask.sum(axis=0)
 
 

@@ -6,7 +6,8 @@ from typing import Annotated
 import mlx.core as mx
 
 from mlx_distill.distillation.responses import ResponseConfig
-from mlx_distill.drafters.recurrent import Cell, RecurrentDrafterConfig, Tap
+from mlx_distill.drafters.context_blocks import HEAD_DIM
+from mlx_distill.drafters.recurrent import Blocks, Cell, RecurrentDrafterConfig, Tap, Window
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.machine import memory_bytes
@@ -14,6 +15,7 @@ from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import NEW, TrainingConfig
 
+MOST_HEADS = 16  # of a context block; what it looks for is near, and simple
 NO_TAP = -1  # the last layer's output, all but for a norm, is what the head sees anyway
 
 
@@ -33,6 +35,8 @@ class DrafterTraining:
         head_from_target: Start the drafter's head from the target's own, where it is as wide.
         tap_layers: Layers of the target that the drafter sees. Without it, three of them, at a
             fifth, a half and three quarters of the depth; -1 alone for none.
+        context_blocks: Blocks of attention over what the target computed before, 0 to 2.
+        context_window: How many tokens they see.
         unroll: Drafted tokens per start.
         decay: The i-th drafted token weighs decay ** (i - 1) in the loss.
         loss: "kl" is the divergence from the target, "lk" mixes it with the share of tokens that
@@ -56,6 +60,8 @@ class DrafterTraining:
     context_state: bool = True
     head_from_target: bool = True
     tap_layers: tuple[Tap, ...] | None = None
+    context_blocks: Blocks = 0
+    context_window: Window = 256
     unroll: Annotated[int, Between(1, 512)] = 5
     decay: Annotated[float, Between(above=0, high=1)] = 0.8
     loss: Annotated[str, OneOf("kl", "lk")] = "kl"
@@ -79,7 +85,7 @@ class DrafterTraining:
         draft_vocab = self.draft_vocab_size
         if draft_vocab is None:
             draft_vocab = 0 if target.vocab_size <= 2048 else min(16384, target.vocab_size * 3 // 8)
-        return RecurrentDrafterConfig(
+        shape = RecurrentDrafterConfig(
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
             exit_dim=target.hidden_size if self.exit_dim is None else self.exit_dim,
@@ -89,7 +95,16 @@ class DrafterTraining:
             cell=self.cell,
             context_state=self.context_state,
             taps=self.taps(target),
+            context_blocks=self.context_blocks,
+            context_window=self.context_window,
+            context_heads=min(MOST_HEADS, max(1, target.hidden_size // HEAD_DIM)),
         )
+        return shape if self.context_blocks else shape.without_blocks
+
+    @property
+    def look_back(self) -> int:
+        """How many tokens of a prompt the drafter sees."""
+        return self.context_window if self.context_blocks else 0
 
     def taps(self, target: Target) -> tuple[int, ...]:
         """Return the layers that the drafter sees."""

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from mlx_distill.arrays import num_bytes
-from mlx_distill.distillation.drafter import rows_at_once
+from mlx_distill.distillation.drafter import PAST_ROWS, rows_at_once
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.memory import (
     cached_bytes,
@@ -11,7 +11,9 @@ from mlx_distill.distillation.memory import (
     trained_arrays,
     update_bytes,
 )
-from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.distillation.start_order import SPREAD
+from mlx_distill.drafters.context_blocks import HEAD_DIM
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.target.target import Target
 
 
@@ -81,7 +83,20 @@ def step_bytes(drafter: RecurrentDrafter, config: DrafterTraining, size: int, to
     per_draft = 2 * shape.hidden_size + (3 + 2 * gates) * shape.hidden_size
     per_draft += (3 + 3 * shape.num_draft_layers) * exit_dim
     chunk = min(rows, rows_at_once(drafter.head)) * 4 * 6 * drafter.head["weight"].shape[0]
-    return rows * per_draft * size + chunk
+    return rows * per_draft * size + chunk + _block_bytes(shape, config, size, tokens)
+
+
+def _block_bytes(
+    shape: RecurrentDrafterConfig, config: DrafterTraining, size: int, tokens: int
+) -> int:
+    """Return what the context blocks take that read the texts of a step."""
+    if not shape.context_blocks:
+        return 0
+    # The answers of a step have twice its starts, and each some of its prompt.
+    rows = max(PAST_ROWS, min(tokens, SPREAD * config.starts * 3 // 2))
+    width, inner = shape.hidden_size, shape.context_heads * HEAD_DIM
+    attention = 4 * shape.context_heads * 2 * shape.context_window
+    return rows * size * (6 * width + shape.context_blocks * (attention + 10 * inner + 9 * width))
 
 
 def _type_size(target: Target) -> int:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import value_and_grad
 
-from mlx_distill.distillation.drafter_trainer import DrafterTrainer, starting_rows
+from mlx_distill.distillation.drafter_trainer import DrafterTrainer
 from mlx_distill.distillation.feature_store import stored_row_bytes
 
 MEASURED_STARTS = 512  # drafts of a step that is timed; on a CPU more take longer, not less each
@@ -35,8 +35,9 @@ def measured_epoch(trainer: DrafterTrainer) -> EpochTime:
     )
     reading_s = (time.perf_counter() - start) / share
     count = min(trainer.config.starts, MEASURED_STARTS)
-    rows = starting_rows(view)
-    starts = view.starts(rows[mx.array(np.arange(count) % rows.size)], trainer.config.unroll)
+    rows, spread = view.starting, max(1, trainer.spread)
+    places = rows[mx.array(spread * np.arange(count) % rows.size)]
+    starts = view.starts(places, trainer.config.unroll, trainer.config.look_back)
     step = value_and_grad(trainer.network, lambda: trainer.loss(starts)[0])
     mx.eval(step())  # also builds what all of them need
     start = time.perf_counter()
@@ -49,7 +50,7 @@ def measured_epoch(trainer: DrafterTrainer) -> EpochTime:
 def plan(trainer: DrafterTrainer) -> str:
     """Return what is going to be learned, and how long that takes, in a few sentences."""
     counts, order, settings = trainer.counts(), trainer.order, trainer.settings
-    size = counts["tokens"] * trainer.reader.row_bytes
+    size = trainer.num_rows * trainer.reader.row_bytes
     epochs = settings.steps / order.steps_per_epoch
     draftable = len(trainer.network.get("token_ids", ())) or "all"
     return (
@@ -64,7 +65,7 @@ def _on_disk(trainer: DrafterTrainer) -> str:
     if trainer.store is None:
         return ""
     row_bytes = stored_row_bytes(trainer.reader)
-    whole = trainer.counts()["tokens"] * row_bytes / 1e9
+    whole = trainer.num_rows * row_bytes / 1e9
     missing = trainer.store.num_missing * row_bytes / 1e9
     return f" ({whole:.2f} GB on disk, of which {missing:.2f} GB are not there yet)"
 
@@ -73,7 +74,7 @@ def _duration(trainer: DrafterTrainer, epochs: float) -> str:
     reading_s, learning_s = measured_epoch(trainer)
     readings = max(1.0, epochs)
     if trainer.store is not None:
-        readings = trainer.store.num_missing / max(1, trainer.counts()["tokens"])
+        readings = trainer.store.num_missing / max(1, trainer.num_rows)
     elif len(trainer.order.groups) == 1:
         readings = 1.0
     total_s = readings * reading_s + epochs * learning_s

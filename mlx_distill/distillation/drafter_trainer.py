@@ -16,16 +16,16 @@ from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafted_head import drafted_logits, head_rows
 from mlx_distill.distillation.drafter import (
+    Past,
     Starts,
     TargetView,
     acceptance_by_depth,
     drafter_loss,
-    rows_at_once,
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.feature_store import FeatureStore
 from mlx_distill.distillation.responses import Response
-from mlx_distill.distillation.start_order import StartOrder
+from mlx_distill.distillation.start_order import SPREAD, StartOrder
 from mlx_distill.distillation.target_reader import TargetReader, text_of
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter
@@ -70,15 +70,18 @@ class DrafterTrainer:
             kinds = [config.responses.temperature(row) for row in range(len(responses))]
         held = set(held_out_rows(kinds, config.held_out, config.seed))
         self.held_out = [text_of(responses[row]) for row in sorted(held)]
-        self.training = [text_of(one) for row, one in enumerate(responses) if row not in held]
-        self.reader = TargetReader(target, config.taps(target), config.batch_size)
+        learned = [text_of(one) for row, one in enumerate(responses) if row not in held]
+        self.training = sorted(learned, key=lambda text: len(text.tokens))  # as a view has them
+        self.reader = TargetReader(target, config.taps(target), config.batch_size, config.look_back)
+        self.spread = SPREAD if config.context_blocks else 0
         self.network, self.coverage = self._network(start)
         self.order = StartOrder(
             [max(0, text.num_learned - 1) for text in self.training],
-            [text.num_learned for text in self.training],
+            [self.reader.num_rows(text) for text in self.training],
             max(1, config.feature_bytes // self.reader.row_bytes),
             config.starts,
             config.seed,
+            self.spread,
         )
         if not self.order.groups:
             raise InputError("no answer has two tokens; there is nothing to learn")
@@ -86,7 +89,7 @@ class DrafterTrainer:
         self.store = (
             FeatureStore(features, self.reader, self.groups, writer or {}) if features else None
         )
-        self._group: tuple[int, TargetView, mx.array] | None = None
+        self._group: tuple[int, TargetView] | None = None
         self._judged: TargetView | None = None
         token_ids = self.network.get("token_ids")
         some = self.reader.view([self.held_out[0]]).goals[:4]
@@ -119,26 +122,29 @@ class DrafterTrainer:
             number = asked.group
             read = self.reader.view
             view = self.store.view(number) if self.store else read(self.groups[number])
-            self._group = asked.group, view, starting_rows(view)
-        _, view, starting = self._group
-        places = starting[mx.array(asked.numbers.astype(np.int32))]
-        return view.starts(places, self.config.unroll)
+            self._group = asked.group, view
+        _, view = self._group
+        places = view.starting[mx.array(asked.numbers.astype(np.int32))]
+        return view.starts(places, self.config.unroll, self.config.look_back)
 
     def loss(self, starts: Starts) -> tuple[mx.array, mx.array]:
         """Return the summed loss of a step, and what it is divided by."""
         decay, kind = self.config.decay, self.config.loss
-        return drafter_loss(self.network, Starts(*starts), self.target_logits, decay, kind)
+        starts = Starts(*starts)  # compiled steps are given bare tuples
+        if starts.past is not None:
+            starts = starts._replace(past=Past(*starts.past))
+        return drafter_loss(self.network, starts, self.target_logits, decay, kind)
 
     def evaluate(self) -> dict[str, list[float]]:
         """Return the held-out acceptance of a drafted chain, by depth."""
         length = self.config.unroll
         if self._judged is None:
             self._judged = self.reader.view(self.held_out)
-        view, starting = self._judged, starting_rows(self._judged)
+        view, size = self._judged, self.config.starts
         total, count = mx.zeros((2, length)), mx.zeros((length,))
-        size = max(1, rows_at_once(self.network.head) // length)
-        for first in range(0, starting.size, size):
-            starts = view.starts(starting[first : first + size], length)
+        for first in range(0, view.starting.size, size):
+            places = view.starting[first : first + size]
+            starts = view.starts(places, length, self.config.look_back)
             sums, counts = acceptance_by_depth(self.network, starts, self.target_logits)
             total, count = total + sums, count + counts
             mx.eval(total, count)  # one chunk at a time is in memory
@@ -177,6 +183,11 @@ class DrafterTrainer:
                     bar.set_postfix_str(f"held-out acceptance {by_depth}")
         return log
 
+    @property
+    def num_rows(self) -> int:
+        """Of how many tokens it is kept what the target computes: an end of prompts is, too."""
+        return sum(self.reader.num_rows(text) for text in self.training)
+
     def counts(self) -> dict[str, int]:
         """Return how many answers, and tokens of them, are learned, and how many held out."""
         return {
@@ -202,11 +213,6 @@ def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple
     ranked = sorted(range(vocab_size), key=lambda token: (-used[token], token))
     covered = sum(used[token] for token in ranked[:count])
     return sorted(ranked[:count]), covered / max(1, used.total())
-
-
-def starting_rows(view: TargetView) -> mx.array:
-    """Return the rows of a view that have one ahead: there a draft can start."""
-    return mx.array(np.flatnonzero(np.array(view.ahead)).astype(np.int32))
 
 
 def _read_log(path: Path) -> Log:

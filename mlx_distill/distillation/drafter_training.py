@@ -67,7 +67,7 @@ def train_drafter(
             already.
         output: The drafter's folder; must not exist.
         config: How.
-        start: A drafter to start from, of the configuration's shape.
+        start: A drafter to start from, of the configuration's shape, perhaps without its blocks.
         responses: Where the model's answers are kept; None puts them beside the output.
         features: A folder where what the target computes of the answers is kept, in two bytes a
             number, for every epoch and for other trainings on the same answers. Without it, what
@@ -105,11 +105,12 @@ def train_drafter(
     _check_start(start, config.network(target))
     longest = given.longest if given else longest_text(model, asked, config)
     tokens = given.num_tokens if given else len(asked) * config.responses.max_tokens
-    print(memory_estimate(target, config, longest, tokens), file=sys.stderr)
+    rows = tokens + sum(min(config.look_back, len(prompt) - 1) for prompt in asked)
+    print(memory_estimate(target, config, longest, rows), file=sys.stderr)
     kept = Path(features) if features else None
     if kept and not kept.exists():  # what is there may be enough
         reader = TargetReader(target, config.taps(target), config.batch_size)
-        check_disk(kept, tokens * stored_row_bytes(reader))
+        check_disk(kept, rows * stored_row_bytes(reader))
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
@@ -171,7 +172,10 @@ def _fitting(
 
 
 def _check_start(start: RecurrentDrafter | None, shape: RecurrentDrafterConfig) -> None:
-    if start is not None and start.config != shape:
+    """Raise InputError unless a drafter can be started from; blocks may be added to it."""
+    if start is None or start.config == shape:
+        return
+    if start.config.context_blocks or start.config != shape.without_blocks:
         raise InputError(
             f"the drafter to start from has another shape: {start.config}, not {shape}"
         )

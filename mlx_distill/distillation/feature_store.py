@@ -57,9 +57,11 @@ class FeatureStore:
             "taps": list(reader.taps),
             "groups": [_hash(texts) for texts in groups],
         }
+        if reader.look_back:
+            self._manifest["look_back"] = reader.look_back
         self._check()
         missing = [texts for number, texts in enumerate(groups) if not self._path(number).exists()]
-        self.num_missing = sum(text.num_learned for texts in missing for text in texts)
+        self.num_missing = sum(reader.num_rows(text) for texts in missing for text in texts)
         check_disk(folder, self.num_missing * stored_row_bytes(reader))
 
     def view(self, number: int) -> TargetView:

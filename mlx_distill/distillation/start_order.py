@@ -8,12 +8,17 @@ its turn:
     epoch 1    group 0: steps 6 7 8   group 1: steps 9 10 11
 
 A step takes its starts from a whole group at random, so neighbours in a text rarely come together.
+Where their texts are read with them, that would be nearly all texts in every step; then a step
+takes its starts from a few.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+# Where a step takes its starts from few answers, they are every second one of these.
+SPREAD = 2
 
 
 @dataclass(frozen=True)
@@ -38,15 +43,23 @@ class StartOrder:
         most_rows: Of a group; an answer with more is a group of its own.
         count: Starts of a step; a smaller group has fewer.
         seed: Decides.
+        spread: The answers of a step have so many times its starts; 0 takes them from all.
 
     Attributes:
-        groups: The answers of each group.
+        groups: The answers of each group, in ascending order.
     """
 
     def __init__(
-        self, sizes: Sequence[int], rows: Sequence[int], most_rows: int, count: int, seed: int
+        self,
+        sizes: Sequence[int],
+        rows: Sequence[int],
+        most_rows: int,
+        count: int,
+        seed: int,
+        spread: int = 0,
     ):
         self._seed = seed
+        self._spread = spread
         self._sizes: list[int] = []
         self.groups: list[list[int]] = []
         total = most_rows + 1
@@ -60,6 +73,9 @@ class StartOrder:
             self.groups[-1].append(answer)
             self._sizes[-1] += sizes[answer]
             total += rows[answer]
+        for group in self.groups:
+            group.sort()
+        self._of_answers = [[sizes[answer] for answer in group] for group in self.groups]
         self._counts = [min(count, size) for size in self._sizes]
         self._steps = [size // count for size, count in zip(self._sizes, self._counts, strict=True)]
         self._known: tuple[tuple[int, int], np.ndarray] | None = None
@@ -84,5 +100,19 @@ class StartOrder:
     def _shuffled(self, epoch: int, group: int) -> np.ndarray:
         if self._known is None or self._known[0] != (epoch, group):
             random = np.random.default_rng([self._seed, epoch, group, 13])
-            self._known = (epoch, group), random.permutation(self._sizes[group])
+            if self._spread:
+                order = self._from_few(group, random)
+            else:
+                order = random.permutation(self._sizes[group])
+            self._known = (epoch, group), order
         return self._known[1]
+
+    def _from_few(self, group: int, random: np.random.Generator) -> np.ndarray:
+        """Return a group's starts in an order in which those of a step are of few answers."""
+        sizes, count = self._of_answers[group], self._counts[group]
+        runs = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+        starts = np.concatenate([runs[one] for one in random.permutation(len(runs)).tolist()])
+        for first in range(0, starts.size, self._spread * count):
+            random.shuffle(starts[first : first + self._spread * count])
+        whole = starts[: self._steps[group] * count].reshape(-1, count)
+        return whole[random.permutation(len(whole))].reshape(-1)

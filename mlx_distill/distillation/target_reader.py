@@ -21,17 +21,19 @@ class TargetReader:
         target: Wrote them; it has an embedding.
         taps: Numbers of the layers whose outputs are kept, too.
         batch_size: Answers read at once.
+        look_back: How many tokens of a prompt, from its last, are kept, too.
 
     Attributes:
         answers: The target's logits, a few at a time.
     """
 
-    def __init__(self, target: Target, taps: Sequence[int], batch_size: int):
+    def __init__(self, target: Target, taps: Sequence[int], batch_size: int, look_back: int = 0):
         assert target.embed is not None
         self.target = target
         self.embed = target.embed
         self.taps = taps
         self.batch_size = batch_size
+        self.look_back = look_back
         self.answers = Answers(target.model, texts=True)
 
     @property
@@ -40,6 +42,11 @@ class TargetReader:
         kept = (1 + len(self.taps)) * self.target.hidden_size
         kept += 0 if self.answers.body else self.target.vocab_size
         return kept * self.embed(mx.array([0])).dtype.size
+
+    def num_rows(self, text: Text) -> int:
+        """Return how many rows of a view a text is."""
+        first = text.learned.index(True) if any(text.learned) else 1
+        return text.num_learned + min(self.look_back, first - 1)
 
     def view(self, texts: Sequence[Text], by_length: bool = True) -> TargetView:
         """Return the target's view of some answers.
@@ -58,7 +65,7 @@ class TargetReader:
     def _batch(self, texts: Sequence[Text], rows: Sequence[int]) -> TargetView:
         # Nothing is padded beyond the longest: that could be beyond a model's last position.
         batch = text_batch(texts, rows, multiple=1)
-        found, ahead = answer_places(np.array(batch.mask))
+        found, ahead = answer_places(np.array(batch.mask), self.look_back)
         places = mx.array(found)
 
         def taken(array: mx.array) -> mx.array:

@@ -13,8 +13,9 @@ from mlx_distill.arrays import SERIAL
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.beam_searches import beam_searches
 from mlx_distill.core.draft import Draft
+from mlx_distill.drafters.attending import AttendingState, ContextReader
 from mlx_distill.drafters.fingerprint import Fingerprint
-from mlx_distill.drafters.protocol import DraftPlan, Features
+from mlx_distill.drafters.protocol import DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.stepping import Steps
 
@@ -42,6 +43,8 @@ class BoundDrafter:
     Attributes:
         taps: The target's layers that the context is made of, too.
         searches: Those that are compiled, the one used last behind the others.
+        reader: Reads texts with the context blocks; None without any.
+        look_back: How many of a prompt's last tokens it wants to see.
     """
 
     def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: Fingerprint):
@@ -56,15 +59,23 @@ class BoundDrafter:
             mx.eval(self._ids)
         self.searches: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
         self._compiling = threading.Lock()
+        # On a CPU nothing is dispatched, and the compiler takes longer than many readings.
+        on_gpu = mx.default_device() == mx.Device(mx.gpu)
+        blocks = network.config.context_blocks
+        self.reader = ContextReader(network, embed, compiled=on_gpu) if blocks else None
+        self.look_back = network.config.context_window if blocks else 1
 
     @property
     def config(self) -> RecurrentDrafterConfig:
         """The network's shape."""
         return self.network.config
 
-    def open(self, prompt: Int[mx.array, " T"], features: Features) -> "RecurrentState":
-        """Return the state of a text: what the target's head saw last."""
-        return RecurrentState(self, features)
+    def open(self, prompt: Int[mx.array, " T"], features: Features) -> DraftState:
+        """Return the state of a text: what the target's head saw last, or what blocks read."""
+        if self.reader is None:
+            return RecurrentState(self, features)
+        window = self.config.context_window
+        return AttendingState(self.reader, self.draft, window, prompt, features)
 
     def draft(
         self,
@@ -77,7 +88,8 @@ class BoundDrafter:
         """Return the beams that follow a root.
 
         Args:
-            hidden: What the target's head saw before, when it chose the root.
+            hidden: What the target's head saw before, when it chose the root; what the context
+                blocks made of that, if there are any.
             root: The token that is certain.
             plan: How many beams, and how long.
             noise: What will be added to the target's logits; None at temperature 0.
@@ -114,7 +126,8 @@ class BoundDrafter:
         noise: mx.array | None = None,
     ) -> Arrays:
         steps = self._steps
-        context = steps.context(self.network.joined(hidden, taps)[None])
+        joined = self.network.joined(hidden, taps) if self.reader is None else hidden
+        context = steps.context(joined[None])
         noise = self._of_columns(noise)
         rows = iter(range(length))  # of noise; one per step, in the search's order
 
@@ -139,10 +152,14 @@ class BoundDrafter:
         features: Features,
         plan: DraftPlan,
         noise: Float[mx.array, "N V"] | None = None,
+        earlier: int = 0,
     ) -> Draft:
         """Return the drafts of many roots; see ``DraftsEverywhere``."""
         steps, ids = self._steps, self._steps.token_ids
-        context = steps.context(self.network.joined(features.states, features.taps))
+        joined = self.network.joined(features.states, features.taps)
+        if self.reader is not None:
+            joined = self.reader.everywhere(joined, roots)
+        context, roots = steps.context(joined[earlier:]), roots[earlier:]
         width = min(plan.beam_width, self.network.head.weight.shape[0])
         hidden, shares = (mx.repeat(x, width, axis=0) for x in context)
         noise = self._of_columns(noise)

@@ -92,6 +92,10 @@ class Features:
         """What each tapped layer returned at each of the tokens, as ``hidden``."""
         return self.taps if self.walk is None else tuple(x[self.walk.path] for x in self.taps)
 
+    def rows(self, rows: slice) -> "Features":
+        """Return some of the call's rows; no walk."""
+        return Features(self.states[rows], None, tuple(tap[rows] for tap in self.taps))
+
     def then(self, later: "Features", most: int) -> "Features":
         """Return these and later ones of the same text, the last ``most`` of them; no walks."""
         pairs = zip((self.states, *self.taps), (later.states, *later.taps), strict=True)
@@ -169,7 +173,8 @@ class Drafter(Protocol):
         Args:
             prompt: The tokens before the first root. Where a prompt cache holds an earlier part of
                 the text, that is not among them.
-            features: Those of the prompt's last tokens: of the last one; with taps, of up to 256.
+            features: Those of the prompt's last tokens: of the last one; with taps, of up to 256;
+                of as many as a drafter asks for that ``LooksBack``.
         """
         ...
 
@@ -184,6 +189,7 @@ class DraftsEverywhere(Protocol):
         features: Features,
         plan: DraftPlan,
         noise: Float[mx.array, "N V"] | None = None,
+        earlier: int = 0,
     ) -> Draft:
         """Return the drafts of all roots, in fields with an axis for them in front.
 
@@ -193,8 +199,21 @@ class DraftsEverywhere(Protocol):
             plan: The shape of the drafts.
             noise: Row i is added to the target's logits of the token behind root i; there are
                 S + L - 1 of them for drafts of length L. None at temperature 0.
+            earlier: So many of the roots, the first ones, are not drafted for, and have no noise:
+                they are what a drafter that ``LooksBack`` sees of the text before.
         """
         ...
+
+
+@runtime_checkable
+class LooksBack(Protocol):
+    """A drafter that says how much of a prompt it wants to see.
+
+    Attributes:
+        look_back: How many of the prompt's last tokens it wants the features of, at least 1.
+    """
+
+    look_back: int
 
 
 @runtime_checkable

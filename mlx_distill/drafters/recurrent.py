@@ -12,8 +12,10 @@ That is the reference form. A configuration switches parts of it, each by itself
     cell "gru"       z, r, n = W e + U s;  s' = n' + z (s - n'),  n' = tanh(n_W + r n_U)
     context_state    s_0 = tanh(S h + c)
     taps             h = what the head saw + T [norm(tap_1) ; norm(tap_2) ; ...]
+    context_blocks   h = blocks of attention over h at this token and those before
 
 Taps are what layers of the target returned at the same token; norm divides by the root mean square.
+The blocks have a file of their own.
 
 Source:
     Zhang et al. 2024, arXiv:2403.09919, section 3. The names of the parameters are those of the
@@ -29,6 +31,7 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx import nn
 
+from mlx_distill.drafters.context_blocks import ContextBlocks
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, OneOf, check_fields
 
@@ -37,6 +40,9 @@ FORMAT_VERSION = 1
 Size = Annotated[int, Between(1, 2**31 - 1)]
 Cell = Annotated[str, OneOf("elman", "gru")]
 Tap = Annotated[int, Between(-10_000, 10_000)]
+Blocks = Annotated[int, Between(0, 2)]
+Window = Annotated[int, Between(1, 1024)]
+BLOCK_FIELDS = ("context_blocks", "context_window", "context_heads")
 NORM_EPS = 1e-5
 
 
@@ -57,6 +63,9 @@ class RecurrentDrafterConfig:
         context_state: Whether the state starts from the context, and not from zero.
         taps: Layers of the target that the context is made of, beside what the head sees; negative
             numbers count from the last.
+        context_blocks: Blocks of attention over the text that the context is made by, 0 to 2.
+        context_window: How many tokens they see.
+        context_heads: Heads of each block.
     """
 
     hidden_size: Size
@@ -69,6 +78,9 @@ class RecurrentDrafterConfig:
     cell: Cell = "elman"
     context_state: bool = False
     taps: tuple[Tap, ...] = ()
+    context_blocks: Blocks = 0
+    context_window: Window = 256
+    context_heads: Size = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -81,6 +93,12 @@ class RecurrentDrafterConfig:
             )
         if not self.rnn and self.embedding_size not in (None, self.hidden_size):
             raise InputError("a drafter without rnn needs embeddings as wide as the hidden states")
+
+    @property
+    def without_blocks(self) -> "RecurrentDrafterConfig":
+        """The same shape without context blocks."""
+        bare = {name: getattr(type(self), name) for name in BLOCK_FIELDS}
+        return dataclasses.replace(self, **bare)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RecurrentDrafterConfig":
@@ -140,6 +158,14 @@ class RecurrentDrafter(nn.Module):
             self.first_state = nn.Linear(width, width)
         if config.taps:
             self.tap_proj = nn.Linear(len(config.taps) * width, width, bias=False)
+        if config.context_blocks:
+            self.blocks = ContextBlocks(
+                width,
+                config.embedding_size or width,
+                config.context_blocks,
+                config.context_heads,
+                config.context_window,
+            )
         if config.draft_vocab_size:
             self.token_ids = mx.arange(config.draft_vocab_size)
             self.freeze(keys=["token_ids"], recurse=False)

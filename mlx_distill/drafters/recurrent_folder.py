@@ -99,7 +99,8 @@ def _check_sizes(
     widest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     scales = [one.shape for name, one in tensors.items() if name.endswith(".scales")]
     widest = max([widest, *(shape[-1] * group_size for shape in scales if shape)])
-    sizes = {k: v for k, v in vars(config).items() if k != "vocab_size" and type(v) is int}
+    others = ("vocab_size", "context_window")
+    sizes = {k: v for k, v in vars(config).items() if k not in others and type(v) is int}
     for name, value in sizes.items():
         most = len(tensors) if name == "num_draft_layers" else widest
         if value > most:

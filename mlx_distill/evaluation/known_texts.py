@@ -12,7 +12,13 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.posterior_noise import noise_behind
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.target_reader import TargetReader, text_of
-from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftsEverywhere, Features
+from mlx_distill.drafters.protocol import (
+    Drafter,
+    DraftPlan,
+    DraftsEverywhere,
+    Features,
+    LooksBack,
+)
 from mlx_distill.evaluation.met import Met
 from mlx_distill.target.target import Target
 
@@ -32,7 +38,8 @@ class KnownText:
         row: Its number.
         prompt: What it answers.
         tokens: The answer.
-        features: Of the token before each of the answer's.
+        features: Of the token before each of the answer's, and of earlier ones.
+        earlier: How many there are of those.
         agreed: How many of the tokens are the target's best.
         noise: What the tokens were drawn with; None if the best were taken.
     """
@@ -41,6 +48,7 @@ class KnownText:
     prompt: Int[mx.array, " P"]
     tokens: Int[mx.array, " T"]
     features: Features
+    earlier: int
     agreed: int
     noise: Float[mx.array, "T V"] | None
 
@@ -66,14 +74,21 @@ class KnownText:
     def _at_once(
         self, drafter: DraftsEverywhere, plan: DraftPlan
     ) -> Iterator[tuple[Draft | None, int]]:
+        looks_back = isinstance(drafter, LooksBack) and drafter.look_back > 1
+        before = self.prompt[self.prompt.size - self.earlier :]
+        roots = mx.concatenate([before, self.tokens])
         for first in range(0, self.tokens.size - 1, PLACES_AT_ONCE):
             end = min(first + PLACES_AT_ONCE, self.tokens.size - 1)
             noise = self._noise(first + 1, end - first + plan.draft_length - 1)
-            there = self._features(slice(first, end))
-            yield drafter.draft_everywhere(self.tokens[first:end], there, plan, noise), end - first
+            begin = 0 if looks_back else self.earlier + first
+            rows = slice(begin, self.earlier + end)
+            there = self.features.rows(rows)
+            earlier = self.earlier + first - begin
+            yield drafter.draft_everywhere(roots[rows], there, plan, noise, earlier), end - first
 
     def _one_by_one(self, drafter: Drafter, plan: DraftPlan) -> Iterator[tuple[Draft | None, int]]:
-        state = drafter.open(self.prompt, self._features(slice(0, 1)))
+        seen, first = self.features, self.earlier
+        state = drafter.open(self.prompt, seen.rows(slice(first + 1)))
         for place in range(self.tokens.size - 1):
             root = self.tokens[place : place + 1]
             draft = state.draft(root, plan, self._noise(place + 1, plan.draft_length))
@@ -82,12 +97,7 @@ class KnownText:
                 depths, scores = draft.depths[None], draft.scores[None]
                 draft = Draft(tokens, parents, depths, scores, draft.max_depth)
             yield draft, 1
-            state.accept(root, self._features(slice(place + 1, place + 2)))
-
-    def _features(self, rows: slice) -> Features:
-        return Features(
-            self.features.states[rows], None, tuple(x[rows] for x in self.features.taps)
-        )
+            state.accept(root, seen.rows(slice(first + place + 1, first + place + 2)))
 
     def _noise(self, first: int, count: int) -> Float[mx.array, "N V"] | None:
         """Return rows of noise; behind the text's end, where they decide nothing, zeros."""
@@ -108,7 +118,8 @@ def known_texts(
         answers: The answers.
         noise: What they were drawn with; None if they were written at temperature 0.
     """
-    reader = TargetReader(target, drafter.taps, len(answers))
+    before = drafter.look_back - 1 if isinstance(drafter, LooksBack) else 0
+    reader = TargetReader(target, drafter.taps, len(answers), before)
     for rows in _read_together(answers):
         view = reader.view([text_of(answers[row]) for row in rows], by_length=False)
         ends = np.flatnonzero(np.array(view.ahead) == 0)
@@ -118,8 +129,12 @@ def known_texts(
             logits = reader.answers.logits(view.goals[there])
             agreed = int(to_number((mx.argmax(logits, axis=-1) == tokens).sum()))
             drawn = None if noise is None else noise(row, tokens, logits)
-            features = Features(view.hidden[there], None, tuple(tap[there] for tap in view.taps))
-            yield KnownText(row, mx.array(answers[row].prompt), tokens, features, agreed, drawn)
+            prompt = mx.array(answers[row].prompt)
+            earlier = min(before, prompt.size - 1)
+            seen = Features(view.hidden, None, view.taps).rows(
+                slice(there.start - earlier, end + 1)
+            )
+            yield KnownText(row, prompt, tokens, seen, earlier, agreed, drawn)
 
 
 def _read_together(answers: Sequence[Response]) -> Iterator[list[int]]:

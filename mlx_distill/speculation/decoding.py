@@ -20,7 +20,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_host
 from mlx_distill.core.sampling import sample
-from mlx_distill.drafters.protocol import Features, Outcome
+from mlx_distill.drafters.protocol import Drafter, Features, LooksBack, Outcome
 from mlx_distill.speculation.cycle import (
     Accepted,
     Cycle,
@@ -33,7 +33,7 @@ from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
 from mlx_distill.target.layer_cache import cached_tokens
 
-# A drafter with taps is shown so many of the prompt's last tokens.
+# A drafter with taps that does not say more is shown so many of the prompt's last tokens.
 LOOK_BACK = 256
 
 
@@ -132,16 +132,23 @@ def prefill(
     Return the last token's logits, and the features of the last tokens.
     """
     size, rest = decoding.cache.prefill_step_size, prompt.size - 1
-    features = None
+    features, wanted = None, _look_back(decoding.drafter)
     for start in range(0, rest, size):
         _, chunk = _read(decoding, prompt[start : min(start + size, rest)])
-        if chunk.taps:
-            features = chunk if features is None else features.then(chunk, LOOK_BACK)
+        if wanted > 1:
+            features = chunk if features is None else features.then(chunk, wanted)
             mx.eval(features.states, features.taps)
         mx.eval([cache.state for cache in decoding.caches])
         mx.clear_cache()
     logits, last = _read(decoding, prompt[-1:])
-    return logits, last if features is None else features.then(last, LOOK_BACK)
+    return logits, last if features is None else features.then(last, wanted)
+
+
+def _look_back(drafter: Drafter) -> int:
+    """Return how many of a prompt's last tokens a drafter is shown the features of."""
+    if isinstance(drafter, LooksBack):
+        return drafter.look_back
+    return LOOK_BACK if drafter.taps else 1
 
 
 def _read(
