@@ -139,6 +139,24 @@ def test_trained_drafter_loads_and_generates(pair: tuple[Any, Any], finished: Pa
     assert all(x.dtype in (mx.float32, mx.int32) for x in weights.values())
 
 
+def test_blocks_are_added_to_a_drafter_and_learn(
+    pair: tuple[Any, Any], tmp_path: Path, finished: Path, arguments: Arguments
+) -> None:
+    """From features on disk; the drafter that was started from had none."""
+    output = tmp_path / "blocks"
+    shared = ["--responses", str(finished.with_name("drafter.responses.jsonl"))]
+    more = ["--context-blocks", "1", "--context-window", "16", "--loss", "lk", "--epochs", "3"]
+    more += ["--features", str(tmp_path / "features"), "--start-from", str(finished)]
+    assert train_drafter.main([*arguments(output), *shared, *more, "--starts", "8"]) == 0
+    drafter = mlx_distill.load_drafter(output, *pair)
+    assert (drafter.config.context_blocks, drafter.config.context_window) == (1, 16)
+    assert drafter.network.blocks.layers[0].out.weight.any().item()
+    expected = mlx_distill.generate(*pair, "Once upon a time", max_tokens=20)
+    found = mlx_distill.generate(*pair, "Once upon a time", drafter=drafter, max_tokens=20)
+    assert found == expected
+    assert "look_back" in json.loads((tmp_path / "features" / "features.json").read_text())
+
+
 def test_target_is_bit_identical_after_training(pair: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = pair
     before = bits(model)
@@ -263,18 +281,23 @@ def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, An
     assert view.tokens.tolist() == tokens
 
 
-@pytest.mark.parametrize(("batch_size", "length", "exit_dim"), [(4, 80, None), (2, 24, 2048)])
+@pytest.mark.parametrize(
+    ("batch_size", "length", "exit_dim", "blocks"),
+    [(4, 80, None, 0), (2, 24, 2048, 0)],
+)
 def test_memory_is_estimated(
     bundled_pair: tuple[Any, Any],
     tmp_path: Path,
     batch_size: int,
     length: int,
     exit_dim: int | None,
+    blocks: int,
 ) -> None:
-    """Where the batch takes most of it, and where the drafter does."""
+    """Where the batch takes most of it, and where the drafter does, or its blocks."""
     target = Target.of(bundled_pair[0])
     config = DrafterTraining(
         exit_dim=exit_dim,
+        context_blocks=blocks,
         held_out=1,
         batch_size=batch_size,
         responses=ResponseConfig(max_tokens=length),
