@@ -95,8 +95,10 @@ def _block_bytes(
     # The answers of a step have twice its starts, and each some of its prompt.
     rows = max(PAST_ROWS, min(tokens, SPREAD * config.starts * 3 // 2))
     width, inner = shape.hidden_size, shape.context_heads * HEAD_DIM
-    attention = 4 * shape.context_heads * 2 * shape.context_window
-    return rows * size * (6 * width + shape.context_blocks * (attention + 10 * inner + 9 * width))
+    scores = shape.context_heads * 2 * shape.context_window
+    # The backward of one block at a time has two more arrays of the scores' size.
+    each = scores + 8 * inner + 8 * width
+    return rows * size * (6 * width + shape.context_blocks * each + 2 * scores)
 
 
 def _type_size(target: Target) -> int:
