@@ -16,9 +16,13 @@ from oracles.sampling import softmax
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.beam_searches import top_values
 from mlx_distill.core.draft import Draft
-from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
+from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent import (
+    SHARPNESS,
+    RecurrentDrafter,
+    RecurrentDrafterConfig,
+)
 
 ROOT = 3
 TRIMMED = [1, 4, 5, 8]

@@ -13,9 +13,13 @@ from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
 from mlx_distill.core.draft import Draft
-from mlx_distill.drafters.bound import SHARPNESS, BoundDrafter
+from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.protocol import DraftPlan, Features
-from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent import (
+    SHARPNESS,
+    RecurrentDrafter,
+    RecurrentDrafterConfig,
+)
 from mlx_distill.drafters.stepping import Steps
 from mlx_distill.errors import InputError
 

@@ -50,7 +50,7 @@ how often the drafter's best token is the target's (greedy), and the target's pr
 |---|---|---|
 {_table(log[-1])}
 
-The licence is that of the target.
+{_confidence(shape.sharpness, log[-1])}The licence is that of the target.
 """
 
 
@@ -65,6 +65,17 @@ def _more(settings: Mapping[str, Any]) -> str:
         sentence.format(for_markdown(str(settings[name])))
         for name, sentence in sentences.items()
         if settings.get(name)
+    )
+
+
+def _confidence(sharpness: float, last: Mapping[str, Any]) -> str:
+    """Return how sure the drafter is of its paths, as a paragraph."""
+    if "calibration_error" not in last:
+        return ""
+    return (
+        f"Paths are weighed with logits times {sharpness:g}, fitted on these answers: expected "
+        f"calibration error of paths {last['calibration_error']:.3f}, "
+        f"{last['calibration_error_before']:.3f} without.\n\n"
     )
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from mlx_distill.arrays import to_host
 from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation.confidence import Confidence, fitted_confidence
 from mlx_distill.distillation.drafted_head import drafted_logits, head_rows
 from mlx_distill.distillation.drafter import (
     Past,
@@ -37,6 +38,8 @@ from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.loop import train
 
 Log = list[dict[str, Any]]
+
+MOST_FITTED = 1024  # drafts that the drafter's confidence is fitted on
 
 
 class DrafterTrainer:
@@ -150,6 +153,17 @@ class DrafterTrainer:
             mx.eval(total, count)  # one chunk at a time is in memory
         greedy, sampled = to_host(total / mx.maximum(count, 1))
         return {"acceptance_greedy": greedy, "acceptance_sampled": sampled}
+
+    def confidence(self) -> Confidence | None:
+        """Return how sure the drafter may be, by held-out drafts; None if there are none."""
+        if self._judged is None:
+            self._judged = self.reader.view(self.held_out)
+        view, length = self._judged, self.config.unroll
+        if not view.starting.size:
+            return None
+        places = view.starting[:: -(-view.starting.size // MOST_FITTED)]
+        starts = view.starts(places, length, self.config.look_back)
+        return fitted_confidence(self.network, starts, self.target_logits)
 
     @property
     def settings(self) -> TrainingConfig:

@@ -19,11 +19,6 @@ from mlx_distill.drafters.protocol import DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.stepping import Steps
 
-# The target's best token is likelier to be the drafter's than the drafter's distribution says. The
-# bundled pair takes 3.07 tokens per call at temperature 0 and 2.52 at 1 with a factor of 1.0, 3.22
-# and 2.53 with 1.4, 3.18 and 2.46 with 2.5 (12 prompts of the split that the README's results are
-# measured on, default draft).
-SHARPNESS = 1.4
 # Searches that are kept compiled, one for each shape of draft, with noise and without.
 MOST_COMPILED = 16
 # Up to this size each, what tokens add to the state and make of it as roots is tabulated once.
@@ -192,13 +187,14 @@ class BoundDrafter:
         self, x: Float[mx.array, "W E"], noise: Float[mx.array, "_ K"] | None
     ) -> Float[mx.array, "W K"]:
         """Return the sharpened logits in float32, after the noise is added."""
+        sharpness = self.config.sharpness
         weight = self.network.head.weight.T
         if weight.dtype == mx.float32 and noise is not None:
-            return mx.addmm(noise, x, weight, alpha=SHARPNESS, beta=SHARPNESS)
+            return mx.addmm(noise, x, weight, alpha=sharpness, beta=sharpness)
         if weight.dtype == mx.float32:
-            return (SHARPNESS * x) @ weight
+            return (sharpness * x) @ weight
         logits = (x @ weight).astype(mx.float32)
-        return SHARPNESS * (logits if noise is None else logits + noise)
+        return sharpness * (logits if noise is None else logits + noise)
 
 
 class RecurrentState:
