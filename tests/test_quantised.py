@@ -1,0 +1,65 @@
+"""A drafter is quantised and judged before and after, by answers of its target."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mlx_distill
+from mlx_distill import convert
+from mlx_distill.checkpoint import bundled
+
+DRAFTER = str(bundled("stories-14m-redrafter"))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    prompt = tokenizer.encode("Once upon a time")
+    found = mlx_distill.stream_generate(model, tokenizer, prompt, max_tokens=40)
+    answer = [one.token for one in found]
+    path = tmp_path_factory.mktemp("answers") / "answers.npz"
+    lengths = {"prompt_len": np.array([len(prompt)]), "answer_len": np.array([len(answer)])}
+    tokens = {"prompt": np.array(prompt), "answer": np.array(answer)}
+    np.savez(path, greedy=np.array([True]), **lengths, **tokens)
+    return str(path)
+
+
+def test_a_drafter_is_judged_before_and_after(
+    tmp_path: Path, answers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "packed"
+    flags = [
+        "--drafter",
+        DRAFTER,
+        "--output",
+        str(output),
+        "--answers",
+        answers,
+        "--bits",
+        "4",
+        "--json",
+    ]
+    assert convert.main(flags) == 0
+    before, after, _, last = capsys.readouterr().out.splitlines()
+    assert before.startswith("as it was: ")
+    assert after.startswith("4 bits: ")
+    worth = [float(line.split(" MB, ")[1].split()[0]) for line in (before, after)]
+    assert worth[0] > worth[1] - 0.5 > 1
+    found = json.loads(last)["drafters"]
+    assert [one["bits"] for one in found] == [None, 4]
+    assert [one["tokens_per_call"] for one in found] == pytest.approx(worth, abs=1e-3)
+    sizes = [float(line.split(": ")[1].split()[0]) for line in (before, after)]
+    assert sizes[1] < 0.5 * sizes[0]
+    mlx_distill.load_drafter(output, mlx_distill.load(bundled("stories-14m"))[0])
+
+
+def test_what_cannot_be_judged_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "packed"
+    flags = ["--drafter", DRAFTER, "--output", str(output), "--answers", str(tmp_path / "none.npz")]
+    assert convert.main(flags) == 2
+    assert "cannot be read as answers: there is no such file" in capsys.readouterr().err
+    assert not output.exists()
