@@ -33,6 +33,7 @@ from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.loss_memory import loss_memory
+from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, write_whole
@@ -137,6 +138,7 @@ def _open(
     template_config = cli.template_config(arguments)
     model, tokenizer = cli.load_model(arguments)
     drafter = cli.need_drafter(arguments, model, tokenizer)
+    settle(drafter)
     draft_model = cli.load_draft_model(arguments, tokenizer)
     check_draft_model(model, draft_model)
     report = Report(noun="prompts")

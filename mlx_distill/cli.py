@@ -200,9 +200,13 @@ def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 def load_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """Return the drafter that the flags ask for, else a bundled one that fits, else None."""
+    from mlx_distill.calibration.automatic import is_on
     from mlx_distill.checkpoint import bundled
     from mlx_distill.drafters import registry
+    from mlx_distill.target.memory import open_remembered
 
+    if is_on():
+        open_remembered(model)
     path = arguments.drafter or (None if arguments.model else bundled("stories-14m-redrafter"))
     if path is not None:
         return registry.load_drafter(path, model, tokenizer)

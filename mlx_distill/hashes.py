@@ -9,8 +9,6 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_distill.arrays import to_host
-
 
 def weights_hash(model: nn.Module) -> str:
     """Return a hash of some of every array of a model, which tells a fine-tuned one from its base.
@@ -19,9 +17,10 @@ def weights_hash(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     arrays: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    for name, array in arrays.items():
-        some = array.reshape(-1)[:256].view(mx.uint8)
-        digest.update(name.encode() + bytes(to_host(some)))
+    firsts = {name: array.reshape(-1)[:256].view(mx.uint8) for name, array in arrays.items()}
+    mx.eval(firsts)
+    for name, some in firsts.items():
+        digest.update(name.encode() + bytes(memoryview(some)))
     return digest.hexdigest()[:16]
 
 

@@ -951,6 +951,7 @@ def test_a_drafter_keeps_few_compiled_searches(
                 draft = drafter.draft(hidden, root, DraftPlan(1, 1 + length % 3))
                 found.append(draft.tokens.size == 2 + length % 3)
 
+    monkeypatch.setattr(bound, "DRAFTS_BEFORE_TABLES", 36)
     threads = [threading.Thread(target=work, args=(first,)) for first in range(3)]
     for thread in threads:
         thread.start()

@@ -143,7 +143,8 @@ def test_joined_steps_equal_the_network(shape: dict[str, Any], table_bytes: int)
     embed = nn.Embedding(network.config.vocab_size, network.config.embedding_size or 5)
     hidden, column = mx.random.normal((5,)), tokens - 1
     token = network.token_ids[column].item() if "token_ids" in network else column
-    steps = Steps(network, embed, table_bytes)
+    steps = Steps(network, embed)
+    steps.tabulate(table_bytes)
     context = steps.context(hidden[None])
     x, carried = steps.first(mx.array([1]), context)
     y, _ = steps.next(mx.array([column]), carried, context)

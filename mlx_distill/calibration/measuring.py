@@ -18,6 +18,7 @@ from mlx_distill.calibration.config import CalibrationConfig
 from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import GREEDY, Sampling
+from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Features, FixedPlanner
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
@@ -99,6 +100,7 @@ def calibrate(
         InputError: If the model cannot be drafted for.
     """
     pair.target.require_drafting()
+    settle(pair.drafter)
     contexts = usable_contexts(pair, config)
     threads = _choose_threads(pair, config, contexts[0], clock)
     widths = (1,) if pair.target.support == "chain" else config.widths

@@ -21,19 +21,12 @@ from mlx_distill.calibration.measuring import Calibration, Pair, summary
 from mlx_distill.calibration.timing import LOADED
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import read_json, write_whole
+from mlx_distill.files import cache_folder, read_json, write_whole
 from mlx_distill.speculation.costs import Costs
 
 FORMAT = 3
 # What changes how fast a processor works through the same operations.
 ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32")
-
-
-def cache_folder() -> Path:
-    """Return the folder of this user's calibrations."""
-    known = os.environ.get("XDG_CACHE_HOME")
-    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return (Path(known) if known else home) / "mlx_distill" / "calibration"
 
 
 def identity(pair: Pair) -> dict[str, Any]:
@@ -64,7 +57,7 @@ def _precision(model: nn.Module) -> dict[str, Any]:
 def file_of(known: Mapping[str, Any]) -> Path:
     """Return the file of a calibration."""
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder() / f"{known['target']['model_type']}-{digest}.json"
+    return cache_folder("calibration") / f"{known['target']['model_type']}-{digest}.json"
 
 
 def find(known: Mapping[str, Any]) -> Costs | None:

@@ -11,8 +11,8 @@ added by the operation that comes next anyway:
 A gated cell's U is three times as wide, and it needs the state itself, too: behind U stands the
 identity. The first state, where the context makes it, is one more part of what the context gives.
 
-Where the memory allows it, W e(g) is tabulated for the tokens that can be drafted, and the joint of
-the first step, which the root alone decides, for all tokens.
+Where the memory allows it and there is much to draft, W e(g) is tabulated for the tokens that can
+be drafted, and the joint of the first step, which the root alone decides, for all tokens.
 """
 
 from dataclasses import dataclass
@@ -51,31 +51,39 @@ class Steps:
     Args:
         network: The drafter's network.
         embed: The target's input embedding.
-        table_bytes: Up to this size each, tables are made.
     """
 
-    def __init__(self, network: RecurrentDrafter, embed: nn.Module, table_bytes: int):
+    def __init__(self, network: RecurrentDrafter, embed: nn.Module):
         self.network = network
         self.embed = embed
         self.token_ids = network.token_ids if network.config.draft_vocab_size else None
         self.joined = join(network)
         self._reads = self._firsts = None
+        if network.config.context_state:
+            self._recurrence = mx.contiguous(self.joined.of_state[:, -self.joined.widths[2] :])
+            mx.eval(self._recurrence)
+        # A compiled draft would make them every time, and on the stream of this thread only.
+        mx.eval(self.joined.of_hidden, self.joined.bias, self.joined.of_state)
+
+    def tabulate(self, table_bytes: int) -> None:
+        """Make the tables that are no larger than this each.
+
+        With the bundled pair that takes as long as they save in a thousand drafts on a CPU.
+        """
+        network, embed = self.network, self.embed
         num_rows, row_bytes = network.head.weight.shape[0], network.head.weight.dtype.size
         reads = network.rnn_w.weight.shape[0] if network.config.rnn else network.config.hidden_size
         if num_rows * reads * row_bytes <= table_bytes:
-            self._reads = self._read(mx.arange(num_rows))
+            table = self._read(mx.arange(num_rows))
+            mx.eval(table)
+            self._reads = table
         num_tokens = embed["weight"].shape[0]  # the root can be any of the target's
-        alone = network.config.rnn and "input_proj" in network
-        if network.config.context_state:
-            alone = False
-            self._recurrence = mx.contiguous(self.joined.of_state[:, -self.joined.widths[2] :])
-            mx.eval(self._recurrence)
+        alone = network.config.rnn and "input_proj" in network and not network.config.context_state
         if alone and num_tokens * sum(self.joined.widths) * row_bytes <= table_bytes:
             read = network.read(embed(mx.arange(num_tokens)))
-            self._firsts = network.advance(None, read) @ self.joined.of_state
-        # A compiled draft would make them every time, and on the stream of this thread only.
-        joined = (self.joined.of_hidden, self.joined.bias, self.joined.of_state)
-        mx.eval(joined, [x for x in (self._reads, self._firsts) if x is not None])
+            table = network.advance(None, read) @ self.joined.of_state
+            mx.eval(table)
+            self._firsts = table
 
     def context(self, hidden: Float[mx.array, "S D"]) -> Context:
         """Return what drafts need of the hidden states, once; decoding has one of them."""

@@ -24,7 +24,7 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.core.sampling import TextNoise
-from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.drafters.protocol import Drafter, Planner
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.caching import PromptCache
@@ -190,11 +190,12 @@ class Engine:
         target = Target.of(self.model)
         checks.check_drafter(self.drafter, target, self.tokenizer)
         target.check_caches(caches)
+        planner = request.planner
         key = mx.random.key(_seed(request))
         decoding = Decoding(
             target,
             self.drafter,
-            request.planner,
+            planner if isinstance(planner, Planner) else planner(),
             request.sampling,
             TextNoise(key, target.vocab_size) if request.sampling.temperature else None,
             request.cache,

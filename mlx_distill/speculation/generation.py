@@ -6,7 +6,7 @@ decodes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -79,6 +79,12 @@ def stream_generate(
             context, or the drafter was made for another model.
     """
     engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens)
+    cache = cache or CacheConfig()
+    if plan is None and drafter is not None:
+        pair = Pair(model, engine.tokenizer, drafter, cache)
+        planner = partial(planner_of, pair, sampled=temperature > 0)
+    else:
+        planner = plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan())
     request = Request(
         prompt=prompt_tokens(engine.tokenizer, prompt),
         max_tokens=max_tokens,
@@ -87,17 +93,11 @@ def stream_generate(
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         logits_processors=tuple(logits_processors or ()),
         prompt_cache=prompt_cache,
-        planner=plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan()),
-        cache=cache or CacheConfig(),
+        planner=planner,
+        cache=cache,
     )
     # Whatever can be refused is refused now, not when the first token is asked for.
-    number = engine.submit(request)
-    if plan is None and drafter is not None:
-        engine.cancel(number)
-        pair = Pair(model, engine.tokenizer, drafter, request.cache)
-        planner = planner_of(pair, sampled=temperature > 0)
-        number = engine.submit(replace(request, planner=planner))
-    return _stream(engine, number)
+    return _stream(engine, engine.submit(request))
 
 
 def _stream(engine: Engine, number: int) -> Responses:

@@ -1,5 +1,6 @@
 """What can be asked of the engine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -27,7 +28,8 @@ class Request:
         logits_processors: As mlx-lm's; they see the prompt and the answer so far.
         prompt_cache: Holds the text before the prompt, and afterwards the prompt and the answer
             too; None for a new one.
-        planner: Says how much to draft.
+        planner: Says how much to draft; or a function that returns who says it, and is asked for it
+            when nothing can be refused any more.
         cache: How keys and values are kept.
 
     Raises:
@@ -41,7 +43,9 @@ class Request:
     stop: tuple[str, ...] = ()
     logits_processors: tuple[LogitsProcessor, ...] = ()
     prompt_cache: PromptCache | None = None
-    planner: Planner = field(default_factory=lambda: FixedPlanner(DraftPlan()))
+    planner: Planner | Callable[[], Planner] = field(
+        default_factory=lambda: FixedPlanner(DraftPlan())
+    )
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ chunks, budgets, scales) is beyond such a look; ``tests/test_architectures.py`` 
 architecture there, and those it found are named here.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -70,8 +71,12 @@ class Opened:
     embed: nn.Module | None = None
 
 
-def open_model(model: nn.Module) -> Opened:
+def open_model(model: nn.Module, known: str | None = None) -> Opened:
     """Find out what a model supports.
+
+    Args:
+        model: The model.
+        known: Which way was found before, with the same code, weights and device; None to try them.
 
     Raises:
         InputError: If its logits are not numbers.
@@ -92,15 +97,16 @@ def open_model(model: nn.Module) -> Opened:
     if all(can_restore(cache) for cache in caches):
         ways.append("chain")
     reason = "its logits for several tokens at once differ from those one by one"
-    known = Opened("none", reason, logits.shape[-1], hidden.shape[-1], head, embed)
+    found = Opened("none", reason, logits.shape[-1], hidden.shape[-1], head, embed)
     texts = [_LOW]
     if logits.dtype != mx.float32:
         texts += [[logits.shape[-1] * part // 23 for part in parts] for parts in _SPREAD]
     tries = ((way, _Trial(model, head, way, text)) for way in ways for text in texts)
-    support = next((way for way, trial in tries if trial.agrees()), None)
+    support = next((way for way in ways if way == known), None)
+    support = support or next((way for way, trial in tries if trial.agrees()), None)
     if support is None:
-        return known
-    return replace(known, support=support, reason=_why_not_trees(support, names))
+        return found
+    return replace(found, support=support, reason=_why_not_trees(support, names))
 
 
 def _why_not_trees(support: str, names: str) -> str:
@@ -129,6 +135,7 @@ class _Trial:
         self.support: Support = support
         parents, nodes = (_CHAIN, [0, 1, 2, 3]) if support == "chain" else (_TREE, _LOOKED_AT)
         self.prefix, self.tokens = list(text[:3]), list(text[3:])
+        self._caches: list[LayerCache] | None = None
         tokens = mx.array(self.tokens[: len(parents)])
         self.tree = PrefixTree.from_parents(tokens, mx.array(parents), 3)
         paths = self.tree.paths()
@@ -202,9 +209,11 @@ class _Trial:
         return min(errors) if noticed else errors[0]
 
     def _prefilled(self) -> list[LayerCache]:
-        caches = make_prompt_cache(self.model)
-        mx.eval(call_on_text(self.model, self.head, mx.array(self.prefix), caches))
-        return caches
+        """Return caches that hold the text before the tree; it is read once."""
+        if self._caches is None:
+            self._caches = make_prompt_cache(self.model)
+            mx.eval(call_on_text(self.model, self.head, mx.array(self.prefix), self._caches))
+        return copy.deepcopy(self._caches)
 
 
 def _errors(found: Sequence[mx.array], expected: Sequence[mx.array]) -> list[float]:

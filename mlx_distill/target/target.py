@@ -34,6 +34,7 @@ class Target:
 
     Args:
         model: An mlx-lm language model.
+        known: What it was found to support before; None to find out.
 
     Raises:
         InputError: If its logits are not numbers.
@@ -47,9 +48,9 @@ class Target:
         context: Longest text the model was made for, in tokens; None where it does not say.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, known: str | None = None):
         self.model = model
-        opened = _opened(model)
+        opened = _opened(model, known)
         self.support: Support = opened.support
         self.reason = opened.reason
         self.embed = opened.embed
@@ -59,16 +60,16 @@ class Target:
         self._head = opened.head
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Target":
-        """Return the target of a model; it is opened once.
+    def of(cls, model: nn.Module, known: str | None = None) -> "Target":
+        """Return the target of a model; it is opened once, as what is known of it.
 
         What was found lies with the model and refers to parts of it alone; the target is known
         there by a weak reference. So a model that is deleted is gone at once.
         """
-        known = model.__dict__.get("_mlx_distill_target")
-        target = known() if known else None
+        kept = model.__dict__.get("_mlx_distill_target")
+        target = kept() if kept else None
         if target is None or target.model is not model:  # a copied model has the other's
-            target = cls(model)
+            target = cls(model, known)
             object.__setattr__(model, "_mlx_distill_target", weakref.ref(target))
         return target
 
@@ -129,11 +130,11 @@ class Target:
         return self._head
 
 
-def _opened(model: nn.Module) -> Opened:
+def _opened(model: nn.Module, known: str | None) -> Opened:
     """Return what a model was found to support; a copy of an opened model knows it, too."""
     with _opening:
         opened = model.__dict__.get("_mlx_distill_opened")
         if opened is None:
-            opened = open_model(model)
+            opened = open_model(model, known)
             object.__setattr__(model, "_mlx_distill_opened", opened)
         return opened
