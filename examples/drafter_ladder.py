@@ -8,6 +8,8 @@ Every rung takes as many steps over the same starts of the same answers, from th
     R0           the published form: state from zero, head from random weights, KL
     R1           + gated cell, state started from the context, head started from the target's
     R2           + what layers inside the target returned
+    R3           + a block of attention over the context
+    R3x2         + a second one
     R2-lk        R2 with the loss that mixes in the share of rejected tokens
     R2-8, R2-6, R2-4   R2 with weights of so many bits
 
@@ -50,6 +52,8 @@ RUNGS: dict[str, dict[str, Any]] = {
     },
     "R1": {"tap_layers": (-1,)},
     "R2": {},
+    "R3": {"context_blocks": 1},
+    "R3x2": {"context_blocks": 2},
     "R2-lk": {"loss": "lk"},
 }
 # Rungs that are others with weights of so many bits.
