@@ -1,4 +1,4 @@
-"""Mixed requests, one to four at a time, for some minutes: status 1 for a wrong token or a leak.
+"""Mixed requests, one to four at a time, for some minutes: status 1 for a wrong token or a drift.
 
     python tests/soak.py --minutes 30
 
@@ -6,15 +6,22 @@ Every request is one of a few kinds (greedy, drawn, filtered, with a penalty, wi
 8-bit keys), begins with one of the bundled prompts, and joins when another ends. Its tokens have to
 be those of its kind and prompt that were written alone, without a drafter, before. Not collected by
 pytest: it takes as long as it is told to. A line a minute: tokens per second, memory.
+
+After every request mlx-lm's own loop writes a few tokens, so that speed is a ratio to that, and
+other programs and warm processors, which slow both, are no drift. Speed has drifted where the last
+third of the minutes is more than 10 % slower than the first, memory where it holds more than a
+tenth and 32 MB above.
 """
 
 import argparse
 import itertools
 import json
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +38,10 @@ from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 
 import mlx.core as mx  # isort: skip
+import mlx_lm  # isort: skip
 from mlx_lm.sample_utils import make_logits_processors  # isort: skip
 
-MOST_AT_ONCE, MAX_TOKENS, NUM_PROMPTS = 4, 96, 12
+MOST_AT_ONCE, MAX_TOKENS, NUM_PROMPTS, PLAIN_TOKENS = 4, 96, 12, 24
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "drawn": {"sampling": Sampling(1.0), "seed": 7},
@@ -75,7 +83,7 @@ def served(
     """Yield the tokens of every request that has ended, and whether they were the right ones."""
     running: dict[int, tuple[tuple[int, str], list[int]]] = {}
     while running or time.monotonic() < end:
-        wanted = 1 + int(time.monotonic() / 20) % MOST_AT_ONCE
+        wanted = 1 + int(time.monotonic() / 15) % MOST_AT_ONCE
         while len(running) < wanted and time.monotonic() < end:
             job = next(jobs)
             number = engine.submit(request(pair, prompts[job[0]], job[1], planned=True))
@@ -87,9 +95,83 @@ def served(
             yield len(tokens), tokens == expected[job]
 
 
+class PlainClock:
+    """Times mlx-lm's loop between the requests.
+
+    Args:
+        pair: Its model writes.
+        prompt: What it begins with.
+    """
+
+    def __init__(self, pair: Pair, prompt: list[int]):
+        self.pair, self.prompt = pair, prompt
+        self.tokens, self.decoding_s, self.spent_s = 0, 0.0, 0.0
+
+    def write(self) -> None:
+        """Write some tokens; the first one, which reads the prompt, does not count."""
+        start, first = time.perf_counter(), None
+        for _ in mlx_lm.stream_generate(
+            self.pair.model, self.pair.tokenizer, self.prompt, PLAIN_TOKENS
+        ):
+            self.tokens += first is not None
+            first = first or time.perf_counter()
+        end = time.perf_counter()
+        self.decoding_s += end - (first or end)
+        self.spent_s += end - start
+
+
+@dataclass
+class Minute:
+    """What is counted in a minute, and what it comes to."""
+
+    plain: PlainClock
+    tokens: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def took_s(self) -> float:
+        """How long it has lasted."""
+        return time.perf_counter() - self.start
+
+    def row(self, number: int, requests: int, wrong: int) -> dict[str, float]:
+        """Return its figures."""
+        speed = self.tokens / (self.took_s - self.plain.spent_s)
+        plain = self.plain.tokens / self.plain.decoding_s
+        return {
+            "minute": number,
+            "requests": requests,
+            "wrong": wrong,
+            "tokens_per_s": speed,
+            "plain_tokens_per_s": plain,
+            "ratio": speed / plain,
+            "resident_bytes": machine.peak_resident_bytes(),
+            "array_bytes": mx.get_active_memory(),
+            "cache_bytes": mx.get_cache_memory(),
+        }
+
+
+def drifts(rows: list[dict[str, float]]) -> list[str]:
+    """Return what got worse from the first third of the minutes to the last."""
+    third = max(1, len(rows) // 3)
+
+    def medians(name: str) -> tuple[float, float]:
+        values = [row[name] for row in rows]
+        return statistics.median(values[:third]), statistics.median(values[-third:])
+
+    found = []
+    first, last = medians("ratio")
+    if last < 0.9 * first:
+        found.append(f"speed: {first:.2f} of mlx-lm's at first, {last:.2f} at last")
+    for name in ("array_bytes", "resident_bytes"):
+        first, last = medians(name)
+        if last > 1.1 * first + 32e6:
+            found.append(f"{name}: {first / 1e6:.0f} MB at first, {last / 1e6:.0f} MB at last")
+    return found
+
+
 def main() -> int:
     """Serve requests, print a line a minute; return 1 if anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=bundled("stories-14m"))
     parser.add_argument("--drafter", default=bundled("stories-14m-redrafter"))
     parser.add_argument("--minutes", type=float, default=30.0)
@@ -105,36 +187,30 @@ def main() -> int:
     expected = {job: alone(plain, request(pair, prompts[job[0]], job[1], False)) for job in every}
     chosen = random.Random(0)
     jobs = iter(lambda: chosen.choice(every), None)
-    start = minute = time.monotonic()
-    found, wrong, requests, tokens = [], 0, 0, 0
+    rows_found, wrong, requests = [], 0, 0
     ended = served(
         pair,
         Engine(model, tokenizer, drafter),
         jobs,
         prompts,
         expected,
-        start + 60 * arguments.minutes,
+        time.monotonic() + 60 * arguments.minutes,
     )
+    minute = Minute(PlainClock(pair, prompts[0]))
     for count, right in ended:
-        requests, tokens, wrong = requests + 1, tokens + count, wrong + (not right)
-        now = time.monotonic()
-        if now - minute >= 60:
-            row = {
-                "minute": round((now - start) / 60),
-                "requests": requests,
-                "wrong": wrong,
-                "tokens_per_s": tokens / (now - minute),
-                "resident_bytes": machine.peak_resident_bytes(),
-                "array_bytes": mx.get_active_memory(),
-                "cache_bytes": mx.get_cache_memory(),
-            }
-            found.append(row)
-            print(json.dumps(row), flush=True)
-            minute, tokens = now, 0
-    print(f"{requests} requests, {wrong} wrong")
+        requests, wrong = requests + 1, wrong + (not right)
+        minute.tokens += count
+        minute.plain.write()
+        if minute.took_s >= 60:
+            rows_found.append(minute.row(len(rows_found) + 1, requests, wrong))
+            print(json.dumps(rows_found[-1]), flush=True)
+            minute = Minute(PlainClock(pair, prompts[0]))
+    drift = drifts(rows_found) if rows_found else []
+    print(f"{requests} requests, {wrong} wrong; drift: {'; '.join(drift) or 'none'}")
     if arguments.output:
-        arguments.output.write_text(json.dumps({"rows": found, **machine.provenance()}, indent=1))
-    return int(wrong > 0)
+        result = {"rows": rows_found, "drift": drift, **machine.provenance()}
+        arguments.output.write_text(json.dumps(result, indent=1))
+    return int(wrong > 0 or bool(drift))
 
 
 if __name__ == "__main__":
