@@ -2,6 +2,9 @@
 
     python -m mlx_distill.train_drafter --model M --data prompts.jsonl --output DIR
     python -m mlx_distill.train_drafter --model M --answers answers.npz --output DIR
+    python -m mlx_distill.train_drafter --model M --output DIR
+
+Without data a chat model writes its user's turns itself.
 
 First the model answers the prompts (many at once; the answers are kept beside the output and used
 again), then the drafter is trained on them. A run that was stopped goes on with ``--resume``.
@@ -62,9 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     train_drafter(
         model,
         tokenizer,
-        _answers(given, arguments.max_prompts, model, report)
-        if given
-        else _prompts(arguments, tokenizer, report),
+        _learned(arguments, given, model, tokenizer, report),
         arguments.output,
         config,
         start=_start(arguments.start_from, model, tokenizer),
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         resume=arguments.resume,
         about=about,
         report=report,
+        template_config=cli.template_config(arguments),
         quiet=arguments.quiet,
     )
     print(f"the drafter is in {arguments.output}")
@@ -87,11 +89,28 @@ def _check_names(arguments: argparse.Namespace) -> None:
         check_output(Path(arguments.output), arguments.resume)
     else:
         cli.new_file(arguments.write_answers)
-        if arguments.answers:
-            raise InputError("--write-answers needs --data, prompts that the model answers")
-    if bool(arguments.data) == bool(arguments.answers):
+    if arguments.data and arguments.answers:
         raise InputError("name either --data, prompts that the model answers, or --answers")
+    if arguments.write_answers and not arguments.data:
+        raise InputError("--write-answers needs --data, prompts that the model answers")
     check_sources(arguments.data)
+
+
+def _learned(
+    arguments: argparse.Namespace,
+    given: WrittenAnswers | None,
+    model: nn.Module,
+    tokenizer: Any,
+    report: Report,
+) -> list[list[int]] | WrittenAnswers | None:
+    """Return what the drafter learns from; None if the model has to write the prompts, too."""
+    if given:
+        return _answers(given, arguments.max_prompts, model, report)
+    if arguments.data:
+        return _prompts(arguments, tokenizer, report)
+    if arguments.ignore_chat_template:
+        raise InputError("without its chat template a model writes no prompts; name some: --data")
+    return None
 
 
 def _start(name: str | None, model: nn.Module, tokenizer: Any) -> RecurrentDrafter | None:

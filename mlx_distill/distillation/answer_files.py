@@ -39,8 +39,20 @@ class WrittenAnswers:
     kinds: list[str]
     target: Mapping[str, int | str] = field(default_factory=dict)
 
-    def check(self, vocab_size: int) -> None:
-        """Raise InputError if a model with so many tokens cannot have written them."""
+    def check(self, vocab_size: int, known: Mapping[str, int | str] | None = None) -> None:
+        """Raise InputError if a model cannot have written them.
+
+        Args:
+            vocab_size: How many tokens it has.
+            known: What it is known by; its weights may be the same in another type.
+        """
+        for name in ("tokenizer_hash", "hidden_size"):
+            mine, theirs = (known or {}).get(name), self.target.get(name)
+            if mine is not None and theirs is not None and mine != theirs:
+                raise InputError(
+                    f"the answers are another model's: its {name.replace('_', ' ')} is {theirs}, "
+                    f"this one's is {mine}"
+                )
         largest = max(max([0, *one.prompt, *one.response]) for one in self.responses)
         if largest >= vocab_size:
             raise InputError(

@@ -45,6 +45,8 @@ class DrafterTraining:
         epochs: How often every answer is learned. Without it, the number of steps decides.
         feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
             is computed again in every epoch. Without it, a quarter of the machine's memory.
+        own_prompts: How many prompts the target writes itself, seeds among them, where none and
+            no answers are given.
         batch_size: Answers that the target reads at once.
         held_out: Answers that are not learned but judge the drafter. The seed chooses
             them, of every temperature as many.
@@ -68,6 +70,7 @@ class DrafterTraining:
     starts: Count = 2048
     epochs: Annotated[float | None, Between(above=0, high=10**6)] = None
     feature_gb: Annotated[float | None, Between(above=0, high=10**6)] = None
+    own_prompts: Count = 2000
     batch_size: Count = 16
     held_out: Count = 64
     seed: Seed = 0

@@ -29,6 +29,7 @@ from mlx_distill.distillation.drafter_memory import memory_estimate
 from mlx_distill.distillation.drafter_plan import plan
 from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
 from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
+from mlx_distill.distillation.own_prompts import as_rows, encoded, own_prompts
 from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
@@ -44,7 +45,7 @@ from mlx_distill.training.runs import SETTINGS, check_output, check_settings, pa
 def train_drafter(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[list[int]] | WrittenAnswers,
+    prompts: Sequence[list[int]] | WrittenAnswers | None,
     output: str | Path,
     config: DrafterTraining,
     *,
@@ -54,6 +55,7 @@ def train_drafter(
     resume: bool = False,
     about: Mapping[str, Any] | None = None,
     report: Report | None = None,
+    template_config: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Log:
     """Train a drafter for a model and write its folder; return the log.
@@ -64,7 +66,7 @@ def train_drafter(
         model: The target; never changes.
         tokenizer: Its tokenizer.
         prompts: Token ids, as ``read_prompts`` returns them; or answers that the model has written
-            already.
+            already; or None: the model writes its user's turns itself, too.
         output: The drafter's folder; must not exist.
         config: How.
         start: A drafter to start from, of the configuration's shape, perhaps without its blocks.
@@ -76,6 +78,7 @@ def train_drafter(
         about: What settings and card say about data and model beside all that: ``data``, a list of
             names, ``start_from`` and whatever else decides what is learned.
         report: What became of the rows that the prompts were made of.
+        template_config: Arguments of the chat template, where the model writes the prompts.
         quiet: Draw no progress bar.
 
     Raises:
@@ -91,6 +94,11 @@ def train_drafter(
     settings = {"config": asdict(config), "target": known, **stored, **(about or {})}
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
+    texts: list[str] = []
+    if prompts is None:
+        report = report or Report(noun="prompts")
+        texts = _own(target, tokenizer, config, template_config, report)
+        prompts = encoded(tokenizer, texts, template_config)
     given = prompts if isinstance(prompts, WrittenAnswers) else None
     if isinstance(prompts, WrittenAnswers):
         asked = [one.prompt for one in prompts.responses]
@@ -98,6 +106,7 @@ def train_drafter(
         asked = list(prompts)
     report = report or Report(rows=len(asked), kept=len(asked))
     if given:
+        given.check(target.vocab_size, known)
         given = _fitting(model, given, config, report)
     else:
         asked = usable_prompts(model, asked, config.responses, report)
@@ -132,7 +141,7 @@ def train_drafter(
         print(plan(trainer), file=sys.stderr)
         log = trainer.run(work, quiet)
         log[-1] |= _with_confidence(trainer)
-        _write(output, trainer, settings, known, report, log)
+        _write(output, trainer, settings, known, report, log, texts)
         shutil.rmtree(work)
     return log
 
@@ -144,14 +153,17 @@ def _write(
     known: dict[str, Any],
     report: Report,
     log: Log,
+    own: Sequence[str],
 ) -> None:
-    """Write the drafter's folder."""
+    """Write the drafter's folder, with the prompts that the target has written itself."""
     rows = report.to_dict()
     made = {**settings, "rows": rows, "log": log, **machine.provenance()}
     files = {
         "training.json": json.dumps(made, indent=1),
         "README.md": card(output.name, trainer.network, settings, trainer.counts(), rows, log),
     }
+    if own:
+        files["prompts.jsonl"] = as_rows(own)
     save_drafter(output, trainer.network, known, files)
 
 
@@ -168,6 +180,25 @@ def _with_confidence(trainer: DrafterTrainer) -> dict[str, float]:
         file=sys.stderr,
     )
     return {"calibration_error": found.error, "calibration_error_before": found.error_before}
+
+
+def _own(
+    target: Target,
+    tokenizer: Any,
+    config: DrafterTraining,
+    template_config: Mapping[str, Any] | None,
+    report: Report,
+) -> list[str]:
+    """Return prompts that the target writes itself; the seed decides which, also when resumed."""
+    return own_prompts(
+        target.model,
+        tokenizer,
+        config.own_prompts,
+        rows=config.responses.response_batch_size,
+        seed=config.responses.response_seed,
+        template_config=template_config,
+        report=report,
+    )
 
 
 def longest_text(model: nn.Module, prompts: Sequence[list[int]], config: DrafterTraining) -> int:

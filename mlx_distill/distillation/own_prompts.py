@@ -73,7 +73,8 @@ def own_prompts(
     """
     report = report or Report(noun="prompts")
     opening = user_opening(tokenizer, template_config)
-    seeds = [row["prompt"] for _, row in read_jsonl(SEEDS)][:count]
+    seeds = [row["prompt"] for _, row in read_jsonl(SEEDS)]
+    seeds = seeds[:: max(1, -(-2 * len(seeds) // count))]  # at most half of what is asked for
     report.rows += len(seeds)
     turns: list[str] = []
     known = {key(text) for text in seeds}
@@ -131,9 +132,9 @@ def encoded(
     return [encode_prompt(tokenizer, text, template_config=template_config) for text in texts]
 
 
-def save_prompts(path: Path, texts: Sequence[str]) -> None:
-    """Write prompts as a file that ``--data`` takes."""
-    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+def as_rows(texts: Sequence[str]) -> str:
+    """Return prompts as the content of a file that ``--data`` takes."""
+    return "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
 
 
 def _turns(
