@@ -64,8 +64,8 @@ LOSSES = {
     "cached-draws": ["sparse_kl"],
 }
 # The best of some learning rates, each, on training texts that were not learned (see --tune).
-RATES = {"layer": 1e-4, "teacher-text": 1e-4}
-RATE = 2.5e-4  # of all others
+RATES = {"layer": 2.5e-4, "teacher-text": 2.5e-4}
+RATE = 1e-3  # of all others
 # Students that learn the texts alone: from random weights, and from the teacher's layer.
 BASELINES = ("plain", "layer")
 
