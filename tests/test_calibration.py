@@ -81,10 +81,23 @@ def test_time_that_is_up_ends_the_rounds_but_not_before_the_third() -> None:
         clock = Ticking()
         return time_in_turn({"a": clock.task(lambda: seconds)}, 100, limit_s, clock)["a"]
 
-    assert timed(1.0, 10.0) == Times(1.0, 0.0, 10)
+    assert timed(1.0, 10.0) == Times(1.0, 0.0, 11)
     assert timed(9.0, 20.0) == Times(9.0, 0.0, 3)
-    assert timed(9.0, 9.0) == Times(9.0, 1.0, 2)  # of which nobody knows how far they spread
-    assert timed(9.0, 1.0) == Times(9.0, 1.0, 1)  # when it was warmed up
+    assert timed(9.0, 5.0) == Times(9.0, 1.0, 2)  # of which nobody knows how far they spread
+
+
+def test_a_first_time_that_compiles_leaves_the_others_theirs() -> None:
+    clock = Ticking()
+    first = iter([500.0])
+    tasks = {"a": clock.task(lambda: next(first, 2.0)), "b": clock.task(lambda: 3.0)}
+    times = time_in_turn(tasks, 3, 10.0, clock)
+    assert [times["a"], times["b"]] == [Times(2.0, 0.0, 3), Times(3.0, 0.0, 3)]
+
+
+def test_what_no_time_is_left_for_counts_as_it_was_warmed_up() -> None:
+    clock = Ticking()
+    tasks = {"a": clock.task(lambda: 9.0), "b": clock.task(lambda: 4.0)}
+    assert time_in_turn(tasks, 3, 1.0, clock)["b"] == Times(4.0, 1.0, 1)
 
 
 def test_a_pair_is_measured(pair: Pair) -> None:

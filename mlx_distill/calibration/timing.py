@@ -57,12 +57,13 @@ def time_in_turn(
         tasks: By name.
         rounds: How often each is timed.
         limit_s: After so many seconds there are no more than three rounds, and after twice as many
-            none.
+            none. What warming up takes is not among them: a GPU's kernels may be compiled then.
         clock: Returns the seconds since some time.
         progress: Is handed the rounds, to show them.
     """
-    names, start = list(tasks), clock()
+    names = list(tasks)
     warm = {name: task(clock) for name, task in tasks.items()}
+    start = clock()
     seconds: dict[Key, list[float]] = {name: [] for name in names}
     for number in progress(range(rounds)):
         limit = limit_s if number >= FEWEST_ROUNDS else 2 * limit_s
