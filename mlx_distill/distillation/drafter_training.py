@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
 from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
 from mlx_distill.distillation.own_prompts import as_rows, encoded, own_prompts
 from mlx_distill.distillation.target_reader import TargetReader
-from mlx_distill.drafters.fingerprint import fingerprint
+from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.errors import InputError
@@ -94,32 +94,10 @@ def train_drafter(
     settings = {"config": asdict(config), "target": known, **stored, **(about or {})}
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
-    texts: list[str] = []
-    if prompts is None:
-        report = report or Report(noun="prompts")
-        texts = _own(target, tokenizer, config, template_config, report)
-        prompts = encoded(tokenizer, texts, template_config)
-    given = prompts if isinstance(prompts, WrittenAnswers) else None
-    if isinstance(prompts, WrittenAnswers):
-        asked = [one.prompt for one in prompts.responses]
-    else:
-        asked = list(prompts)
-    report = report or Report(rows=len(asked), kept=len(asked))
-    if given:
-        given.check(target.vocab_size, known)
-        given = _fitting(model, given, config, report)
-    else:
-        asked = usable_prompts(model, asked, config.responses, report)
-        check_enough(len(asked), config.held_out, "prompts", report)
+    data = _data(target, tokenizer, prompts, config, template_config, report, known)
     _check_start(start, config.network(target))
-    longest = given.longest if given else longest_text(model, asked, config)
-    tokens = given.num_tokens if given else len(asked) * config.responses.max_tokens
-    rows = tokens + sum(min(config.look_back, len(prompt) - 1) for prompt in asked)
-    print(memory_estimate(target, config, longest, rows), file=sys.stderr)
     kept = Path(features) if features else None
-    if kept and not kept.exists():  # what is there may be enough
-        reader = TargetReader(target, config.taps(target), config.batch_size)
-        check_disk(kept, rows * stored_row_bytes(reader))
+    _check_room(target, config, data, kept)
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
@@ -127,12 +105,14 @@ def train_drafter(
     with only_training(), locked(work / "lock", work):
         try:
             write_whole(work / SETTINGS, json.dumps(settings, indent=1))
-            if given:
-                written = given.responses
+            if data.given:
+                written = data.given.responses
             else:
                 with locked(path):
-                    written = answered(path, model, tokenizer, asked, config.responses, by, quiet)
-            kinds = given and given.greedy
+                    written = answered(
+                        path, model, tokenizer, data.prompts, config.responses, by, quiet
+                    )
+            kinds = data.given and data.given.greedy
             trainer = DrafterTrainer(target, written, config, start, kinds, kept, by)
         except InputError:
             if not resume:  # nothing has been done that could go on
@@ -141,9 +121,74 @@ def train_drafter(
         print(plan(trainer), file=sys.stderr)
         log = trainer.run(work, quiet)
         log[-1] |= _with_confidence(trainer)
-        _write(output, trainer, settings, known, report, log, texts)
+        _write(output, trainer, settings, known, data.report, log, data.own)
         shutil.rmtree(work)
     return log
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What is learned from.
+
+    Args:
+        prompts: Token ids.
+        given: The answers to them, if they are there.
+        own: The prompts' texts, where the target has written them itself.
+        report: What became of the rows that all that was made of.
+    """
+
+    prompts: list[list[int]]
+    given: WrittenAnswers | None
+    own: list[str]
+    report: Report
+
+
+def _data(
+    target: Target,
+    tokenizer: Any,
+    prompts: Sequence[list[int]] | WrittenAnswers | None,
+    config: DrafterTraining,
+    template_config: Mapping[str, Any] | None,
+    report: Report | None,
+    known: Fingerprint,
+) -> _Data:
+    """Return what is learned from, without what the target cannot read.
+
+    Raises:
+        InputError: If too little remains, or the answers are another model's.
+    """
+    if isinstance(prompts, WrittenAnswers):
+        report = report or Report(rows=len(prompts.responses), kept=len(prompts.responses))
+        prompts.check(target.vocab_size, known)
+        given = _fitting(target.model, prompts, config, report)
+        return _Data([one.prompt for one in given.responses], given, [], report)
+    own: list[str] = []
+    if prompts is None:
+        report = report or Report(noun="prompts")
+        own = _own(target, tokenizer, config, template_config, report)
+        prompts = encoded(tokenizer, own, template_config)
+    report = report or Report(rows=len(prompts), kept=len(prompts))
+    usable = usable_prompts(target.model, prompts, config.responses, report)
+    check_enough(len(usable), config.held_out, "prompts", report)
+    return _Data(usable, None, own, report)
+
+
+def _check_room(target: Target, config: DrafterTraining, data: _Data, kept: Path | None) -> None:
+    """Say how much memory is needed.
+
+    Raises:
+        InputError: If the features are to be kept on a disk that is too small.
+    """
+    if data.given:
+        longest, tokens = data.given.longest, data.given.num_tokens
+    else:
+        longest = longest_text(target.model, data.prompts, config)
+        tokens = len(data.prompts) * config.responses.max_tokens
+    rows = tokens + sum(min(config.look_back, len(prompt) - 1) for prompt in data.prompts)
+    print(memory_estimate(target, config, longest, rows), file=sys.stderr)
+    if kept and not kept.exists():  # what is there may be enough
+        reader = TargetReader(target, config.taps(target), config.batch_size)
+        check_disk(kept, rows * stored_row_bytes(reader))
 
 
 def _write(
