@@ -171,14 +171,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a recurrent drafter for a model by distillation.",
     )
     cli.add_model_flags(parser)
+    _add_source_flags(parser)
     _add_run_flags(parser)
     for config in (DrafterTraining, ResponseConfig, TrainingConfig):
         add_flags(parser, config)
     return parser
 
 
-def _add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of what is read and where it goes."""
+def _add_source_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is learned from."""
     parser.add_argument(
         "--data",
         type=cli.path,
@@ -193,35 +194,11 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
         help="answers that this very model has written already, as token ids: arrays prompt, "
         "answer, prompt_len, answer_len and greedy",
     )
-    parser.add_argument("--output", type=cli.path, help="the drafter's folder; must not exist")
-    parser.add_argument(
-        "--write-answers",
-        type=cli.path,
-        metavar="NPZ",
-        help="only write the model's answers to --data, into a file for --answers that must not "
-        "exist; what was stopped goes on when the same is asked again",
-    )
     parser.add_argument(
         "--start-from",
         type=cli.path,
         metavar="DRAFTER",
         help="start with the weights of this drafter's folder (default: random ones)",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished training of this output"
-    )
-    parser.add_argument(
-        "--responses",
-        type=cli.path,
-        help="where the model's answers are kept (default: OUTPUT.responses.jsonl)",
-    )
-    parser.add_argument(
-        "--features",
-        type=cli.path,
-        metavar="DIR",
-        help="keep what the model computes of the answers in this folder, for every epoch and for "
-        "other trainings on the same answers (default: what does not fit in --feature-gb of "
-        "memory is computed in every epoch)",
     )
     parser.add_argument(
         "--max-prompts",
@@ -238,6 +215,34 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ignore-chat-template", action="store_true", help="use prompts as they are"
+    )
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of where it goes, and what is kept on the way."""
+    parser.add_argument("--output", type=cli.path, help="the drafter's folder; must not exist")
+    parser.add_argument(
+        "--write-answers",
+        type=cli.path,
+        metavar="NPZ",
+        help="only write the model's answers to --data, into a file for --answers that must not "
+        "exist; what was stopped goes on when the same is asked again",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the unfinished training of this output"
+    )
+    parser.add_argument(
+        "--responses",
+        type=cli.path,
+        help="where the model's answers are kept (default: OUTPUT.responses.jsonl)",
+    )
+    parser.add_argument(
+        "--features",
+        type=cli.path,
+        metavar="DIR",
+        help="keep what the model computes of the answers in this folder, for every epoch and for "
+        "other trainings on the same answers (default: what does not fit in --feature-gb of "
+        "memory is computed in every epoch)",
     )
     parser.add_argument("--quiet", action="store_true", help="draw no progress bar")
 
