@@ -1,6 +1,7 @@
 """The target's logits of the tokens that can be drafted, without making all the others."""
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Int
 from mlx import nn
 
@@ -52,3 +53,23 @@ def head_rows(answers: Answers, token_ids: Int[mx.array, " K"]) -> Float[mx.arra
         options = {"group_size": head.group_size, "bits": head.bits, "mode": head.mode}
         return mx.dequantize(*parts, **options)
     return None
+
+
+def narrowed(rows: Float[mx.array, "K G"], width: int) -> Float[mx.array, "K E"]:
+    """Return a narrower head that is as near to a given one as can be.
+
+    Its inputs are those of the wide one along the directions in which the rows reach furthest; no
+    matrix of that rank is nearer to the wide one than the two together.
+
+    Args:
+        rows: Of the wide head.
+        width: At most that of the rows, of which it leaves them as they are.
+
+    Source:
+        Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
+    """
+    if width == rows.shape[-1]:
+        return rows
+    values = np.array(rows.astype(mx.float32))
+    _, directions = np.linalg.eigh(values.T @ values)  # the furthest last
+    return mx.array(values @ directions[:, ::-1][:, :width]).astype(rows.dtype)

@@ -32,7 +32,8 @@ class DrafterTraining:
             most.
         cell: The recurrence: "gru" is gated, "elman" the published form's.
         context_state: Start the drafter's state from what the target computed.
-        head_from_target: Start the drafter's head from the target's own, where it is as wide.
+        head_from_target: Start the drafter's head from the target's own; a narrower one from what
+            is nearest to that.
         tap_layers: Layers of the target that the drafter sees. Without it, three of them, at a
             fifth, a half and three quarters of the depth; -1 alone for none.
         context_blocks: Blocks of attention over what the target computed before, 0 to 2.
