@@ -11,6 +11,7 @@ Every rung takes as many steps over the same starts of the same answers, from th
     R3           + a block of attention over the context
     R3x2         + a second one
     R2-lk        R2 with the loss that mixes in the share of rejected tokens
+    R2-self      R2 whose drafts go on with its own samples in the last quarter of the training
     R2-8, R2-6, R2-4   R2 with weights of so many bits
 
 A run that was stopped goes on with the same command: rungs that are there are not trained again,
@@ -55,6 +56,7 @@ RUNGS: dict[str, dict[str, Any]] = {
     "R3": {"context_blocks": 1},
     "R3x2": {"context_blocks": 2},
     "R2-lk": {"loss": "lk"},
+    "R2-self": {"self_unroll": 0.25},
 }
 # Rungs that are others with weights of so many bits.
 PACKED = {"R2-8": ("R2", 8), "R2-6": ("R2", 6), "R2-4": ("R2", 4)}

@@ -31,6 +31,7 @@ from mlx import nn
 
 from mlx_distill.arrays import log_probs
 from mlx_distill.distillation.objective import weighted_sum
+from mlx_distill.distillation.own_samples import Own, still_drafted
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.losses.acceptance import likely_acceptance
 from mlx_distill.losses.chunked import CHUNK_BYTES, chunk_rows, chunked_loss
@@ -71,6 +72,7 @@ class Starts(NamedTuple):
         goals: What makes the target's logits behind each of them.
         mask: 1 where there is a goal; the answer may end before.
         past: What context blocks read; None without blocks.
+        own: Where drafts go on with the drafter's own samples; None if they read the text.
     """
 
     hidden: Float[mx.array, "R D"]
@@ -79,6 +81,7 @@ class Starts(NamedTuple):
     goals: Float[mx.array, "S L G"]
     mask: Float[mx.array, "S L"]
     past: Past | None = None
+    own: Own | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,11 @@ class TargetView:
         rows, past = self._past(places, window) if window else (places, None)
         taps = [tap[rows] for tap in self.taps]
         return Starts(self.hidden[rows], taps, embeddings, goals, mask.astype(mx.float32), past)
+
+    def chosen(self, places: Int[mx.array, " S"], length: int) -> Int[mx.array, "S L"]:
+        """Return what the target chose behind each token of drafts that start at some rows."""
+        there = places[:, None] + mx.arange(2, length + 2)
+        return self.tokens[mx.minimum(there, self.tokens.size - 1)]
 
     def _past(self, places: Int[mx.array, " S"], window: int) -> tuple[Int[mx.array, " R"], Past]:
         """Return the rows that a window before some rows reaches, and what is known of them."""
@@ -226,15 +234,24 @@ def drafter_loss(
         kind: Of loss, by its name in ``DRAFT_LOSSES``.
     """
     features = unroll(drafter, starts)
-    weights = starts.mask * decay ** mx.arange(starts.mask.shape[1])
+    length = starts.mask.shape[1]
+    weights = starts.mask * decay ** mx.arange(length)
 
-    def loss(logits: mx.array, goals: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    def loss(
+        logits: mx.array, goals: mx.array, weights: mx.array, *own: mx.array
+    ) -> tuple[mx.array, mx.array]:
         values = DRAFT_LOSSES[kind](logits, target_logits(goals))
+        if own:
+            weights = weights * still_drafted(logits, Own(*own), length)
         return weighted_sum(values, weights), weights.sum()
 
-    rows = (starts.goals.reshape(-1, starts.goals.shape[-1]), weights.reshape(-1))
+    rows = [starts.goals, weights, *(starts.own or ())]
+    rows = [row.reshape(-1, *row.shape[2:]) for row in rows]
     flat = features.reshape(-1, features.shape[-1])
-    return chunked_loss(drafter.head, flat, loss, rows, rows_at_once(drafter.head))
+    size = rows_at_once(drafter.head)
+    if starts.own is not None:  # whole drafts
+        size = max(length, size // length * length)
+    return chunked_loss(drafter.head, flat, loss, rows, size)
 
 
 def rows_at_once(head: nn.Linear) -> int:

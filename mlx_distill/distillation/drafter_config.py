@@ -42,6 +42,8 @@ class DrafterTraining:
         decay: The i-th drafted token weighs decay ** (i - 1) in the loss.
         loss: "kl" is the divergence from the target, "lk" mixes it with the share of tokens that
             the target would reject.
+        self_unroll: Share of the training, at its end, in which drafts go on with the drafter's own
+            samples, as in decoding, and end where one is not what the target wrote.
         starts: Drafts per step.
         epochs: How often every answer is learned. Without it, the number of steps decides.
         feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
@@ -68,6 +70,7 @@ class DrafterTraining:
     unroll: Annotated[int, Between(1, 512)] = 5
     decay: Annotated[float, Between(above=0, high=1)] = 0.8
     loss: Annotated[str, OneOf("kl", "lk")] = "kl"
+    self_unroll: Annotated[float, Between(0, 1)] = 0.0
     starts: Count = 2048
     epochs: Annotated[float | None, Between(above=0, high=10**6)] = None
     feature_gb: Annotated[float | None, Between(above=0, high=10**6)] = None

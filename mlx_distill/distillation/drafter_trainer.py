@@ -25,6 +25,7 @@ from mlx_distill.distillation.drafter import (
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.feature_store import FeatureStore
+from mlx_distill.distillation.own_samples import Own, columns_of
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.start_order import SPREAD, StartOrder
 from mlx_distill.distillation.target_reader import TargetReader, text_of
@@ -94,7 +95,9 @@ class DrafterTrainer:
         )
         self._group: tuple[int, TargetView] | None = None
         self._judged: TargetView | None = None
+        self._share = 0.0  # of the training that is over, where time decides
         token_ids = self.network.get("token_ids")
+        self._columns = columns_of(token_ids, target.vocab_size)
         some = self.reader.view([self.held_out[0]]).goals[:4]
         self.target_logits = drafted_logits(self.reader.answers, some, token_ids)
 
@@ -128,7 +131,20 @@ class DrafterTrainer:
             self._group = asked.group, view
         _, view = self._group
         places = view.starting[mx.array(asked.numbers.astype(np.int32))]
-        return view.starts(places, self.config.unroll, self.config.look_back)
+        starts = view.starts(places, self.config.unroll, self.config.look_back)
+        return (
+            starts._replace(own=self._own(view, places, step))
+            if self.config.self_unroll
+            else starts
+        )
+
+    def _own(self, view: TargetView, places: mx.array, step: int) -> Own:
+        """Return the drafter's own samples of a step; before the last part, none."""
+        length, share = self.config.unroll, max(step / self.settings.steps, self._share)
+        draws = np.random.default_rng([self.config.seed, step, 17]).random((places.size, length))
+        draws *= share >= 1 - self.config.self_unroll
+        columns = self._columns[view.chosen(places, length)]
+        return Own(columns, mx.array(draws.astype(np.float32)))
 
     def loss(self, starts: Starts) -> tuple[mx.array, mx.array]:
         """Return the summed loss of a step, and what it is divided by."""
@@ -136,6 +152,8 @@ class DrafterTrainer:
         starts = Starts(*starts)  # compiled steps are given bare tuples
         if starts.past is not None:
             starts = starts._replace(past=Past(*starts.past))
+        if starts.own is not None:
+            starts = starts._replace(own=Own(*starts.own))
         return drafter_loss(self.network, starts, self.target_logits, decay, kind)
 
     def evaluate(self) -> dict[str, list[float]]:
@@ -188,6 +206,8 @@ class DrafterTrainer:
             for progress in steps:
                 bar.update()
                 bar.set_description(f"loss {progress.loss:.3f}")
+                if settings.max_minutes is not None:
+                    self._share = progress.share
                 if progress.evaluation:
                     log.append(
                         {"step": progress.step, "loss": progress.loss, **progress.evaluation}

@@ -52,6 +52,7 @@ class Progress:
         saves: Whether a checkpoint is written after this step.
         ended: Whether this is the last step: all are done, or the patience is over.
         stopped: Whether the training was asked to stop here.
+        share: How much of the training is over, by steps or by time.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Progress:
     saves: bool = False
     ended: bool = False
     stopped: bool = False
+    share: float = 0.0
 
 
 def train(
@@ -187,7 +189,8 @@ class _Run:
             self.optimizer.learning_rate = self._rate(mx.array(self.share * self.config.steps))
         progress = self._quickly(batch_at) if self._quick else self._update(batch_at)
         self._since = self._since or time.perf_counter()  # behind what only the first step does
-        self.is_done = self.share >= 1
+        progress.share = self.share
+        self.is_done = progress.share >= 1
         return progress
 
     def _quickly(self, batch_at: Callable[[int], Any]) -> Progress:
