@@ -33,6 +33,13 @@ from distilling import (  # noqa: E402, F401
     tokenizer,
     world,
 )
+from drafting import (  # noqa: E402, F401
+    drafters,
+    pair,
+    plain_answers,
+    real_drafters,
+    real_pair,
+)
 from half_models import TYPES, write_model  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 

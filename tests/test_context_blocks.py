@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from drafting import with_eos
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 from scipy.special import expit, softmax
-from test_decoding import with_eos
 from test_taps import EverySecond
 from tiny_models import tiny_model
 

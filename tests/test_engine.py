@@ -6,8 +6,8 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+from drafting import KnowingDrafter, with_eos
 from mlx_lm.models.cache import make_prompt_cache
-from test_decoding import KnowingDrafter, with_eos
 from tiny_models import tiny_model
 
 import mlx_distill

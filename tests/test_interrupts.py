@@ -13,9 +13,9 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from drafting import KnowingDrafter, assert_equal_caches, with_eos
 from half_models import tiny_llama
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-from test_decoding import KnowingDrafter, assert_equal_caches, with_eos
 from tiny_models import tiny_model
 
 import mlx_distill

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+from drafting import KnowingDrafter, with_eos
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
-from test_decoding import KnowingDrafter, with_eos
 from test_taps import EverySecond
 from tiny_models import tiny_model
 

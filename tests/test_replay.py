@@ -6,11 +6,11 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from drafting import KnowingDrafter, with_eos
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from test_architectures import assert_same_caches
-from test_decoding import KnowingDrafter, with_eos
 from test_taps import EverySecond
 from tiny_models import tiny_model
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from drafting import KnowingDrafter, with_eos
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
-from test_decoding import KnowingDrafter, with_eos
 from tiny_models import tiny_model
 
 import mlx_distill
