@@ -161,11 +161,12 @@ def test_table_of_architectures() -> None:
 TABLE_HEAD = """# What every architecture supports
 Written by `tests/test_architectures.py` from tiny random models of every architecture in mlx-lm.
 *Tree*: the logits of all nodes of a tree equal those of plain decoding along each path, and so does
-the cache after the commit. *Chain*: the same for a single drafted continuation; beams are cut to
-the best one. A chain whose cache holds no branches (recurrent states, for example) is exact, too:
-where the target does not take all of a draft, the caches go back to before the call and read what
-is kept again, which costs a second call. *Refused*: `generate` says so in a sentence and decodes
-plainly with `--no-drafter`. *As*: mlx-lm builds models of that type with another one's classes.
+the cache after the commit; recurrent and hybrid models among them, whose states are remade of the
+accepted nodes. *Chain*: the same for a single drafted continuation; beams are cut to the best one.
+A chain whose cache holds no branches is exact, too: where the target does not take all of a draft,
+the caches go back to before the call and read what is kept again, which costs a second call.
+*Refused*: `generate` says so in a sentence and decodes plainly with `--no-drafter`. *As*: mlx-lm
+builds models of that type with another one's classes.
 
 | architecture | drafting | why not trees |
 |---|---|---|

@@ -32,7 +32,9 @@ def kept(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "mlx_distill" / "opened").glob("*.json"))
 
 
-@pytest.mark.parametrize(("kind", "support"), [("llama", "row"), ("mamba", "chain")])
+@pytest.mark.parametrize(
+    ("kind", "support"), [("llama", "row"), ("mamba", "row"), ("gpt_bigcode", "chain")]
+)
 def test_an_opened_model_is_not_tried_again(
     tries: list[int], tmp_path: Path, kind: str, support: str
 ) -> None:

@@ -8,7 +8,7 @@ Beams, best-first trees, chains and n-grams are all drafts; ``PrefixTree`` is th
 the target verifies.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -65,6 +65,9 @@ class Draft:
         if num_nodes == 1:
             return PrefixTree.root(self.tokens[:1])
         num_nodes = min(num_nodes, self.tokens.size)
+        if self.tokens.size == self.max_depth + 1:  # nodes in a line are in order
+            chain = PrefixTree.chain(self.tokens[:num_nodes])
+            return replace(chain, ranks=chain.depths)
         arrays = (self.tokens, self.parents, self.depths, self.scores)
         if self.tokens.size > MOST_COMPARED:
             arrays = _likeliest(*arrays, num_nodes)

@@ -32,6 +32,7 @@ class PrefixTree:
         depths: Distance of each node from the root.
         max_depth: No node is deeper than this, which the host knows without reading.
         ranks: How many nodes are likelier than each; None if the draft does not say.
+        in_line: Whether every node is known to follow the one before it.
     """
 
     tokens: Int[mx.array, " N"]
@@ -40,6 +41,7 @@ class PrefixTree:
     depths: Int[mx.array, " N"]
     max_depth: int
     ranks: Int[mx.array, " N"] | None = None
+    in_line: bool = False
 
     @classmethod
     def from_parents(
@@ -66,7 +68,8 @@ class PrefixTree:
         """Return the tree in which every token but the first follows the one before it."""
         depths = mx.arange(tokens.size)
         mask = depths[None] <= depths[:, None]
-        return cls(tokens, mx.maximum(depths - 1, 0), mask, depths, tokens.size - 1)
+        above = mx.maximum(depths - 1, 0)
+        return cls(tokens, above, mask, depths, tokens.size - 1, in_line=True)
 
     @classmethod
     def from_beams(cls, beams: Sequence[Sequence[int]] | Int[np.ndarray, "W T"]) -> "PrefixTree":

@@ -64,7 +64,7 @@ def _code(model: nn.Module) -> dict[str, Any] | None:
     """Return hashes of the code that runs when a model is opened, by file."""
     try:
         files = {inspect.getfile(type(module)) for module in model.modules()}
-        files |= {base.__file__, cache.__file__, *map(str, Path(__file__).parent.glob("*.py"))}
+        files |= {base.__file__, cache.__file__, *map(str, Path(__file__).parent.rglob("*.py"))}
         return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in files}
     except (OSError, TypeError):
         return None

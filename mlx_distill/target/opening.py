@@ -14,13 +14,14 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 from jaxtyping import Float
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_distill.arrays import to_number
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import not_numbers
 from mlx_distill.target.head import Head, find_head
-from mlx_distill.target.layer_cache import LayerCache
+from mlx_distill.target.layer_cache import LayerCache, leaves
+from mlx_distill.target.recurrent.mixers import wrap_mixers
 from mlx_distill.target.restoring import can_restore
 from mlx_distill.target.tree_cache import can_branch
 from mlx_distill.target.tree_call import Support, call_on_text, call_on_tree
@@ -85,17 +86,15 @@ def open_model(model: nn.Module, known: str | None = None) -> Opened:
     if kind in NOT_CAUSAL:
         return Opened("none", "mlx-lm's version lets the tokens of a prompt see later ones")
     wrap_ropes(model)
+    wrap_mixers(model)
     caches = make_prompt_cache(model)
-    names = ", ".join(sorted({type(c).__name__ for c in caches if not can_branch(c)}))
     logits, hidden, head, embed = find_head(model, mx.array([_LOW[:3]]), cache=caches)
     if to_number(mx.isnan(logits).any()):
         raise not_numbers("after a few tokens")
     if head is None or hidden is None or embed is None:
         reason = "its head or its embedding was not found, so it gives no hidden state"
         return Opened("none", reason, logits.shape[-1])
-    ways: list[Support] = [] if names or kind in PLACED_BY_SLOT else ["row", "batch"]
-    if all(can_restore(cache) for cache in caches):
-        ways.append("chain")
+    ways = _ways(caches, kind)
     reason = "its logits for several tokens at once differ from those one by one"
     found = Opened("none", reason, logits.shape[-1], hidden.shape[-1], head, embed)
     texts = [_LOW]
@@ -106,13 +105,28 @@ def open_model(model: nn.Module, known: str | None = None) -> Opened:
     support = support or next((way for way, trial in tries if trial.agrees()), None)
     if support is None:
         return found
-    return replace(found, support=support, reason=_why_not_trees(support, names))
+    return replace(found, support=support, reason=_why_not_trees(support, caches))
 
 
-def _why_not_trees(support: str, names: str) -> str:
-    """Return why a model takes no trees; ``names`` are of its caches that hold none."""
+def _ways(caches: list[LayerCache], kind: str | None) -> list[Support]:
+    """Return the ways that a model may support, the best first."""
+    ways: list[Support] = []
+    if all(map(can_branch, caches)) and kind not in PLACED_BY_SLOT:
+        # States are one text's: nodes cannot be rows of a batch.
+        ways = ["row"] if any(map(_is_recurrent, caches)) else ["row", "batch"]
+    return [*ways, "chain"] if all(map(can_restore, caches)) else ways
+
+
+def _is_recurrent(cache: LayerCache) -> bool:
+    return any(type(part) is ArraysCache for part in leaves([cache]))
+
+
+def _why_not_trees(support: str, caches: list[LayerCache]) -> str:
+    """Return why a model with these caches takes no trees."""
     if support != "chain":
         return ""
+    kept = (c for c in caches if _is_recurrent(c) or not can_branch(c))
+    names = ", ".join(sorted({type(c).__name__ for c in kept}))
     if not names:
         return "its attention cannot take a tree"
     return (

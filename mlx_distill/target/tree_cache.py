@@ -13,53 +13,22 @@ Two layouts, chosen by the target:
   every mlx-lm model understands, because that is how it decodes batches.
 """
 
-from dataclasses import dataclass, field
-
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from mlx.utils import tree_map
-from mlx_lm.models.cache import (
-    CacheList,
-    RotatingKVCache,
-)
+from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
 
 from mlx_distill.target.layer_cache import LayerCache
+from mlx_distill.target.recurrent.view import RecurrentTreeCache
 from mlx_distill.target.restoring import APPENDING, restore, state_of
+from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.window import InTreeLayout, window_of
 
 # Keys and values, or what stands for them: quantised ones are tuples.
 Fetched = tuple[object, object] | None
 
 BRANCHING = (*APPENDING, RotatingKVCache, InTreeLayout)
-
-
-@dataclass(frozen=True)
-class TreeLayout:
-    """What every layer of one tree call shares.
-
-    Args:
-        mask: Row i holds the ancestors of node i and i itself.
-        depths: Distance of each node from the root, which has depth 0.
-        start: Position of the root: how many tokens are cached.
-        batched: Whether the nodes are batch rows (see the module's docstring).
-        in_line: Whether every node follows the one before it and the model is given the caches
-            themselves, as for a run of text.
-    """
-
-    mask: Bool[mx.array, "N N"]
-    depths: Int[mx.array, " N"]
-    start: int
-    batched: bool
-    in_line: bool = False
-    masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def positions(self) -> Int[mx.array, " N"]:
-        """Position of every node in the text."""
-        if "positions" not in self.masks:
-            self.masks["positions"] = self.depths + self.start
-        return self.masks["positions"]
 
 
 class TreeCache:
@@ -201,7 +170,7 @@ class RotatingTreeCache(TreeCache):
 
 
 class ReplayedCache:
-    """A cache that can take nothing back, as of a recurrent layer: it goes back to before the call.
+    """A cache that can take nothing back: it goes back to before the call.
 
     Unless the path is all that was read, it is then to be read again, by all layers.
     """
@@ -240,22 +209,26 @@ class TreeCacheList:
         return all(cache.rewind(num_tokens) for cache in self.caches)
 
 
-TreeView = TreeCache | ReplayedCache | TreeCacheList
+TreeView = TreeCache | RecurrentTreeCache | ReplayedCache | TreeCacheList
 
 
 def tree_cache(base: LayerCache, layout: TreeLayout) -> TreeView:
     """Return the view of one layer's cache for one tree call."""
     if isinstance(base, CacheList):
         return TreeCacheList(base, layout)
-    if layout.in_line and type(base) not in APPENDING:
+    if layout.as_text and type(base) not in APPENDING:
         return ReplayedCache(base, layout)
+    if type(base) is ArraysCache:
+        return RecurrentTreeCache(base, layout)
     return (RotatingTreeCache if isinstance(base, RotatingKVCache) else TreeCache)(base, layout)
 
 
 def can_branch(cache: LayerCache) -> bool:
-    """Return whether a cache can hold a tree; recurrent states cannot."""
+    """Return whether there is a view of a cache for a tree; of padded states there is none."""
     if isinstance(cache, CacheList):
         return all(can_branch(part) for part in cache.caches)
+    if type(cache) is ArraysCache:
+        return cache.left_padding is None and cache.lengths is None
     return type(cache) in BRANCHING
 
 

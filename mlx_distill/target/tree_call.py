@@ -19,7 +19,8 @@ from mlx_distill.errors import InputError
 from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
 from mlx_distill.target.taps import tapped
-from mlx_distill.target.tree_cache import TreeLayout, TreeView, can_trim, tree_cache
+from mlx_distill.target.tree_cache import TreeView, can_trim, tree_cache
+from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
 
 Support = Literal["row", "batch", "chain", "none"]
@@ -139,7 +140,8 @@ def call_on_tree(
         computed = call_on_text(model, head, tree.tokens, caches, taps)
         return RootCall(*computed, [], read_again, caches, start)
     start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
-    layout = TreeLayout(tree.mask, tree.depths, start, batched, support == "chain")
+    in_line, as_text = tree.in_line or tree.tokens.size == 1, support == "chain"
+    layout = TreeLayout(tree.mask, tree.depths, start, batched, tree.max_depth, in_line, as_text)
     views = [tree_cache(cache, layout) for cache in caches]
     if support == "chain":
         return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views, read_again)

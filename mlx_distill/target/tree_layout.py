@@ -1,0 +1,64 @@
+"""Where the nodes of one tree call lie: what every layer's view of its cache shares.
+
+All of it is made on the device, once per call, by the first layer that asks.
+"""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import mlx.core as mx
+from jaxtyping import Bool, Int
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """What every layer of one tree call shares.
+
+    Args:
+        mask: Row i holds the ancestors of node i and i itself.
+        depths: Distance of each node from the root, which has depth 0.
+        start: Position of the root: how many tokens are cached.
+        batched: Whether the nodes are batch rows (see ``tree_cache``).
+        max_depth: No node is deeper than this.
+        in_line: Whether every node is known to follow the one before it.
+        as_text: Whether the model is given the caches themselves, as for a run of text.
+    """
+
+    mask: Bool[mx.array, "N N"]
+    depths: Int[mx.array, " N"]
+    start: int
+    batched: bool
+    max_depth: int
+    in_line: bool = False
+    as_text: bool = False
+    masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def num_nodes(self) -> int:
+        """Number of nodes."""
+        return self.depths.size
+
+    @cached_property
+    def positions(self) -> Int[mx.array, " N"]:
+        """Position of every node in the text."""
+        return self.depths + self.start
+
+    @cached_property
+    def paths(self) -> Int[mx.array, "N S"]:
+        """The nodes from the root to each node; behind it, any."""
+        here = self.depths[None] == mx.arange(self.max_depth + 1)[:, None]
+        return mx.argmax(self.mask[:, None] & here[None], axis=-1).astype(mx.int32)
+
+    def windows(self, size: int) -> Int[mx.array, "N W"]:
+        """Return the latest ``size`` tokens up to each node.
+
+        They are numbered as what a convolution is given: the ``size`` - 1 tokens before the root
+        come first, then the nodes.
+        """
+        key = ("windows", size)
+        if key not in self.masks:
+            kept = mx.broadcast_to(mx.arange(size - 1), (self.num_nodes, size - 1))
+            lines = mx.concatenate([kept, self.paths + size - 1], axis=1)
+            columns = self.depths[:, None] + mx.arange(size)
+            self.masks[key] = mx.take_along_axis(lines, columns, axis=1)
+        return self.masks[key]
