@@ -24,6 +24,7 @@ type_checks.install("mlx_distill")
 import mlx_distill  # noqa: E402, F401  (the BLAS comes first)
 
 # isort: split
+from commanding import expected, prompts  # noqa: E402, F401
 from damage import refused  # noqa: E402, F401
 from distilling import (  # noqa: E402, F401
     finished,
@@ -40,6 +41,7 @@ from drafting import (  # noqa: E402, F401
     real_drafters,
     real_pair,
 )
+from evaluating import folders  # noqa: E402, F401
 from half_models import TYPES, write_model  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 

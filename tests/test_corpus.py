@@ -5,21 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlx_lm
 import pytest
 
-from mlx_distill.checkpoint import bundled
 from mlx_distill.data.corpus import Reading, Sizes, check_corpus, read_corpus
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources, local_file, read_rows
 from mlx_distill.errors import InputError
 
 LONG = "A long tale of a fox. " * 40
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
 
 
 def write(path: Path, *rows: Any) -> str:

@@ -1,113 +1,35 @@
 """A teacher's distributions on disk, against a slow twin; resuming, refusals, damage, size."""
 
-import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from caches import (
+    HALF,
+    HEADER,
+    TEACHER,
+    TEXTS,
+    V,
+    at_learned,
+    contents,
+    flip_last_byte,
+    learned_of,
+    make_teacher,
+    make_texts,
+    open_cache,
+    oracle,
+    write,
+)
 
 from mlx_distill.arrays import log_probs as normalised
 from mlx_distill.data import cache_files, teacher_cache
-from mlx_distill.data.teacher_cache import TeacherCache, tail_draws, top_tokens, write_cache
+from mlx_distill.data.teacher_cache import TeacherCache, tail_draws, top_tokens
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.errors import InputError
 from mlx_distill.losses import response
-
-V = 300
-HEADER = {"tokenizer_hash": "abc", "weights_hash": "def", "vocab_size": V}
-HALF = 2**-8 + 1e-3  # half of float16's step below 16, and what rescaling adds
-
-
-def make_texts(count: int, seed: int = 0, vocab_size: int = V) -> list[Text]:
-    random = np.random.default_rng(seed)
-    lengths = [2, 40, *random.integers(2, 41, count - 2).tolist()]
-    return [Text.behind(random.integers(0, vocab_size, n).tolist(), 1 + n // 4) for n in lengths]
-
-
-def make_teacher(vocab_size: int = V, scale: float = 3.0) -> Callable[[mx.array], mx.array]:
-    """Return a teacher that sees the last token only."""
-    if vocab_size > V:  # its table would be large: every row is a rotation of one
-        row = mx.array(np.random.default_rng(1).normal(0, scale, vocab_size).astype(np.float32))
-        places = mx.arange(vocab_size)
-        return lambda inputs: row[(places + 7 * inputs[..., None]) % vocab_size]
-    table = np.random.default_rng(1).normal(0, scale, (vocab_size, vocab_size))
-    weights = mx.array(table.astype(np.float32))
-    return lambda inputs: weights[inputs]
-
-
-class Speaker:
-    """A teacher that reads token ids and makes logits of them by a function."""
-
-    def __init__(self, logits_of: Callable[[mx.array], mx.array]):
-        self.logits_of = logits_of
-        self.most_rows = 0
-
-    def hidden(self, inputs: mx.array) -> mx.array:
-        return inputs[..., None]
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        assert hidden.ndim == 2
-        self.most_rows = max(self.most_rows, len(hidden))
-        return self.logits_of(hidden[:, 0])
-
-
-TEXTS = make_texts(21)
-TEACHER = make_teacher()
-
-
-def write(folder: Path, **options: Any) -> list[int]:
-    options = {"k": 8, "texts_per_shard": 5, "batch_size": 2, "header": HEADER, **options}
-    texts = options.pop("texts", TEXTS)
-    return list(write_cache(folder, Speaker(options.pop("teacher", TEACHER)), texts, **options))
-
-
-def open_cache(folder: Path) -> TeacherCache:
-    return TeacherCache.open(folder, "abc", TEXTS)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def times(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
-
-
-def oracle(text: Text, k: int, teacher: Callable[[mx.array], mx.array] = TEACHER) -> Any:
-    """Return ids, log-probabilities and tail of each learned token, one by one, in float64."""
-    for place in np.flatnonzero(text.learned):
-        token = text.tokens[place - 1]
-        logits = np.array(teacher(mx.array([[token]]))[0, 0]).astype(np.float64)
-        log_probs = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()
-        order = np.argsort(-log_probs, kind="stable")
-        yield order[:k], log_probs[order[:k]], np.exp(log_probs[order[k:]]).sum()
-
-
-def at_learned(cache: TeacherCache, rows: list[int]) -> tuple[mx.array, mx.array]:
-    return cache.batch(rows, text_batch(TEXTS, rows).mask)
-
-
-def learned_of(cache: TeacherCache, rows: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what a cache says of the learned tokens of some texts, as a batch of one."""
-    batch = text_batch(TEXTS, rows)
-    at = np.array(batch.mask) > 0
-    ids, log_probs = (np.array(x)[at][None] for x in cache.batch(rows, batch.mask))
-    return ids, log_probs
-
-
-def flip_last_byte(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(bytes(data))
-
-
-def edit_manifest(folder: Path, **fields: Any) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 @pytest.fixture
@@ -308,113 +230,6 @@ def test_progress_counts_texts(tmp_path: Path) -> None:
     assert write(tmp_path) == []
 
 
-@pytest.mark.parametrize("batches", [1, 4, 6, 12])
-def test_going_on_equals_never_stopping(tmp_path: Path, folder: Path, batches: int) -> None:
-    stopped = tmp_path / "stopped"
-    run = write_cache(stopped, Speaker(TEACHER), TEXTS, HEADER, 8, 5, 2)
-    done = [next(run) for _ in range(batches)][-1]
-    run.close()  # pyright: ignore[reportAttributeAccessIssue]
-    kept = done - done % 5
-    with pytest.raises(InputError, match=rf"unfinished: it holds {kept} of 21 texts; .* goes on"):
-        open_cache(stopped)
-    before = times(stopped)
-    assert len(before) == done // 5
-    assert write(stopped)[0] == min(kept + 2, 21)
-    assert before.items() <= times(stopped).items()
-    assert contents(stopped) == contents(folder)
-
-
-def test_a_kill_between_shard_and_manifest(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stopped = tmp_path / "stopped"
-    whole = teacher_cache.write_whole
-
-    def killed(path: Path, text: str) -> None:
-        if "shard-00002" in text:
-            raise KeyboardInterrupt
-        whole(path, text)
-
-    monkeypatch.setattr(teacher_cache, "write_whole", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write(stopped)
-    monkeypatch.undo()
-    (stopped / "writing.safetensors").write_bytes(b"half")
-    write(stopped)
-    assert contents(stopped) == contents(folder)
-
-
-@pytest.mark.parametrize("cut", [False, True])
-def test_a_full_disk_keeps_what_is_whole(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
-) -> None:
-    stopped = tmp_path / "stopped"
-    save = mx.save_safetensors
-
-    def full(path: str, arrays: dict[str, mx.array]) -> None:
-        save(path, arrays)
-        if (stopped / "shard-00001.safetensors").exists():
-            data = Path(path).read_bytes()
-            Path(path).write_bytes(data[:-9])  # a full disk can cut files without a word
-            if not cut:
-                raise RuntimeError("[write] Unable to write 9 bytes to file.")
-
-    monkeypatch.setattr(mx, "save_safetensors", full)
-    expected = r"shard-00002.safetensors could not be written \(.*\); 10 of 21 texts are kept"
-    with pytest.raises(InputError, match=expected):
-        write(stopped)
-    monkeypatch.undo()
-    assert set(contents(stopped)) == {
-        "lock",
-        "manifest.json",
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    }
-    write(stopped)
-    assert contents(stopped) == contents(folder)
-
-
-def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"manifest.json could not be written .* 0 of 21 texts"):
-        write(tmp_path / "file" / "cache")
-
-
-def test_two_writers_at_once(tmp_path: Path) -> None:
-    first = write_cache(tmp_path, Speaker(TEACHER), TEXTS, HEADER, 8, 5, 2)
-    next(first)
-    with pytest.raises(InputError, match="is being written by another run"):
-        write(tmp_path)
-    assert list(first)[-1] == len(TEXTS)
-    assert write(tmp_path) == []
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-def shorten(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-@pytest.mark.parametrize("damage", [remove, shorten, flip_last_byte])
-def test_a_damaged_shard_is_named_and_rebuilt_alone(
-    folder: Path, damage: Callable[[Path], None]
-) -> None:
-    whole, before = contents(folder), times(folder)
-    damage(folder / "shard-00003.safetensors")
-    with pytest.raises(
-        InputError,
-        match=r"shard-00003.safetensors is .*--cache-teacher .* rebuilds this file alone",
-    ):
-        at_learned(open_cache(folder), [0, 16])
-    assert write(folder) == [18, 20, 21]
-    assert contents(folder) == whole
-    changed = {name for name, time in times(folder).items() if time != before[name]}
-    assert changed == {"shard-00003.safetensors"}
-    assert at_learned(open_cache(folder), [16])[0].shape[-1] == 8
-
-
 def test_an_unread_shard_is_not_hashed(folder: Path) -> None:
     flip_last_byte(folder / "shard-00003.safetensors")
     cache = open_cache(folder)
@@ -446,147 +261,6 @@ def test_few_shards_stay_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(mx.array_equal(*pair).item() for pair in zip(first, again, strict=True))
     assert [int(name[6:11]) for name in mapped] == [0, 1, 2, 1]
     assert [int(name[6:11]) for name in hashed] == [0, 1, 2]
-
-
-def test_a_cache_of_something_else_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"holds no manifest.json.*make one with --cache-teacher"):
-        open_cache(tmp_path)
-    with pytest.raises(InputError, match="was made with another tokenizer"):
-        TeacherCache.open(folder, "xyz", TEXTS)
-    others = [*TEXTS[1:], TEXTS[0]]
-    starts = [Text(text.tokens) for text in TEXTS]
-    for texts in (others, starts, TEXTS[:-1], [Text(text.tokens[:20]) for text in TEXTS]):
-        with pytest.raises(InputError, match=r"was made of other texts.*give the model, the data"):
-            TeacherCache.open(folder, "abc", texts)
-    edit_manifest(folder, format_version=1)
-    for action in (open_cache, write):
-        with pytest.raises(InputError, match="has format version 1, expected 2"):
-            action(folder)
-
-
-def entries(folder: Path, **fields: Any) -> list[dict[str, Any]]:
-    """Return the manifest's shards, the second with other fields."""
-    shards = json.loads((folder / "manifest.json").read_text())["shards"]
-    return [{**shard, **(fields if place == 1 else {})} for place, shard in enumerate(shards)]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"k": "many"},
-        {"k": V + 1},
-        {"k": True},
-        {"tail": "sieve"},
-        {"shards": 3},
-        {"shards": None},
-        {"shards": [{"name": "x"}]},
-        {"texts_per_shard": 0},
-        {"texts_per_shard": 1},
-        {"texts_per_shard": 2.5},
-        {"num_texts": "21"},
-        {"num_texts": 10**400},
-    ],
-)
-def test_a_damaged_manifest_is_refused(folder: Path, fields: dict[str, Any]) -> None:
-    edit_manifest(folder, **fields)
-    for action in (open_cache, write):
-        with pytest.raises(InputError, match=r"manifest.json (is damaged; remove|cannot be read)"):
-            action(folder)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"name": "../shard-00001.safetensors"},
-        {"name": "shard-00000.safetensors"},
-        {"name": "shard-99999.safetensors"},
-        {"name": 5},
-        {"first": 6},
-        {"first": "5"},
-        {"count": 4},
-        {"count": "5"},
-        {"positions": -1},
-        {"positions": "many"},
-        {"sha256": 7},
-        {"more": 1},
-    ],
-)
-def test_a_damaged_entry_is_refused(folder: Path, fields: dict[str, Any]) -> None:
-    edit_manifest(folder, shards=entries(folder, **fields))
-    with pytest.raises(InputError, match=r"manifest.json is damaged; remove the folder"):
-        open_cache(folder)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"k": 7}, "shard-00000.safetensors is damaged: its arrays are not those"),
-        ({"vocab_size": 10**6}, "shard-00000.safetensors is damaged: its arrays are not those"),
-        ({"num_texts": 10**12}, "with num_texts 1000000000000, not 21"),
-    ],
-)
-def test_a_manifest_that_is_not_its_shards_is_refused(
-    folder: Path, fields: dict[str, Any], message: str
-) -> None:
-    shards = entries(folder)[:4] if "num_texts" in fields else entries(folder)
-    edit_manifest(folder, **fields, shards=shards)
-    with pytest.raises(InputError, match=message):
-        open_cache(folder)
-
-
-def test_other_numbers_of_positions_are_refused(folder: Path) -> None:
-    edit_manifest(folder, shards=entries(folder, positions=3))
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged: its arrays"):
-        open_cache(folder)
-
-
-def forge(folder: Path, change: Callable[[dict[str, mx.array]], None]) -> None:
-    """Change a shard's arrays, and its hash in the manifest with them."""
-    path = folder / "shard-00001.safetensors"
-    arrays = mx.load(str(path))
-    assert isinstance(arrays, dict)
-    change(arrays)
-    mx.save_safetensors(str(path), arrays)
-    edit_manifest(folder, shards=entries(folder, sha256=cache_files.sha256(path)))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("ids", mx.array(V, mx.uint16), "holds tokens beyond its vocabulary"),
-        ("log_probs", mx.array(mx.nan, mx.float16), "holds no probabilities"),
-        ("tail", mx.array(2.0), "holds no probabilities"),
-        ("offsets", mx.array(10**12, mx.int64), "has other numbers of tokens than its texts"),
-    ],
-)
-def test_values_that_would_be_read_out_of_bounds_are_refused(
-    folder: Path, name: str, value: mx.array, message: str
-) -> None:
-    def change(arrays: dict[str, mx.array]) -> None:
-        arrays[name] = mx.broadcast_to(value, arrays[name].shape)
-
-    forge(folder, change)
-    with pytest.raises(InputError, match=rf"shard-00001.safetensors {message}"):
-        at_learned(open_cache(folder), [5])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"header": {**HEADER, "tokenizer_hash": "xyz"}}, "with another tokenizer"),
-        ({"header": {**HEADER, "weights_hash": "xyz"}}, "from another teacher"),
-        ({"texts": TEXTS[1:]}, "of other texts"),
-        ({"k": 9}, "with k 8, not 9; remove it or name another folder"),
-        ({"texts_per_shard": 6}, "with texts_per_shard 5, not 6"),
-    ],
-)
-def test_nothing_is_added_to_another_cache(
-    folder: Path, options: dict[str, Any], message: str
-) -> None:
-    whole = contents(folder)
-    with pytest.raises(InputError, match=f"was made {message}"):
-        write(folder, **options)
-    assert contents(folder) == whole
 
 
 @pytest.mark.parametrize("name", ["k", "texts_per_shard", "batch_size"])
