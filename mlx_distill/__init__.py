@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_distill.distillation.distiller import Examples
     from mlx_distill.distillation.exporting import ExportConfig, export_student
     from mlx_distill.distillation.training import Distilled, distill
+    from mlx_distill.drafters.mixture import MixedDrafter
     from mlx_distill.drafters.ngram import NGramDrafter
     from mlx_distill.drafters.packing import quantize_drafter
     from mlx_distill.drafters.protocol import DraftPlan
@@ -35,6 +36,7 @@ __all__ = [
     "ExportConfig",
     "GenerationResponse",
     "InputError",
+    "MixedDrafter",
     "NGramDrafter",
     "TrainingConfig",
     "distill",
@@ -55,6 +57,7 @@ _MODULES = {
     "ExportConfig": "distillation.exporting",
     "GenerationResponse": "speculation.responses",
     "InputError": "errors",
+    "MixedDrafter": "drafters.mixture",
     "NGramDrafter": "drafters.ngram",
     "TrainingConfig": "training.config",
     "distill": "distillation.training",

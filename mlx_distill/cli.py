@@ -217,6 +217,16 @@ def load_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> A
     return found[1]
 
 
+def add_ngrams(drafter: Any, model: Any) -> Any:
+    """Return a drafter with the nodes of n-grams beside its own; n-grams alone if there is none."""
+    from mlx_distill.drafters import registry
+
+    if drafter is not None:
+        return registry.with_ngrams(drafter)
+    print("no drafter fits the model, so n-grams draft alone", file=sys.stderr)
+    return registry.load_drafter(registry.NGRAM, model)
+
+
 def need_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """Return the same.
 

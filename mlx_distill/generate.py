@@ -33,6 +33,8 @@ from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.generation import generate, stream_generate
 from mlx_distill.speculation.responses import GenerationResponse
 
+NGRAM = "ngram"
+DRAFTS = ("drafter", NGRAM, "ngram+drafter")
 DRAFTED, GIVEN = Style(color="green"), Style(dim=True)
 
 
@@ -44,10 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = cli.asked_shape(_parser(), argv, arguments)
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
-    if arguments.draft_model and arguments.drafter:
-        raise InputError("--drafter and --draft-model exclude each other")
     if arguments.compare and arguments.no_drafter:
         raise InputError("--compare needs a drafter; leave --no-drafter out")
+    _check_drafts(arguments)
     _check_numbers(arguments)
     text = _prompt(arguments)
     model, tokenizer = cli.load_model(arguments)
@@ -166,6 +167,13 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens that it drafts, 1 to 64 (default: 3)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
+    parser.add_argument(
+        "--draft",
+        choices=DRAFTS,
+        default=DRAFTS[0],
+        help="ngram drafts what followed the last tokens earlier in the text, which needs no "
+        "drafter; ngram+drafter has both in one tree (default: %(default)s)",
+    )
 
 
 def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -245,19 +253,36 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
     check_value("num_draft_tokens", arguments.num_draft_tokens, DraftLength)
 
 
-def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
-    """Return the drafter that the flags ask for, or None."""
+def _check_drafts(arguments: argparse.Namespace) -> None:
+    """Raise InputError if two flags name what drafts, and not the same."""
     if arguments.no_drafter and arguments.drafter:
         raise InputError("--drafter and --no-drafter exclude each other")
+    if arguments.draft_model and arguments.drafter:
+        raise InputError("--drafter and --draft-model exclude each other")
+    if arguments.draft != DRAFTS[0]:
+        for flag in ("no_drafter", "draft_model"):
+            if getattr(arguments, flag):
+                flag = flag.replace("_", "-")
+                raise InputError(f"--draft {arguments.draft} and --{flag} exclude each other")
+    if arguments.draft == NGRAM and arguments.drafter:
+        raise InputError(f"--draft {NGRAM} takes no --drafter; ngram+drafter has both")
+
+
+def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
+    """Return the drafter that the flags ask for, or None."""
     if arguments.no_drafter or arguments.draft_model:
         return None
+    if arguments.draft == NGRAM:
+        arguments.drafter = NGRAM
     drafter = cli.load_drafter(arguments, model, tokenizer)
-    if drafter is None:
+    if drafter is None and arguments.draft == DRAFTS[0]:
         print(
             "no drafter is named and none that is bundled fits, so mlx-lm decodes plainly; train "
-            "one with python -m mlx_distill.train_drafter",
+            "one with python -m mlx_distill.train_drafter, or try --draft ngram",
             file=sys.stderr,
         )
+    if arguments.draft == "ngram+drafter":
+        return cli.add_ngrams(drafter, model)
     return drafter
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_prefix_tree import slow_mask
 
-from mlx_distill.core.draft import Draft
+from mlx_distill.core.draft import Draft, KnownDraft
 from mlx_distill.core.prefix_tree import PrefixTree
 
 ROOT = mx.array([100])
@@ -215,3 +215,23 @@ def test_a_chain_follows_its_root():
     tree = draft.best_first(3)
     assert_is_a_tree(tree)
     assert tree.tokens.tolist() == [100, 4, 9]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_draft_that_the_host_knows_makes_the_same_trees(seed: int) -> None:
+    draft = random_draft(seed, 3, 3)
+    rows = mx.stack([draft.tokens, draft.parents, draft.depths], axis=1).tolist()
+    known = KnownDraft.of([tuple(row) for row in rows], draft.scores.tolist())
+    for count in (1, 2, 5, 9, 50):
+        tree, expected = known.best_first(count), draft.best_first(count)
+        assert token_paths(tree) == token_paths(expected)
+        assert tree.mask.tolist() == expected.mask.tolist()
+        assert tree.depths.tolist() == expected.depths.tolist()
+        assert tree.max_depth == tree.depths.max().item()
+        assert tree.in_line == (tree.parents.tolist() == [0, *range(len(token_paths(tree)) - 1)])
+        if count > 1:
+            assert tree.ranks is not None
+            assert expected.ranks is not None
+            assert tree.ranks.tolist() == expected.ranks.tolist()
+    assert known.best_chain(3).tokens.tolist() == draft.best_chain(3).tokens.tolist()
+    assert known.beams() == draft.beams()

@@ -48,9 +48,12 @@ def test_a_terminal_shows_the_prompt_dimmed(monkeypatch: pytest.MonkeyPatch) -> 
     assert terminal.getvalue() == f"\x1b[2mOnce upon a time\x1b[0m{plain.getvalue()}"
 
 
-def test_n_grams_draft_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--prompt", "Tom had a red ball. Tom had a", "-m", "12", "--json"]
-    assert generate.main([*flags, "--drafter", "ngram"]) == 0
+@pytest.mark.parametrize(
+    "asked", [["--drafter", "ngram"], ["--draft", "ngram"], ["--draft", "ngram+drafter"]]
+)
+def test_n_grams_draft_by_name(capsys: pytest.CaptureFixture[str], asked: list[str]) -> None:
+    flags = ["--prompt", "Tom had a red ball. Tom had a", "-m", "12", "--json", "--no-calibrate"]
+    assert generate.main([*flags, *asked]) == 0
     drafted = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert generate.main([*flags, "--no-drafter"]) == 0
     plain = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -74,6 +77,9 @@ def test_n_grams_draft_by_name(capsys: pytest.CaptureFixture[str]) -> None:
         (["--draft-length", "65"], "draft_length must be between 1 and 64, got 65"),
         (["--num-draft-tokens", "1000000000000"], "num_draft_tokens must be between 1 and 64"),
         (["--seed", "-1"], "seed must be at least 0, got -1"),
+        (["--draft", "bigram"], "argument --draft: invalid choice: 'bigram'"),
+        (["--draft", "ngram", "--drafter", "x"], "--draft ngram takes no --drafter"),
+        (["--draft", "ngram", "--no-drafter"], "--draft ngram and --no-drafter exclude"),
     ],
 )
 def test_what_is_out_of_range_is_said(

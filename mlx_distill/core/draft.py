@@ -8,6 +8,7 @@ Beams, best-first trees, chains and n-grams are all drafts; ``PrefixTree`` is th
 the target verifies.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -38,6 +39,8 @@ class Draft:
         scores: Log-probability, or any other measure, of the path to each node; 0 for the root,
             and never above the parent's.
         max_depth: The depth of the deepest node, which the host knows without reading.
+        spare: So many nodes, less likely than the others, say nothing of their own, and are never
+            verified.
     """
 
     tokens: Int[mx.array, "... N"]
@@ -45,6 +48,7 @@ class Draft:
     depths: Int[mx.array, "... N"]
     scores: Float[mx.array, "... N"]
     max_depth: int
+    spare: int = 0
 
     @classmethod
     def chain(cls, root: Int[mx.array, " 1"], tokens: list[int]) -> "Draft":
@@ -64,7 +68,7 @@ class Draft:
         """
         if num_nodes == 1:
             return PrefixTree.root(self.tokens[:1])
-        num_nodes = min(num_nodes, self.tokens.size)
+        num_nodes = min(num_nodes, self.tokens.size - self.spare)
         if self.tokens.size == self.max_depth + 1:  # nodes in a line are in order
             chain = PrefixTree.chain(self.tokens[:num_nodes])
             return replace(chain, ranks=chain.depths)
@@ -98,6 +102,57 @@ class Draft:
                 beam.append(tokens[node])
             beams.append(beam[::-1])
         return beams
+
+
+@dataclass(frozen=True)
+class KnownDraft(Draft):
+    """A draft of one root that the host knows; the device has nothing to do to make trees of it.
+
+    Args:
+        rows: Per node its token, its parent and its depth.
+        likely: Its score.
+    """
+
+    rows: tuple[tuple[int, int, int], ...] = ()
+    likely: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[int, int, int]], scores: Sequence[float]) -> "KnownDraft":
+        """Return the draft of nodes that the host knows, each behind its parent."""
+        tokens, parents, depths = (mx.array(list(x), mx.int32) for x in zip(*rows, strict=True))
+        scores, rows = tuple(scores), tuple(rows)
+        deepest = max(row[2] for row in rows)
+        return cls(tokens, parents, depths, mx.array(scores), deepest, rows=rows, likely=scores)
+
+    def best_first(self, num_nodes: int) -> PrefixTree:
+        """Return the same tree, in the same order, made here."""
+        likely = self.likely
+        best = sorted(range(len(likely)), key=lambda node: -likely[node])[:num_nodes]
+        line = [0]
+        for node in best[1:]:  # the likeliest child comes first
+            if self.rows[node][1] == line[-1]:
+                line.append(node)
+        order = [*line, *(node for node in sorted(best) if node not in line)]
+        place = {node: index for index, node in enumerate(order)}
+        mask = np.eye(len(order), dtype=np.bool_).tolist()
+        parents = [place[self.rows[node][1]] for node in order]
+        for index, parent in enumerate(parents):
+            mask[index] = [
+                own or above for own, above in zip(mask[index], mask[parent], strict=True)
+            ]
+        depths = [self.rows[node][2] for node in order]
+        ranks = [best.index(node) for node in order]
+        columns = [[self.rows[node][0] for node in order], parents, depths, ranks]
+        fields = mx.array(columns, mx.int32)
+        return PrefixTree(
+            fields[0],
+            fields[1],
+            mx.array(mask),
+            fields[2],
+            max(depths),
+            fields[3],
+            in_line=line == order,
+        )
 
 
 @mx.compile  # in few operations: on a GPU each costs more to start than to do

@@ -1,7 +1,7 @@
 """What the decoding loop asks of a drafter, and of what plans the drafts.
 
 A new kind of drafter is one new file with a ``Drafter`` and its ``DraftState``; the loop knows no
-others. ``ngram`` is the smallest one there is.
+others. ``ngram`` is one without weights.
 
     state = drafter.open(prompt, features)                 once per text
     draft = state.draft(root, plan, noise)                 once per call of the target
@@ -214,6 +214,15 @@ class LooksBack(Protocol):
     """
 
     look_back: int
+
+
+@runtime_checkable
+class Closes(Protocol):
+    """A state that has something to do when its text ends, wherever and however it ends."""
+
+    def close(self) -> None:
+        """Leave the text; nothing is asked of this state any more."""
+        ...
 
 
 @runtime_checkable

@@ -14,7 +14,8 @@ from mlx import nn
 from mlx_distill.checkpoint import bundled_folders, local_folder
 from mlx_distill.drafters import recurrent, recurrent_folder
 from mlx_distill.drafters.fingerprint import Fingerprint, check_fingerprint, fingerprint
-from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.drafters.mixture import MixedDrafter
+from mlx_distill.drafters.ngram import PAIR, NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
@@ -26,25 +27,29 @@ from mlx_distill.target.target import Target
 LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, Fingerprint], Drafter]] = {
     recurrent.MODEL_TYPE: recurrent_folder.load,
 }
-# Those that need no folder.
-WITHOUT_WEIGHTS: dict[str, Callable[[], Drafter]] = {"ngram": NGramDrafter}
+# The kind that needs no folder; before another drafter's name and a plus, both draft.
+NGRAM = "ngram"
 
 
 def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> Drafter:
     """Return the drafter of a folder or a hub repository, ready to draft for a model.
 
     Args:
-        path_or_repo: A folder, a name on the hub, or the name of a kind that has no weights: ngram.
+        path_or_repo: A folder, or a name on the hub; "ngram" for what followed the last tokens in
+            the text, which needs no folder; "ngram+" and a folder for both in one tree. N-grams
+            by name store no texts, ``NGramDrafter`` does.
         model: The target; the drafter uses its embedding.
         tokenizer: The target's; with it the drafter's tokenizer hash is checked too.
 
     Raises:
         InputError: If the drafter is not there, is damaged, or was made for another target.
     """
-    target = Target.of(model)
-    if path_or_repo in WITHOUT_WEIGHTS:
+    target, name = Target.of(model), str(path_or_repo)
+    if name == NGRAM:
         target.require_drafting()
-        return WITHOUT_WEIGHTS[str(path_or_repo)]()
+        return NGramDrafter(store_tokens=0)
+    if name.startswith(f"{NGRAM}+"):
+        return with_ngrams(load_drafter(name.removeprefix(f"{NGRAM}+"), model, tokenizer))
     path = local_folder(path_or_repo)
     config = _read_config(path)
     kind = config.pop("model_type", None)
@@ -56,6 +61,11 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
     target.require_drafting()
     check_fingerprint(made_for, fingerprint(target, tokenizer))
     return LOADERS[kind](path, config, target, made_for)
+
+
+def with_ngrams(drafter: Drafter) -> MixedDrafter:
+    """Return a drafter whose nodes are merged with those of n-grams; no text is stored."""
+    return MixedDrafter(drafter, NGramDrafter(shortest=PAIR, store_tokens=0))
 
 
 def bundled_drafter(model: nn.Module, tokenizer: Any) -> tuple[Path, Drafter] | None:

@@ -20,7 +20,7 @@ from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_host
 from mlx_distill.core.sampling import sample
-from mlx_distill.drafters.protocol import Drafter, Features, LooksBack, Outcome
+from mlx_distill.drafters.protocol import Closes, Drafter, Features, LooksBack, Outcome
 from mlx_distill.speculation.cycle import (
     Accepted,
     Cycle,
@@ -86,6 +86,8 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
                 ledger.hand_out(token, min(number + 1, last), in_cache=number < last)
                 yield DecodedToken(token, *accepted.rows[number - 1], number < last)
     finally:
+        if isinstance(decoding.state, Closes):
+            decoding.state.close()
         if decoding.keep_caches:
             with mx.stream(generation_stream):
                 ledger.settle()
