@@ -39,6 +39,7 @@ from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.drafters.registry import bundled_drafter
 from mlx_distill.files import write_whole
+from mlx_distill.names import shown
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
 
@@ -172,7 +173,7 @@ def main() -> int:
             flush=True,
         )
     if arguments.results:
-        settings = {name: str(value) for name, value in vars(arguments).items()}
+        settings = {name: shown(str(value)) for name, value in vars(arguments).items()}
         result = {"settings": settings, "cases": rows, **machine.provenance()}
         write_whole(arguments.results, json.dumps(result, indent=1) + "\n")
     return int(any(row["speedup"]["median"] < LEAST for row in rows))

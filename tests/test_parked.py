@@ -119,3 +119,32 @@ def test_parking_changes_no_text(tokenizer: Any, way: str, planner: Any) -> None
     assert found[0] == found[1]
     assert ends[0] == ends[1]
     assert {cache.offset for cache in caches} == {len(TEXT) + 40 + 1 + 5}
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 9])
+@pytest.mark.parametrize("plan", [Parked(), DraftPlan(2, 3)], ids=["parked", "drafted"])
+def test_no_call_is_made_for_what_follows_the_last_token(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, plan: Any, max_tokens: int
+) -> None:
+    model, called = tiny_model("llama"), []
+    target = Target.of(model)
+    verify = target.verify
+    monkeypatch.setattr(target, "verify", lambda *a: called.append(a) or verify(*a))
+    options = {"drafter": KnowingDrafter(model, TEXT, 40), "plan": plan, "max_tokens": max_tokens}
+    *_, last = mlx_distill.stream_generate(model, tokenizer, TEXT, **options)
+    assert last.generation_tokens == max_tokens
+    assert len(called) == last.target_calls
+
+
+@pytest.mark.parametrize("plan", [Parked(), DraftPlan(2, 3)], ids=["parked", "drafted"])
+def test_the_first_token_waits_for_a_plain_step_at_the_most(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch, plan: Any
+) -> None:
+    """As mlx-lm's, it is handed out when the next step is on its way; never behind a draft."""
+    model, called = tiny_model("llama"), []
+    target = Target.of(model)
+    verify = target.verify
+    monkeypatch.setattr(target, "verify", lambda *a: called.append(a) or verify(*a))
+    options = {"drafter": KnowingDrafter(model, TEXT, 40), "plan": plan, "max_tokens": 9}
+    next(mlx_distill.stream_generate(model, tokenizer, TEXT, **options))
+    assert [tree.tokens.size for tree, *_ in called] == ([1] if isinstance(plan, Parked) else [])

@@ -190,7 +190,10 @@ def test_a_number_that_comes_again_is_another_text(texts: dict[str, Text]) -> No
     first = Run(USELESS, machine, planner)
     first.until(300)
     assert first.plans[-1] is None
-    assert planner.shape(0, None) is not None
+    second = Run(texts["greedy"], machine, planner)
+    assert second.next is None  # for where one text was parked, the next begins so
+    second.until(48)
+    assert second.plans[-1] is not None
 
 
 def test_trees_end_before_a_cliff(texts: dict[str, Text]) -> None:

@@ -200,7 +200,7 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
             tokens, last = mx.where(path, tokens[walk.path], -1), walk
         decoding.state.accept(tokens, Features(cycle.call.hidden, last, cycle.call.taps))
         cycle.root = walk.next_token[None]
-        cycle.draft = decoding.draft(cycle.root, noise)
+        cycle.draft = decoding.draft(cycle.root, decoding.plan(), noise)
 
 
 def read(decoding: Decoding, cycle: Cycle) -> Accepted:
@@ -258,7 +258,9 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
         decoding.state.accept(tree.tokens[nodes], seen)
         cycle.root = token
         after = start + len(drawn)
-        cycle.draft = decoding.draft(token, lambda length: decoding.rows(after, length))
+        cycle.draft = decoding.draft(
+            token, decoding.plan(), lambda length: decoding.rows(after, length)
+        )
     return Accepted(path, drawn, [(row, 0) for row in rows], parents)
 
 

@@ -20,7 +20,14 @@ from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_host
 from mlx_distill.core.sampling import sample
-from mlx_distill.drafters.protocol import Closes, Drafter, Features, LooksBack, Outcome
+from mlx_distill.drafters.protocol import (
+    Closes,
+    Drafter,
+    DraftPlan,
+    Features,
+    LooksBack,
+    Outcome,
+)
 from mlx_distill.speculation.cycle import (
     Accepted,
     Cycle,
@@ -59,10 +66,10 @@ DecodedTokens: TypeAlias = Generator[DecodedToken, None, None]
 
 
 def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
-    """Yield the tokens that the target writes after a prompt, without end.
+    """Yield the tokens that the target writes after a prompt, as many as are asked for.
 
-    The caller stops by closing the iterator. A cache that is kept then holds the prompt and every
-    token that was handed out; if it ends while the prompt is read, what it held before.
+    The caller stops earlier by closing the iterator. A cache that is kept then holds the prompt and
+    every token that was handed out; if it ends while the prompt is read, what it held before.
 
     Raises:
         InputError: If the target's logits are not numbers.
@@ -70,17 +77,28 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
     ledger = decoding.ledger
     try:
         first, root, features = _begin(decoding, prompt)
+        plan = None if decoding.ends_with(1) else decoding.plan()
+        # Where nothing is drafted, the next step is on its way before the first token is handed
+        # out, as in mlx-lm; else the caller need not wait for what will be drafted.
+        early = plan is None and not decoding.ends_with(1)
+        cycle = launch(decoding, root, None, prompt, 1) if early else None
         ledger.hand_out(first.token, 0, in_cache=False)
         yield first
-        cycle = _first_cycle(decoding, prompt, root, features)
-        while True:
-            draft_next(decoding, cycle)
+        if not decoding.ends_with(1):
+            with mx.stream(generation_stream):
+                decoding.state = decoding.drafter.open(prompt, features)
+            cycle = cycle or _first_cycle(decoding, prompt, root, plan)
+        while cycle is not None:
+            if not decoding.ends_with(cycle.start + 1):
+                draft_next(decoding, cycle)
             # Where nothing was drafted, the device need not wait until the draw is read.
-            ahead = _go_on(decoding, cycle, [0]) if cycle.is_certain else None
+            certain = cycle.is_certain
+            following = _go_on(decoding, cycle, [0]) if certain else None
             accepted = read(decoding, cycle)
             _count(decoding, cycle, accepted)
-            cycle = ahead or _go_on(decoding, cycle, accepted.path)
-            last = len(accepted.tokens)
+            if not certain:
+                following = _go_on(decoding, cycle, accepted.path)
+            cycle, last = following, len(accepted.tokens)
             for number, token in enumerate(accepted.tokens, start=1):
                 # A drafted token lies in the cache behind the root; the last one does not yet.
                 ledger.hand_out(token, min(number + 1, last), in_cache=number < last)
@@ -117,12 +135,14 @@ def _begin(
 
 
 def _first_cycle(
-    decoding: Decoding, prompt: Int[mx.array, " T"], root: Int[mx.array, " 1"], features: Features
+    decoding: Decoding,
+    prompt: Int[mx.array, " T"],
+    root: Int[mx.array, " 1"],
+    plan: DraftPlan | None,
 ) -> Cycle:
     """Launch the cycle whose root is the first token."""
     with mx.stream(generation_stream):
-        decoding.state = decoding.drafter.open(prompt, features)
-        draft = decoding.draft(root, lambda length: decoding.rows(1, length))
+        draft = decoding.draft(root, plan, lambda length: decoding.rows(1, length))
     return launch(decoding, root, draft, prompt, 1)
 
 
@@ -163,13 +183,15 @@ def _read(
     return logits, Features(hidden, None, tapped)
 
 
-def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle:
-    """Keep the accepted path in the cache, and launch the tree that follows it."""
+def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle | None:
+    """Keep the accepted path in the cache, and launch what follows, if anything is to follow."""
     with mx.stream(generation_stream), phase("commit", path) as made:
         decoding.ledger.commit(cycle.call, path)
         made(decoding.caches)
-    assert cycle.root is not None
     num_tokens = cycle.start + len(path)
+    if decoding.ends_with(num_tokens):
+        return None
+    assert cycle.root is not None
     return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)
 
 

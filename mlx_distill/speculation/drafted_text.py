@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling, TextNoise
-from mlx_distill.drafters.protocol import Drafter, DraftState, Outcome, Planner
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Outcome, Planner
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import Ledger
 from mlx_distill.speculation.phases import phase
@@ -34,6 +34,7 @@ class Decoding:
         logits_processors: As mlx-lm's: of the tokens so far and the logits of the next one.
         keep_caches: Whether the caller goes on with the prompt cache, so that it has to hold
             exactly what was handed out.
+        max_tokens: The longest answer: nothing is computed for what would follow it.
         text: Number of the text, for the planner.
         positions: How many the target has a learned row for; None where it computes them.
         counters: Counts what happens.
@@ -50,6 +51,7 @@ class Decoding:
     caches: PromptCache
     logits_processors: Sequence[LogitsProcessor] = ()
     keep_caches: bool = False
+    max_tokens: int | None = None
     text: int = 0
     positions: int | None = None
     counters: DraftCounters = field(default_factory=DraftCounters)
@@ -72,8 +74,22 @@ class Decoding:
             logits = processor(history, logits)
         return logits
 
+    def ends_with(self, num_tokens: int) -> bool:
+        """Return whether nothing more is asked for when the text has so many tokens."""
+        return self.max_tokens is not None and num_tokens >= self.max_tokens
+
+    def plan(self) -> DraftPlan | None:
+        """Return the shape of the next draft; None where a token is decoded plainly."""
+        plan = self.planner.shape(self.text, self.outcome)
+        if plan is None or not plan.has_room:
+            return None
+        return plan.for_support(self.target.support)
+
     def draft(
-        self, root: Int[mx.array, " 1"], noise: Callable[[int], mx.array | None]
+        self,
+        root: Int[mx.array, " 1"],
+        plan: DraftPlan | None,
+        noise: Callable[[int], mx.array | None],
     ) -> PrefixTree | Draft | None:
         """Return continuations of the root, on their way; None where a token is decoded plainly.
 
@@ -82,13 +98,12 @@ class Decoding:
 
         Args:
             root: The token that is certain.
+            plan: The shape of the draft; None drafts nothing.
             noise: Returns the noise of the first so many tokens after it.
         """
-        plan = self.planner.shape(self.text, self.outcome)
-        if plan is None or not plan.has_room:
+        if plan is None:
             return None
         assert self.state is not None
-        plan = plan.for_support(self.target.support)
         in_sight = self._in_sight(noise(plan.draft_length))
         with phase("draft", root, in_sight) as made:
             draft = self.state.draft(root, plan, in_sight)

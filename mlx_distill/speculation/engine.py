@@ -202,6 +202,7 @@ class Engine:
             caches,
             request.logits_processors,
             keep_caches=request.prompt_cache is not None,
+            max_tokens=max_tokens,
             text=number,
             positions=self.positions,
             counters=counters,

@@ -11,7 +11,8 @@ made again every few cycles. Three things keep it calm and safe:
   made only if the text would still be within a few percent of plain decoding should nothing of it
   be accepted. So a useless drafter costs at most those few percent.
 * Where nothing pays, the text is parked: decoded plainly. It is tried again now and then, more and
-  more rarely, for acceptance changes within a text.
+  more rarely, for acceptance changes within a text. A text that follows a parked one waits, too,
+  before it is first tried.
 """
 
 from collections import OrderedDict, deque
@@ -24,8 +25,8 @@ from mlx_distill.speculation.acceptance import Acceptance
 from mlx_distill.speculation.costs import Costs
 
 # In plain steps: what a text may lose by drafts in vain, of every token, counted from the first
-# with so many in advance. Half a percent is left for the planner's own work and what it cannot see.
-LOSS, IN_ADVANCE = 0.025, 64
+# with so many in advance. One percent is left for the planner's own work and what it cannot see.
+LOSS, IN_ADVANCE = 0.02, 64
 # What a drafter that has proved itself may lose beyond that, and when it has: in the texts so far,
 # or, while they are few, where the costs were measured.
 TRUST, PROVED_CYCLES, PROVED_SPEED = 2.0, 40, 1.1
@@ -40,6 +41,8 @@ CLEARLY, NEW_SHAPE, FURTHER_SHAPE, MANY_SHAPES = 1.015, 1.01, 1.1, 8
 CYCLES, TRIAL = 8, 5
 # Tokens until a parked text is tried again, at first and at last; it is doubled every time.
 FIRST_WAIT, LAST_WAIT = 8, 512
+# How long a new text waits at the most, where the one before was parked.
+MOST_AT_FIRST = 32
 # What a trial finds weighs against so many cycles of what was known before; a new text begins with
 # so many of the others'.
 OLD_CYCLES, OTHERS_CYCLES = 6.0, 80.0
@@ -128,6 +131,7 @@ class AdaptivePlanner:
         self._used = np.zeros(self._most_tokens.shape, np.bool_)
         size = int(max(self.nodes, default=1))
         self._known = Acceptance(costs.lengths, costs.widths, size)
+        self._wait = 0  # of the text that chose last, if it is parked
         self._texts: OrderedDict[int, TextState] = OrderedDict()
 
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
@@ -147,7 +151,8 @@ class AdaptivePlanner:
         """
         state = self._texts.get(text)
         if state is None or (outcome is None and state.seen is not None):
-            state = self._texts[text] = TextState(self._known.copy(OTHERS_CYCLES))
+            known, wait = self._known.copy(OTHERS_CYCLES), min(self._wait, MOST_AT_FIRST)
+            state = self._texts[text] = TextState(known, resume=wait)
             if len(self._texts) > TEXTS:
                 self._texts.popitem(last=False)
         return state
@@ -185,9 +190,10 @@ class AdaptivePlanner:
             return
         if state.shape is None:
             state.park(state.wait)
+            self._wait = state.wait
             state.wait = min(2 * state.wait, LAST_WAIT)
             return
-        state.wait = FIRST_WAIT
+        self._wait, state.wait = 0, FIRST_WAIT
         state.cycles = CYCLES
 
     def _try(self, state: TextState) -> None:
