@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mlx_distill.data.encoding import read_texts
     from mlx_distill.distillation.distiller import Examples
     from mlx_distill.distillation.exporting import ExportConfig, export_student
+    from mlx_distill.distillation.learning import Learner
     from mlx_distill.distillation.training import Distilled, distill
     from mlx_distill.drafters.mixture import MixedDrafter
     from mlx_distill.drafters.ngram import NGramDrafter
@@ -36,6 +37,7 @@ __all__ = [
     "ExportConfig",
     "GenerationResponse",
     "InputError",
+    "Learner",
     "MixedDrafter",
     "NGramDrafter",
     "TrainingConfig",
@@ -57,6 +59,7 @@ _MODULES = {
     "ExportConfig": "distillation.exporting",
     "GenerationResponse": "speculation.responses",
     "InputError": "errors",
+    "Learner": "distillation.learning",
     "MixedDrafter": "drafters.mixture",
     "NGramDrafter": "drafters.ngram",
     "TrainingConfig": "training.config",

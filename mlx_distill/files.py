@@ -28,6 +28,7 @@ __all__ = [
     "read_jsonl",
     "usable_path",
     "whole_folder",
+    "write_arrays",
     "write_whole",
 ]
 
@@ -98,6 +99,23 @@ def write_whole(path: Path, text: str) -> None:
     writing = path.with_name(path.name + ".writing")
     writing.write_text(text, encoding="utf-8")
     os.replace(writing, path)
+
+
+def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
+    """Write a safetensors file; it appears whole, in place of an older one, or not at all.
+
+    Raises:
+        InputError: If it cannot be written.
+    """
+    writing = path.with_name(f"writing-{os.getpid()}-{path.name}")
+    try:
+        mx.save_safetensors(str(writing), arrays, {"format": "mlx"})
+        check_safetensors(writing)  # a full disk may have cut it short
+        os.replace(writing, path)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} could not be written: {one_line(error)}") from None
+    finally:
+        writing.unlink(missing_ok=True)
 
 
 @contextmanager

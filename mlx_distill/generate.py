@@ -10,32 +10,34 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Generator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx import nn
 from rich.console import Console
-from rich.style import Style
 
 from mlx_distill import cli, machine
 from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.distillation.learning_folder import LearningConfig, reset_learning
 from mlx_distill.drafters.protocol import DraftLength
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.generation import generate, stream_generate
-from mlx_distill.speculation.responses import GenerationResponse
+from mlx_distill.speculation.showing import Run, print_statistics, show
 
 NGRAM = "ngram"
 DRAFTS = ("drafter", NGRAM, "ngram+drafter")
-DRAFTED, GIVEN = Style(color="green"), Style(dim=True)
+
+if TYPE_CHECKING:
+    from mlx_distill.distillation.learning import Learner
 
 
 @cli.command
@@ -46,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = cli.asked_shape(_parser(), argv, arguments)
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
-    if arguments.compare and arguments.no_drafter:
-        raise InputError("--compare needs a drafter; leave --no-drafter out")
+    _check_flags(arguments)
     _check_drafts(arguments)
-    _check_numbers(arguments)
     text = _prompt(arguments)
+    if arguments.reset_learning:
+        reset_learning(arguments.learn)
     model, tokenizer = cli.load_model(arguments)
     drafter = _drafter(arguments, model, tokenizer)
     draft_model = cli.load_draft_model(arguments, tokenizer)
-    if arguments.compare and drafter is None and draft_model is None:
+    merged = arguments.draft == DRAFTS[-1]
+    if arguments.compare and not (drafter or draft_model or merged):
         raise InputError("--compare needs a drafter; name one with --drafter")
     prompt = encode_prompt(
         tokenizer,
@@ -63,72 +66,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat_template=not arguments.ignore_chat_template,
         template_config=template_config,
     )
-    options: dict[str, Any] = {"drafter": drafter, "plan": plan, "cache": cache, **asdict(sampling)}
-    options |= {"seed": arguments.seed, "stop": arguments.stop}
-    options |= {"draft_model": draft_model, "num_draft_tokens": arguments.num_draft_tokens}
-    if arguments.compare:  # both arms warm: what is compiled and cached is so for both
-        list(stream_generate(model, tokenizer, prompt, max_tokens=16, **options))
-        list(plain(model, tokenizer, prompt, sampling, cache, 16))
-        mx.reset_peak_memory()
-    start = time.perf_counter()
-    responses = stream_generate(
-        model, tokenizer, prompt, max_tokens=arguments.max_tokens, **options
-    )
-    raw = arguments.ignore_chat_template or not tokenizer.has_chat_template
-    run = show(responses, Console(), arguments.show_draft, text if raw else "")
-    seconds = time.perf_counter() - start
-    comparison = None
-    if arguments.compare and run.last is not None and not run.interrupted:
-        written = (run.tokens, run.last.generation_tps)
-        law = (sampling, cache, arguments.max_tokens)
-        comparison = compare(model, tokenizer, prompt, *written, *law)
-    if arguments.verbose:
-        _print_statistics(run.last, bool(drafter or draft_model), comparison)
-    if arguments.json:
-        print(json.dumps(_record(run, seconds, arguments, comparison)))
+    options = _options(arguments, {"plan": plan, "cache": cache, **asdict(sampling)}, draft_model)
+    with _learner(arguments, drafter, model, tokenizer) as learner:
+        drafter = learner.drafter if learner else drafter
+        options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
+        if arguments.compare:  # both arms warm: what is compiled and cached is so for both
+            list(stream_generate(model, tokenizer, prompt, max_tokens=16, **options))
+            list(plain(model, tokenizer, prompt, sampling, cache, 16))
+            mx.reset_peak_memory()
+        start, most = time.perf_counter(), arguments.max_tokens
+        responses = stream_generate(model, tokenizer, prompt, max_tokens=most, **options)
+        responses = learner.listen(responses) if learner else responses
+        raw = arguments.ignore_chat_template or not tokenizer.has_chat_template
+        run = show(responses, Console(), arguments.show_draft, text if raw else "")
+        seconds = time.perf_counter() - start
+        comparison = None
+        if arguments.compare and run.last is not None and not run.interrupted:
+            written, law = (run.tokens, run.last.generation_tps), (sampling, cache)
+            comparison = compare(model, tokenizer, prompt, *written, *law, most)
+        if arguments.verbose:
+            print_statistics(run.last, bool(options["drafter"] or draft_model), comparison)
+        if arguments.json:
+            print(json.dumps(_record(run, seconds, arguments, comparison)), flush=True)
+        if learner and not run.interrupted and (learned := learner.learn()) and arguments.verbose:
+            print(learned, file=sys.stderr)
     return 130 if run.interrupted else 0
-
-
-@dataclass
-class Run:
-    """What was written: the text, its tokens, the last response, and whether Ctrl-C ended it."""
-
-    text: str
-    tokens: list[int]
-    last: GenerationResponse | None
-    interrupted: bool
-
-
-def show(
-    responses: Generator[GenerationResponse, None, None],
-    console: Console,
-    show_draft: bool,
-    prompt: str = "",
-) -> Run:
-    """Print a text while it is written; Ctrl-C ends it.
-
-    Args:
-        responses: From ``stream_generate``.
-        console: Where to; the text goes there as it is.
-        show_draft: Colour the pieces that were drafted; plain where colours are not understood.
-        prompt: What the text goes on with; shown before it, dimmed, where somebody looks at it.
-    """
-    if prompt and console.is_terminal:
-        console.file.write(GIVEN.render(prompt))
-    pieces, tokens, last, interrupted = [], [], None, False
-    try:
-        with closing(responses):
-            for last in responses:
-                pieces.append(last.text)
-                tokens.append(last.token)
-                colour = show_draft and last.from_draft and console.is_terminal
-                console.file.write(DRAFTED.render(last.text) if colour else last.text)
-                console.file.flush()
-    except KeyboardInterrupt:
-        interrupted = True
-    console.file.write("\n")
-    console.file.flush()
-    return Run("".join(pieces), tokens, last, interrupted)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, Sampling, {"temperature": "temp"})
     cli.add_shape_flags(parser)
     add_flags(parser, CacheConfig)
+    add_flags(parser, LearningConfig)
     _add_report_flags(parser)
     return parser
 
@@ -173,6 +136,17 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
         default=DRAFTS[0],
         help="ngram drafts what followed the last tokens earlier in the text, which needs no "
         "drafter; ngram+drafter has both in one tree (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--learn",
+        type=cli.path,
+        metavar="DIR",
+        help="let the drafter learn from what it is used for: answers and what is learned from "
+        "them are kept in this folder, on this machine alone; the text does not change, and the "
+        "drafter that is named neither (default: nothing is kept)",
+    )
+    parser.add_argument(
+        "--reset-learning", action="store_true", help="first forget all that --learn has kept"
     )
 
 
@@ -247,8 +221,15 @@ def _prompt(arguments: argparse.Namespace) -> str:
     return arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm's command does
 
 
-def _check_numbers(arguments: argparse.Namespace) -> None:
+def _check_flags(arguments: argparse.Namespace) -> None:
     """Raise InputError before anything is loaded."""
+    if arguments.compare and arguments.no_drafter:
+        raise InputError("--compare needs a drafter; leave --no-drafter out")
+    if arguments.reset_learning and not arguments.learn:
+        raise InputError("--reset-learning needs --learn, the folder of what is to be forgotten")
+    if arguments.learn and (arguments.no_drafter or arguments.draft_model):
+        flag = "--no-drafter" if arguments.no_drafter else "--draft-model"
+        raise InputError(f"--learn needs a drafter that can learn; leave {flag} out")
     check_value("max_tokens", arguments.max_tokens, Count)
     check_value("num_draft_tokens", arguments.num_draft_tokens, DraftLength)
 
@@ -281,43 +262,29 @@ def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) ->
             "one with python -m mlx_distill.train_drafter, or try --draft ngram",
             file=sys.stderr,
         )
-    if arguments.draft == "ngram+drafter":
-        return cli.add_ngrams(drafter, model)
     return drafter
 
 
-def _print_statistics(
-    last: GenerationResponse | None, drafting: bool, comparison: Comparison | None
-) -> None:
-    if last is None:
-        print("No text was written", file=sys.stderr)
-        return
-    lines = [
-        f"Prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tokens-per-sec",
-        f"Generation: {last.generation_tokens} tokens, {last.generation_tps:.1f} tokens-per-sec",
-        f"Target calls: {last.target_calls}, tokens per call: {last.tokens_per_call:.2f}",
-    ]
-    if drafting and last.target_calls:
-        depths = " ".join(f"{share:.2f}" for share in last.acceptance_by_depth)
-        saved = 1 - last.verified_tokens / last.beam_tokens
-        lines += [
-            f"Drafted tokens: {last.drafted_tokens}, accepted: {last.accepted_tokens}",
-            f"Acceptance by depth: {depths}",
-            f"Verified tokens: {last.verified_tokens}; {last.beam_tokens} without shared prefixes, "
-            f"{saved:.0%} saved",
-        ]
-    lines.append(f"Peak memory: {last.peak_memory:.3f} GB")
-    if comparison:
-        lines.append(
-            f"mlx-lm alone: {comparison.generation_tps:.1f} tokens-per-sec; "
-            f"drafting is {comparison.speedup:.2f} times as fast"
-        )
-        if comparison.margin is not None:
-            lines.append(
-                f"Tokens differ from mlx-lm's from token {comparison.first_difference} on, where "
-                f"the best two were {comparison.margin:.4f} nats apart"
-            )
-    print("\n".join(lines), file=sys.stderr)
+def _options(
+    arguments: argparse.Namespace, options: dict[str, Any], draft_model: nn.Module | None
+) -> dict[str, Any]:
+    """Return the arguments of ``stream_generate`` but for the drafter and the length."""
+    options |= {"seed": arguments.seed, "stop": arguments.stop, "draft_model": draft_model}
+    return options | {"num_draft_tokens": arguments.num_draft_tokens}
+
+
+def _learner(
+    arguments: argparse.Namespace, drafter: Any, model: nn.Module, tokenizer: Any
+) -> "AbstractContextManager[Learner | None]":
+    """Return what lets the drafter learn from the answer, if the flags ask for it."""
+    config = from_flags(LearningConfig, arguments)
+    if not arguments.learn:
+        return nullcontext()
+    if drafter is None:
+        raise InputError("--learn needs a drafter; name one with --drafter")
+    from mlx_distill.distillation.learning import Learner  # what learns is not loaded to write
+
+    return Learner(arguments.learn, drafter, model, tokenizer, config)
 
 
 def _record(

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from mlx_distill.arrays import to_host
@@ -17,6 +18,7 @@ from mlx_distill.data.texts import Text
 from mlx_distill.distillation.confidence import Confidence, fitted_confidence
 from mlx_distill.distillation.drafted_head import drafted_logits, head_rows, narrowed
 from mlx_distill.distillation.drafter import (
+    Logits,
     Past,
     Starts,
     TargetView,
@@ -158,18 +160,10 @@ class DrafterTrainer:
 
     def evaluate(self) -> dict[str, list[float]]:
         """Return the held-out acceptance of a drafted chain, by depth."""
-        length = self.config.unroll
         if self._judged is None:
             self._judged = self.reader.view(self.held_out)
-        view, size = self._judged, self.config.starts
-        total, count = mx.zeros((2, length)), mx.zeros((length,))
-        for first in range(0, view.starting.size, size):
-            places = view.starting[first : first + size]
-            starts = view.starts(places, length, self.config.look_back)
-            sums, counts = acceptance_by_depth(self.network, starts, self.target_logits)
-            total, count = total + sums, count + counts
-            mx.eval(total, count)  # one chunk at a time is in memory
-        greedy, sampled = to_host(total / mx.maximum(count, 1))
+        found = acceptance(self.network, self._judged, self.target_logits, self.config)
+        greedy, sampled = to_host(found)
         return {"acceptance_greedy": greedy, "acceptance_sampled": sampled}
 
     def confidence(self) -> Confidence | None:
@@ -229,6 +223,20 @@ class DrafterTrainer:
             "tokens": sum(text.num_learned for text in self.training),
             "held_out": len(self.held_out),
         }
+
+
+def acceptance(
+    network: RecurrentDrafter, view: TargetView, target_logits: Logits, config: DrafterTraining
+) -> Float[mx.array, "2 L"]:
+    """Return ``acceptance_by_depth`` as shares, of the drafts from everywhere in some answers."""
+    length, size = config.unroll, config.starts
+    total, count = mx.zeros((2, length)), mx.zeros((length,))
+    for first in range(0, view.starting.size, size):
+        starts = view.starts(view.starting[first : first + size], length, config.look_back)
+        sums, counts = acceptance_by_depth(network, starts, target_logits)
+        total, count = total + sums, count + counts
+        mx.eval(total, count)  # one chunk at a time is in memory
+    return total / mx.maximum(count, 1)
 
 
 def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple[list[int], float]:

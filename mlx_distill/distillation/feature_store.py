@@ -7,7 +7,6 @@ of the same answers, computes only what is missing.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafter import TargetView
 from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import read_json, write_whole
+from mlx_distill.files import read_json, write_arrays, write_whole
 from mlx_distill.safetensors import check_safetensors, read_arrays
 
 FORMAT_VERSION = 1
@@ -82,22 +81,17 @@ class FeatureStore:
         return TargetView(hidden, tokens, ahead, goals, self._reader.embed, taps)
 
     def _write(self, path: Path, view: TargetView) -> None:
-        arrays = {"hidden": _short(view.hidden), "tokens": view.tokens, "ahead": view.ahead}
+        arrays = {"hidden": short(view.hidden), "tokens": view.tokens, "ahead": view.ahead}
         if view.goals is not view.hidden:
-            arrays["goals"] = _short(view.goals)
-        arrays |= dict(zip(_tap_names(self._reader), map(_short, view.taps), strict=True))
-        writing = path.with_name(f"writing-{os.getpid()}-{path.name}")
+            arrays["goals"] = short(view.goals)
+        arrays |= dict(zip(_tap_names(self._reader), map(short, view.taps), strict=True))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             if not (self._folder / MANIFEST).exists():
                 write_whole(self._folder / MANIFEST, json.dumps(self._manifest))
-            mx.save_safetensors(str(writing), arrays)
-            check_safetensors(writing)  # a full disk may have cut it short
-            os.replace(writing, path)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             raise InputError(f"{path} could not be written: {one_line(error)}") from None
-        finally:
-            writing.unlink(missing_ok=True)
+        write_arrays(path, arrays)
 
     def _check(self) -> None:
         """Raise InputError if the folder holds anything but these features."""
@@ -148,7 +142,8 @@ def check_disk(folder: Path, needed: int) -> None:
         )
 
 
-def _short(array: mx.array) -> mx.array:
+def short(array: mx.array) -> mx.array:
+    """Return an array as it is kept, in two bytes a number."""
     return array.astype(mx.bfloat16) if array.dtype == mx.float32 else array
 
 

@@ -43,7 +43,11 @@ class BoundDrafter:
         searches: Those that are compiled, the one used last behind the others.
         reader: Reads texts with the context blocks; None without any.
         look_back: How many of a prompt's last tokens it wants to see.
+        opened: Takes the state of every new text, with what it was opened with, and returns what
+            the loop is given instead; None changes nothing.
     """
+
+    opened: Callable[[DraftState, mx.array, Features], DraftState] | None = None
 
     def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: Fingerprint):
         self.network = network
@@ -72,9 +76,11 @@ class BoundDrafter:
     def open(self, prompt: Int[mx.array, " T"], features: Features) -> DraftState:
         """Return the state of a text: what the target's head saw last, or what blocks read."""
         if self.reader is None:
-            return RecurrentState(self, features)
-        window = self.config.context_window
-        return AttendingState(self.reader, self.draft, window, prompt, features)
+            state: DraftState = RecurrentState(self, features)
+        else:
+            window = self.config.context_window
+            state = AttendingState(self.reader, self.draft, window, prompt, features)
+        return state if self.opened is None else self.opened(state, prompt, features)
 
     def draft(
         self,

@@ -76,14 +76,20 @@ def save_drafter(
     Raises:
         InputError: If it cannot be written; nothing is left behind.
     """
-    fields = {k: v for k, v in vars(network.config).items() if v is not None}
-    config = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION, **fields}
     weights: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
     with whole_folder(folder) as writing:
-        write_whole(writing / "config.json", json.dumps({**config, "target": target}, indent=2))
+        config = configuration(network, target)
+        write_whole(writing / "config.json", json.dumps(config, indent=2))
         for name, text in files.items():
             write_whole(writing / name, text)
         mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "mlx"})
+
+
+def configuration(network: RecurrentDrafter, target: Fingerprint) -> dict[str, Any]:
+    """Return what ``config.json`` says of a drafter and its target."""
+    fields = {k: v for k, v in vars(network.config).items() if v is not None}
+    kind = {"model_type": MODEL_TYPE, "format_version": FORMAT_VERSION}
+    return {**kind, **fields, "target": target}
 
 
 def _check_sizes(
