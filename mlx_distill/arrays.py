@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float
 from mlx import nn
 from mlx.utils import tree_flatten
@@ -56,6 +57,11 @@ def to_host(array: mx.array) -> list[Any]:
     values = array.tolist()
     assert isinstance(values, list)
     return values
+
+
+def in_memory(array: mx.array) -> np.ndarray:
+    """Return an array as it lies in memory, when it is computed; numpy has no bfloat16."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, copy=False)
 
 
 def to_number(array: mx.array) -> int | float:

@@ -127,6 +127,12 @@ def test_a_call_on_a_tree_costs_little_more_than_a_plain_step(kind: str, layers:
     assert more["target_call_8"] <= 1.1 * more["plain_step"] + 12
 
 
+def test_a_norm_of_heads_costs_a_tree_no_copies() -> None:
+    """Of gemma's whole depth, since mlx-lm's own call of several rows copies twice per layer."""
+    found = of_target(shape("gemma3_text"))
+    assert found["target_call_8"] <= 1.1 * found["plain_step"] + 12
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "dispatches.json"
     pair = ["--model", str(bundled("stories-14m")), "--drafter"]

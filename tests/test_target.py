@@ -4,6 +4,7 @@ import copy
 import gc
 import threading
 import weakref
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -58,6 +59,22 @@ def test_an_opened_model_can_be_copied() -> None:
     np.testing.assert_array_equal(target.read(PROMPT[None])[0], expected)
     call = Target.of(other).verify(TREE, make_prompt_cache(other))
     assert not call.logits.any().item()
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama", "qwen3"])
+def test_nodes_are_rotated_the_same_as_a_gpu_does_it(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """By the offsets of a batch, whichever way heads and nodes lie in memory."""
+    model, found = tiny_model(name), []
+    target = Target.of(model)
+    for device in (mx.cpu, mx.gpu):
+        caches = make_prompt_cache(model)
+        target.forward(PROMPT, caches)
+        with monkeypatch.context() as patch:
+            patch.setattr(mx, "default_device", partial(mx.Device, device))
+            found.append(np.array(target.verify(TREE, caches).logits))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-4)
 
 
 def made_of_the_same(model: nn.Module) -> nn.Module:

@@ -33,6 +33,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from mlx_distill.arrays import in_memory
+
 VIEWS = frozenset(
     (
         *("AsStrided", "Broadcast", "BroadcastAxes", "Copy", "CustomTransforms", "Depends"),
@@ -74,11 +76,11 @@ class Sent:
 
     def needs(self, x: mx.array, lies: Lies) -> None:
         """Note that a kernel copies an array first unless it lies in memory as it needs it."""
-        self._copied.append(lambda: not lies(_in_memory(x)))
+        self._copied.append(lambda: not lies(in_memory(x)))
 
     def reshaped(self, x: mx.array, shaped: mx.array) -> mx.array:
         """Note that an array was reshaped, which may have copied it; return the result."""
-        self._copied.append(lambda: not np.shares_memory(_in_memory(x), _in_memory(shaped)))
+        self._copied.append(lambda: not np.shares_memory(in_memory(x), in_memory(shaped)))
         return shaped
 
 
@@ -221,11 +223,6 @@ def _reshapes(sent: Sent) -> list[tuple[object, str, Callable[..., mx.array]]]:
 
 
 # ------------------------------------------------------------------------------ how arrays lie
-
-
-def _in_memory(x: mx.array) -> np.ndarray:
-    """Return an array as it lies; numpy has no bfloat16."""
-    return np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x, copy=False)
 
 
 def _holds(copied: Callable[[], bool]) -> bool:

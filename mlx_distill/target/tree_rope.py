@@ -3,6 +3,8 @@
 ``mx.fast.rope`` rotates consecutive positions, and takes a vector of offsets only along the batch
 axis. The nodes of a tree, ``(1, H, N, D)``, are therefore rotated as a batch of N single tokens,
 ``(N, H, 1, D)``, each at its own offset, and turned back. That is exact, and it needs no kernel.
+Where the nodes lie in memory head by head (behind a norm of the heads, as in gemma3), turning them
+would copy them in every layer, so there every head of a node is a token of the batch.
 
 Ropes that stretch with the text (dynamic NTK) compute with the offset as a number. They rotate
 all nodes once per depth of the tree, at that depth's position, and each node takes its own.
@@ -20,7 +22,7 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx import nn
 
-from mlx_distill.arrays import to_host
+from mlx_distill.arrays import in_memory, to_host
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class TreeSpan:
     Args:
         start: Position of the root.
         depth: No node is deeper than this.
-        rotations: The nodes' rotation matrices by kind of rope; filled during the call.
+        rotations: The nodes' rotation matrices by kind of rope, or their positions by number of
+            heads; filled during the call.
     """
 
     start: int
@@ -70,8 +73,12 @@ class _TreeRope:
             return call(x, *args, **kwargs)
         if self.takes_vectors:
             try:
+                by_head = self._lie_by_head(x)
                 if len(args) + len(kwargs) == 1 and mx.default_device() == mx.Device(mx.cpu):
                     return self._multiply(x, offset)
+                if by_head and len(args) + len(kwargs) == 1:
+                    rows = x.reshape(-1, 1, 1, x.shape[-1])
+                    return call(rows, offset=_for_heads(offset, x.shape[1])).reshape(x.shape)
                 nodes = x.transpose(2, 1, 0, 3)
                 return call(nodes, *args, **kwargs).transpose(2, 1, 0, 3)
             except ValueError:  # the rope asks whether the offset is above a limit
@@ -83,6 +90,17 @@ class _TreeRope:
             here = (offset == position)[:, None, None, None]
             rotated = mx.where(here, call(nodes, offset=position), rotated)
         return rotated.transpose(2, 1, 0, 3)
+
+    def _lie_by_head(self, x: Float[mx.array, "1 H N D"]) -> bool:
+        """Return whether nodes of so many heads lie head by head; the first ones are looked at.
+
+        That waits for them, when the model is opened: a small tree is tried then.
+        """
+        known = self.__dict__.setdefault("_by_head", {})
+        heads = x.shape[1]
+        if heads not in known:
+            known[heads] = heads > 1 and in_memory(x).flags.c_contiguous
+        return known[heads]
 
     def _multiply(
         self, x: Float[mx.array, "1 H N D"], positions: mx.array
@@ -103,6 +121,14 @@ class _TreeRope:
         # In float32, as a rope computes: sines in half precision would be off by 2e-3 each.
         nodes = x[0].transpose(1, 0, 2).astype(mx.float32)
         return (nodes @ rotations[kind]).transpose(1, 0, 2)[None].astype(x.dtype)
+
+
+def _for_heads(positions: mx.array, heads: int) -> mx.array:
+    """Return the positions of all heads' nodes, which the layers share."""
+    rotations = tree_span.get().rotations
+    if heads not in rotations:
+        rotations[heads] = mx.tile(positions, heads)
+    return rotations[heads]
 
 
 def _is_tree(offset: object, x: mx.array) -> TypeGuard[mx.array]:
