@@ -161,6 +161,25 @@ def test_a_logits_processor_that_fails(
     assert [r.token for r in rest] == answer[len(found) + 1 : len(found) + 4]
 
 
+def test_a_layer_with_keys_and_a_state_of_different_tokens_says_so(pair: tuple[Any, Any]) -> None:
+    """All keys are of the text's length; one state has read a token more."""
+    model = tiny_model("falcon_h1")
+    caches = make_prompt_cache(model)
+    attention, calls = model.layers[0].self_attn, []
+
+    def fail(*args: object, **kwargs: object) -> mx.array:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return attention(*args, **kwargs)
+
+    model.layers[0].self_attn = fail
+    with pytest.raises(KeyboardInterrupt):
+        list(mlx_distill.stream_generate(model, pair[1], PROMPT, prompt_cache=caches))
+    with pytest.raises(InputError, match="the prompt cache cannot be used any more"):
+        list(mlx_distill.stream_generate(model, pair[1], PROMPT, prompt_cache=caches))
+
+
 def test_a_state_that_cannot_be_taken_back_says_so(pair: tuple[Any, Any]) -> None:
     """A recurrent cache does not know how far it is."""
     model = tiny_model("mamba")

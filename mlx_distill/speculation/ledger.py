@@ -17,7 +17,7 @@ from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKV
 
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
-from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
 from mlx_distill.target.restoring import RestorePoint, restore
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import can_branch, can_trim
@@ -140,15 +140,19 @@ class PlainLedger:
 
     def settle(self) -> None:
         """Let the cache hold the text; it is given up where that cannot be done."""
-        wanted = self.num_tokens
         if not all(can_branch(cache) for cache in self.caches):
             give_up(self.caches)
-        elif self.start and any(cached_tokens([cache]) < wanted for cache in self.caches):
+            return
+        wanted = self.num_tokens
+        read = [getattr(cache, "offset", None) for cache in leaves(self.caches)]  # states: None
+        if self.start and any(number is None or number < wanted for number in read):
             self.start.restore(self.caches)  # interrupted while the prompt was read
+        elif None in read:
+            give_up(self.caches)
         elif all(can_trim(cache) for cache in self.caches):
             for cache in self.caches:
                 restore(cache, _state_at(cache, wanted))
-        elif any(cached_tokens([cache]) != wanted for cache in self.caches):
+        elif any(number != wanted for number in read):
             give_up(self.caches)
         for cache in self.caches:
             _even_out(cache)
