@@ -33,6 +33,8 @@ SHAPES += [
     {"exit_dim": 7, "num_draft_layers": 1, "context_state": True},
     {"exit_dim": 10, "num_draft_layers": 0, "cell": "gru", "context_state": True},
     {"exit_dim": 5, "num_draft_layers": 1, "cell": "gru", "context_state": True, "taps": (0, 2)},
+    {"exit_dim": 7, "num_draft_layers": 2, "head_rank": 3},
+    {"exit_dim": 10, "num_draft_layers": 0, "head_rank": 2},
 ]
 OTHER_EMBEDDING = {"exit_dim": 7, "num_draft_layers": 1, "embedding_size": 3}
 TRIMMED = {"exit_dim": 7, "num_draft_layers": 1, "draft_vocab_size": 4}
@@ -176,6 +178,8 @@ def expected_names(
         names |= {"first_state.weight", "first_state.bias"}
     if "taps" in others:
         names.add("tap_proj.weight")
+    if "head_rank" in others:
+        names.add(f"lm_head.{num_draft_layers + 1}.weight")
     return names
 
 

@@ -8,6 +8,7 @@ from mlx import nn
 from mlx_distill.arrays import to_number
 from mlx_distill.distillation.drafter import Logits
 from mlx_distill.distillation.teachers import Answers
+from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.target.body import TiedHead
 
 # Rows that were dequantised round a product otherwise than a quantised one does.
@@ -55,21 +56,41 @@ def head_rows(answers: Answers, token_ids: Int[mx.array, " K"]) -> Float[mx.arra
     return None
 
 
-def narrowed(rows: Float[mx.array, "K G"], width: int) -> Float[mx.array, "K E"]:
-    """Return a narrower head that is as near to a given one as can be.
+def start_head(network: RecurrentDrafter, rows: Float[mx.array, "K G"]) -> None:
+    """Start a drafter's head from the target's: a narrower one from what is nearest to that.
 
-    Its inputs are those of the wide one along the directions in which the rows reach furthest; no
-    matrix of that rank is nearer to the wide one than the two together.
+    A head that is wider than the target's stays as it is.
 
     Args:
-        rows: Of the wide head.
-        width: At most that of the rows, of which it leaves them as they are.
+        network: The drafter's.
+        rows: Of the target's head, for the tokens that can be drafted.
+    """
+    width = network.head.weight.shape[-1]
+    if width < rows.shape[-1]:
+        narrow, directions = factored(rows, width)
+        network.head.weight = narrow
+        if network.config.head_rank and network.config.exit_dim == rows.shape[-1]:
+            network.lm_head[-2].weight = directions
+    elif width == rows.shape[-1]:
+        network.head.weight = rows
+
+
+def factored(
+    rows: Float[mx.array, "K G"], rank: int
+) -> tuple[Float[mx.array, "K R"], Float[mx.array, "R G"]]:
+    """Return two matrices whose product is as near to a head as any of their rank.
+
+    The second holds the directions in which the rows reach furthest, each of length 1.
+
+    Args:
+        rows: Of the head.
+        rank: At most the rows' width.
 
     Source:
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
     """
-    if width == rows.shape[-1]:
-        return rows
     values = np.array(rows.astype(mx.float32))
     _, directions = np.linalg.eigh(values.T @ values)  # the furthest last
-    return mx.array(values @ directions[:, ::-1][:, :width]).astype(rows.dtype)
+    kept = directions[:, -rank:]
+    narrow, kept = values @ kept, np.ascontiguousarray(kept.T)
+    return mx.array(narrow).astype(rows.dtype), mx.array(kept).astype(rows.dtype)

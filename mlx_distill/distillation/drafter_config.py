@@ -26,6 +26,8 @@ class DrafterTraining:
     Args:
         exit_dim: Width of the drafter's head. Without it, the target's width.
         num_draft_layers: Residual blocks in the head.
+        head_rank: Width between two matrices that the head ends with, where one would be the
+            largest part of a draft. Without it, one.
         draft_vocab_size: Tokens that can be drafted, the most frequent in the answers; at most the
             vocabulary, 0 is all.
             Without it, all up to a vocabulary of 2,048, else three eighths of it and 16,384 at the
@@ -60,6 +62,7 @@ class DrafterTraining:
 
     exit_dim: Annotated[int | None, Between(1, 65_536)] = None
     num_draft_layers: Annotated[int, Between(0, 64)] = 1
+    head_rank: Annotated[int | None, Between(1, 65_536)] = None
     draft_vocab_size: Annotated[int | None, Between(0, 2**31 - 1)] = None
     cell: Cell = "gru"
     context_state: bool = True
@@ -98,6 +101,7 @@ class DrafterTraining:
             exit_dim=target.hidden_size if self.exit_dim is None else self.exit_dim,
             num_draft_layers=self.num_draft_layers,
             embedding_size=None if embedding_size == target.hidden_size else embedding_size,
+            head_rank=self.head_rank,
             draft_vocab_size=None if draft_vocab in (0, target.vocab_size) else draft_vocab,
             cell=self.cell,
             context_state=self.context_state,

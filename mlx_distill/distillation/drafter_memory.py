@@ -78,10 +78,9 @@ def step_bytes(drafter: RecurrentDrafter, config: DrafterTraining, size: int, to
     """
     shape = drafter.config
     rows = min(config.starts, tokens) * config.unroll
-    exit_dim = drafter.head["weight"].shape[1]
     gates = 1 if shape.cell == "elman" else 3
     per_draft = 2 * shape.hidden_size + (3 + 2 * gates) * shape.hidden_size
-    per_draft += (3 + 3 * shape.num_draft_layers) * exit_dim
+    per_draft += (3 + 3 * shape.num_draft_layers) * shape.exit_dim + (shape.head_rank or 0)
     chunk = min(rows, rows_at_once(drafter.head)) * 4 * 6 * drafter.head["weight"].shape[0]
     return rows * per_draft * size + chunk + _block_bytes(shape, config, size, tokens)
 

@@ -16,7 +16,7 @@ from mlx_distill.arrays import to_host
 from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.confidence import Confidence, fitted_confidence
-from mlx_distill.distillation.drafted_head import drafted_logits, head_rows, narrowed
+from mlx_distill.distillation.drafted_head import drafted_logits, head_rows, start_head
 from mlx_distill.distillation.drafter import (
     Logits,
     Past,
@@ -116,8 +116,8 @@ class DrafterTrainer:
             network.update(start.parameters())
         elif self.config.head_from_target:
             rows = head_rows(self.reader.answers, mx.array(tokens))
-            if rows is not None and rows.shape[-1] >= shape.exit_dim:
-                network.head.weight = narrowed(rows, shape.exit_dim)
+            if rows is not None:
+                start_head(network, rows)
         network.set_dtype(self.reader.embed(mx.array([0])).dtype)
         mx.eval(network.parameters())
         return network, coverage

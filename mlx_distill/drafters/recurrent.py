@@ -13,6 +13,7 @@ That is the reference form. A configuration switches parts of it, each by itself
     context_state    s_0 = tanh(S h + c)
     taps             h = what the head saw + T [norm(tap_1) ; norm(tap_2) ; ...]
     context_blocks   h = blocks of attention over h at this token and those before
+    head_rank        the head's last matrix is a product of two, narrow between them
 
 Taps are what layers of the target returned at the same token; norm divides by the root mean square.
 The blocks have a file of their own.
@@ -63,6 +64,7 @@ class RecurrentDrafterConfig:
         num_draft_layers: Number of residual blocks.
         rnn: False adds the embeddings up instead of feeding them to the recurrence.
         embedding_size: Width of the target's embedding; None if it is hidden_size.
+        head_rank: Width between the two matrices that the head ends with; None for one.
         draft_vocab_size: How many tokens can be drafted; None for all. The map of a smaller
             vocabulary is the checkpoint's ``token_ids``.
         cell: "elman" is the reference form's recurrence, "gru" a gated one.
@@ -82,6 +84,7 @@ class RecurrentDrafterConfig:
     num_draft_layers: Annotated[int, Between(0, 2**31 - 1)]
     rnn: bool = True
     embedding_size: Size | None = None
+    head_rank: Size | None = None
     draft_vocab_size: Size | None = None
     cell: Cell = "elman"
     context_state: bool = False
@@ -99,6 +102,10 @@ class RecurrentDrafterConfig:
             raise InputError(
                 f"draft_vocab_size must be at most the vocabulary's {self.vocab_size}, "
                 f"got {self.draft_vocab_size}"
+            )
+        if (self.head_rank or 1) > self.exit_dim:
+            raise InputError(
+                f"head_rank must be at most exit_dim, {self.exit_dim}, got {self.head_rank}"
             )
         if not self.rnn and self.embedding_size not in (None, self.hidden_size):
             raise InputError("a drafter without rnn needs embeddings as wide as the hidden states")
@@ -155,10 +162,13 @@ class RecurrentDrafter(nn.Module):
         num_tokens = config.draft_vocab_size or config.vocab_size
         if config.exit_dim != 2 * width:
             self.input_proj = nn.Linear(2 * width, config.exit_dim)
-        self.lm_head = [
-            *(ResidualBlock(config.exit_dim) for _ in range(config.num_draft_layers)),
-            nn.Linear(config.exit_dim, num_tokens, bias=False),
+        layers: list[nn.Module] = [
+            ResidualBlock(config.exit_dim) for _ in range(config.num_draft_layers)
         ]
+        if config.head_rank:
+            layers.append(nn.Linear(config.exit_dim, config.head_rank, bias=False))
+        last = nn.Linear(config.head_rank or config.exit_dim, num_tokens, bias=False)
+        self.lm_head = [*layers, last]
         if config.rnn:
             gates = width if config.cell == "elman" else 3 * width
             self.rnn_u = nn.Linear(width, gates)
@@ -238,8 +248,8 @@ class RecurrentDrafter(nn.Module):
         else:
             context = mx.broadcast_to(context, state.shape)
             x = mx.concatenate([context, state], axis=-1)
-        for block in self.lm_head[:-1]:
-            x = block(x)
+        for layer in self.lm_head[:-1]:
+            x = layer(x)
         return x
 
 

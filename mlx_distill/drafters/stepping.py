@@ -138,12 +138,11 @@ class Steps:
         else:
             assert state is not None
             x = mx.concatenate([mx.broadcast_to(hidden, state.shape), state], axis=-1)
-        blocks = self.network.lm_head[:-1]
         if blocked:
             both = slice(projected, projected + blocked)
             x = x + nn.silu(joint[:, both] + shares[:, both])
-        for block in blocks[1:]:
-            x = block(x)
+        for layer in self.network.lm_head[1 if blocked else 0 : -1]:
+            x = layer(x)
         if self.network.config.rnn:
             return x, joint[:, projected + blocked :]
         assert state is not None

@@ -55,7 +55,10 @@ def slow_logits(
         block = f"lm_head.{layer}.linear"
         x = x + silu(p[f"{block}.weight"] @ x + p[f"{block}.bias"])
         layer += 1
-    return p[f"lm_head.{layer}.weight"] @ x
+    while f"lm_head.{layer}.weight" in p:
+        x = p[f"lm_head.{layer}.weight"] @ x
+        layer += 1
+    return x
 
 
 def silu(x: np.ndarray) -> np.ndarray:
