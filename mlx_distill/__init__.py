@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlx_distill.distillation.exporting import ExportConfig, export_student
     from mlx_distill.distillation.learning import Learner
     from mlx_distill.distillation.training import Distilled, distill
+    from mlx_distill.drafters.draft_model import DraftModelDrafter
     from mlx_distill.drafters.mixture import MixedDrafter
     from mlx_distill.drafters.ngram import NGramDrafter
     from mlx_distill.drafters.packing import quantize_drafter
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CacheConfig",
     "Distilled",
+    "DraftModelDrafter",
     "DraftPlan",
     "Examples",
     "ExportConfig",
@@ -54,6 +56,7 @@ __all__ = [
 _MODULES = {
     "CacheConfig": "speculation.caching",
     "Distilled": "distillation.training",
+    "DraftModelDrafter": "drafters.draft_model",
     "DraftPlan": "drafters.protocol",
     "Examples": "distillation.distiller",
     "ExportConfig": "distillation.exporting",

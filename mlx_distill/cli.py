@@ -227,6 +227,14 @@ def add_ngrams(drafter: Any, model: Any) -> Any:
     return registry.load_drafter(registry.NGRAM, model)
 
 
+def drafter_of(draft_model: Any, model: Any, max_kv_size: int | None) -> Any:
+    """Return the drafter that a second model is."""
+    from mlx_distill.drafters.draft_model import DraftModelDrafter
+    from mlx_distill.target.target import Target
+
+    return DraftModelDrafter(draft_model, Target.of(model).vocab_size, max_kv_size)
+
+
 def need_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """Return the same.
 
@@ -240,19 +248,22 @@ def need_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> A
 
 
 def load_draft_model(arguments: argparse.Namespace, tokenizer: Any) -> Any:
-    """Return the model that drafts by mlx-lm's own loop, or None if none is named.
+    """Return the model that drafts, or None if none is named.
 
     Raises:
         InputError: If its tokenizer is another one.
     """
     from mlx_distill.checkpoint import load
-    from mlx_distill.hashes import tokenizer_hash
+    from mlx_distill.hashes import first_other_encoding
 
     if arguments.draft_model is None:
         return None
     draft_model, other = load(arguments.draft_model, **code_options(arguments.trust_remote_code))
-    if tokenizer_hash(other) != tokenizer_hash(tokenizer):
-        raise InputError("the draft model's tokenizer is not the model's")
+    text = first_other_encoding(other, tokenizer)
+    if text is not None:
+        raise InputError(
+            f"the draft model's tokenizer is not the model's: they encode {text[:24]!r} differently"
+        )
     return draft_model
 
 

@@ -30,7 +30,7 @@ from mlx_distill.drafters.protocol import DraftLength
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
-from mlx_distill.speculation.generation import generate, stream_generate
+from mlx_distill.speculation.generation import chain_of, generate, stream_generate
 from mlx_distill.speculation.showing import Run, print_statistics, show
 
 NGRAM = "ngram"
@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     drafter = _drafter(arguments, model, tokenizer)
     draft_model = cli.load_draft_model(arguments, tokenizer)
     merged = arguments.draft == DRAFTS[-1]
+    if draft_model is not None and merged:
+        drafter = cli.drafter_of(draft_model, model, cache.max_kv_size)
+        plan, draft_model = plan or chain_of(arguments.num_draft_tokens), None
     if arguments.compare and not (drafter or draft_model or merged):
         raise InputError("--compare needs a drafter; name one with --drafter")
     prompt = encode_prompt(
@@ -120,14 +123,15 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draft-model",
         type=cli.path,
-        help="a small model that drafts instead, by mlx-lm's own loop (default: none)",
+        help="a small model with the same tokenizer that drafts instead (default: none)",
     )
     parser.add_argument(
         "--num-draft-tokens",
         type=int,
         metavar="INT",
         default=3,
-        help="tokens that it drafts, 1 to 64 (default: 3)",
+        help="tokens that it drafts, 1 to 64, in a chain unless the flags of a draft's shape say "
+        "otherwise (default: 3)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
     parser.add_argument(
@@ -135,7 +139,8 @@ def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
         choices=DRAFTS,
         default=DRAFTS[0],
         help="ngram drafts what followed the last tokens earlier in the text, which needs no "
-        "drafter; ngram+drafter has both in one tree (default: %(default)s)",
+        "drafter; ngram+drafter has both in one tree, with a draft model, too "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--learn",
@@ -240,13 +245,12 @@ def _check_drafts(arguments: argparse.Namespace) -> None:
         raise InputError("--drafter and --no-drafter exclude each other")
     if arguments.draft_model and arguments.drafter:
         raise InputError("--drafter and --draft-model exclude each other")
-    if arguments.draft != DRAFTS[0]:
-        for flag in ("no_drafter", "draft_model"):
-            if getattr(arguments, flag):
-                flag = flag.replace("_", "-")
-                raise InputError(f"--draft {arguments.draft} and --{flag} exclude each other")
-    if arguments.draft == NGRAM and arguments.drafter:
-        raise InputError(f"--draft {NGRAM} takes no --drafter; ngram+drafter has both")
+    if arguments.draft != DRAFTS[0] and arguments.no_drafter:
+        raise InputError(f"--draft {arguments.draft} and --no-drafter exclude each other")
+    for flag in ("drafter", "draft_model"):
+        if arguments.draft == NGRAM and getattr(arguments, flag):
+            flag = flag.replace("_", "-")
+            raise InputError(f"--draft {NGRAM} takes no --{flag}; ngram+drafter has both")
 
 
 def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:

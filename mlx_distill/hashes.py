@@ -32,4 +32,28 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return _hashes[tokenizer]
 
 
+# What tokenizers do differently: words, numbers, spaces, code, marks, and scripts.
+SAMPLES = (
+    "Once upon a time there was a little girl, and she wasn't afraid of the 1,024 dragons.",
+    "Unbelievably, the committee's re-examination of photosynthesis cost $3.50 (or 12%).",
+    "def f(x):\n    return {'a': [x ** 2, 0xFF], \"b\": None}  # twice\n\n\tprint(f(10))\n",
+    'https://example.org/?q=a_b-c&d=%20 <div class="x">&amp;</div> \\frac{1}{2} != \u2260',
+    "L'\u00e9t\u00e9 na\u00efve, Stra\u00dfe, \u041f\u0440\u0438\u0432\u0435\u0442, \U0001f600",
+    "\u4f60\u597d, \u3053\u3093\u306b\u3061\u306f, \uc548\ub155, \u0645\u0631\u062d\u0628\u0627",
+)
+
+
+def first_other_encoding(one: Any, other: Any) -> str | None:
+    """Return a text that two tokenizers encode differently; None if they encode all alike.
+
+    Their sizes say nothing: one may be padded, or have tokens that are never written.
+    """
+    differ = (text for text in SAMPLES if _encoded(one, text) != _encoded(other, text))
+    return next(differ, None)
+
+
+def _encoded(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 _hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

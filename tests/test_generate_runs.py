@@ -346,7 +346,7 @@ def test_chat_prompt_is_encoded_as_mlx_lm_encodes_it(
     assert run_chat(capsys, chat_model)["prompt_tokens"] == len(ids)
 
 
-def test_a_draft_model_drafts_by_mlx_lms_own_loop(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_draft_model_drafts(capsys: pytest.CaptureFixture[str]) -> None:
     """A model that drafts for itself is always right."""
     model = str(bundled("stories-14m"))
     options = ["--max-tokens", "14", "--json", "--draft-model", model, "--num-draft-tokens", "3"]
@@ -354,8 +354,11 @@ def test_a_draft_model_drafts_by_mlx_lms_own_loop(capsys: pytest.CaptureFixture[
     run = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert run["comparison"]["first_difference"] is None
     assert run["generation_tokens"] == 14
-    assert run["target_calls"] == 4  # 4 + 4 + 4 tokens, and 2
-    assert run["accepted_tokens"] == run["drafted_tokens"] == 3 + 3 + 3 + 2
+    assert run["target_calls"] == 4  # 4 + 4 + 4 tokens, and 1, behind the first
+    assert run["drafted_tokens"] == 4 * 3
+    assert generate.main([*options, "--draft", "ngram+drafter", "--no-calibrate"]) == 0
+    both = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert both["text"] == run["text"]
 
 
 @pytest.mark.parametrize(
@@ -367,6 +370,7 @@ def test_a_draft_model_drafts_by_mlx_lms_own_loop(capsys: pytest.CaptureFixture[
             "--drafter and --draft-model exclude each other",
         ),
         (["--draft-model", "nowhere"], "there is no folder nowhere"),
+        (["--draft", "ngram", "--draft-model", "b"], "--draft ngram takes no --draft-model"),
     ],
 )
 def test_draft_models_that_cannot_be(
@@ -374,6 +378,25 @@ def test_draft_models_that_cannot_be(
 ) -> None:
     assert generate.main(flags) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_tokenizers_of_draft_models_are_compared_by_what_they_encode(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """One with more tokens, which no text has, is the same; one that splits words is another."""
+    options = ["--max-tokens", "4", "--json", "--draft-model", str(tmp_path / "draft")]
+    shutil.copytree(bundled("stories-4m"), tmp_path / "draft")
+    file = tmp_path / "draft" / "tokenizer.json"
+    known = json.loads(file.read_text())
+    token = {"id": 4096, "content": "<|pad|>", "special": True, "normalized": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    known["added_tokens"].append(token | flags)
+    file.write_text(json.dumps(known))
+    assert generate.main(options) == 0
+    known["model"]["merges"] = known["model"]["merges"][:500]
+    file.write_text(json.dumps(known))
+    assert generate.main(options) == 2
+    assert "they encode 'Once upon a time there w' differently" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- adapters

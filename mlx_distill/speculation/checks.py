@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.models.cache import RotatingKVCache, can_trim_prompt_cache, make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.arrays import to_number
@@ -16,7 +16,7 @@ from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.context import context_length
-from mlx_distill.target.layer_cache import cached_tokens
+from mlx_distill.target.layer_cache import cached_tokens, leaves
 from mlx_distill.target.reading import read_whole, vocab_width
 from mlx_distill.target.taps import find_layer
 from mlx_distill.target.target import Target
@@ -85,10 +85,14 @@ def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
     check_value("num_draft_tokens", num_draft_tokens, DraftLength)
 
 
-def check_trimmable(caches: PromptCache) -> None:
-    """Raise InputError if caches cannot drop what a draft model drafted in vain."""
-    if not can_trim_prompt_cache(caches):
-        raise InputError("a draft model needs caches that can be trimmed; use --drafter")
+def check_windows(num_draft_tokens: int, caches: PromptCache) -> None:
+    """Raise InputError if a draft would not fit into the shortest window of the caches."""
+    sizes = (one.max_size for one in leaves(caches) if isinstance(one, RotatingKVCache))
+    shortest = min(sizes, default=None)
+    if shortest is not None and num_draft_tokens >= shortest:
+        raise InputError(
+            f"num_draft_tokens must be below the window's {shortest} tokens, got {num_draft_tokens}"
+        )
 
 
 def _vocab_size(model: nn.Module) -> int:

@@ -24,19 +24,20 @@ from mlx_lm.generate import generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.core.sampling import TextNoise
+from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.protocol import Drafter, Planner
 from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
 from mlx_distill.speculation.drafted_text import Decoding
-from mlx_distill.speculation.plain import PlainDecoding, decode_plainly, decode_with_model
+from mlx_distill.speculation.plain import PlainDecoding, decode_plainly
 from mlx_distill.speculation.requests import Request
 from mlx_distill.speculation.responses import GenerationResponse, Responses, ResponseWriter
 from mlx_distill.speculation.statistics import DraftCounters
+from mlx_distill.speculation.two_caches import TwoCaches
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.prompt_cache import prompt_caches
-from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.target import Target
 
 # Of texts: no two in a process have the same, since a planner may serve several engines.
@@ -63,7 +64,7 @@ class Engine:
         model: Any mlx-lm model.
         tokenizer: Its tokenizer.
         drafter: Drafts; None decodes plainly.
-        draft_model: A small model of the same tokenizer that drafts instead, by mlx-lm's own loop.
+        draft_model: A small model of the same tokenizer that drafts instead.
         num_draft_tokens: Tokens that it drafts at a time.
 
     Raises:
@@ -114,7 +115,8 @@ class Engine:
         number, counters = next(_numbers), DraftCounters()
         caches = self._caches(request)
         max_tokens = checks.check_request(self.model, self.positions, request, caches)
-        decode = self._plain if self.drafter is None else self._drafted
+        plainly = self.drafter is None and self.draft_model is None
+        decode = self._plain if plainly else self._drafted
         tokens = decode(request, number, caches, max_tokens, counters)
         size = request.prompt.size
         writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
@@ -158,7 +160,7 @@ class Engine:
         max_tokens: int,
         counters: DraftCounters,
     ) -> DecodedTokens:
-        """Return the tokens of a text by mlx-lm's loops."""
+        """Return the tokens of a text by mlx-lm's loop."""
         plain = PlainDecoding(
             self.model,
             request.sampling,
@@ -169,13 +171,7 @@ class Engine:
             request.prompt_cache is not None,
             counters,
         )
-        if self.draft_model is None:
-            return decode_plainly(plain, request.prompt, mx.random.key(_seed(request)))
-        mx.random.seed(_seed(request))
-        width = vocab_width(self.model)
-        return decode_with_model(
-            plain, self.draft_model, self.num_draft_tokens, width, request.prompt
-        )
+        return decode_plainly(plain, request.prompt, mx.random.key(_seed(request)))
 
     def _drafted(
         self,
@@ -186,15 +182,21 @@ class Engine:
         counters: DraftCounters,
     ) -> DecodedTokens:
         """Return the tokens of a text by the drafting loop."""
-        assert self.drafter is not None
-        target = Target.of(self.model)
-        checks.check_drafter(self.drafter, target, self.tokenizer)
+        target, drafter = Target.of(self.model), self.drafter
+        two = None
+        if self.draft_model is not None:
+            drafter = self._draft_model_drafter(target, request)
+            if request.prompt_cache is not None:
+                two = TwoCaches(caches, self.model, self.draft_model)
+                caches, drafter.caches = two.target, two.draft
+        assert drafter is not None
+        checks.check_drafter(drafter, target, self.tokenizer)
         target.check_caches(caches)
         planner = request.planner
         key = mx.random.key(_seed(request))
         decoding = Decoding(
             target,
-            self.drafter,
+            drafter,
             planner if isinstance(planner, Planner) else planner(),
             request.sampling,
             TextNoise(key, target.vocab_size) if request.sampling.temperature else None,
@@ -207,17 +209,23 @@ class Engine:
             positions=self.positions,
             counters=counters,
         )
-        return _with_drafting_threads(decoding, request.prompt)
+        tokens = _with_drafting_threads(decoding, request.prompt)
+        return tokens if two is None else two.kept(tokens)
+
+    def _draft_model_drafter(self, target: Target, request: Request) -> DraftModelDrafter:
+        """Return a draft model that drafts for one text."""
+        assert self.draft_model is not None
+        drafter = DraftModelDrafter(self.draft_model, target.vocab_size, request.cache.max_kv_size)
+        checks.check_windows(self.num_draft_tokens, drafter.new_caches())
+        return drafter
 
     def _caches(self, request: Request) -> PromptCache:
         """Return the caches of a text: those that it brings, or new ones."""
         caches = request.prompt_cache
         if caches is None:
-            size = request.cache.max_kv_size
-            models = (self.model, self.draft_model)
-            caches = [c for m in models if m is not None for c in prompt_caches(m, size)]
+            caches = prompt_caches(self.model, request.cache.max_kv_size)
         if self.draft_model is not None:
-            checks.check_trimmable(caches)
+            checks.check_windows(self.num_draft_tokens, caches)
         return caches
 
 

@@ -55,9 +55,9 @@ def stream_generate(
         tokenizer: Its tokenizer.
         prompt: A text, or token ids.
         drafter: From ``load_drafter``; None decodes plainly.
-        draft_model: A small model of the same tokenizer that drafts instead, by mlx-lm's own loop;
-            ``prompt_cache`` then holds the caches of both, as in mlx-lm.
-        num_draft_tokens: Tokens that it drafts at a time.
+        draft_model: A small model of the same tokenizer that drafts instead; ``prompt_cache`` then
+            holds the caches of both, as in mlx-lm.
+        num_draft_tokens: Tokens that it drafts at a time, in a chain; a ``plan`` says otherwise.
         max_tokens: The longest answer, in tokens.
         temperature: 0 takes the most probable token.
         top_p: Draw from the smallest set of tokens with this probability; 1 is all.
@@ -84,6 +84,8 @@ def stream_generate(
         pair = Pair(model, engine.tokenizer, drafter, cache)
         planner = partial(planner_of, pair, sampled=temperature > 0)
     else:
+        if plan is None and draft_model is not None:
+            plan = chain_of(num_draft_tokens)
         planner = plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan())
     request = Request(
         prompt=prompt_tokens(engine.tokenizer, prompt),
@@ -98,6 +100,11 @@ def stream_generate(
     )
     # Whatever can be refused is refused now, not when the first token is asked for.
     return _stream(engine, engine.submit(request))
+
+
+def chain_of(num_tokens: int) -> DraftPlan:
+    """Return the shape of a draft of so many tokens in a row."""
+    return DraftPlan(1, num_tokens, num_tokens + 1)
 
 
 def _stream(engine: Engine, number: int) -> Responses:

@@ -1,4 +1,4 @@
-"""Decoding without a drafter of ours: mlx-lm's own loops, alone and with a draft model."""
+"""Decoding without a drafter: mlx-lm's own loop."""
 
 from collections import deque
 from collections.abc import Callable, Generator
@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.generate import generate_step
 
 from mlx_distill.arrays import to_number
 from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
@@ -16,7 +16,7 @@ from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import failed_after
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
 from mlx_distill.speculation.drafted_text import LogitsProcessor
-from mlx_distill.speculation.ledger import PlainLedger, give_up
+from mlx_distill.speculation.ledger import PlainLedger
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.tree_cache import can_trim
 
@@ -46,7 +46,7 @@ class PlainDecoding:
     counters: DraftCounters
 
     def options(self, sampler: Callable[[mx.array], mx.array]) -> dict[str, Any]:
-        """Return the arguments that mlx-lm's loops share."""
+        """Return the arguments of mlx-lm's loop."""
         return {
             "max_tokens": self.max_tokens,
             "sampler": sampler,
@@ -179,45 +179,4 @@ def decode_plainly(decoding: PlainDecoding, tokens: mx.array, key: mx.array) -> 
     except BaseException:
         if ledger:
             ledger.settle()
-        raise
-
-
-def decode_with_model(
-    decoding: PlainDecoding,
-    draft_model: nn.Module,
-    num_draft_tokens: int,
-    vocab_size: int,
-    tokens: mx.array,
-) -> DecodedTokens:
-    """Yield the tokens of mlx-lm's own loop with a draft model.
-
-    It draws at every drafted place from the model's distribution and accepts what is equal, so the
-    law is the model's.
-
-    Raises:
-        InputError: If the model's logits are not numbers.
-    """
-    sampler = decoding.sampling.mlx_lm_sampler(vocab_size)
-    options = decoding.options(sampler)
-    options["num_draft_tokens"] = num_draft_tokens
-    steps = speculative_generate_step(tokens, decoding.model, draft_model, **options)
-    max_tokens, accepted = decoding.max_tokens, 0
-    try:
-        with closing(steps):
-            for number, (token, logits, from_draft) in enumerate(steps):
-                if mx.isnan(logits[0]).item():
-                    raise failed_after(number)
-                accepted += from_draft
-                done = number + 1
-                if not from_draft or done == max_tokens:  # a call ends with the model's own token
-                    left = max_tokens - done + accepted + (not from_draft)
-                    drafted = min(num_draft_tokens, left)
-                    decoding.counters.add([0, *range(drafted)], accepted)
-                    accepted = 0
-                yield DecodedToken(int(token), logits, None, bool(from_draft))
-    except GeneratorExit:
-        raise
-    except BaseException:
-        if decoding.keep_caches:
-            give_up(decoding.caches)
         raise
