@@ -1,6 +1,6 @@
-"""Write a drafter with 4, 5, 6 or 8 bits a weight, and say what that costs.
+"""Write a drafter in a smaller form, and say what that costs.
 
-    python -m mlx_distill.convert --model M --drafter D --output DIR --bits 4 \
+    python -m mlx_distill.convert --model M --drafter D --output DIR --head-rank 192 --bits 5 \
         --answers answers.npz
 
 The answers are the model's own; those that it wrote at temperature 0 count.
@@ -17,21 +17,27 @@ from mlx_distill.calibration.measuring import Pair
 from mlx_distill.distillation.answer_files import read_answers
 from mlx_distill.drafters.packing import BITS
 from mlx_distill.drafters.registry import load_drafter
-from mlx_distill.evaluation.quantised import quantize_and_judge
+from mlx_distill.evaluation.converted import Form, convert_and_judge
 from mlx_distill.limits import Count, check_value
+
+FITTED = 64  # answers, behind those that judge, that a narrower head is fitted on
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Quantise a drafter as the arguments say; return the exit status."""
+    """Convert a drafter as the arguments say; return the exit status."""
     arguments = _parser().parse_args(argv)
     check_value("max_texts", arguments.max_texts, Count)
     answers = read_answers(arguments.answers).greedy_ones()
-    answers = answers.only(range(len(answers.responses))[: arguments.max_texts])
+    numbers = range(len(answers.responses))
+    judged = answers.only(numbers[: arguments.max_texts])
+    others = answers.only(numbers[arguments.max_texts :][:FITTED])
     model, tokenizer = cli.load_model(arguments)
     pair = Pair(model, tokenizer, load_drafter(arguments.drafter, model, tokenizer))
     answers.check(pair.target.vocab_size)
-    found = quantize_and_judge(pair, arguments.drafter, arguments.output, arguments.bits, answers)
+    form = Form(arguments.bits, arguments.head_rank)
+    fitted = (others if others.responses else judged).responses
+    found = convert_and_judge(pair, arguments.drafter, arguments.output, form, judged, fitted)
     for one in found:
         print(one.line())
     print(f"the drafter is in {arguments.output}")
@@ -44,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m mlx_distill.convert",
-        description="Quantise a drafter's weights, and judge it before and after.",
+        description="Write a drafter in a smaller form, and judge it before and after.",
     )
     cli.add_model_flags(parser)
     parser.add_argument("--drafter", type=cli.path, required=True, help="the drafter's folder")
@@ -52,7 +58,14 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=cli.path, required=True, help="the new folder; must not exist"
     )
     parser.add_argument(
-        "--bits", type=int, choices=BITS, default=6, help="of a weight (default: 6)"
+        "--bits", type=int, choices=BITS, help="of a weight (default: weights stay as they are)"
+    )
+    parser.add_argument(
+        "--head-rank",
+        type=int,
+        metavar="INT",
+        help="make the head of two matrices, with so many numbers between them; on a small model "
+        "the head is most of a draft (default: it stays one)",
     )
     parser.add_argument(
         "--answers",
@@ -66,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=32,
         metavar="INT",
-        help="judge by the first so many answers; at least 1 (default: 32)",
+        help="judge by the first so many answers; at least 1. A narrower head is fitted on the 64 "
+        "behind them, or on the same where there are no more (default: 32)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print everything as a last line of JSON"

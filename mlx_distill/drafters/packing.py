@@ -36,6 +36,17 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
     source = usable_path(folder, "the drafter")
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    config, arrays = read_unquantised(source)
+    config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
+    write_changed(source, usable_path(output, "the output"), config, _packed(arrays, bits))
+
+
+def read_unquantised(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Return the configuration and the arrays of a recurrent drafter's folder.
+
+    Raises:
+        InputError: If it is none, or is quantised already.
+    """
     if not (source / "config.json").exists():
         raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
     config = read_json(source / "config.json")
@@ -44,15 +55,23 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
     if "quantization" in config:
         raise InputError(f"{source} is quantised already")
     check_safetensors(source / "model.safetensors")
-    arrays = read_arrays(source / "model.safetensors")
-    config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
-    with whole_folder(usable_path(output, "the output")) as writing:
+    return config, read_arrays(source / "model.safetensors")
+
+
+def write_changed(
+    source: Path, output: Path, config: dict[str, Any], arrays: dict[str, mx.array]
+) -> None:
+    """Write a drafter's folder anew with other arrays, and all text files of the old one.
+
+    Raises:
+        InputError: If the new folder exists, or cannot be written; nothing is left behind.
+    """
+    with whole_folder(output) as writing:
         for file in source.iterdir():
             if file.is_file() and file.suffix not in (".safetensors", ""):
                 shutil.copyfile(file, writing / file.name)
         write_whole(writing / "config.json", json.dumps(config, indent=2))
-        weights = str(writing / "model.safetensors")
-        mx.save_safetensors(weights, _packed(arrays, bits), {"format": "mlx"})
+        mx.save_safetensors(str(writing / "model.safetensors"), arrays, {"format": "mlx"})
 
 
 def unpacked(arrays: dict[str, mx.array], quantization: dict[str, Any]) -> dict[str, mx.array]:

@@ -1,4 +1,4 @@
-"""A drafter is quantised and judged before and after, by answers of its target."""
+"""A drafter is converted and judged before and after, by answers of its target."""
 
 import json
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_a_drafter_is_judged_before_and_after(
     worth = [float(line.split(" MB, ")[1].split()[0]) for line in (before, after)]
     assert worth[0] > worth[1] - 0.5 > 1
     found = json.loads(last)["drafters"]
-    assert [one["bits"] for one in found] == [None, 4]
+    assert [one["form"] for one in found] == ["as it was", "4 bits"]
     assert [one["tokens_per_call"] for one in found] == pytest.approx(worth, abs=1e-3)
     sizes = [float(line.split(": ")[1].split()[0]) for line in (before, after)]
     assert sizes[1] < 0.5 * sizes[0]
@@ -59,7 +59,16 @@ def test_what_cannot_be_judged_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "packed"
-    flags = ["--drafter", DRAFTER, "--output", str(output), "--answers", str(tmp_path / "none.npz")]
+    flags = [
+        "--drafter",
+        DRAFTER,
+        "--output",
+        str(output),
+        "--answers",
+        str(tmp_path / "none.npz"),
+        "--bits",
+        "4",
+    ]
     assert convert.main(flags) == 2
     assert "cannot be read as answers: there is no such file" in capsys.readouterr().err
     assert not output.exists()
