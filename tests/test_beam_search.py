@@ -13,7 +13,7 @@ from oracles.beam_search import Path, slow_beam_search
 from oracles.recurrent_drafter import slow_logits
 from oracles.sampling import softmax
 
-from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.beam_search import Listed, beam_search
 from mlx_distill.core.beam_searches import top_values
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.bound import BoundDrafter
@@ -130,6 +130,21 @@ def test_the_search_equals_the_slow_twin(
 ):
     drafter = TinyDrafter(seed, token_ids)
     assert_equal_levels(drafter.search(width, length), drafter.slow_search(width, length))
+
+
+@pytest.mark.parametrize("token_ids", [None, TRIMMED])
+def test_columns_that_are_listed_stand_for_themselves(token_ids: list[int] | None):
+    """In another order for every beam; what is not listed is never drafted."""
+    drafter, random = TinyDrafter(2, token_ids), np.random.default_rng(1)
+
+    def step(tokens: mx.array, state: Any) -> tuple[Listed, mx.array]:
+        logits, state = drafter.step(tokens, state)
+        columns = mx.array(random.permuted([range(logits.shape[1])] * len(logits), axis=1))
+        return Listed(mx.take_along_axis(logits, columns, axis=1), columns), state
+
+    ids = None if token_ids is None else mx.array(token_ids)
+    draft = beam_search(step, mx.array([ROOT]), None, 3, 3, ids)
+    assert_equal_levels(draft, drafter.slow_search(3, 3))
 
 
 @pytest.mark.parametrize("width", [9, 10, 100])

@@ -11,7 +11,7 @@ which a compiled search fuses. The root has a level of its own, of which the las
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 from jaxtyping import Float, Int, Integer
@@ -19,7 +19,20 @@ from mlx.utils import tree_map
 
 from mlx_distill.core.draft import WORST_SCORE, Draft
 
-Step = Callable[[Int[mx.array, " W"], Any], tuple[Float[mx.array, "W V"], Any]]
+
+class Listed(NamedTuple):
+    """Logits of some columns alone; all others are impossible.
+
+    Args:
+        logits: Of the listed columns, as many for every beam.
+        columns: Which they are.
+    """
+
+    logits: Float[mx.array, "W C"]
+    columns: Integer[mx.array, "W C"]
+
+
+Step = Callable[[Int[mx.array, " W"], Any], tuple[Float[mx.array, "W V"] | Listed, Any]]
 
 # Up to so many beams are told apart by selections, which fuse, and not by a gather.
 FEW_BEAMS = 8
@@ -39,45 +52,57 @@ def beam_search(
 
     Args:
         step: Takes the beams' last tokens and their states, each with the beams on its first axis;
-            returns the logits of the next tokens, in float32, and the new states.
+            returns the logits of the next tokens, in float32, and the new states. The logits may
+            be those of a list of columns, if they always are, of as many.
         root: The token that every beam begins with.
         state: The drafter's state before the root, for one beam.
         width: Number of beams, at least 1; capped at the number of tokens there are.
         length: Number of drafted tokens per beam, at least 1.
         token_ids: What the columns of the logits stand for; None if they are the token ids.
     """
-    logits, state = step(root, state)
+    found, state = step(root, state)
+    logits, listed = found if isinstance(found, Listed) else (found, None)
     vocab_size = logits.shape[-1]
     width = min(width, vocab_size)
     state = tree_map(lambda x: mx.broadcast_to(x, (width, *x.shape[1:])), state)
     flat, shift = logits.reshape(-1), mx.logsumexp(logits, axis=-1)
     best = [_top(flat, width)]
     scores = [flat[best[0]]]  # the first ones are to be shifted, wherever they are used
+    names = [] if listed is None else [listed.reshape(-1)[best[0]]]
     for depth in range(1, length):
         columns = best[-1] % vocab_size if depth > 1 else best[-1]
-        logits, state = step(columns if token_ids is None else token_ids[columns], state)
+        columns = names[-1] if names else columns
+        found, state = step(columns if token_ids is None else token_ids[columns], state)
+        logits, listed = found if isinstance(found, Listed) else (found, None)
         above = scores[-1][:, None] - shift if depth == 1 else scores[-1][:, None]
         flat = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) + above).reshape(-1)
         best.append(_top(flat, width))
         scores.append(flat[best[-1]])
+        names += [] if listed is None else [listed.reshape(-1)[best[-1]]]
         state = tree_map(partial(_chosen, best[-1], vocab_size), state)
-    return _draft(root, best, scores, shift, vocab_size, token_ids)
+    return _draft(root, best, names, scores, shift, vocab_size, token_ids)
 
 
 def _draft(
     root: Int[mx.array, " 1"],
     best: Sequence[Integer[mx.array, " W"]],
+    names: Sequence[Integer[mx.array, " W"]],
     scores: Sequence[Float[mx.array, " W"]],
     shift: Float[mx.array, " 1"],
     vocab_size: int,
     token_ids: Int[mx.array, " V"] | None,
 ) -> Draft:
-    """Return the draft of all levels; tokens and parents come out of one chain of operations."""
+    """Return the draft of all levels; tokens and parents come out of one chain of operations.
+
+    The columns of the best are in ``names`` where those of the logits are listed.
+    """
     width, length = best[0].size, len(best)
     is_root = mx.array([[True]] + [[False]] * length)
     above = mx.array([[0], [0], *([1 + width * level] for level in range(length - 1))], mx.uint32)
     found = _levels([x[None, None] for x in best], mx.array(0, mx.uint32))
     columns = found % vocab_size
+    if names:
+        columns = _levels([x[None, None] for x in names], mx.array(0, mx.uint32))
     if token_ids is None:
         columns = mx.where(is_root, root.astype(mx.uint32), columns)
     first = mx.array([True, False])[:, None, None]

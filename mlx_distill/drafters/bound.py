@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from mlx import nn
 
 from mlx_distill.arrays import SERIAL
-from mlx_distill.core.beam_search import beam_search
+from mlx_distill.core.beam_search import Listed, beam_search
 from mlx_distill.core.beam_searches import beam_searches
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.attending import AttendingState, ContextReader
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.shortlist import Shortlist
 from mlx_distill.drafters.stepping import Steps
 
 # Searches that are kept compiled, one for each shape of draft, with noise and without.
@@ -56,6 +57,7 @@ class BoundDrafter:
         self.taps = network.config.taps
         self._steps = Steps(network, embed)
         self._left = DRAFTS_BEFORE_TABLES
+        self._shortlist: Shortlist | None = None
         if self._steps.token_ids is not None:
             every = mx.arange(embed["weight"].shape[0])
             self._ids = mx.concatenate([self._steps.token_ids.astype(mx.int32), every])
@@ -112,7 +114,9 @@ class BoundDrafter:
         with self._compiling:
             self._left = 0
             self._steps.tabulate(TABLE_BYTES)
-            self.searches.clear()  # they read no tables
+            if Shortlist.pays(self.network.head.weight):
+                self._shortlist = Shortlist(self.network.head.weight)
+            self.searches.clear()  # they read no tables, and no shortlist
 
     def _search_of(self, width: int, length: int, noisy: bool) -> Callable[..., Arrays]:
         """Return the compiled search of a shape: 200 microseconds less of small operations.
@@ -145,14 +149,18 @@ class BoundDrafter:
         context = steps.context(joined[None])
         noise = self._of_columns(noise)
         rows = iter(range(length))  # of noise; one per step, in the search's order
+        shortlist, sharpness = self._shortlist, self.config.sharpness
 
-        def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array, mx.array]:
+        def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array | Listed, mx.array]:
             if carried is None:
                 x, carried = steps.first(root, context)
             else:
                 x, carried = steps.next(columns, carried, context)
             row = next(rows)
-            return self._logits(x, None if noise is None else noise[row : row + 1]), carried
+            here = None if noise is None else noise[row : row + 1]
+            if shortlist is not None:
+                return shortlist(x, here, sharpness), carried
+            return self._logits(x, here), carried
 
         if steps.token_ids is None:
             draft = beam_search(step, root, None, width, length)

@@ -1,0 +1,58 @@
+"""A shortlist of the columns that may be the likeliest, found with a narrower head.
+
+On a processor a draft is as dear as the head's weights are many: they are read once for every
+depth. A head of V rows of width E is all but a matrix of fewer columns times a basis: what it says
+in the basis's directions names the columns that are worth asking, and only their rows are read:
+
+    columns = best of  (x B) (W B)'      B: the R directions that W's rows lie in most
+    logits  = x W[columns]'
+
+Of SmolLM2's drafter, 99 % of the four likeliest of 16,384 tokens are among 512 that 128 directions
+of 576 name, and a third of the bytes is read. Columns that are not listed count as impossible; a
+draft may be any, so this costs acceptance at the most.
+"""
+
+import mlx.core as mx
+from jaxtyping import Float
+
+from mlx_distill.core.beam_search import Listed
+
+DIRECTIONS, LISTED = 128, 512
+# Finding the directions takes time with the cube of the width: 0.1 s at 576.
+WIDEST = 1024
+
+
+class Shortlist:
+    """The narrower head of a head that does not change any more.
+
+    Args:
+        weight: The head's.
+    """
+
+    def __init__(self, weight: Float[mx.array, "V E"]):
+        self._weight = weight
+        _, directions = mx.linalg.eigh(weight.T @ weight, stream=mx.cpu)
+        self._basis = mx.contiguous(directions[:, -DIRECTIONS:])
+        self._narrow = mx.contiguous((weight @ self._basis).T)
+        mx.eval(self._basis, self._narrow)
+
+    @staticmethod
+    def pays(weight: Float[mx.array, "V E"]) -> bool:
+        """Return whether a shortlist saves time; on a GPU operations count, and not bytes."""
+        on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        wide = weight.shape[0] >= 16 * LISTED and 4 * DIRECTIONS <= weight.shape[1] <= WIDEST
+        return on_cpu and wide and weight.dtype == mx.float32
+
+    def __call__(
+        self, x: Float[mx.array, "W E"], noise: Float[mx.array, "_ V"] | None, sharpness: float
+    ) -> Listed:
+        """Return the sharpened logits of the listed columns, after the noise is added."""
+        about = (x @ self._basis) @ self._narrow
+        if noise is not None:
+            about = about + noise
+        columns = mx.argpartition(-about, kth=LISTED, axis=-1)[:, :LISTED]
+        logits = (self._weight[columns] @ x[..., None]).squeeze(-1)
+        if noise is not None:
+            noise = mx.broadcast_to(noise, about.shape)
+            logits = logits + mx.take_along_axis(noise, columns, axis=-1)
+        return Listed(sharpness * logits, columns)
