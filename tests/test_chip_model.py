@@ -1,11 +1,13 @@
 """The model of a chip: traces, what any shape is worth on them, and published curves."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
 
@@ -20,6 +22,8 @@ from mlx_distill.benchmarking.chip_model import (
 )
 from mlx_distill.benchmarking.traces import TracedText, record_trace
 from mlx_distill.checkpoint import bundled
+from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.recurrent import RecurrentDrafter
 
 TRACES = REPOSITORY / "tests" / "draft_traces.json"
 # A likely chain 1 - 3 and its likely sibling 2, of which the text takes 1 and 3.
@@ -63,10 +67,21 @@ def test_what_is_no_trace(places: Any) -> None:
         TracedText(places)
 
 
-def test_a_recorded_trace_tells_what_drafting_comes_to() -> None:
+def with_taps(drafter: Any) -> BoundDrafter:
+    """Return a drafter that looks at a layer, too, without which it would draft something else."""
+    network = RecurrentDrafter(dataclasses.replace(drafter.config, taps=(3,)))
+    network.update(drafter.network.parameters())
+    shape = network.tap_proj.weight.shape
+    network.tap_proj.weight = mx.random.normal(shape, scale=0.02, key=mx.random.key(0))
+    return BoundDrafter(network, drafter.embed, drafter.target)
+
+
+@pytest.mark.parametrize("taps", [False, True])
+def test_a_recorded_trace_tells_what_drafting_comes_to(taps: bool) -> None:
     """Greedy decoding with a fixed shape makes as many tokens per call."""
     pair = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    drafter: Any = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    drafter = with_taps(drafter) if taps else drafter
     prompt = pair[1].encode("Ben had a red kite. One day")
     trace = record_trace(pair, drafter, prompt, 0.0, max_tokens=60)
     plan = DraftPlan(4, 4, 8)

@@ -20,6 +20,7 @@ from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Features
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.generation import stream_generate
+from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
 
 # The draft that is recorded, and how many of its nodes.
@@ -80,23 +81,19 @@ def record_trace(
     max_tokens: int = 150,
     seed: int = 1,
 ) -> dict[str, Any]:
-    """Return the trace of a text that the target writes after a prompt.
-
-    Raises:
-        InputError: If the drafter has taps, whose features no whole text gives.
-    """
-    if drafter.taps:
-        raise InputError("traces are recorded of drafters without taps only")
+    """Return the trace of a text that the target writes after a prompt."""
     target = Target.of(pair[0])
     options: dict[str, Any] = {"temperature": temperature, "seed": seed, "max_tokens": max_tokens}
     answer = [r.token for r in stream_generate(*pair, list(prompt), **options)]
     text = [*prompt, *answer]
-    _, hidden = target.read(mx.array([text]))
+    _, hidden, taps = target.observe(mx.array(text), prompt_caches(pair[0]), drafter.taps)
+    features = Features(hidden, None, taps)
+    mx.eval(hidden, taps)
     noise = TextNoise(mx.random.key(seed), target.vocab_size) if temperature else None
     places = []
     for number in range(1, len(answer)):
         root = len(prompt) + number - 1  # the certain token, the text's token number - 1
-        state = drafter.open(mx.array(text[:root]), Features(hidden[0, :root]))
+        state = drafter.open(mx.array(text[:root]), features.rows(slice(root)))
         rows = None if noise is None else temperature * noise.rows(number, PLAN.draft_length)
         draft = state.draft(mx.array(text[root : root + 1]), PLAN, rows)
         places.append([[0], []] if draft is None else _place(draft, text[root:]))
