@@ -14,6 +14,7 @@ from mlx_lm.models.gated_delta import gated_delta_update
 from mlx_lm.models.ssm import ssm_update
 from tiny_models import tiny_model
 
+from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.target.layer_cache import leaves
 from mlx_distill.target.recurrent.apart import SCANS, ApartCall
@@ -139,12 +140,13 @@ def test_scans_along_the_ancestors(own: Callable[..., Any], changes: Any, state:
     given = arguments_of(scan.name, state) | changes
     tree = tree_of(TOKENS[0])
     layout = TreeLayout(tree.mask, tree.depths, 3, False, tree.max_depth)
-    found = scan.on_tree(layout, **given)
+    found, state_at = scan.on_tree(layout, **given)
     for node, path in enumerate(tree.paths()):
         rows = {name: mx.take(given[name], mx.array(path), axis=scan.axis) for name in scan.rows}
-        expected = own(**{**given, **rows})[0]
+        expected, after = own(**{**given, **rows})
         place = (slice(None),) * scan.axis
         assert_close(found[(*place, node)], expected[(*place, -1)])
+        assert_close(state_at(node), after)
 
 
 def as_a_line(self: ApartCall, scan: object, own: Any, arguments: dict[str, Any]) -> Any:
@@ -173,6 +175,27 @@ def test_a_fault_is_found_when_a_model_is_opened(
 ) -> None:
     monkeypatch.setattr(owner, attribute, wrong)
     assert Target.of(tiny_model(name)).support == "chain"
+
+
+def test_a_tree_costs_a_gpu_no_more_than_a_line() -> None:
+    """Of Mamba-2, whose scan mlx-lm writes out for several tokens; a commit is next to nothing."""
+    model = tiny_model("mamba2")
+    target, caches = Target.of(model), make_prompt_cache(model)
+    mx.eval(target.forward(mx.array(TEXT), caches), states(caches))
+    tree = tree_of(TOKENS[0])
+    mx.eval(tree.tokens, tree.mask, tree.depths)
+
+    def sent_for(compute: Callable[[], Any]) -> int:
+        with as_sent_to_a_gpu() as sent:
+            sent.add(compute())
+        return sum(sent.count().values())
+
+    other = make_prompt_cache(model)
+    mx.eval(model(mx.array([TEXT]), cache=other), states(other))
+    line = sent_for(lambda: model(tree.tokens[None], cache=other))
+    calls = []
+    assert sent_for(lambda: calls.append(target.verify(tree, caches)) or calls[0].logits) <= line
+    assert sent_for(lambda: calls[0].commit([0, 1, 3]) or states(caches)) <= 6 * len(caches)
 
 
 def fits(part: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import mlx.core as mx
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,16 @@ class TreeLayout:
     def positions(self) -> Int[mx.array, " N"]:
         """Position of every node in the text."""
         return self.depths + self.start
+
+    @cached_property
+    def reach(self) -> Float[mx.array, "N N"]:
+        """The mask in numbers: times a column, it sums that up along each node's ancestors."""
+        return self.mask.astype(mx.float32)
+
+    @cached_property
+    def above(self) -> Bool[mx.array, "N N"]:
+        """The ancestors of each node without itself."""
+        return self.mask & (self.depths[None] < self.depths[:, None])
 
     @cached_property
     def paths(self) -> Int[mx.array, "N S"]:

@@ -27,6 +27,8 @@ from mlx_distill.target.recurrent.mamba2 import mamba2_on_tree
 from mlx_distill.target.recurrent.view import Arguments, Named, RecurrentTreeCache, replaced
 from mlx_distill.target.watching import Call, Heard, listening
 
+StateAt = Callable[[int], mx.array]
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -37,14 +39,15 @@ class Scan:
         state: Which argument is the state.
         rows: Which arguments have a row per token.
         axis: Along which axis of those.
-        on_tree: Returns the outputs at the nodes of a tree, given the layout and the arguments.
+        on_tree: Returns the outputs at the nodes of a tree, given the layout and the arguments; and
+            a function that returns the state at one of the nodes.
     """
 
     name: str
     state: str
     rows: tuple[str, ...]
     axis: int
-    on_tree: Callable[..., mx.array]
+    on_tree: Callable[..., tuple[mx.array, StateAt]]
 
 
 SCANS = {
@@ -101,16 +104,18 @@ class ApartCall:
         self.steps.append(Convolution(x, size - 1))
         if self.layout.in_line:
             return call(x)
-        return call(x[0][self.layout.windows(size)]).swapaxes(0, 1)
+        return call(mx.take(x.squeeze(0), self.layout.windows(size), axis=0)).swapaxes(0, 1)
 
     def scan(
         self, scan: Scan, own: Callable[..., tuple[mx.array, mx.array]], arguments: Named
     ) -> tuple[mx.array, mx.array | None]:
         """Return a scan's outputs at every node; a state only where the nodes are a line."""
-        self.steps.append(Scanned(scan, own, arguments))
         if self.layout.in_line:
+            self.steps.append(LineScan(scan, own, arguments))
             return own(**arguments)
-        return scan.on_tree(self.layout, **arguments), None
+        outputs, state_at = scan.on_tree(self.layout, **arguments)
+        self.steps.append(TreeScan(state_at))
+        return outputs, None
 
     def replay(self, path: list[int], states: ArraysCache) -> None:
         """Let the states be those after a path of nodes."""
@@ -136,8 +141,23 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Scanned:
-    """A scan over the nodes.
+class TreeScan:
+    """A scan over the nodes of a tree.
+
+    Args:
+        state_at: Returns the state at a node.
+    """
+
+    state_at: StateAt
+
+    def after(self, path: list[int]) -> mx.array:
+        """Return the state at the end of a path."""
+        return self.state_at(path[-1])
+
+
+@dataclass(frozen=True)
+class LineScan:
+    """A scan over nodes in a line.
 
     Args:
         scan: Which one.

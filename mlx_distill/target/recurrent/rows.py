@@ -94,7 +94,7 @@ class RowsCall:
 
     def _spread(self, x: mx.array) -> mx.array:
         """Turn nodes, (1, N, ...), into rows of their ancestors, (N, S, ...)."""
-        return x if self.layout.in_line else x[0][self.layout.paths]
+        return x if self.layout.in_line else mx.take(x.squeeze(0), self.layout.paths, axis=0)
 
     def _collected(self, x: mx.array) -> mx.array:
         """Turn rows into nodes."""
