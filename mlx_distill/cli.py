@@ -22,7 +22,7 @@ VERBS = {
     "train_drafter": "train a recurrent drafter for a model",
     "distill": "teach a small model what a large one knows",
     "evaluate": "compare a teacher and its students on held-out text",
-    "convert": "write a drafter with fewer bits a weight",
+    "convert": "write a drafter with fewer bits a weight, or in the published layout",
     "calibrate": "measure what decoding costs here, for the planner of drafts",
     "benchmark": "measure drafting against mlx-lm on this machine",
 }

@@ -1,7 +1,9 @@
-"""Write a drafter in a smaller form, and say what that costs.
+"""Write a drafter in a smaller form and say what that costs, or in the published layout.
 
     python -m mlx_distill.convert --model M --drafter D --output DIR --head-rank 192 --bits 5 \
         --answers answers.npz
+    python -m mlx_distill.convert --model M --drafter PUBLISHED --output DIR --to ours
+    python -m mlx_distill.convert --model M --drafter D --output DIR --to published
 
 The answers are the model's own; those that it wrote at temperature 0 count.
 """
@@ -15,11 +17,17 @@ from dataclasses import asdict
 from mlx_distill import cli, machine
 from mlx_distill.calibration.measuring import Pair
 from mlx_distill.distillation.answer_files import read_answers
+from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.packing import BITS
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.published import export_drafter, import_drafter, tensorrt_plan
 from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.errors import InputError
 from mlx_distill.evaluation.converted import Form, convert_and_judge
 from mlx_distill.limits import Count, check_value
+from mlx_distill.target.target import Target
 
+FORMS = ("smaller", "ours", "published")
 FITTED = 64  # answers, behind those that judge, that a narrower head is fitted on
 
 
@@ -27,6 +35,10 @@ FITTED = 64  # answers, behind those that judge, that a narrower head is fitted 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert a drafter as the arguments say; return the exit status."""
     arguments = _parser().parse_args(argv)
+    if arguments.to != FORMS[0]:
+        return _other_layout(arguments)
+    if arguments.answers is None:
+        raise InputError("to judge a smaller drafter, name answers of the model: --answers")
     check_value("max_texts", arguments.max_texts, Count)
     answers = read_answers(arguments.answers).greedy_ones()
     numbers = range(len(answers.responses))
@@ -47,15 +59,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _other_layout(arguments: argparse.Namespace) -> int:
+    """Import or export a drafter; return the exit status."""
+    if arguments.bits or arguments.head_rank:
+        raise InputError(f"--to {arguments.to} writes weights as they are; convert them before")
+    model, tokenizer = cli.load_model(arguments)
+    if arguments.to == "ours":
+        plan = tensorrt_plan(arguments.drafter)
+        import_drafter(arguments.drafter, arguments.output, Target.of(model), tokenizer)
+    else:
+        drafter, plan = load_drafter(arguments.drafter, model, tokenizer), None
+        if not isinstance(drafter, BoundDrafter):
+            raise InputError(f"{arguments.drafter} has no weights that could be exported")
+        export_drafter(drafter, arguments.output)
+    print(f"the drafter is in {arguments.output}")
+    print(_lengths(plan))
+    if arguments.json:
+        print(json.dumps({"config": cli.settings(arguments), **machine.provenance()}))
+    return 0
+
+
+def _lengths(asked: DraftPlan | None) -> str:
+    """Return what beams of a shape are called here and elsewhere; the default's if none is."""
+    plan = asked or DraftPlan()
+    width, length = plan.beam_width, plan.draft_length
+    return (
+        f"{'its beams' if asked else 'for example, beams'} of {width} x {length} drafted tokens "
+        f"are --beam-width {width} --draft-length {length} here, a beam length of {length + 1} in "
+        f"the published code, which counts the certain token, and redrafter_num_beams {width}, "
+        f"redrafter_draft_len_per_beam {length} in TensorRT-LLM"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m mlx_distill.convert",
-        description="Write a drafter in a smaller form, and judge it before and after.",
+        description="Write a drafter in a smaller form and judge it before and after, or write it "
+        "in another layout.",
     )
     cli.add_model_flags(parser)
     parser.add_argument("--drafter", type=cli.path, required=True, help="the drafter's folder")
     parser.add_argument(
         "--output", type=cli.path, required=True, help="the new folder; must not exist"
+    )
+    parser.add_argument(
+        "--to",
+        choices=FORMS,
+        default=FORMS[0],
+        help="smaller has fewer bits or a narrower head; ours reads the layout published with the "
+        "paper, safetensors of PyTorch or MLX, and published writes it (default: %(default)s)",
     )
     parser.add_argument(
         "--bits", type=int, choices=BITS, help="of a weight (default: weights stay as they are)"
@@ -71,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         "--answers",
         type=cli.path,
         metavar="NPZ",
-        required=True,
-        help="answers that this very model has written already, as train_drafter takes them",
+        help="answers that this very model has written already, as train_drafter takes them; "
+        "smaller needs them",
     )
     parser.add_argument(
         "--max-texts",

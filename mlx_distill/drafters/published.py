@@ -1,0 +1,197 @@
+"""Recurrent drafters in the layout that was published with the paper, in and out.
+
+    published                                    ours
+    config.json   recurrent_drafting_drafter     recurrent_drafter, with the target's fingerprint
+    input_proj    also input_projs, input_projs.0, or a first 0.0 with a bias
+    lm_head.i     also lm_heads.i, lm_heads.0.i, 0.i, and lm_head.layers.i as MLX writes it
+    rnn_u, rnn_w
+    emb_norm      left out: it was never applied
+
+Lengths are counted in three ways. A published beam of length 5 begins with the certain token, so it
+drafts 4; TensorRT-LLM's ``redrafter_draft_len_per_beam`` and our ``draft_length`` do not count it.
+
+Source:
+    Zhang et al. 2024, arXiv:2403.09919, and the checkpoints published with it.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_distill.arrays import to_number
+from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig, Size
+from mlx_distill.drafters.recurrent_folder import save_drafter
+from mlx_distill.errors import InputError
+from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
+from mlx_distill.limits import Between, check_value
+from mlx_distill.safetensors import read_arrays, read_header
+from mlx_distill.target.target import Target
+
+PUBLISHED_TYPE = "recurrent_drafting_drafter"
+FIELDS = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+Layers = Annotated[int, Between(0, 1000)]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def import_drafter(folder: str | Path, output: str | Path, target: Target, tokenizer: Any) -> None:
+    """Write a published drafter as one of ours.
+
+    Args:
+        folder: Its folder, with ``config.json`` and one safetensors file.
+        output: The new folder; must not exist.
+        target: The model that it was trained for.
+        tokenizer: The target's.
+
+    Raises:
+        InputError: If an array is missing, unknown, of another shape or no finite number, each of
+            them named; if the checkpoint is pickled, or was made for another target.
+    """
+    source = usable_path(folder, "the drafter")
+    values, weights = _config(source), _weights_file(source)
+    made_for = fingerprint(target, tokenizer)
+    check_fingerprint(
+        {**made_for, **{n: values[n] for n in ("hidden_size", "vocab_size")}}, made_for
+    )
+    header = {name: one.shape for name, one in read_header(weights).items()}
+    names = our_names(header)
+    # Nothing is built before it is known that the file holds as much.
+    _check_shapes(weights, {names[n]: s for n, s in header.items() if names[n]}, _shapes(values))
+    # As published: paths are weighed by the drafter's own probabilities.
+    network = RecurrentDrafter(RecurrentDrafterConfig(**values, sharpness=1.0))
+    arrays = {names[n]: x for n, x in read_arrays(weights).items() if names[n]}
+    for name, array in arrays.items():
+        if not to_number(mx.isfinite(array).all()):
+            raise InputError(f"{weights}: {name} holds values that are no finite numbers")
+    network.load_weights(list(arrays.items()))
+    made_for["vocab_size"] = values["vocab_size"]
+    card = f"# {source.name}\nA published recurrent drafter, imported; its licence goes with it.\n"
+    save_drafter(usable_path(output, "the output"), network, made_for, {"README.md": card})
+
+
+def export_drafter(drafter: BoundDrafter, output: str | Path) -> None:
+    """Write a drafter of the reference form in the published layout.
+
+    Args:
+        drafter: The drafter.
+        output: The new folder; must not exist.
+
+    Raises:
+        InputError: If it has parts that the published form does not know; they are named.
+    """
+    config = drafter.config
+    plain = RecurrentDrafterConfig(**{name: getattr(config, name) for name in FIELDS})
+    free = ("sharpness", "context_window", "context_heads")
+    others = [
+        field.name
+        for field in dataclasses.fields(config)
+        if field.name not in free and getattr(config, field.name) != getattr(plain, field.name)
+    ]
+    if others:
+        raise InputError(f"the published form knows no {', '.join(others)}")
+    weights: dict[str, mx.array] = dict(tree_flatten(drafter.network.parameters()))
+    values = {"model_type": PUBLISHED_TYPE, **{name: getattr(config, name) for name in FIELDS}}
+    values |= {"emb_norm": False, "architectures": ["Drafter"]}
+    with whole_folder(usable_path(output, "the output")) as writing:
+        write_whole(writing / "config.json", json.dumps(values, indent=2))
+        mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "pt"})
+
+
+def tensorrt_plan(folder: str | Path) -> DraftPlan | None:
+    """Return the beams that TensorRT-LLM's settings in a drafter's config ask for, if any.
+
+    Raises:
+        InputError: If a number is out of its range.
+    """
+    values = read_json(usable_path(folder, "the drafter") / "config.json")
+    width, length = (values.get(f"redrafter_{n}") for n in ("num_beams", "draft_len_per_beam"))
+    if width is None or length is None:
+        return None
+    return DraftPlan(beam_width=width, draft_length=length, tree="beam")
+
+
+def our_names(names: Shapes) -> dict[str, str]:
+    """Return our name of every array of a published checkpoint; "" for what is not applied."""
+    nested = any(re.match(r"lm_heads\.\d+\.\d+\.", name) for name in names)
+    projected = "0.0.bias" in names  # the first of a sequence is then the projection
+    return {name: _our_name(name, nested, projected) for name in names}
+
+
+def _our_name(name: str, nested: bool, projected: bool) -> str:
+    if name.startswith("emb_norm."):
+        return ""
+    name = re.sub(r"^input_projs\.(0\.)?", "input_proj.", name)
+    name = re.sub(r"^lm_head\.layers\.", "lm_head.", name)
+    name = re.sub(r"^lm_heads\.0\." if nested else r"^lm_heads\.", "lm_head.", name)
+    found = re.match(r"^0\.(\d+)\.(.*)$", name)
+    if found is None:
+        return name
+    place, rest = int(found[1]) - projected, found[2]
+    return f"input_proj.{rest}" if place < 0 else f"lm_head.{place}.{rest}"
+
+
+def _config(source: Path) -> dict[str, Any]:
+    """Return the fields of a published configuration that we know, checked."""
+    if not (source / "config.json").exists():
+        raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
+    values = read_json(source / "config.json")
+    missing = [name for name in FIELDS[:-1] if name not in values]
+    if missing:
+        raise InputError(f"{source}: the drafter's config lacks the fields: {', '.join(missing)}")
+    values = {name: values.get(name, False) for name in FIELDS}
+    for name in FIELDS[:-1]:
+        check_value(name, values[name], Layers if name == "num_draft_layers" else Size)
+    check_value("rnn", values["rnn"], bool)
+    return values
+
+
+def _weights_file(source: Path) -> Path:
+    """Return the one safetensors file of a folder."""
+    files = sorted(source.glob("*.safetensors"))
+    if len(files) == 1:
+        return files[0]
+    pickled = sorted(file.name for file in source.iterdir() if file.suffix in PICKLED)
+    if pickled and not files:
+        raise InputError(
+            f"{source} holds {pickled[0]}, which is pickled and could run code when it is read; "
+            "write it with safetensors.torch.save_file where you trust it"
+        )
+    raise InputError(f"{source} must hold one safetensors file, it holds {len(files)}")
+
+
+def _shapes(values: dict[str, Any]) -> Shapes:
+    """Return the arrays of the reference form."""
+    width, out = values["hidden_size"], values["exit_dim"]
+    shapes: Shapes = {}
+    if out != 2 * width:
+        shapes |= {"input_proj.weight": (out, 2 * width), "input_proj.bias": (out,)}
+    for layer in range(values["num_draft_layers"]):
+        block = f"lm_head.{layer}.linear"
+        shapes |= {f"{block}.weight": (out, out), f"{block}.bias": (out,)}
+    shapes[f"lm_head.{values['num_draft_layers']}.weight"] = (values["vocab_size"], out)
+    if values["rnn"]:
+        shapes |= {"rnn_u.weight": (width, width), "rnn_u.bias": (width,)}
+        shapes["rnn_w.weight"] = (width, width)
+    return shapes
+
+
+def _check_shapes(weights: Path, found: Shapes, expected: Shapes) -> None:
+    """Raise InputError if arrays are missing, unknown or misshapen; each is named."""
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is unknown" for name in found if name not in expected]
+    wrong += [
+        f"{name} is of shape {list(found[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise InputError(f"{weights} does not fit its config: {', '.join(wrong[:8])}{more}")
