@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
 from mlx_distill import benchmark
-from mlx_distill.benchmarking.dispatch_study import of_target, shape
+from mlx_distill.benchmarking.dispatch_study import CycleCounter, of_target, shape
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
 from mlx_distill.checkpoint import bundled
 
@@ -131,6 +131,19 @@ def test_a_norm_of_heads_costs_a_tree_no_copies() -> None:
     """Of gemma's whole depth, since mlx-lm's own call of several rows copies twice per layer."""
     found = of_target(shape("gemma3_text"))
     assert found["target_call_8"] <= 1.1 * found["plain_step"] + 12
+
+
+def test_a_fast_call_of_a_draft_is_one_operation() -> None:
+    """As on a GPU; its inputs, and what is made of it, are counted beside it."""
+    counter, x = CycleCounter(), ROWS + 1
+    mx.eval(x)
+    norm = mx.fast.rms_norm
+    with counter.watching():
+        for name in ("draft", "target"):
+            with counter.phase(name, ()) as made:
+                made(mx.fast.rms_norm(x * 2, None, 1e-5) + 1)
+    assert (counter.found["draft"], counter.found["target"]) == (3, 0)
+    assert mx.fast.rms_norm is norm
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

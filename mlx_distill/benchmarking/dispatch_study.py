@@ -1,14 +1,16 @@
 """Dispatches of mlx-lm's plain step, and of every part of a cycle of drafting.
 
 A step and a call of the target are counted from their graphs, in which ``mx.fast`` calls are one
-operation each. The draft and the rest of a cycle have none; they are counted in a text that is
+operation each. The draft and the rest of a cycle are counted in a text that is
 really written, each operation when it is sent, and averaged over the cycles: what is paid for only
-now and then, noise and commits of branches, is in them with its share.
+now and then, noise and commits of branches, is in them with its share. A ``mx.fast`` call in them,
+as of a drafter's context blocks, is computed on its own and counted as one operation, too.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +33,8 @@ from mlx_distill.target.target import Target
 evaluate = mx.eval  # also while the name means to note what is launched
 
 NODES = (2, 4, 8, 16)
+# Off a GPU these are many operations each.
+FAST = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
 CONTEXT = 128
 # The shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-3-1B, but for their widths, which cost no
 # dispatches. The second figure is after how many layers the kinds of layers repeat.
@@ -205,6 +209,7 @@ class CycleCounter:
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
         self.cycles = 0
+        self._part: str | None = None
 
     def reset(self) -> None:
         """Start again."""
@@ -223,7 +228,11 @@ class CycleCounter:
         """Count a part; a call of the target has operations that only a GPU knows."""
         made: list[object] = []
         self.note("host", needs)
-        yield lambda *things: made.extend(things)
+        self._part = None if name == "target" else name
+        try:
+            yield lambda *things: made.extend(things)
+        finally:
+            self._part = None
         if name == "target":
             self.cycles += 1
             evaluate(arrays_in(made))
@@ -233,13 +242,27 @@ class CycleCounter:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Count what is sent meanwhile; it is sent when it is counted, and not before."""
-        launch = mx.async_eval
-        mx.async_eval = lambda *tree: None
-        try:
+        with ExitStack() as names:
+            names.callback(setattr, mx, "async_eval", mx.async_eval)
+            mx.async_eval = lambda *tree: None
+            if mx.default_device() == mx.Device(mx.cpu):
+                for name in FAST:
+                    call = getattr(mx.fast, name)
+                    names.callback(setattr, mx.fast, name, call)
+                    setattr(mx.fast, name, partial(self._once, call))
             with watching(self):
                 yield
-        finally:
-            mx.async_eval = launch
+
+    def _once(self, call: Callable[..., mx.array], *args: Any, **options: Any) -> mx.array:
+        """Count a ``mx.fast`` call as the one operation that it is on a GPU; compute it."""
+        part = self._part
+        if part is None:
+            return call(*args, **options)
+        self.note(part, list(args), list(options.values()))
+        output = call(*args, **options)
+        evaluate(output)
+        self.found[part] += 1
+        return output
 
 
 def of_cycle(
