@@ -16,6 +16,7 @@ from tiny_models import tiny_model
 
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.errors import InputError
 from mlx_distill.target.layer_cache import leaves
 from mlx_distill.target.recurrent.apart import SCANS, ApartCall
 from mlx_distill.target.recurrent.rows import RowsCall
@@ -175,6 +176,15 @@ def test_a_fault_is_found_when_a_model_is_opened(
 ) -> None:
     monkeypatch.setattr(owner, attribute, wrong)
     assert Target.of(tiny_model(name)).support == "chain"
+
+
+def test_a_padded_state_is_refused() -> None:
+    target = Target.of(tiny_model("lfm2"))
+    caches = make_prompt_cache(target.model)
+    target.check_caches(caches)
+    next(cache for cache in caches if isinstance(cache, ArraysCache)).left_padding = mx.array([2])
+    with pytest.raises(InputError, match=r"ArraysCache.* cannot hold the drafts"):
+        target.check_caches(caches)
 
 
 def test_a_tree_costs_a_gpu_no_more_than_a_line() -> None:
