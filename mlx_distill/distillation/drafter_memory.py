@@ -53,15 +53,16 @@ def needed_bytes(
     size = _type_size(target)
     # Weights, float32 masters where they are others, gradients, two moments, and the new ones.
     each = 12 + (size if size == 4 else size + 4)
-    trained = each * sum(array.size for array in arrays) + update_bytes(arrays)
+    trained = each * sum(array.size for array in arrays)
     row = (1 + len(drafter.config.taps)) * drafter.config.hidden_size * size
-    kept = min(config.feature_bytes, tokens * row)
+    kept = min(config.feature_bytes(tokens * row), tokens * row)
     reading = (
         config.batch_size
         * width
         * (cached_bytes(target.model) + (8 * drafter.config.hidden_size * size) + row)
     )
-    step = step_bytes(drafter, config, size, tokens)
+    # What was computed for the gradients is let go before the update.
+    step = max(step_bytes(drafter, config, size, tokens), update_bytes(arrays))
     return num_bytes(target.model.parameters()), trained, kept, max(reading, step)
 
 

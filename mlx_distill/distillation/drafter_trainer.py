@@ -81,10 +81,14 @@ class DrafterTrainer:
         self.reader = TargetReader(target, config.taps(target), config.batch_size, config.look_back)
         self.spread = SPREAD if config.context_blocks else 0
         self.network, self.coverage = self._network(start)
+        rows, row_bytes = (
+            [self.reader.num_rows(text) for text in self.training],
+            self.reader.row_bytes,
+        )
         self.order = StartOrder(
             [max(0, text.num_learned - 1) for text in self.training],
-            [self.reader.num_rows(text) for text in self.training],
-            max(1, config.feature_bytes // self.reader.row_bytes),
+            rows,
+            max(1, config.feature_bytes(sum(rows) * row_bytes) // row_bytes),
             config.starts,
             config.seed,
             self.spread,

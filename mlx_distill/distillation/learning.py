@@ -32,7 +32,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 from mlx import nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.arrays import to_number
 from mlx_distill.distillation.answer_writing import writer
@@ -208,16 +208,14 @@ class Learner:
             self._logits = drafted_logits(self._answers, view.goals[:4], token_ids)
         before = self._score(held_out)
         arrays = self._masters.arrays
-        state = tree_map(lambda array: array, self._optimizer.state)  # steps change it in place
         steps = self._steps(view, random)
         found = Learned(steps, before, self._score(held_out))
         if found.kept:
             moments: dict[str, mx.array] = dict(tree_flatten(self._optimizer.state))
             self._folder.save(self._network, self._target, moments)
             self.drafter = self._bound()
-        else:
+        else:  # the moments stay: the longer a mean, the better
             self._masters.put(arrays)
-            self._optimizer.state = state
         return found
 
     def _steps(self, view: TargetView, random: np.random.Generator) -> int:

@@ -41,15 +41,15 @@ class LearningConfig:
         learn_seconds: The longest that is learned after an answer.
         learn_steps: The most steps that are taken after an answer.
         learn_rate: Of these steps.
-        learn_least: Answers to learn from, before the first step is taken: from one or two a
+        learn_least: Answers to learn from, before the first step is taken: from few of them a
             drafter learns these alone.
     """
 
     learn_mb: Annotated[float, Between(above=0, high=10**6)] = 256.0
     learn_seconds: Annotated[float, Between(above=0, high=10**6)] = 5.0
     learn_steps: Count = 16
-    learn_rate: Annotated[float, Between(above=0, high=1)] = 1e-4
-    learn_least: Count = 8
+    learn_rate: Annotated[float, Between(above=0, high=1)] = 5e-5
+    learn_least: Count = 24
 
     def __post_init__(self) -> None:
         check_fields(self)

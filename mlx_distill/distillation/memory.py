@@ -21,6 +21,7 @@ from mlx_distill.losses.chunked import chunk_rows
 from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.reading import fresh_caches, vocab_width
 from mlx_distill.target.watching import Heard, listening_once
+from mlx_distill.training.updates import LARGE
 
 # Arrays as large as a chunk's logits that are there at once: in the loss and its gradient, of one
 # chunk and of several; where texts are only judged; where the most probable are looked for; and
@@ -28,7 +29,8 @@ from mlx_distill.target.watching import Heard, listening_once
 ONE_CHUNK, CHUNKS, JUDGED, RANKED, WRITTEN = 5, 8.5, 8, 12, 8.5
 SCORES = 1.2  # arrays as large as attention's scores, in a layer
 HEADS = 2  # gradients of the head, where their parts are joined
-# An update makes some dozen arrays of each, ten at a time: so many times the ten largest.
+# An update makes some dozen arrays of each, ten at a time: so many times the ten largest. Those that
+# wait for each other are there alone.
 UPDATED, AHEAD = 2.5, 10
 WRITING_STEP = 256  # tokens by which caches grow
 
@@ -156,8 +158,9 @@ def trained_arrays(network: nn.Module) -> list[mx.array]:
 
 def update_bytes(trained: Sequence[mx.array]) -> int:
     """Return what an update makes beside weights, gradients and moments."""
-    sizes = sorted((4 * array.size for array in trained), reverse=True)
-    return int(UPDATED * sum(sizes[:AHEAD]))
+    sizes = sorted((array.size for array in trained), reverse=True)
+    small = [size for size in sizes if size < LARGE]
+    return int(4 * UPDATED * max(sum(small[:AHEAD]), max(sizes, default=0)))
 
 
 def _backward_bytes(student: nn.Module, work: Work, largest: int) -> int:

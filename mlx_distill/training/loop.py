@@ -28,6 +28,7 @@ from mlx_distill.training.config import TrainingConfig, schedule
 from mlx_distill.training.gradients import Gradients, clipped
 from mlx_distill.training.masters import Masters
 from mlx_distill.training.quick_steps import QuickSteps
+from mlx_distill.training.updates import updated
 
 # (sum, count), and perhaps the terms that the sum is made of, by name, for the log.
 Loss = Callable[[Any], tuple[Any, ...]]
@@ -218,7 +219,7 @@ class _Run:
         progress = Progress(self.step + 1, loss, sums.rows, sums.count, parts=parts)
         grads, norm = clipped(sums.mean_gradients(), self.config.max_grad_norm)
         self.check(progress, {"loss": progress.loss, "gradient": float(to_number(norm))})
-        self.masters.put(self.optimizer.apply_gradients(grads, self.masters.arrays))
+        self.masters.put(updated(self.optimizer, grads, self.masters.arrays))
         mx.eval(self.network.parameters(), self.masters.arrays, self.optimizer.state)
         progress.learning_rate = float(to_number(self.optimizer.learning_rate))
         self.step += 1

@@ -17,6 +17,7 @@ from mlx.utils import tree_map
 from mlx_distill.arrays import SERIAL
 from mlx_distill.training.gradients import clipped
 from mlx_distill.training.masters import Masters, float32
+from mlx_distill.training.updates import updated
 
 
 class QuickSteps:
@@ -71,5 +72,5 @@ class QuickSteps:
         grads = tree_map(lambda gradient: gradient / count, float32(grads))
         grads, norm = clipped(grads, self._longest)
         self._optimizer.state = state
-        arrays = self._optimizer.apply_gradients(grads, arrays)
+        arrays = updated(self._optimizer, grads, arrays)
         return arrays, self._optimizer.state, (value / count, count, norm)
