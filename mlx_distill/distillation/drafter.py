@@ -209,10 +209,10 @@ def unroll(drafter: RecurrentDrafter, starts: Starts) -> Float[mx.array, "S L E"
         following, behind, places = map(mx.stop_gradient, starts.past)
         hidden = drafter.blocks(hidden, following, behind)[places]
     context, state = drafter.context(hidden), drafter.begin(hidden)
-    read = drafter.read(embeddings)
+    read = mx.split(drafter.read(embeddings), embeddings.shape[1], axis=1)
     features = []
-    for depth in range(read.shape[1]):
-        state = drafter.advance(state, read[:, depth])
+    for token in read:
+        state = drafter.advance(state, token.squeeze(1))
         features.append(drafter.features(context, state))
     return mx.stack(features, axis=1)
 

@@ -18,7 +18,7 @@ from mlx_distill.training.config import NEW, TrainingConfig
 MOST_HEADS = 16  # of a context block; what it looks for is near, and simple
 # Of a head that nobody asked for: a quarter of what is trained for a model of 4,096 is spared.
 WIDEST = 2048
-PART_BYTES = 500_000_000  # of features; larger parts are no quicker, only better mixed
+PART_BYTES = 300_000_000  # of features; larger parts are no quicker, only better mixed
 NO_TAP = -1  # the last layer's output, all but for a norm, is what the head sees anyway
 
 
@@ -53,7 +53,7 @@ class DrafterTraining:
         epochs: How often every answer is learned. Without it, the number of steps decides.
         feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
             is computed again in every epoch, in parts of that size. Without it, a quarter of the
-            machine's memory where all of it fits there, else half a gigabyte.
+            machine's memory where all of it fits there, else 0.3 gigabytes.
         own_prompts: How many prompts the target writes itself, seeds among them, where none and
             no answers are given.
         batch_size: Answers that the target reads at once.

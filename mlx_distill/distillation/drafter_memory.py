@@ -83,22 +83,28 @@ def step_bytes(drafter: RecurrentDrafter, config: DrafterTraining, size: int, to
     per_draft = 2 * shape.hidden_size + (3 + 2 * gates) * shape.hidden_size
     per_draft += (3 + 3 * shape.num_draft_layers) * shape.exit_dim + (shape.head_rank or 0)
     chunk = min(rows, rows_at_once(drafter.head)) * 4 * 6 * drafter.head["weight"].shape[0]
-    return rows * per_draft * size + chunk + _block_bytes(shape, config, size, tokens)
+    drafts = rows * per_draft * size + chunk
+    if not shape.context_blocks:
+        return drafts
+    kept, backward = _block_bytes(shape, config, size, tokens)
+    # When the blocks' gradients are made, of the drafts only inputs and states are left.
+    return max(drafts + kept, backward + 9 * rows * shape.hidden_size * size)
 
 
 def _block_bytes(
     shape: RecurrentDrafterConfig, config: DrafterTraining, size: int, tokens: int
-) -> int:
-    """Return what the context blocks take that read the texts of a step."""
-    if not shape.context_blocks:
-        return 0
-    # The answers of a step have twice its starts, and each some of its prompt.
-    rows = max(PAST_ROWS, min(tokens, SPREAD * config.starts * 3 // 2))
+) -> tuple[int, int]:
+    """Return what context blocks keep that read the texts of a step, and take for gradients."""
+    window = shape.context_window
+    # Every second row of a step's answers is a start; both ends of these may lie in other steps.
+    rows = min(tokens, SPREAD * config.starts * 9 // 8 + 2 * window)
+    rows += -rows % (window * max(1, PAST_ROWS // window))
     width, inner = shape.hidden_size, shape.context_heads * HEAD_DIM
-    scores = shape.context_heads * 2 * shape.context_window
-    # The backward of one block at a time has two more arrays of the scores' size.
+    scores = shape.context_heads * 2 * window
     each = scores + 8 * inner + 8 * width
-    return rows * size * (6 * width + shape.context_blocks * each + 2 * scores)
+    kept = 6 * width + shape.context_blocks * each
+    # The backward of one block at a time has six more arrays of the scores' size.
+    return rows * size * kept, rows * size * (kept + 6 * scores)
 
 
 def _type_size(target: Target) -> int:

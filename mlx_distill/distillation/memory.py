@@ -29,8 +29,8 @@ from mlx_distill.training.updates import LARGE
 ONE_CHUNK, CHUNKS, JUDGED, RANKED, WRITTEN = 5, 8.5, 8, 12, 8.5
 SCORES = 1.2  # arrays as large as attention's scores, in a layer
 HEADS = 2  # gradients of the head, where their parts are joined
-# An update makes some dozen arrays of each, ten at a time: so many times the ten largest. Those that
-# wait for each other are there alone.
+# An update makes some dozen arrays of each, ten at a time: so many times the ten largest. Those
+# that wait for each other are there alone.
 UPDATED, AHEAD = 2.5, 10
 WRITING_STEP = 256  # tokens by which caches grow
 
@@ -160,7 +160,8 @@ def update_bytes(trained: Sequence[mx.array]) -> int:
     """Return what an update makes beside weights, gradients and moments."""
     sizes = sorted((array.size for array in trained), reverse=True)
     small = [size for size in sizes if size < LARGE]
-    return int(4 * UPDATED * max(sum(small[:AHEAD]), max(sizes, default=0)))
+    large = sizes[0] if sizes and sizes[0] >= LARGE else 0  # the first waits for none
+    return int(4 * UPDATED * (sum(small[:AHEAD]) + large))
 
 
 def _backward_bytes(student: nn.Module, work: Work, largest: int) -> int:

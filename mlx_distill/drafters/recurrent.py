@@ -269,7 +269,10 @@ def gated(
         Cho et al. 2014, arXiv:1406.1078; r is applied behind U, so that one product makes all.
     """
     width = read.shape[-1] // 3
-    gates = mx.sigmoid(read[..., : 2 * width] + recurrent[..., : 2 * width])
-    keep, reset = gates[..., :width], gates[..., width:]
-    new = mx.tanh(read[..., 2 * width :] + reset * recurrent[..., 2 * width :])
+    # Parts by split, whose gradient is one array; slices have one of the whole's size each.
+    (read, read_new), (recurrent, recurrent_new) = (
+        mx.split(x, [2 * width], axis=-1) for x in (read, recurrent)
+    )
+    keep, reset = mx.split(mx.sigmoid(read + recurrent), 2, axis=-1)
+    new = mx.tanh(read_new + reset * recurrent_new)
     return (1 - keep) * new if state is None else new + keep * (state - new)
