@@ -28,5 +28,8 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
+WHOLE = ", there was a little girl named Lily."  # what all of the bundled model goes on with
+
+
 def last_line(text: str) -> dict[str, Any]:
     return json.loads(text.splitlines()[-1])

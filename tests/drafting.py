@@ -129,14 +129,6 @@ def random_drafter(model: Any, draft_vocab_size: int | None = None) -> BoundDraf
 
 
 @pytest.fixture(scope="session")
-def real_pair() -> tuple[Any, Any]:
-    """Return a part of the bundled model, whose drafter fits it still."""
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    model["model"].layers = [model["model"].layers[number] for number in (0, 7)]
-    return model, tokenizer
-
-
-@pytest.fixture(scope="session")
 def pair() -> tuple[Any, Any]:
     """Return a narrow random model: its tokens and caches have to be as exact, in less time."""
     model = tiny_llama(head_dim=32)
@@ -160,10 +152,9 @@ def drafters(pair: tuple[Any, Any]) -> dict[str, list[Any]]:
 
 
 @pytest.fixture(scope="session")
-def real_drafters(real_pair: tuple[Any, Any]) -> dict[str, list[Any]]:
+def real_drafters(bundled_pair: tuple[Any, Any], bundled_drafter: Any) -> dict[str, list[Any]]:
     """Return drafters of the part of the bundled model, its own among them."""
-    own = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *real_pair)
-    return {**drafters_of(real_pair, 32), "bundled": [own] * len(PROMPTS)}
+    return {**drafters_of(bundled_pair, 32), "bundled": [bundled_drafter] * len(PROMPTS)}
 
 
 DRAFTERS = ("random", "knowing", "hiding")

@@ -56,6 +56,17 @@ def write_model(folder: Path, name: str, weights_type: str) -> Path:
     return folder
 
 
+def write_part(folder: Path, name: str, layers: tuple[int, ...]) -> Path:
+    """Write a folder with some layers of a bundled model, in the type that it is stored in."""
+    model, config = _bundled(name)
+    model["model"].layers = [model["model"].layers[number] for number in layers]
+    shutil.copytree(bundled(name), folder)
+    weights: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": len(layers)}))
+    return folder
+
+
 def tiny_llama(**fields: Any) -> llama.Model:
     """Return a model whose distributions are clear: they differ from each other and from even."""
     model = llama.Model(llama.ModelArgs.from_dict(TINY | fields))

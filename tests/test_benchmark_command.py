@@ -67,7 +67,7 @@ def test_benchmark_sampling_sharing_and_draft_model(
     output = tmp_path / "result.json"
     monkeypatch.setattr(studies, "SHARING_SHAPES", ((5, 4), (10, 4)))
     more = ["--sharing", "--temp", "1", "--tree", "beam"]
-    model = ["--draft-model", str(bundled("stories-14m")), "--num-draft-tokens", "2"]
+    model = ["--draft-model", str(bundled("stories-4m")), "--num-draft-tokens", "2"]
     files = ["--data", str(prompts), "--output", str(output)]
     assert benchmark.main([*TINY, *more, *model, *files]) == 0
     result = json.loads(output.read_text())

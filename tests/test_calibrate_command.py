@@ -12,6 +12,7 @@ SIZES = {"rows": (1, 2, 4), "contexts": (16,), "widths": (1, 2), "lengths": (1, 
 TINY = [word for name, values in SIZES.items() for word in (f"--{name}", *map(str, values))]
 
 
+@pytest.mark.usefixtures("bundled_once")
 def test_it_measures_reports_and_keeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commanding import WHOLE
 from conftest import REPOSITORY
 from test_generate_runs import generate
 
@@ -104,11 +105,12 @@ def test_console_script(capsys: pytest.CaptureFixture[str], expected: str) -> No
     assert end.value.code == 2
 
 
-def test_module_from_another_folder(tmp_path: Path, expected: str) -> None:
+def test_module_from_another_folder(tmp_path: Path) -> None:
     """The bundled pair is found, and nothing but the text is on stdout."""
-    command = [sys.executable, "-m", "mlx_distill.generate", "--max-tokens", "24"]
+    command = [sys.executable, "-m", "mlx_distill.generate", "--max-tokens", "12"]
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert run.stdout == expected + "\n"
+    assert run.stdout.startswith(WHOLE)
+    assert run.stdout.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 

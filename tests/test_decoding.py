@@ -31,7 +31,6 @@ from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters import bound
@@ -81,10 +80,9 @@ def test_greedy_equals_mlx_lm(
         assert seen(found) == answer
 
 
-def test_bundled_drafter_equals_mlx_lm(bundled_pair: tuple[Any, Any]) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *bundled_pair)
+def test_bundled_drafter_equals_mlx_lm(bundled_pair: tuple[Any, Any], bundled_drafter: Any) -> None:
     for prompt in PROMPTS[:2]:
-        responses = list(ours(bundled_pair, prompt, drafter=drafter, max_tokens=20))
+        responses = list(ours(bundled_pair, prompt, drafter=bundled_drafter, max_tokens=20))
         assert seen(iter(responses)) == seen(plain(bundled_pair, prompt, max_tokens=20))
         assert responses[-1].tokens_per_call > 1.5
 
@@ -234,26 +232,26 @@ def test_nothing_is_drafted_where_the_plan_has_no_room(
 
 
 def test_another_thread_generates_and_reads(
-    real_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
+    bundled_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
 ) -> None:
     """MLX's default streams belong to threads; models, drafters and responses must not."""
     drafter = real_drafters["bundled"][0]
-    here = list(ours(real_pair, PROMPTS[0], drafter=drafter, max_tokens=8))
-    cache = make_prompt_cache(real_pair[0])
+    here = list(ours(bundled_pair, PROMPTS[0], drafter=drafter, max_tokens=8))
+    cache = make_prompt_cache(bundled_pair[0])
     found: dict[str, Any] = {}
 
     def work() -> None:
         options: dict[str, Any] = {"drafter": drafter, "max_tokens": 32}
-        found["text"] = seen(ours(real_pair, PROMPTS[0], prompt_cache=cache, **options))
-        found["sampled"] = seen(ours(real_pair, PROMPTS[0], temperature=1.0, seed=2, **options))
+        found["text"] = seen(ours(bundled_pair, PROMPTS[0], prompt_cache=cache, **options))
+        found["sampled"] = seen(ours(bundled_pair, PROMPTS[0], temperature=1.0, seed=2, **options))
         found["sums"] = [mx.exp(response.logprobs).sum().item() for response in here]
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found["text"] == seen(plain(real_pair, PROMPTS[0], max_tokens=32))
+    assert found["text"] == seen(plain(bundled_pair, PROMPTS[0], max_tokens=32))
     options = {"drafter": drafter, "temperature": 1.0, "seed": 2, "max_tokens": 32}
-    assert found["sampled"] == seen(ours(real_pair, PROMPTS[0], **options))
+    assert found["sampled"] == seen(ours(bundled_pair, PROMPTS[0], **options))
     np.testing.assert_allclose(found["sums"], 1, atol=1e-4)
 
 

@@ -111,7 +111,7 @@ LAWS: tuple[dict[str, Any], ...] = (
 def test_text_of_a_seed_is_the_same_whatever_drafts(
     pair: tuple[Any, Any],
     drafters: dict[str, list[Any]],
-    real_pair: tuple[Any, Any],
+    bundled_pair: tuple[Any, Any],
     real_drafters: dict[str, list[Any]],
     law: dict[str, Any],
 ) -> None:
@@ -123,7 +123,7 @@ def test_text_of_a_seed_is_the_same_whatever_drafts(
     of_pair = [(drafters[name][0], plan) for name, plan in zip(DRAFTERS, plans, strict=True)]
     of_real = [(real_drafters["bundled"][0], DraftPlan())]
     long = 70 if law == LAWS[0] else 24  # more than a block of noise
-    for models, every, length in ((pair, of_pair, long), (real_pair, of_real, 24)):
+    for models, every, length in ((pair, of_pair, long), (bundled_pair, of_real, 24)):
         options: dict[str, Any] = {"seed": 3, "max_tokens": length, **law}
         expected = seen(ours(models, PROMPTS[0], **options))
         for drafter, plan in every:
@@ -131,18 +131,18 @@ def test_text_of_a_seed_is_the_same_whatever_drafts(
 
 
 def test_processors_leave_the_text_of_a_seed_alone(
-    real_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
+    bundled_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
 ) -> None:
     """Then the host walks, node by node."""
     options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 24}
-    expected = seen(ours(real_pair, PROMPTS[1], **options))
+    expected = seen(ours(bundled_pair, PROMPTS[1], **options))
     options["logits_processors"] = [lambda tokens, logits: logits]
     for one in (None, real_drafters["bundled"][1], real_drafters["hiding"][1]):
-        assert seen(ours(real_pair, PROMPTS[1], drafter=one, **options)) == expected
+        assert seen(ours(bundled_pair, PROMPTS[1], drafter=one, **options)) == expected
 
 
 def test_drafts_in_sight_of_the_noise_are_accepted_more_often(
-    real_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
+    bundled_pair: tuple[Any, Any], real_drafters: dict[str, list[Any]]
 ) -> None:
     drafter = real_drafters["bundled"][0]
 
@@ -156,7 +156,7 @@ def test_drafts_in_sight_of_the_noise_are_accepted_more_often(
         total = 0
         for seed, prompt in enumerate(PROMPTS):
             options: dict[str, Any] = {"temperature": 1.0, "seed": seed, "max_tokens": 48}
-            *_, last = ours(real_pair, prompt, drafter=drafter, **options)
+            *_, last = ours(bundled_pair, prompt, drafter=drafter, **options)
             total += last.accepted_tokens
         return total
 
@@ -181,13 +181,13 @@ def test_filters_that_leave_one_token_are_greedy(
 
 
 def test_another_law_compiles_nothing(
-    real_pair: tuple[Any, Any],
+    bundled_pair: tuple[Any, Any],
     real_drafters: dict[str, list[Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drafter = real_drafters["bundled"][0]
     options: dict[str, Any] = {"drafter": drafter, "seed": 0, "max_tokens": 3}
-    list(ours(real_pair, PROMPTS[0], temperature=1.0, **options))
+    list(ours(bundled_pair, PROMPTS[0], temperature=1.0, **options))
 
     def compile(*arguments: Any, **more: Any) -> Any:
         raise AssertionError("something is compiled")
@@ -195,7 +195,7 @@ def test_another_law_compiles_nothing(
     monkeypatch.setattr(mx, "compile", compile)
     for temperature, top_p, top_k in [(0.5, 1.0, 0), (1.2, 0.9, 0), (1.0, 0.7, 9)]:
         options |= {"temperature": temperature, "top_p": top_p, "top_k": top_k}
-        list(ours(real_pair, PROMPTS[0], **options))
+        list(ours(bundled_pair, PROMPTS[0], **options))
 
 
 @pytest.mark.parametrize("name", ["bundled", "hiding"])
@@ -203,7 +203,7 @@ def test_another_law_compiles_nothing(
     "law", [{"top_p": 0.9}, {"top_p": 0.99}, {"top_k": 24}, {"top_p": 0.95, "min_p": 0.01}], ids=str
 )
 def test_filters_that_look_at_few_tokens_change_no_text(
-    real_pair: tuple[Any, Any],
+    bundled_pair: tuple[Any, Any],
     real_drafters: dict[str, list[Any]],
     monkeypatch: pytest.MonkeyPatch,
     law: dict[str, Any],
@@ -212,12 +212,12 @@ def test_filters_that_look_at_few_tokens_change_no_text(
     """Some draws are not certain then, and have to be made again; the drafts behind them, too."""
     drafter = real_drafters[name][0]
     options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "max_tokens": 28, **law}
-    expected = seen(ours(real_pair, PROMPTS[0], **options))
+    expected = seen(ours(bundled_pair, PROMPTS[0], **options))
     again = []
     walk_again = cycle_module.sample
     monkeypatch.setattr(filters, "CANDIDATES", 24)
     monkeypatch.setattr(cycle_module, "sample", lambda *a: again.append(a) or walk_again(*a))
-    assert seen(ours(real_pair, PROMPTS[0], drafter=drafter, **options)) == expected
+    assert seen(ours(bundled_pair, PROMPTS[0], drafter=drafter, **options)) == expected
     assert len(again) < 40
     if law["top_p" if "top_p" in law else "top_k"] == 0.99:
         assert again  # far more than 24 tokens hold so much

@@ -283,7 +283,7 @@ def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, An
 
 @pytest.mark.parametrize(
     ("batch_size", "length", "exit_dim", "blocks"),
-    [(4, 80, None, 0), (2, 24, 2048, 0), (20, 120, None, 1)],
+    [(4, 80, None, 0), (2, 24, 2048, 0), (10, 120, None, 1)],
 )
 def test_memory_is_estimated(
     bundled_pair: tuple[Any, Any],

@@ -44,6 +44,7 @@ def flags(folder: Path, *more: str) -> list[str]:
 
 def test_it_runs_small_and_goes_on(
     example: ModuleType,
+    bundled_part: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -54,7 +55,8 @@ def test_it_runs_small_and_goes_on(
     monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
     monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "0")
     folder = tmp_path / "run"
-    assert example.main(flags(folder)) == 0
+    pair = ["--model", str(bundled_part), "--drafter", str(bundled("stories-14m-redrafter"))]
+    assert example.main(flags(folder, *pair)) == 0
     out = capsys.readouterr().out
     assert "2 benchmarks, about " in out
     assert (folder / "report.html").exists()
@@ -66,7 +68,7 @@ def test_it_runs_small_and_goes_on(
     kept = (folder / f"{NAMES[0]}.json").read_bytes()
     for name in (f"{NAMES[1]}.json", "report.html"):
         (folder / name).unlink()
-    assert example.main(flags(folder)) == 0
+    assert example.main(flags(folder, *pair)) == 0
     assert "1 benchmarks, about " in capsys.readouterr().out
     assert (folder / f"{NAMES[0]}.json").read_bytes() == kept
     assert (folder / "report.html").exists()

@@ -18,9 +18,14 @@ def data(tmp_path: Path) -> str:
 
 
 def test_rungs_are_trained_once_and_stand_in_one_table(
-    data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: str,
+    bundled_part: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     ladder = example("drafter_ladder", monkeypatch)
+    monkeypatch.setattr(ladder, "bundled", lambda name: bundled_part)
     output = tmp_path / "ladder"
     flags = ["--data", data, "--judge", data, "--output", str(output), *FLAGS.split()]
     assert ladder.main([*flags, "--rungs", "R0", "R2"]) == 0

@@ -21,7 +21,6 @@ from mlx_distill.benchmarking.figures import by_class
 from mlx_distill.benchmarking.page import page, published
 from mlx_distill.benchmarking.recording import record
 from mlx_distill.benchmarking.studies import growth
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.drafters.protocol import DraftPlan
@@ -226,10 +225,8 @@ def test_steps_of_an_axis_are_round(rough: float, step: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any, Any]:
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), model)
-    return model, tokenizer, drafter
+def pair(bundled_pair: tuple[Any, Any], bundled_drafter: Any) -> tuple[Any, Any, Any]:
+    return *bundled_pair, bundled_drafter
 
 
 @pytest.mark.parametrize("tree", ["best-first", "beam"])
@@ -295,6 +292,7 @@ def test_figures_of_classes() -> None:
 # ------------------------------------------------------------------------------------ the command
 
 
+@pytest.mark.usefixtures("bundled_once")
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "COPIED_BYTES", 2**20)
     monkeypatch.setattr(roofline, "LARGEST", 256)

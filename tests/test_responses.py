@@ -69,9 +69,9 @@ def places_to_cut(content: bytes) -> list[int]:
     """Return byte positions behind the header: random ones, and those around the ends of lines."""
     header = content.index(b"\n") + 1
     ends = [match.end() for match in re.finditer(b"\n", content)]
-    near = [end + step for end in ends for step in (-1, 0, 1) if end + step >= header]
-    random = np.random.default_rng(8).integers(header, len(content), 12).tolist()
-    return sorted({place for place in near + random if place <= len(content)})
+    near = [end + step for end in ends[:4] + ends[-1:] for step in (-1, 0, 1)]
+    random = np.random.default_rng(8).integers(header, len(content), 4).tolist()
+    return sorted({place for place in near + random if header <= place <= len(content)})
 
 
 def test_responses_go_on_wherever_the_file_was_cut(
