@@ -56,4 +56,25 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def template_hash(tokenizer: Any) -> str:
+    """Return a hash of a tokenizer's chat template; empty where it has none."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return ""
+    return hashlib.sha256(json.dumps(template, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def weights_type(model: nn.Module) -> str:
+    """Return how a model's weights are held: "4-bit", or the types of the floating ones.
+
+    Hashes of weights can be compared where it is the same.
+    """
+    bits = sorted({module.bits for module in model.modules() if hasattr(module, "bits")})
+    if bits:
+        return " and ".join(f"{one}-bit" for one in bits)
+    arrays: dict[str, Any] = dict(tree_flatten(model.parameters()))
+    types = {str(x.dtype) for x in arrays.values() if mx.issubdtype(x.dtype, mx.floating)}
+    return " and ".join(sorted(one.removeprefix("mlx.core.") for one in types))
+
+
 _hashes: WeakKeyDictionary[Any, str] = WeakKeyDictionary()

@@ -1,5 +1,6 @@
 """Answers as token ids in one file: read as they are, and refused in a sentence."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,49 @@ def test_answers_of_another_model_are_refused(tmp_path: Path):
         answers.check(9)
     with pytest.raises(InputError, match="none of the answers was written at temperature 0"):
         answers.only([1]).greedy_ones()
+
+
+WRITER = {
+    "tokenizer_hash": "a",
+    "hidden_size": 64,
+    "template_hash": "t",
+    "weights_hash": "w",
+    "weights_type": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"tokenizer_hash": "b"}, "its tokenizer hash is a, this one's is b"),
+        ({"hidden_size": 32}, "its hidden size is 64, this one's is 32"),
+        ({"template_hash": ""}, "its template hash is t, this one's is none"),
+        ({"weights_hash": "v"}, "its weights hash is w, this one's is v"),
+    ],
+)
+def test_answers_of_another_writer_are_refused(
+    tmp_path: Path, change: dict[str, Any], sentence: str, capsys: pytest.CaptureFixture[str]
+):
+    written = replace(read_answers(file_of(tmp_path)), target=WRITER)
+    written.check(10, WRITER)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(InputError, match=f"the answers are another model's: {sentence}"):
+        written.check(10, WRITER | change)
+
+
+@pytest.mark.parametrize(
+    ("by", "said"),
+    [
+        ({}, "the file does not say what model wrote the answers; they are taken for this one's"),
+        (WRITER | {"weights_type": "4-bit", "weights_hash": "v"}, "writer had 4-bit weights, this"),
+    ],
+)
+def test_what_is_not_known_of_a_writer_is_said(
+    tmp_path: Path, by: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+):
+    replace(read_answers(file_of(tmp_path)), target=by).check(10, WRITER)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"{}", b"\x80\x04pickled"])

@@ -1,9 +1,12 @@
 """Answers alone: written as a file that a training takes, wherever the writing was stopped."""
 
 import errno
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ModelIn
@@ -37,7 +40,8 @@ def test_the_file_holds_every_answer(written: Path) -> None:
     answers = read_answers(written)
     assert answers.greedy == [True, False] * 20
     assert {len(one.prompt) for one in answers.responses} <= {1, 2, 3, 4, 5, 6}
-    assert answers.target.keys() >= {"tokenizer_hash", "weights_hash"}
+    assert answers.target["weights_type"] == "float32"
+    assert answers.target["template_hash"] == ""
     with np.load(written) as arrays:
         ended = arrays["ended"]
     for one, whole in zip(answers.responses, ended, strict=True):
@@ -49,6 +53,26 @@ def test_a_drafter_learns_from_it(model: list[str], written: Path, tmp_path: Pat
     shape = ["--exit-dim", "32", "--draft-vocab-size", "256", "--unroll", "2", "--steps", "2"]
     assert train_drafter.main([*model, *flags, *shape, "--held-out", "4"]) == 0
     assert (tmp_path / "drafter" / "model.safetensors").exists()
+
+
+def test_only_what_may_have_written_them_learns_from_them(
+    model_in: ModelIn, written: Path, tmp_path: Path, refused: Run
+) -> None:
+    """Another template, or other weights of the same shape, have not."""
+    drafter, asked = tmp_path / "drafter", ["--answers", str(written), "--held-out", "4"]
+    chat, tuned = tmp_path / "chat", tmp_path / "tuned"
+    for folder in (chat, tuned):
+        shutil.copytree(model_in("tiny", "bfloat16"), folder)
+    settings = json.loads((chat / "tokenizer_config.json").read_text())
+    (chat / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "hi"}))
+    weights: dict[str, Any] = mx.load(str(tuned / "model.safetensors"))  # pyright: ignore
+    weights["model.norm.weight"] = 2 * weights["model.norm.weight"]
+    mx.eval(weights)
+    mx.save_safetensors(str(tuned / "model.safetensors"), weights, {"format": "mlx"})
+    for folder, sentence in ((chat, "its template hash is none"), (tuned, "its weights hash is")):
+        flags = ["--model", folder, *asked, "--output", drafter]
+        assert sentence in refused(train_drafter.main, *flags)
+    assert sorted(tmp_path.iterdir()) == [chat, tuned]
 
 
 def test_what_was_stopped_goes_on(

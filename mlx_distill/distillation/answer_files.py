@@ -8,6 +8,7 @@ with an end token or was cut off, and ``target``, what its writer is known by, a
 
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from mlx_distill.distillation.responses import Response
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.parsing import parse_json
 
+# What of a writer has to be a reader's; names that only one of them has are not compared.
+OF_A_WRITER = ("tokenizer_hash", "hidden_size", "template_hash", "weights_hash")
 NAMES = ("prompt", "prompt_len", "answer", "answer_len", "greedy")
 
 
@@ -40,19 +43,24 @@ class WrittenAnswers:
     target: Mapping[str, int | str] = field(default_factory=dict)
 
     def check(self, vocab_size: int, known: Mapping[str, int | str] | None = None) -> None:
-        """Raise InputError if a model cannot have written them.
+        """Raise InputError if a model cannot have written them; say on stderr what is not known.
 
         Args:
             vocab_size: How many tokens it has.
-            known: What it is known by; its weights may be the same in another type.
+            known: What it is known by; weights of another type cannot be compared.
         """
-        for name in ("tokenizer_hash", "hidden_size"):
+        types = [of.get("weights_type") for of in (known or {}, self.target)]
+        for name in OF_A_WRITER:
             mine, theirs = (known or {}).get(name), self.target.get(name)
+            if name == "weights_hash" and types[0] != types[1]:
+                continue
             if mine is not None and theirs is not None and mine != theirs:
                 raise InputError(
-                    f"the answers are another model's: its {name.replace('_', ' ')} is {theirs}, "
-                    f"this one's is {mine}"
+                    f"the answers are another model's: its {name.replace('_', ' ')} is "
+                    f"{theirs or 'none'}, this one's is {mine or 'none'}"
                 )
+        if known and types[0] != types[1]:
+            print(_unknown(types[1], types[0]), file=sys.stderr)
         largest = max(max([0, *one.prompt, *one.response]) for one in self.responses)
         if largest >= vocab_size:
             raise InputError(
@@ -173,6 +181,15 @@ def save_answers(path: Path, answers: WrittenAnswers, ends: Collection[int]) -> 
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def _unknown(theirs: object, mine: object) -> str:
+    if theirs is None:
+        return "the file does not say what model wrote the answers; they are taken for this one's"
+    return (
+        f"the answers' writer had {theirs} weights, this model has {mine}: that they are the same "
+        "model's is not checked"
+    )
 
 
 def _target(path: str | Path, found: np.ndarray | None) -> dict[str, int | str]:

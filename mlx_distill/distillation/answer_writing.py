@@ -21,7 +21,7 @@ from mlx_distill.distillation.responses import (
 )
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
 from mlx_distill.errors import InputError
-from mlx_distill.hashes import weights_hash
+from mlx_distill.hashes import template_hash, weights_hash, weights_type
 from mlx_distill.locks import locked
 from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
@@ -69,7 +69,7 @@ def write_answers(
     with locked(kept):
         responses = answered(kept, model, tokenizer, prompts, config, target, quiet)
         greedy = [config.temperature(row) == 0 for row in range(len(responses))]
-        answers = WrittenAnswers(responses, greedy, [], target)
+        answers = WrittenAnswers(responses, greedy, [], origin(model, tokenizer))
         save_answers(path, answers, tokenizer.eos_token_ids)
         kept.unlink()
     seconds = time.perf_counter() - start
@@ -80,6 +80,15 @@ def write_answers(
 def writer(model: nn.Module, tokenizer: Any) -> Fingerprint:
     """Return what answers know the model by that has written them."""
     return {**fingerprint(Target.of(model), tokenizer), "weights_hash": weights_hash(model)}
+
+
+def origin(model: nn.Module, tokenizer: Any) -> Fingerprint:
+    """Return what a file of answers says of its writer, for whoever learns from it elsewhere."""
+    return {
+        **writer(model, tokenizer),
+        "weights_type": weights_type(model),
+        "template_hash": template_hash(tokenizer),
+    }
 
 
 def check_writes(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from mlx_distill.distillation.answer_writing import (
     answered,
     check_enough,
     check_writes,
+    origin,
     usable_prompts,
     writer,
 )
@@ -31,7 +32,7 @@ from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
 from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
 from mlx_distill.distillation.own_prompts import as_rows, encoded, own_prompts
 from mlx_distill.distillation.target_reader import TargetReader
-from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
+from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.errors import InputError
@@ -94,7 +95,7 @@ def train_drafter(
     settings = {"config": asdict(config), "target": known, **stored, **(about or {})}
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
-    data = _data(target, tokenizer, prompts, config, template_config, report, known)
+    data = _data(target, tokenizer, prompts, config, template_config, report)
     _check_start(start, config.network(target))
     kept = Path(features) if features else None
     _check_room(target, config, data, kept)
@@ -150,7 +151,6 @@ def _data(
     config: DrafterTraining,
     template_config: Mapping[str, Any] | None,
     report: Report | None,
-    known: Fingerprint,
 ) -> _Data:
     """Return what is learned from, without what the target cannot read.
 
@@ -159,7 +159,7 @@ def _data(
     """
     if isinstance(prompts, WrittenAnswers):
         report = report or Report(rows=len(prompts.responses), kept=len(prompts.responses))
-        prompts.check(target.vocab_size, known)
+        prompts.check(target.vocab_size, origin(target.model, tokenizer))
         given = _fitting(target.model, prompts, config, report)
         return _Data([one.prompt for one in given.responses], given, [], report)
     own: list[str] = []

@@ -13,6 +13,7 @@ from mlx_distill.data.report import Report
 from mlx_distill.data.selection import rows_in_turn
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
+from mlx_distill.distillation.answer_writing import origin
 from mlx_distill.distillation.responses import (
     Response,
     ResponseConfig,
@@ -114,7 +115,7 @@ class Material:
 
     @classmethod
     def _of(cls, written: WrittenAnswers, pair: Pair, count: int | None) -> "Material":
-        written.check(pair.target.vocab_size)
+        written.check(pair.target.vocab_size, origin(pair.model, pair.tokenizer))
         if any(written.greedy):
             written = written.greedy_ones()
         kinds = written.kinds or [""] * len(written.responses)
