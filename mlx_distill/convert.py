@@ -28,7 +28,6 @@ from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
 
 FORMS = ("smaller", "ours", "published")
-FITTED = 64  # answers, behind those that judge, that a narrower head is fitted on
 
 
 @cli.command
@@ -43,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = read_answers(arguments.answers).greedy_ones()
     numbers = range(len(answers.responses))
     judged = answers.only(numbers[: arguments.max_texts])
-    others = answers.only(numbers[arguments.max_texts :][:FITTED])
+    others = answers.only(numbers[arguments.max_texts :])
     model, tokenizer = cli.load_model(arguments)
     pair = Pair(model, tokenizer, load_drafter(arguments.drafter, model, tokenizer))
     answers.check(pair.target.vocab_size)
@@ -131,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=32,
         metavar="INT",
-        help="judge by the first so many answers; at least 1. A narrower head is fitted on the 64 "
+        help="judge by the first so many answers; at least 1. A narrower head is fitted on those "
         "behind them, or on the same where there are no more (default: 32)",
     )
     parser.add_argument(

@@ -10,7 +10,7 @@ import pytest
 import mlx_distill
 from mlx_distill import InputError, convert
 from mlx_distill.checkpoint import bundled
-from mlx_distill.distillation.narrow_head import narrow_head, narrowed, second_moment
+from mlx_distill.distillation.narrow_head import narrow_head, narrowed, second_moment, shares_of
 from mlx_distill.distillation.responses import Response
 from mlx_distill.target.target import Target
 
@@ -33,29 +33,29 @@ def answers(bundled_pair: tuple[Any, Any]) -> list[Response]:
     ]
 
 
-def error(weight: np.ndarray, spread: np.ndarray, product: np.ndarray) -> float:
-    """Return the mean square of what the logits differ by, all moved by as much left out."""
-    off = weight - product
-    off = off - off.mean(axis=0)
-    return float(np.trace(off @ spread @ off.T))
+def variance(weight: np.ndarray, product: np.ndarray, x: np.ndarray, shares: np.ndarray) -> float:
+    """Return the mean variance, under the shares, of what two heads' logits differ by."""
+    off = x @ (weight - product).T
+    return float(np.mean((off - (off @ shares)[:, None]) ** 2 @ shares))
 
 
-def test_no_other_matrix_of_that_rank_is_nearer() -> None:
+@pytest.mark.parametrize("is_even", [True, False])
+def test_no_other_matrix_of_that_rank_is_nearer(is_even: bool) -> None:
     draws = np.random.default_rng(5)
     weight = draws.normal(size=(30, 6)).astype(np.float32)
     x = draws.normal(size=(200, 6)) * [9, 1, 5, 0.1, 2, 0.01]
-    spread = x.T @ x / 200
-    head, before = map(np.array, narrowed(mx.array(weight), spread, 2))
-    found = error(weight, spread, head @ before)
-    centred = weight - weight.mean(axis=0)
-    left = np.linalg.svd(centred @ np.linalg.cholesky(spread), compute_uv=False)[2:]
+    shares = np.ones(30) / 30 if is_even else draws.dirichlet(np.full(30, 0.3)) * 0.97 + 0.001
+    head, before = map(np.array, narrowed(mx.array(weight), x.T @ x / 200, shares, 2))
+    found = variance(weight, head @ before, x, shares)
+    centred = np.sqrt(shares)[:, None] * (weight - shares @ weight) @ x.T / np.sqrt(200)
+    left = np.linalg.svd(centred, compute_uv=False)[2:]
     assert found == pytest.approx(float(np.sum(left**2)), rel=1e-3)
 
 
 def test_a_rank_that_is_enough_changes_no_probability() -> None:
     draws = np.random.default_rng(6)
     weight = draws.normal(size=(30, 3)) @ draws.normal(size=(3, 8)) + draws.normal(size=8)
-    head, before = narrowed(mx.array(weight.astype(np.float32)), np.eye(8), 3)
+    head, before = narrowed(mx.array(weight.astype(np.float32)), np.eye(8), np.full(30, 1 / 30), 3)
     x = mx.array(draws.normal(size=(5, 8)).astype(np.float32))
     found = mx.softmax((x @ before.T) @ head.T, axis=-1)
     expected = mx.softmax(x @ mx.array(weight.astype(np.float32)).T, axis=-1)
@@ -90,6 +90,17 @@ def test_a_narrow_head_drafts_nearly_as_well(
         assert [one.token for one in last] == answers[0].response
         calls.append(last[-1].target_calls)
     assert calls[1] <= 1.3 * calls[0]
+
+
+def test_shares_are_of_what_can_be_drafted(bundled_pair: tuple[Any, Any]) -> None:
+    drafter = mlx_distill.load_drafter(DRAFTER, *bundled_pair)
+    ids = drafter.network.token_ids.tolist()
+    first, second, *_ = ids
+    unknown = min(set(range(4096)) - set(ids))
+    answers = [Response([1], [first, first, unknown]), Response([1], [second, first])]
+    shares = shares_of(drafter, answers)
+    assert shares.sum() == pytest.approx(1)
+    assert shares[:3].tolist() == pytest.approx([4 / 1540, 2 / 1540, 1 / 1540])
 
 
 @pytest.mark.parametrize("rank", [0, 256, 1000])

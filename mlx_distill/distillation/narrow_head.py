@@ -3,10 +3,13 @@
     logits = W x          W (K, E), x what the head is given
     W x  ~  A (B x)       A (K, R), B (R, E)
 
-Of all matrices of rank R, A B has the least expected square of W x - A B x over what the head is
-given along drafts of the target's answers: it is the nearest to W C^(1/2), with C the mean of x x',
-by the singular vectors of that product. What all logits of a row have in common changes no
-probability, so the mean of W's rows is taken away before.
+A change d of the logits moves a distribution p by the variance of d under p, half of that in nats
+where d is small. Of all matrices of rank R, A B has the least expected variance, with p how often
+the target writes each token, and x what the head is given along drafts of its answers: it is what
+the largest singular vectors of P^(1/2) (W - w) C^(1/2) make, with w the mean row under p and C the
+mean of x x'. How often tokens are written matters: of SmolLM2's drafter (E = 576, R = 192, 31
+answers, no training) the first drafted token is right 0.526 of the time, with A B 0.477, and 0.435
+if all tokens count as much.
 """
 
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ from mlx_distill.target.target import Target
 
 UNROLL = 5  # tokens of a draft
 STARTS = 256  # drafts at once
-MOST_STARTS = 4096
+MOST_TEXTS, MOST_STARTS = 64, 4096  # that are drafted for
 BATCH_SIZE = 8  # texts that the target reads at once
 # Directions that the head is given less of than this share of the largest do not count.
 LEAST_SHARE = 1e-7
@@ -51,7 +54,8 @@ def narrow_head(
         rank: Width between the two, less than the head's.
         drafter: That of the folder.
         target: Its target.
-        answers: The target's.
+        answers: The target's, the more the better: all tell which tokens it writes, and the first
+            of them what the head is given.
 
     Raises:
         InputError: If the folder's head cannot be narrowed, or nothing can be written.
@@ -65,28 +69,41 @@ def narrow_head(
         raise InputError(f"the rank must lie between 1 and {shape.exit_dim - 1}, got {rank}")
     spread = second_moment(drafter, target, answers)
     last = f"lm_head.{shape.num_draft_layers}.weight"
-    head, before = narrowed(arrays[last], spread, rank)
+    head, before = narrowed(arrays[last], spread, shares_of(drafter, answers), rank)
     arrays |= {last: before, f"lm_head.{shape.num_draft_layers + 1}.weight": head}
     write_changed(source, usable_path(output, "the output"), {**fields, "head_rank": rank}, arrays)
 
 
 def narrowed(
-    weight: Float[mx.array, "K E"], spread: np.ndarray, rank: int
+    weight: Float[mx.array, "K E"], spread: np.ndarray, shares: np.ndarray, rank: int
 ) -> tuple[Float[mx.array, "K R"], Float[mx.array, "R E"]]:
     """Return the two matrices whose product is nearest to a head where it is used.
 
     Args:
         weight: Of the head.
         spread: The mean of x x' over its inputs, (E, E).
+        shares: How often each of its tokens is written, (K,); above 0, of sum 1.
         rank: Width between the two.
     """
     values, directions = np.linalg.eigh(spread)
     sizes = np.sqrt(np.maximum(values, LEAST_SHARE * values[-1]))
     root, inverse = ((directions * by) @ directions.T for by in (sizes, 1 / sizes))
-    rows = np.array(weight.astype(mx.float32), np.float64)
-    head, before = factored(mx.array(((rows - rows.mean(axis=0)) @ root).astype(np.float32)), rank)
-    before = mx.array((np.array(before, np.float64) @ inverse).astype(np.float32))
-    return head.astype(weight.dtype), before.astype(weight.dtype)
+    rows, often = np.array(weight.astype(mx.float32), np.float64), np.sqrt(shares)[:, None]
+    used = often * (rows - shares @ rows) @ root
+    head, before = (np.array(x) for x in factored(mx.array(used.astype(np.float32)), rank))
+    matrices = head / often, before @ inverse
+    head, before = (mx.array(x.astype(np.float32)).astype(weight.dtype) for x in matrices)
+    return head, before
+
+
+def shares_of(drafter: BoundDrafter, answers: Sequence[Response]) -> np.ndarray:
+    """Return how often each token that can be drafted is written, (K,), none never."""
+    vocab_size = drafter.config.vocab_size
+    written = np.concatenate([np.array(one.response, np.int64) for one in answers])
+    counts = 1.0 + np.bincount(written[written < vocab_size], minlength=vocab_size)
+    if drafter.config.draft_vocab_size:
+        counts = counts[np.array(drafter.network.token_ids)]
+    return counts / counts.sum()
 
 
 def second_moment(drafter: BoundDrafter, target: Target, answers: Sequence[Response]) -> np.ndarray:
@@ -94,7 +111,8 @@ def second_moment(drafter: BoundDrafter, target: Target, answers: Sequence[Respo
     shape: RecurrentDrafterConfig = drafter.config
     look_back = shape.context_window if shape.context_blocks else 0
     reader = TargetReader(target, shape.taps, BATCH_SIZE, look_back)
-    view = reader.view([text_of(one) for one in answers if len(one.response) > 1])
+    some = [text_of(one) for one in answers if len(one.response) > 1][:MOST_TEXTS]
+    view = reader.view(some)
     places = view.starting[:: -(-view.starting.size // MOST_STARTS)]
     total, count = np.zeros((shape.exit_dim, shape.exit_dim)), 0.0
     for first in range(0, places.size, STARTS):
