@@ -209,7 +209,9 @@ def test_weights_that_are_no_numbers_are_refused(
 def wide(bundled_pair: tuple[Any, Any], tmp_path: Path) -> Path:
     """Return a folder of a drafter with every kind of layer; some rows are no whole groups."""
     shape = {"exit_dim": 96, "num_draft_layers": 1, "draft_vocab_size": 512, "cell": "gru"}
-    config = RecurrentDrafterConfig(384, 4096, **shape, context_state=True, taps=(1, -1))
+    blocks = {"context_blocks": 1, "context_window": 8, "context_heads": 2}
+    more = {"context_state": True, "taps": (1, -1), **blocks}
+    config = RecurrentDrafterConfig(384, 4096, **shape, **more)
     target = fingerprint(Target.of(bundled_pair[0]), bundled_pair[1])
     save_drafter(tmp_path / "wide", RecurrentDrafter(config), target, {"README.md": "# wide"})
     return tmp_path / "wide"

@@ -12,8 +12,12 @@ from evaluating import BUNDLED, STORIES, tiny_folder
 from mlx_distill import checkpoint
 from mlx_distill import evaluate as verb
 from mlx_distill.checkpoint import load
+from mlx_distill.drafters.fingerprint import fingerprint
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
 from mlx_distill.evaluation.models import Loaded
+from mlx_distill.target.target import Target
 
 pytestmark = pytest.mark.usefixtures("no_hub")
 
@@ -94,6 +98,25 @@ def test_command_on_weights_as_a_gpu_loads_them(
     for name, tolerance in (("nats_per_token", 2e-3), ("calibration_error", 0.02)):
         found = rows["s"][name]["value"]
         assert found == pytest.approx(expected[name]["value"], rel=tolerance, abs=tolerance)
+
+
+def test_a_drafter_is_judged_on_weights_as_a_gpu_loads_them(
+    tiny_on_a_gpu: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every figure is a number, and no draft costs a call."""
+    model, tokenizer = load(tiny_on_a_gpu)
+    mx.random.seed(0)
+    network = RecurrentDrafter(RecurrentDrafterConfig(64, 4096, 32, 1, draft_vocab_size=64))
+    save_drafter(tmp_path / "d", network, fingerprint(Target.of(model), tokenizer), {})
+    rows = [json.dumps({"prompt": text}) + "\n" for text in ("Once upon a time", "One day")]
+    (tmp_path / "prompts.jsonl").write_text("".join(rows))
+    files = ["--drafter", tmp_path / "d", "--data", tmp_path / "prompts.jsonl"]
+    sizes = ["--answer-tokens", 6, "--nodes", 4, "--chains", 2, "--rounds", 0, "--json"]
+    assert run("--teacher", tiny_on_a_gpu, *files, *sizes) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for figures in found["temperatures"].values():
+        for shape in figures["shapes"].values():
+            assert 1 <= shape["all"]["tokens_per_call"] <= 5
 
 
 def test_stored_answers_are_filtered_and_a_cut_one_has_no_end(
