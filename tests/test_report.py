@@ -18,7 +18,8 @@ from mlx_distill.benchmarking.arms import PLAIN, Bench, Sample
 from mlx_distill.benchmarking.charts import Axis, Line, heat_map, lines, round_step
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.figures import by_class
-from mlx_distill.benchmarking.page import page, published
+from mlx_distill.benchmarking.page import page
+from mlx_distill.benchmarking.published import published
 from mlx_distill.benchmarking.recording import record
 from mlx_distill.benchmarking.studies import growth
 from mlx_distill.core.sampling import Sampling

@@ -17,13 +17,12 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 
+from mlx_distill.benchmarking.published import PUBLISHED
 from mlx_distill.benchmarking.traces import TracedText
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.speculation.costs import Costs
 
-PUBLISHED = files("mlx_distill") / "benchmarking" / "published.csv"
 WIDTHS, LENGTHS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8)
 CONTEXT = 200  # about that of the published texts
 

@@ -5,7 +5,6 @@ else, so it can be made again later and elsewhere. Every text that it shows, pro
 escaped; the trees lie in it as JSON in which no character can end the script.
 """
 
-import csv
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,10 @@ from importlib.resources import files
 from typing import Any
 
 from mlx_distill.benchmarking.charts import Axis, Line, heat_map, lines
+from mlx_distill.benchmarking.published import published
 from mlx_distill.errors import InputError, one_line
 
 TEMPLATE = files("mlx_distill") / "benchmarking" / "page_template.html"
-PUBLISHED = files("mlx_distill") / "benchmarking" / "published.csv"
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
@@ -320,23 +319,6 @@ def _published(results: Sequence[Mapping[str, Any]]) -> str:
     return _section(
         "Beside published figures", table(heads, [*rows, *published()], "sources"), _note(told)
     )
-
-
-def published() -> list[tuple[str, ...]]:
-    """Return the fastest row of each published sweep on Apple's chips."""
-    best: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in csv.DictReader(PUBLISHED.read_text(encoding="utf-8").splitlines()):
-        kind = tuple(row[name] for name in ("source", "method", "chip", "model", "dtype", "mode"))
-        if kind not in best or float(row["speedup"]) > float(best[kind]["speedup"]):
-            best[kind] = row
-    return [
-        (
-            *(row[name] for name in ("method", "chip", "model", "dtype", "mode")),
-            f"{row['beam_width']} x {row['beam_length']}" if row["beam_width"] else "",
-            *(row[name] for name in ("tokens_per_s", "speedup", "tokens_per_call", "source")),
-        )
-        for row in best.values()
-    ]
 
 
 def _json(value: object) -> str:
