@@ -148,7 +148,9 @@ class DraftModelState:
         self._waiting = []
         if not self._line:
             return
-        line, new = to_host(mx.concatenate(self._line)), self.text[self.num_read :]
+        # They are computed by now: to put them together would be an operation to wait for.
+        line = [token for one in self._line for token in to_host(one)]
+        new = self.text[self.num_read :]
         self._line = []
         kept = _num_equal(line, new)
         (before, num_read), behind = self._points
