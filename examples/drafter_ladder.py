@@ -33,6 +33,7 @@ from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
+from mlx_distill.distillation.answer_writing import origin
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_training import train_drafter
 from mlx_distill.distillation.responses import ResponseConfig
@@ -179,7 +180,7 @@ def _ladder(folder: Path, arguments: argparse.Namespace, given: WrittenAnswers |
     model, tokenizer = mlx_distill.load(arguments.model or bundled("stories-14m"))
     count = arguments.max_prompts
     if given is not None:
-        given.check(Target.of(model).vocab_size)
+        given.check(Target.of(model).vocab_size, origin(model, tokenizer))
         learned = given.only(range(len(given.responses))[:count])
     else:
         learned = read_prompts(arguments.data, tokenizer)[:count]

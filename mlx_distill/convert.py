@@ -17,6 +17,7 @@ from dataclasses import asdict
 from mlx_distill import cli, machine
 from mlx_distill.calibration.measuring import Pair
 from mlx_distill.distillation.answer_files import read_answers
+from mlx_distill.distillation.answer_writing import origin
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.packing import BITS
 from mlx_distill.drafters.protocol import DraftPlan
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     others = answers.only(numbers[arguments.max_texts :])
     model, tokenizer = cli.load_model(arguments)
     pair = Pair(model, tokenizer, load_drafter(arguments.drafter, model, tokenizer))
-    answers.check(pair.target.vocab_size)
+    answers.check(pair.target.vocab_size, origin(model, tokenizer))
     form = Form(arguments.bits, arguments.head_rank)
     fitted = (others if others.responses else judged).responses
     found = convert_and_judge(pair, arguments.drafter, arguments.output, form, judged, fitted)
