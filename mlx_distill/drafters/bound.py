@@ -27,6 +27,8 @@ MOST_COMPILED = 16
 # A command that writes a few sentences ends sooner without.
 TABLE_BYTES = 64 * 2**20
 DRAFTS_BEFORE_TABLES = 256
+# A shortlist is made sooner: SmolLM2's takes 0.3 s and saves 15 ms of each draft.
+DRAFTS_BEFORE_SHORTLIST = 16
 
 Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
 
@@ -56,7 +58,7 @@ class BoundDrafter:
         self.target = target
         self.taps = network.config.taps
         self._steps = Steps(network, embed)
-        self._left = DRAFTS_BEFORE_TABLES
+        self._drafts = 0
         self._shortlist: Shortlist | None = None
         if self._steps.token_ids is not None:
             every = mx.arange(embed["weight"].shape[0])
@@ -102,21 +104,28 @@ class BoundDrafter:
             noise: What will be added to the target's logits; None at temperature 0.
             taps: What the tapped layers returned where the head saw that.
         """
-        self._left -= 1
-        if self._left == 0:
+        self._drafts += 1
+        if self._drafts == DRAFTS_BEFORE_TABLES:
             self.tabulate()
+        elif self._drafts == DRAFTS_BEFORE_SHORTLIST:
+            with self._compiling:
+                self._list_columns()
         arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
         search = self._search_of(plan.beam_width, plan.draft_length, noise is not None)
         return Draft(*search(*arrays), plan.draft_length)
 
     def tabulate(self) -> None:
-        """Make the tables of the steps now, which a long run does by itself."""
+        """Make the tables of the steps now, and the shortlist, which a long run does by itself."""
         with self._compiling:
-            self._left = 0
+            self._drafts = DRAFTS_BEFORE_TABLES
             self._steps.tabulate(TABLE_BYTES)
-            if Shortlist.pays(self.network.head.weight):
-                self._shortlist = Shortlist(self.network.head.weight)
-            self.searches.clear()  # they read no tables, and no shortlist
+            self._list_columns()
+            self.searches.clear()  # they read no tables
+
+    def _list_columns(self) -> None:
+        if self._shortlist is None and Shortlist.pays(self.network.head.weight):
+            self._shortlist = Shortlist(self.network.head.weight)
+            self.searches.clear()  # they ask the whole head
 
     def _search_of(self, width: int, length: int, noisy: bool) -> Callable[..., Arrays]:
         """Return the compiled search of a shape: 200 microseconds less of small operations.
