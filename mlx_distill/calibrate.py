@@ -16,8 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_distill import cli, machine
-from mlx_distill.calibration.config import QUICK, CalibrationConfig
-from mlx_distill.calibration.measuring import Pair, calibrate, summary
+from mlx_distill.calibration.config import CalibrationConfig
+from mlx_distill.calibration.measuring import Pair, calibrate, quick_config, summary
 from mlx_distill.calibration.report import plot, show
 from mlx_distill.calibration.store import file_of, identity, keep
 from mlx_distill.config import add_flags, from_flags
@@ -30,12 +30,14 @@ from mlx_distill.speculation.caching import CacheConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
-    config = QUICK if arguments.quick else from_flags(CalibrationConfig, arguments)
+    config = from_flags(CalibrationConfig, arguments)
     cache = from_flags(CacheConfig, arguments)
     output, picture = cli.new_file(arguments.output), cli.new_file(arguments.plot)
     if picture and picture.suffix != ".png":
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     pair = _pair(arguments, cache)
+    if arguments.quick:
+        config = quick_config(pair)
     calibration = calibrate(pair, config, progress=_bar)
     known = identity(pair)
     show(calibration.costs)

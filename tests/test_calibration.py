@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,14 @@ import pytest
 import mlx_distill
 from mlx_distill import cli
 from mlx_distill.calibration import automatic, store
-from mlx_distill.calibration.config import QUICK, CalibrationConfig
-from mlx_distill.calibration.measuring import Calibration, Pair, calibrate, usable_contexts
+from mlx_distill.calibration.config import COARSE, QUICK, CalibrationConfig
+from mlx_distill.calibration.measuring import (
+    Calibration,
+    Pair,
+    calibrate,
+    quick_config,
+    usable_contexts,
+)
 from mlx_distill.calibration.report import plot, show
 from mlx_distill.calibration.timing import Times, time_in_turn, typical_spread
 from mlx_distill.checkpoint import bundled
@@ -154,6 +161,34 @@ def test_a_cycle_without_a_draft_tells_nothing_of_drafting(pair: Pair) -> None:
     found = calibrate(silent, SMALL, lambda: float(next(ticks)))
     assert found.costs.overhead_s == found.costs.sampled_overhead_s == 0
     assert found.times["cycle", 0.0].count == 3
+
+
+@pytest.mark.parametrize(("tick_s", "expected"), [(0.01, QUICK), (0.2, COARSE)])
+def test_less_is_measured_where_steps_are_slow(
+    pair: Pair, tick_s: float, expected: CalibrationConfig
+) -> None:
+    ticks = itertools.count()
+    assert quick_config(pair, lambda: tick_s * next(ticks)) == expected
+
+
+def test_slow_steps_are_timed_thrice_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step takes 0.1 s, and every further row a tenth of that."""
+    read: list[int] = []
+    target = pair.target
+    observe, verify = target.observe, target.verify
+
+    def observed(tokens: mx.array, *others: Any) -> Any:
+        read.append(tokens.size)
+        return observe(tokens, *others)
+
+    def verified(tree: Any, *others: Any) -> Any:
+        read.append(tree.tokens.size)
+        return verify(tree, *others)
+
+    monkeypatch.setattr(target, "observe", observed)
+    monkeypatch.setattr(target, "verify", verified)
+    times = calibrate(pair, COARSE, lambda: sum(0.1 + 0.01 * (rows - 1) for rows in read)).times
+    assert {one.count for one in times.values()} == {3}
 
 
 def test_contexts_beyond_the_model_are_left_out(pair: Pair) -> None:

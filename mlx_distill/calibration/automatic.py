@@ -5,8 +5,7 @@ import sys
 import weakref
 
 from mlx_distill import openblas
-from mlx_distill.calibration.config import QUICK
-from mlx_distill.calibration.measuring import Pair, calibrate
+from mlx_distill.calibration.measuring import Pair, calibrate, quick_config
 from mlx_distill.calibration.store import find, identity, keep
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.speculation.caching import CacheConfig
@@ -32,7 +31,7 @@ def known_costs(pair: Pair) -> Costs:
             "out; python -m mlx_distill.calibrate measures more)",
             file=sys.stderr,
         )
-        calibration = calibrate(pair, QUICK)
+        calibration = calibrate(pair, quick_config(pair))
         keep(known, calibration)
         costs = calibration.costs
     openblas.prefer(costs.threads)

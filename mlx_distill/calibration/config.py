@@ -21,6 +21,7 @@ class CalibrationConfig:
         rounds: How often each is timed.
         limit_s: After so many seconds there are no more than three rounds, and after twice as
             many none.
+        cycles: Steps and cycles of decoding that are timed at once.
     """
 
     rows: tuple[Annotated[int, Between(1, 1024)], ...] = (*range(1, 18), 24, 32, 33, 48, 64)
@@ -29,6 +30,7 @@ class CalibrationConfig:
     lengths: tuple[DraftLength, ...] = (1, 2, 3, 4, 6, 8)
     rounds: Annotated[int, Between(3, 1000)] = 9
     limit_s: Annotated[float, Between(above=0)] = 900.0
+    cycles: Annotated[int, Between(2, 1000)] = 7
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -41,7 +43,8 @@ class CalibrationConfig:
             raise InputError("rows must hold 1, which is a plain step")
 
 
-# What is measured at the first use of a pair, while its user waits.
+# What is measured at the first use of a pair, while its user waits; three rounds of it take as long
+# as about 450 plain steps.
 QUICK = CalibrationConfig(
     rows=(1, 2, 3, 4, 5, 6, 8, 12, 16),
     contexts=(128, 512),
@@ -50,3 +53,14 @@ QUICK = CalibrationConfig(
     rounds=7,
     limit_s=10.0,
 )
+# The same where steps are slow: three rounds as long as about 200.
+COARSE = CalibrationConfig(
+    rows=(1, 2, 4, 8, 16),
+    contexts=(128,),
+    widths=(1, 4),
+    lengths=(1, 4),
+    cycles=3,
+    rounds=3,
+    limit_s=10.0,
+)
+SLOW_STEP_S = 0.04

@@ -14,7 +14,7 @@ from mlx import nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill import openblas
-from mlx_distill.calibration.config import CalibrationConfig
+from mlx_distill.calibration.config import COARSE, QUICK, SLOW_STEP_S, CalibrationConfig
 from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import GREEDY, Sampling
@@ -30,8 +30,10 @@ from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
 
 TEXT = "Once upon a time there was a small house by the sea, and in it lived an old baker. "
-# Cycles of decoding that are timed at once, and the shape of their drafts.
-CYCLES, PLAN = 7, DraftPlan()
+# The shape of the drafts of cycles that are timed whole.
+PLAN = DraftPlan()
+# Prompt of what is timed whole; with a longer one most of the time would be spent reading it.
+MOST_PROMPT = 16
 # All threads are used, as plain decoding does, unless cycles take less than this share with fewer.
 CLEARLY_FASTER = 0.97
 # How tokens are drawn in them.
@@ -115,9 +117,9 @@ def calibrate(
         for width in widths
         for length in config.lengths
     }
-    whole = {law: Decoding(pair, PLAN, law, contexts[0]) for law in LAWS}
+    whole = {law: Decoding(pair, PLAN, law, contexts[0], config.cycles) for law in LAWS}
     for law, decoding in whole.items():
-        tasks["plain", law.temperature] = Decoding(pair, None, law, contexts[0])
+        tasks["plain", law.temperature] = Decoding(pair, None, law, contexts[0], config.cycles)
         tasks["cycle", law.temperature] = decoding
     times = time_in_turn(_mixed(tasks), config.rounds, config.limit_s, clock, progress)
     costs = Costs(
@@ -136,11 +138,18 @@ def calibrate(
     return Calibration(replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled), times)
 
 
+def quick_config(pair: Pair, clock: Clock = time.perf_counter) -> CalibrationConfig:
+    """Return what is measured at the first use of a pair: less where its steps are slow."""
+    step = Reading.of(pair, usable_contexts(pair, COARSE)[0]).call(1)
+    step(clock)
+    return QUICK if min(step(clock) for _ in range(3)) <= SLOW_STEP_S else COARSE
+
+
 def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:
     """Return the contexts that leave room for the longest call; at least one."""
     limits = (pair.target.context, position_limit(pair.model), pair.cache.max_kv_size)
     room = min((limit for limit in limits if limit is not None), default=10**9)
-    room -= max(*config.rows, 8 * CYCLES)
+    room -= max(*config.rows, 8 * config.cycles)
     return tuple(n for n in config.contexts if n <= room) or (max(1, room // 2),)
 
 
@@ -162,7 +171,7 @@ def _choose_threads(
     choices = openblas.choices()
     if not choices:
         return None
-    decoding = Decoding(pair, PLAN, GREEDY, context)
+    decoding = Decoding(pair, PLAN, GREEDY, context, config.cycles)
     tasks = {threads: with_threads(threads) for threads in choices}
     times = time_in_turn(tasks, config.rounds, config.limit_s / 4, clock)
     most, fewer = (times[threads].median_s for threads in choices)
@@ -232,15 +241,22 @@ class Reading:
         """Read a text of so many tokens."""
         tokens = mx.array(pair.tokens(context + 1))
         caches = prompt_caches(pair.model, pair.cache.max_kv_size)
-        step, features = pair.cache.prefill_step_size, None
-        for start in range(0, context, step):
-            read = tokens[start : min(start + step, context)]
+
+        def features_of(read: mx.array) -> Features:
             _, hidden, taps = pair.target.observe(read, caches, pair.drafter.taps)
             pair.cache.quantize(caches)
-            mx.eval([cache.state for cache in caches])
-            features = Features(hidden, None, taps)
-        assert features is not None
-        return cls(pair, caches, tokens[-1:], pair.drafter.open(tokens[:-1], features))
+            mx.eval(hidden, taps, [cache.state for cache in caches])
+            return Features(hidden, None, taps)
+
+        step, prompt = pair.cache.prefill_step_size, max(1, context - 1)
+        starts = range(0, prompt, step)
+        *_, features = [features_of(tokens[start : min(start + step, prompt)]) for start in starts]
+        state = pair.drafter.open(tokens[:prompt], features)
+        if prompt < context:  # a first draft reads the prompt, and is like no other
+            last = tokens[prompt:context]
+            state.draft(last, PLAN, None)
+            state.accept(last.astype(mx.int32), features_of(last))
+        return cls(pair, caches, tokens[-1:], state)
 
     def call(self, rows: int) -> Task:
         """Return what calls the target on a tree of so many nodes."""
@@ -285,20 +301,24 @@ class Decoding:
         pair: A model and its drafter.
         plan: The shape of the drafts; None decodes plainly, by mlx-lm's loop.
         sampling: How tokens are drawn.
-        context: Length of the prompt.
+        context: There is room for; the prompt is no longer.
+        cycles: How many are timed at once.
     """
 
-    def __init__(self, pair: Pair, plan: DraftPlan | None, sampling: Sampling, context: int):
+    def __init__(
+        self, pair: Pair, plan: DraftPlan | None, sampling: Sampling, context: int, cycles: int
+    ):
+        self.cycles = cycles
         self.engine = Engine(pair.model, pair.tokenizer, None if plan is None else pair.drafter)
         self.planner = FixedPlanner(plan or PLAN)
-        self.prompt = mx.array(pair.tokens(context))
+        self.prompt = mx.array(pair.tokens(min(context, MOST_PROMPT)))
         self.sampling, self.cache = sampling, pair.cache
         # What a call verified and added to the text, the latest time.
         self.nodes, self.tokens = 0, 0.0
 
     def __call__(self, clock: Clock) -> float:
         """Return the seconds of a cycle."""
-        most = 8 * CYCLES
+        most = 8 * self.cycles
         request = Request(
             self.prompt, most, self.sampling, seed=0, planner=self.planner, cache=self.cache
         )
@@ -316,7 +336,7 @@ class Decoding:
     def _counts(self) -> Iterator[tuple[int, int, int]]:
         """Yield calls, nodes and tokens so far, once a cycle, when its first token is there."""
         seen = -1
-        while self.engine.busy and seen < CYCLES:
+        while self.engine.busy and seen < self.cycles:
             for one in self.engine.step():
                 if one.response.target_calls > seen:
                     seen = one.response.target_calls
