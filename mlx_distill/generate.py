@@ -25,7 +25,7 @@ from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
-from mlx_distill.distillation.learning_folder import LearningConfig, reset_learning
+from mlx_distill.drafters.learning_config import LearningConfig
 from mlx_distill.drafters.protocol import DraftLength
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
@@ -52,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check_drafts(arguments)
     text = _prompt(arguments)
     if arguments.reset_learning:
+        from mlx_distill.distillation.learning_folder import reset_learning
+
         reset_learning(arguments.learn)
     model, tokenizer = cli.load_model(arguments)
     drafter = _drafter(arguments, model, tokenizer)

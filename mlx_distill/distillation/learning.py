@@ -40,11 +40,12 @@ from mlx_distill.distillation.drafted_head import drafted_logits
 from mlx_distill.distillation.drafter import Logits, Past, Starts, TargetView, drafter_loss
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_trainer import acceptance
-from mlx_distill.distillation.learning_folder import Learned, LearningConfig, LearningFolder
+from mlx_distill.distillation.learning_folder import Learned, LearningFolder
 from mlx_distill.distillation.recording import Recording
 from mlx_distill.distillation.replay import Replay
 from mlx_distill.distillation.teachers import Answers
 from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.learning_config import LearningConfig
 from mlx_distill.drafters.protocol import DraftState, Features
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -21,7 +21,6 @@ from mlx_distill.drafters.recurrent import RecurrentDrafter
 from mlx_distill.drafters.recurrent_folder import configuration
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_json, usable_path, write_arrays, write_whole
-from mlx_distill.limits import Between, Count, check_fields
 from mlx_distill.locks import locked
 from mlx_distill.safetensors import check_safetensors, read_arrays
 
@@ -30,29 +29,6 @@ WEIGHTS, MOMENTS, TEXTS, LOCK = "model.safetensors", "optimizer.safetensors", "t
 FORMAT_VERSION = 1
 COUNTS = "answers", "kept", "taken_back"
 RESET = "--reset-learning starts anew"
-
-
-@dataclass(frozen=True)
-class LearningConfig:
-    """How much a drafter learns from use.
-
-    Args:
-        learn_mb: The folder's answers, in megabytes; the oldest make room.
-        learn_seconds: The longest that is learned after an answer.
-        learn_steps: The most steps that are taken after an answer.
-        learn_rate: Of these steps.
-        learn_least: Answers to learn from, before the first step is taken: from few of them a
-            drafter learns these alone.
-    """
-
-    learn_mb: Annotated[float, Between(above=0, high=10**6)] = 256.0
-    learn_seconds: Annotated[float, Between(above=0, high=10**6)] = 5.0
-    learn_steps: Count = 16
-    learn_rate: Annotated[float, Between(above=0, high=1)] = 5e-5
-    learn_least: Count = 24
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
