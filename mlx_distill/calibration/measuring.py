@@ -278,7 +278,7 @@ class Reading:
             call.rewind(0)
             return took
 
-        return timed
+        return _with_memory(timed)
 
     def draft(self, plan: DraftPlan) -> Task:
         """Return what drafts."""
@@ -291,7 +291,21 @@ class Reading:
                     mx.eval(draft.tokens, draft.parents, draft.depths, draft.scores)
                 return clock() - start
 
-        return timed
+        return _with_memory(timed)
+
+
+def _with_memory(task: Task) -> Task:
+    """Return what does something twice and times the second.
+
+    Decoding begins by letting all free memory go. What comes after it makes its own anew, which can
+    be a third of its time, and in the midst of a text nothing has to.
+    """
+
+    def timed(clock: Clock) -> float:
+        task(clock)
+        return task(clock)
+
+    return timed
 
 
 class Decoding:

@@ -24,7 +24,7 @@ from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import cache_folder, read_json, write_whole
 from mlx_distill.speculation.costs import Costs
 
-FORMAT = 4
+FORMAT = 5
 # What changes how fast a processor works through the same operations.
 ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32")
 

@@ -130,7 +130,8 @@ class Costs:
     ) -> np.ndarray:
         """Return the seconds of cycles by their drafts' seconds and their calls' rows."""
         call_s = self.calls(rows, context)
-        return np.maximum(call_s + draft_s[..., None] + self.overhead_s, LEAST * call_s)
+        # Below zero it is what a draft does beside something else: never more than the draft.
+        return call_s + np.maximum(draft_s[..., None] + self.overhead_s, 0)
 
     def sampled(self) -> "Costs":
         """Return what decoding costs where tokens are drawn."""
