@@ -28,7 +28,7 @@ from typing import Any
 
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
 from mlx_distill import InputError, TrainingConfig, cli, machine
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import read_prompts
 from mlx_distill.data.sources import check_sources

@@ -31,7 +31,8 @@ from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.figures import summary
 from mlx_distill.benchmarking.traces import TracedText, record_trace
 from mlx_distill.calibration.config import CalibrationConfig
-from mlx_distill.calibration.measuring import Pair, calibrate
+from mlx_distill.calibration.measuring import calibrate
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import in_turn, read_asked

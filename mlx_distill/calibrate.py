@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from mlx_distill import cli, machine
 from mlx_distill.calibration.config import CalibrationConfig
-from mlx_distill.calibration.measuring import Pair, calibrate, quick_config, summary
+from mlx_distill.calibration.measuring import calibrate, quick_config, summary
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.report import plot, show
 from mlx_distill.calibration.store import file_of, identity, keep
 from mlx_distill.config import add_flags, from_flags

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from mlx_distill import cli, machine
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.distillation.answer_files import read_answers
 from mlx_distill.distillation.answer_writing import origin
 from mlx_distill.drafters.bound import BoundDrafter

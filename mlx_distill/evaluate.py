@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from mlx_distill import cli, machine
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.checkpoint import bundled
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.data.completions import CompletionFilter

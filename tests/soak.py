@@ -29,7 +29,7 @@ import mlx_distill  # the BLAS comes first
 from mlx_distill import CacheConfig, machine
 from mlx_distill.benchmark import PROMPTS
 from mlx_distill.calibration.automatic import planner_of
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt

@@ -16,13 +16,8 @@ import mlx_distill
 from mlx_distill import cli
 from mlx_distill.calibration import automatic, store
 from mlx_distill.calibration.config import COARSE, QUICK, CalibrationConfig
-from mlx_distill.calibration.measuring import (
-    Calibration,
-    Pair,
-    calibrate,
-    quick_config,
-    usable_contexts,
-)
+from mlx_distill.calibration.measuring import Calibration, calibrate, quick_config, usable_contexts
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.report import plot, show
 from mlx_distill.calibration.timing import Times, time_in_turn, typical_spread
 from mlx_distill.checkpoint import bundled

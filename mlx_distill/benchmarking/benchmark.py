@@ -14,7 +14,7 @@ from mlx_distill.benchmarking.figures import by_class, equal_texts, mean_by_dept
 from mlx_distill.benchmarking.profile import profile, run_profile
 from mlx_distill.benchmarking.studies import growth, long_run, overhead, sharing, sweep, trees
 from mlx_distill.calibration.automatic import is_on, known_costs
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.data.prompts import Asked
 from mlx_distill.data.report import Report
 from mlx_distill.drafters.protocol import DraftPlan

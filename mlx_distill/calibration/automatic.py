@@ -5,7 +5,8 @@ import sys
 import weakref
 
 from mlx_distill import openblas
-from mlx_distill.calibration.measuring import Pair, calibrate, quick_config
+from mlx_distill.calibration.measuring import calibrate, quick_config
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.store import find, identity, keep
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.speculation.caching import CacheConfig

@@ -17,7 +17,8 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_distill import machine
-from mlx_distill.calibration.measuring import Calibration, Pair, summary
+from mlx_distill.calibration.measuring import Calibration, summary
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.timing import LOADED
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.errors import InputError, one_line

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.distillation.answer_files import WrittenAnswers
 from mlx_distill.distillation.narrow_head import narrow_head
 from mlx_distill.distillation.responses import Response

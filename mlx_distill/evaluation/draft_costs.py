@@ -4,7 +4,9 @@ from typing import Any
 
 from mlx_distill.benchmarking.dispatch_study import of_cycle, of_plain_step, of_tree_call
 from mlx_distill.calibration.config import CalibrationConfig
-from mlx_distill.calibration.measuring import Pair, Reading, usable_contexts
+from mlx_distill.calibration.measuring import usable_contexts
+from mlx_distill.calibration.pair import Pair
+from mlx_distill.calibration.tasks import Reading
 from mlx_distill.calibration.timing import Task, time_in_turn
 from mlx_distill.drafters.protocol import DraftPlan
 

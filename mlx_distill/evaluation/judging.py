@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from mlx_distill.arrays import num_bytes, num_values
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.core.sampling import Temperature
 from mlx_distill.data.prompts import read_asked
 from mlx_distill.data.report import Report

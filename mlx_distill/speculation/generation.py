@@ -14,7 +14,7 @@ from jaxtyping import Int
 from mlx import nn
 
 from mlx_distill.calibration.automatic import planner_of
-from mlx_distill.calibration.measuring import Pair
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner

@@ -1,0 +1,42 @@
+"""A model and its drafter: what is measured, and what a calibration holds for."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx import nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.target.target import Target
+
+TEXT = "Once upon a time there was a small house by the sea, and in it lived an old baker. "
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What is measured.
+
+    Args:
+        model: The target's model.
+        tokenizer: Its tokenizer.
+        drafter: Drafts for it.
+        cache: How keys and values are kept.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    drafter: Drafter
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    @property
+    def target(self) -> Target:
+        """The target."""
+        return Target.of(self.model)
+
+    def tokens(self, count: int) -> list[int]:
+        """Return a text of so many tokens."""
+        wrapped = isinstance(self.tokenizer, TokenizerWrapper)
+        tokenizer = self.tokenizer if wrapped else TokenizerWrapper(self.tokenizer)
+        some = list(tokenizer.encode(TEXT))
+        return (some * (count // len(some) + 1))[:count]
