@@ -26,7 +26,7 @@ from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.learning_config import LearningConfig
-from mlx_distill.drafters.protocol import DraftLength
+from mlx_distill.drafters.protocol import DraftLength, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
@@ -56,14 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         reset_learning(arguments.learn)
     model, tokenizer = cli.load_model(arguments)
-    drafter = _drafter(arguments, model, tokenizer)
-    draft_model = cli.load_draft_model(arguments, tokenizer)
+    drafter, draft_model, plan = _drafting(arguments, model, tokenizer, cache, plan)
     merged = arguments.draft == DRAFTS[-1]
-    if draft_model is not None and merged:
-        drafter = cli.drafter_of(draft_model, model, cache.max_kv_size)
-        plan, draft_model = plan or chain_of(arguments.num_draft_tokens), None
-    if arguments.compare and not (drafter or draft_model or merged):
-        raise InputError("--compare needs a drafter; name one with --drafter")
     prompt = encode_prompt(
         tokenizer,
         text,
@@ -269,6 +263,28 @@ def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) ->
             file=sys.stderr,
         )
     return drafter
+
+
+def _drafting(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: Any,
+    cache: CacheConfig,
+    plan: DraftPlan | None,
+) -> tuple[Any, nn.Module | None, DraftPlan | None]:
+    """Return the drafter, the draft model that drafts by itself, and the shape that was asked for.
+
+    A draft model whose nodes are merged with n-grams' is a drafter like any other.
+    """
+    drafter = _drafter(arguments, model, tokenizer)
+    draft_model = cli.load_draft_model(arguments, tokenizer)
+    merged = arguments.draft == DRAFTS[-1]
+    if draft_model is not None and merged:
+        drafter = cli.drafter_of(draft_model, model, cache.max_kv_size)
+        plan, draft_model = plan or chain_of(arguments.num_draft_tokens), None
+    if arguments.compare and not (drafter or draft_model or merged):
+        raise InputError("--compare needs a drafter; name one with --drafter")
+    return drafter, draft_model, plan
 
 
 def _options(
