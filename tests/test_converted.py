@@ -26,49 +26,45 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+def flags(output: Path, answers: str | Path, *more: str) -> list[str]:
+    return ["--drafter", DRAFTER, "--output", str(output), "--answers", str(answers), *more]
+
+
+@pytest.mark.parametrize(
+    ("asked", "forms"),
+    [
+        (["--bits", "4"], ["4 bits"]),
+        (["--head-rank", "160"], ["a head of rank 160"]),
+        (["--head-rank", "160", "--bits", "8"], ["a head of rank 160", "8 bits"]),
+    ],
+)
 def test_a_drafter_is_judged_before_and_after(
-    tmp_path: Path, answers: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    answers: str,
+    capsys: pytest.CaptureFixture[str],
+    asked: list[str],
+    forms: list[str],
 ) -> None:
-    output = tmp_path / "packed"
-    flags = [
-        "--drafter",
-        DRAFTER,
-        "--output",
-        str(output),
-        "--answers",
-        answers,
-        "--bits",
-        "4",
-        "--json",
-    ]
-    assert convert.main(flags) == 0
-    before, after, _, last = capsys.readouterr().out.splitlines()
-    assert before.startswith("as it was: ")
-    assert after.startswith("4 bits: ")
-    worth = [float(line.split(" MB, ")[1].split()[0]) for line in (before, after)]
-    assert worth[0] > worth[1] - 0.5 > 1
+    output = tmp_path / "smaller"
+    assert convert.main(flags(output, answers, *asked, "--json")) == 0
+    *lines, said, last = capsys.readouterr().out.splitlines()
+    assert said == f"the drafter is in {output}"
+    assert [line.split(": ")[0] for line in lines] == ["as it was", *forms]
+    worth = [float(line.split(" MB, ")[1].split()[0]) for line in lines]
+    assert min(worth) > worth[0] - 0.5 > 1
     found = json.loads(last)["drafters"]
-    assert [one["form"] for one in found] == ["as it was", "4 bits"]
+    assert [one["form"] for one in found] == ["as it was", *forms]
     assert [one["tokens_per_call"] for one in found] == pytest.approx(worth, abs=1e-3)
-    sizes = [float(line.split(": ")[1].split()[0]) for line in (before, after)]
-    assert sizes[1] < 0.5 * sizes[0]
+    sizes = [one["num_bytes"] for one in found]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] == (output / "model.safetensors").stat().st_size
     mlx_distill.load_drafter(output, mlx_distill.load(bundled("stories-14m"))[0])
 
 
 def test_what_cannot_be_judged_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "packed"
-    flags = [
-        "--drafter",
-        DRAFTER,
-        "--output",
-        str(output),
-        "--answers",
-        str(tmp_path / "none.npz"),
-        "--bits",
-        "4",
-    ]
-    assert convert.main(flags) == 2
+    output = tmp_path / "smaller"
+    assert convert.main(flags(output, tmp_path / "none.npz", "--bits", "4")) == 2
     assert "cannot be read as answers: there is no such file" in capsys.readouterr().err
     assert not output.exists()
