@@ -15,7 +15,7 @@ LAYERS = {
     "speculation.ledger speculation.statistics speculation.phases training",
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
-    "arrays": "core losses",
+    "arrays": "core losses kernels",
     "ground": "errors limits locks parsing safetensors names arrays files machine openblas config "
     "compat",
 }

@@ -1,0 +1,1 @@
+"""Kernels' sources executed on the CPU, and compared with their twins."""

@@ -1,0 +1,20 @@
+"""Every kernel's source, executed here, against its twin: a small sample of ``run.py``'s cases."""
+
+import itertools
+
+import pytest
+
+from tests.kernels.harness import Harness, no_compiler
+from tests.kernels.run import load_all, wrong
+
+pytestmark = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
+
+OPERATIONS = load_all()
+SAMPLE = 20
+
+
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_a_kernel_does_what_its_twin_does(name: str) -> None:
+    operation, harness = OPERATIONS[name], Harness(seed=1)
+    for case in itertools.islice(operation.cases(1), SAMPLE):
+        assert not wrong(operation, case, harness)
