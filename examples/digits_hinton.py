@@ -42,6 +42,7 @@ TEACHING = {"steps": 2500, "batch_size": 128, "learning_rate": 1e-3}
 LEARNING = {"steps": 2000, "batch_size": 128, "learning_rate": 3e-3}
 SOFT, HARD = "soft targets", "hard labels"
 ARMS = {SOFT: ["forward_kl:temperature=4"], HARD: ["hard"]}
+HEADS = ("network", "errors", "on 3s", "bias raised by", "errors then", "on 3s then")
 COLUMNS = (
     ("errors", ".0f"),
     ("on_3s", ".0f"),
@@ -58,14 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parsed(parser(__doc__), argv)
     teaching = with_flags(TEACHING, arguments.steps)
     learning = with_flags(LEARNING, arguments.steps, arguments.rate)
-    (images, labels), (test_images, test_labels), names = load_splits(
-        arguments.data, arguments.tune
-    )
+    (images, labels), tests, names = load_splits(arguments.data, arguments.tune)
     images, labels = images[: arguments.train], labels[: arguments.train]
     cut = len(images) * 5 // 6
     held_out, images, labels = (images[cut:], labels[cut:]), images[:cut], labels[:cut]
     transfer = as_examples(images[labels != OMITTED], labels[labels != OMITTED])
-    test = test_images[: arguments.test], test_labels[: arguments.test]
+    test = tests[0][: arguments.test], tests[1][: arguments.test]
     moved = jitter(2)
 
     def network(hidden: Sequence[int], seed: int, dropout: float = 0.0) -> Perceptron:
@@ -90,11 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(
         f"Errors on {len(test[1])} test digits, {threes} of them a {OMITTED}; "
         f"mean ± standard deviation over {arguments.seeds} seeds",
-        ("network", "errors", "on 3s", "bias raised by", "errors then", "on 3s then"),
-        [
-            ("teacher", str(best["errors"]), str(best["on_3s"]), "", "", ""),
-            *((arm, *(one[key].cell(form) for key, form in COLUMNS)) for arm, one in found.items()),
-        ],
+        HEADS,
+        rows(best, found),
     )
     print(verdict(found, threes))
     settings = {"teacher": (TEACHER, DROPOUT, teaching), "student": (STUDENT, learning)}
@@ -107,6 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         students=found,
     )
     return 0
+
+
+def rows(best: dict[str, int], found: dict[str, dict[str, Runs]]) -> list[tuple[str, ...]]:
+    """Return the table's rows: the teacher, then the students."""
+    return [
+        ("teacher", str(best["errors"]), str(best["on_3s"]), "", "", ""),
+        *((arm, *(one[key].cell(form) for key, form in COLUMNS)) for arm, one in found.items()),
+    ]
 
 
 def logits(network: nn.Module, images: np.ndarray) -> np.ndarray:

@@ -93,11 +93,39 @@ class Study:
     def run(self, recipe: str, seed: int) -> dict[str, Any]:
         """Train and judge one student."""
         arguments = self.arguments
-        name = f"{recipe}-{seed}"
-        work = arguments.runs / f"{name}.partial"
         student, config = from_layers(self.teacher, self.config, [0])
         if recipe.startswith("plain"):
             student = from_config(config, seed)
+        start = time.perf_counter()
+        done = self.train(student, recipe, seed)
+        seconds = time.perf_counter() - start
+        models = {"teacher": self.teacher, "student": student}
+        found = report(evaluate(models, self.valid, "teacher", 16), "teacher", seed=seed)
+        if f"{recipe}-{seed}" == arguments.keep:
+            self.keep(student, config, found)
+        return {
+            "recipe": recipe,
+            "seed": seed,
+            "seconds": seconds,
+            "parameters": num_values(student.parameters()),
+            "teacher_parameters": num_values(self.teacher.parameters()),
+            "found": found,
+            "best": min(
+                (row["held_out"] | {"step": row["step"]} for row in done.log if "held_out" in row),
+                key=lambda found: found["nats"],
+            ),
+            "config": {
+                key: value.name if isinstance(value, Path) else value
+                for key, value in vars(arguments).items()
+            },
+            "losses": LOSSES[recipe],
+            **machine.provenance(),
+        }
+
+    def train(self, student: Any, recipe: str, seed: int) -> mlx_distill.Distilled:
+        """Train a student, from where it was stopped; return what came of it."""
+        arguments = self.arguments
+        work = arguments.runs / f"{recipe}-{seed}.partial"
         texts, teacher = self.texts, self.teacher
         if recipe == "teacher-text":
             texts, teacher = self.written(), None
@@ -106,7 +134,6 @@ class Study:
         rollouts = OnPolicyConfig(
             on_policy=0.5, rollout_prompt_tokens=8, rollout_max_tokens=arguments.max_length - 8
         )
-        start = time.perf_counter()
         done = mlx_distill.distill(
             student,
             None if LOSSES[recipe] == ["hard"] else teacher,
@@ -126,40 +153,17 @@ class Study:
             eos_token_ids=sorted(self.tokenizer.eos_token_ids),
             seed=seed,
         )
-        seconds = time.perf_counter() - start
         if not done.finished:
             raise KeyboardInterrupt
-        models = {"teacher": self.teacher, "student": student}
-        found = report(evaluate(models, self.valid, "teacher", 16), "teacher", seed=seed)
-        if name == arguments.keep:
-            folder = arguments.runs / name
-            files = {"run.json": json.dumps(found, indent=1) + "\n"}
-            export(
-                folder,
-                student,
-                compact(student, config, ExportConfig("float16")),
-                self.tokenizer,
-                files,
-            )
         shutil.rmtree(work)
-        return {
-            "recipe": recipe,
-            "seed": seed,
-            "seconds": seconds,
-            "parameters": num_values(student.parameters()),
-            "teacher_parameters": num_values(self.teacher.parameters()),
-            "found": found,
-            "best": min(
-                (row["held_out"] | {"step": row["step"]} for row in done.log if "held_out" in row),
-                key=lambda found: found["nats"],
-            ),
-            "config": {
-                key: value.name if isinstance(value, Path) else value
-                for key, value in vars(arguments).items()
-            },
-            "losses": LOSSES[recipe],
-            **machine.provenance(),
-        }
+        return done
+
+    def keep(self, student: Any, config: dict[str, Any], found: dict[str, Any]) -> None:
+        """Export a student beside the runs."""
+        settings = compact(student, config, ExportConfig("float16"))
+        files = {"run.json": json.dumps(found, indent=1) + "\n"}
+        folder = self.arguments.runs / self.arguments.keep
+        export(folder, student, settings, self.tokenizer, files)
 
     def written(self) -> list[Text]:
         """Return as many texts, begun like those of the data and written by the teacher."""

@@ -99,25 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     alone = [judged(teacher, test, teachers)["accuracy"] for teacher in teachers]
     together = judged(Ensemble(teachers), test, teachers)["accuracy"]
     found = {arm: over_seeds(arm, arguments.seeds, partial(figures, arm)) for arm in ARMS}
-    show(
-        f"{test.labels.size} test digits; mean ± standard deviation over {arguments.seeds} seeds",
-        ("network", "accuracy", "KL(ensemble || student)"),
-        [
-            *((f"teacher {number}", f"{value:.2%}", "") for number, value in enumerate(alone)),
-            (f"ensemble of {NUM_TEACHERS}", f"{together:.2%}", ""),
-            *(
-                (arm, one["accuracy"].cell(".2%"), one["kl"].cell(".4f"))
-                for arm, one in found.items()
-            ),
-        ],
+    title = (
+        f"{test.labels.size} test digits; mean ± standard deviation over {arguments.seeds} seeds"
     )
+    show(title, ("network", "accuracy", "KL(ensemble || student)"), rows(alone, together, found))
     print(verdict({arm: one["accuracy"] for arm, one in found.items()}, together))
-    counts = {
-        "labelled": labelled.labels.size,
-        "unlabelled": unlabelled.labels.size,
-        "test": test.labels.size,
-        "parameters": size,
-    }
+    data = {"labelled": labelled, "unlabelled": unlabelled, "test": test}
+    counts = {name: examples.labels.size for name, examples in data.items()} | {"parameters": size}
     keep(
         arguments.json,
         start_s,
@@ -127,6 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         students=found,
     )
     return 0
+
+
+def rows(
+    alone: Sequence[float], together: float, found: dict[str, dict[str, Runs]]
+) -> list[tuple[str, str, str]]:
+    """Return the table's rows: teachers, ensemble, students."""
+    return [
+        *((f"teacher {number}", f"{value:.2%}", "") for number, value in enumerate(alone)),
+        (f"ensemble of {NUM_TEACHERS}", f"{together:.2%}", ""),
+        *((arm, one["accuracy"].cell(".2%"), one["kl"].cell(".4f")) for arm, one in found.items()),
+    ]
 
 
 def verdict(accuracy: dict[str, Runs], ensemble: float) -> str:

@@ -31,8 +31,9 @@ from mlx_distill.distillation.drafter_plan import plan
 from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
 from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
 from mlx_distill.distillation.own_prompts import as_rows, encoded, own_prompts
+from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.target_reader import TargetReader
-from mlx_distill.drafters.fingerprint import fingerprint
+from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.errors import InputError
@@ -106,13 +107,7 @@ def train_drafter(
     with only_training(), locked(work / "lock", work):
         try:
             write_whole(work / SETTINGS, json.dumps(settings, indent=1))
-            if data.given:
-                written = data.given.responses
-            else:
-                with locked(path):
-                    written = answered(
-                        path, model, tokenizer, data.prompts, config.responses, by, quiet
-                    )
+            written = _written(path, model, tokenizer, data, config, by, quiet)
             kinds = data.given and data.given.greedy
             trainer = DrafterTrainer(target, written, config, start, kinds, kept, by)
         except InputError:
@@ -171,6 +166,22 @@ def _data(
     usable = usable_prompts(target.model, prompts, config.responses, report)
     check_enough(len(usable), config.held_out, "prompts", report)
     return _Data(usable, None, own, report)
+
+
+def _written(
+    path: Path,
+    model: nn.Module,
+    tokenizer: Any,
+    data: _Data,
+    config: DrafterTraining,
+    by: Fingerprint,
+    quiet: bool,
+) -> list[Response]:
+    """Return the answers: those that were given, or the model's, written now into a file."""
+    if data.given:
+        return data.given.responses
+    with locked(path):
+        return answered(path, model, tokenizer, data.prompts, config.responses, by, quiet)
 
 
 def _check_room(target: Target, config: DrafterTraining, data: _Data, kept: Path | None) -> None:

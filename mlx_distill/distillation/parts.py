@@ -14,6 +14,7 @@ from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import merge_adapters
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.exporting import stored_type
+from mlx_distill.distillation.given import readers
 from mlx_distill.distillation.on_policy import answered, with_room
 from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.distillation.teachers import (
@@ -23,7 +24,6 @@ from mlx_distill.distillation.teachers import (
     Teacher,
     TextTeacher,
 )
-from mlx_distill.distillation.training import readers
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.context import context_length, text_limit

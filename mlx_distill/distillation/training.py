@@ -10,13 +10,12 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
-from mlx_distill.data.report import Report
 from mlx_distill.data.teacher_cache import texts_hash
-from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import has_adapters
 from mlx_distill.distillation.batches import Data, batch_of, batches, seeded, slices
 from mlx_distill.distillation.distiller import Distiller, Examples, Taught
-from mlx_distill.distillation.on_policy import OnPolicyConfig, answered, with_room
+from mlx_distill.distillation.given import Given, readable
+from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
@@ -24,8 +23,6 @@ from mlx_distill.files import arrays_hash
 from mlx_distill.hashes import weights_hash
 from mlx_distill.limits import Count, check_value
 from mlx_distill.locks import locked, only_training
-from mlx_distill.target.context import position_limit, text_limit
-from mlx_distill.target.reading import vocab_width
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import ADAPTERS, NEW, PRETRAINED, TrainingConfig
 from mlx_distill.training.journal import Journal
@@ -109,22 +106,14 @@ def distill(
             holds a run with other settings.
     """
     folder = Path(folder)
-    losses = [losses] if isinstance(losses, str) else losses
-    terms = [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
+    terms = _terms(losses)
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     teacher = _teacher(teachers, texts, weights, mean)
     _check(batch_size, data, valid, training, teacher, on_policy)
-    given = _readable(student, teacher, data, valid, on_policy, set(eos_token_ids))
-    if isinstance(teacher, CachedTeacher):
-        valid_teacher = valid_teacher or TextTeacher()
+    given = readable(student, teacher, data, valid, on_policy, set(eos_token_ids))
     settings = settings or {
-        "losses": [str(term) for term in terms],
-        "training": asdict(training),
-        "batch_size": batch_size,
-        "on_policy": None if on_policy is None else asdict(on_policy),
-        "eos_token_ids": sorted(eos_token_ids),
-        "seed": seed,
+        **_chosen(terms, training, batch_size, on_policy, eos_token_ids, seed),
         **_parts(student, teacher, given.data),
     }
     with only_training(), locked(folder / LOCK, folder):
@@ -133,12 +122,7 @@ def distill(
         batch_at = batches(
             student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
         )
-        size = data.labels.size if isinstance(data, Examples) else len(data)
-        first = batch_of(data, range(min(2, size)), limit)
-        distiller = Distiller(student, teacher, terms, first, size, seed)
-        for examples in (data, given.valid):
-            if isinstance(examples, Examples):
-                distiller.check_labels(examples)
+        distiller = _distiller(student, teacher, terms, given, seed)
         done = _run(
             distiller,
             lambda number: distiller.teach(seeded(batch_at(number), number, seed)),
@@ -151,61 +135,29 @@ def distill(
         return replace(done, notes=[*given.notes, *done.notes])
 
 
-@dataclass(frozen=True)
-class _Given:
-    """What a training is given, as far as its networks can read it.
-
-    Args:
-        data: To learn from.
-        valid: Held out.
-        limit: The longest text in tokens, of all networks; None for any, and for examples.
-        notes: What was left out, and why.
-    """
-
-    data: Data
-    valid: Data | None
-    limit: int | None = None
-    notes: Sequence[str] = ()
-
-
-def _readable(
-    student: nn.Module,
-    teacher: Teacher,
-    data: Data,
-    valid: Data | None,
-    on_policy: OnPolicyConfig | None,
-    ends: set[int],
-) -> _Given:
-    """Return the data less the questions that leave no room, and held-out ones with answers."""
-    if isinstance(data, Examples):
-        return _Given(data, valid)
-    assert not isinstance(valid, Examples)
-    networks = readers(student, teacher)
-    limit = text_limit(*networks)
-    _check_tokens(networks, [*data, *(valid or ())])
-    config = on_policy or OnPolicyConfig()
-    learned, judged = (Report(rows=len(texts), kept=len(texts)) for texts in (data, valid or ()))
-    if config.on_policy:
-        data = with_room(data, limit, learned)
-    if not data:
-        raise InputError(f"nothing is left to learn: {learned.reasons()}")
-    # The last of them reads the same tokens, and knows more, where there is a teacher.
-    valid = valid and answered(valid, networks[-1], ends, config, limit, judged)
-    notes = [
-        f"of {report.rows} {name} are not used: {report.reasons()}"
-        for name, report in (("texts", learned), ("held-out texts", judged))
-        if report.dropped
-    ]
-    return _Given(data, valid, limit, notes)
+def _distiller(
+    student: nn.Module, teacher: Teacher, terms: Sequence[LossTerm], given: Given, seed: int
+) -> Distiller:
+    """Return what computes the losses of a student, after a look at the data."""
+    data = given.data
+    size = data.labels.size if isinstance(data, Examples) else len(data)
+    first = batch_of(data, range(min(2, size)), given.limit)
+    distiller = Distiller(student, teacher, terms, first, size, seed)
+    for examples in (data, given.valid):
+        if isinstance(examples, Examples):
+            distiller.check_labels(examples)
+    return distiller
 
 
 def _judge(
-    distiller: Distiller, given: _Given, batch_size: int, teacher: Teacher | None
+    distiller: Distiller, given: Given, batch_size: int, teacher: Teacher | None
 ) -> Callable[[], dict[str, float]]:
     """Return what evaluates a student on the held-out data; without any it says nothing."""
     valid = given.valid
     if valid is None:
         return dict
+    if isinstance(distiller.teacher, CachedTeacher):  # it knows its own texts only
+        teacher = teacher or TextTeacher()
     return lambda: distiller.evaluate(slices(valid, batch_size, given.limit), teacher)
 
 
@@ -256,6 +208,11 @@ def _hash(data: Data) -> str:
     return texts_hash(data)
 
 
+def _terms(losses: str | Sequence[str | LossTerm]) -> list[LossTerm]:
+    losses = [losses] if isinstance(losses, str) else losses
+    return [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
+
+
 def _trained(student: nn.Module, texts: bool) -> str:
     """Return what is trained, as far as one can see."""
     return ADAPTERS if has_adapters(student) else PRETRAINED if texts else NEW
@@ -294,6 +251,25 @@ def _teacher(teachers: Any, texts: bool, weights: Sequence[float] | None, mean: 
     return teachers
 
 
+def _chosen(
+    terms: Sequence[LossTerm],
+    training: TrainingConfig,
+    batch_size: int,
+    on_policy: OnPolicyConfig | None,
+    eos_token_ids: Sequence[int],
+    seed: int,
+) -> dict[str, Any]:
+    """Return how a student is trained."""
+    return {
+        "losses": [str(term) for term in terms],
+        "training": asdict(training),
+        "batch_size": batch_size,
+        "on_policy": None if on_policy is None else asdict(on_policy),
+        "eos_token_ids": sorted(eos_token_ids),
+        "seed": seed,
+    }
+
+
 def _parts(student: nn.Module, teacher: Teacher, data: Data) -> dict[str, Any]:
     """Return what tells a student, its teachers and the data from others."""
     told: Any = type(teacher).__name__
@@ -303,32 +279,3 @@ def _parts(student: nn.Module, teacher: Teacher, data: Data) -> dict[str, Any]:
     arrays: dict[str, Any] = dict(tree_flatten(student.trainable_parameters()))
     shapes = {name: list(array.shape) for name, array in arrays.items()}
     return {"teachers": told, "data": _hash(data), "student": shapes}
-
-
-def readers(student: nn.Module, teacher: Teacher | None) -> list[nn.Module]:
-    """Return the networks that read the student's tokens: itself, then its teachers."""
-    if type(teacher) is LiveTeacher:  # others do not read these tokens
-        return [student, *(answers.network for answers in teacher.answers)]
-    return [student]
-
-
-def _check_tokens(networks: Sequence[nn.Module], texts: Sequence[Text]) -> None:
-    """Raise InputError if a text has tokens or positions that a network does not: it would not."""
-    highest = max(max(text.tokens) for text in texts)
-    longest = max(len(text.tokens) for text in texts)
-    for network in networks:
-        name, width, positions = (
-            type(network).__name__,
-            vocab_width(network),
-            position_limit(network),
-        )
-        if highest >= width:
-            raise InputError(
-                f"the texts hold token {highest}, but a {name} of {width} tokens "
-                "is to read them; its vocab_size does not fit the tokenizer"
-            )
-        if positions is not None and longest > positions:
-            raise InputError(
-                f"the longest text has {longest} tokens, but a {name} of {positions} positions is "
-                "to read it; use a smaller max_length"
-            )
