@@ -176,6 +176,45 @@ def test_drafting_threads_restores_the_number_of_threads() -> None:
 
 
 @needs_openblas
+def test_only_what_is_drafted_has_fewer_threads() -> None:
+    """A prompt and a parked step are read as plain decoding reads them."""
+    code = """
+import ctypes, sys
+sys.path.append("tests")
+from drafting import PROMPTS, random_drafter
+from mlx_distill import DraftPlan, stream_generate
+from mlx_distill.checkpoint import bundled, load
+from mlx_distill.target.target import Target
+library = ctypes.CDLL("libopenblas.so.0")
+library.openblas_set_num_threads(3)
+openblas.prefer(2)
+openblas.let_draft(True)  # nothing drafts yet
+model, tokenizer = load(bundled("stories-4m"))
+target, drafter, seen, plans = Target.of(model), random_drafter(model, 60), [], []
+observe, verify = target.observe, target.verify
+
+def noting(name, call):
+    def called(tokens, *others):
+        size = getattr(tokens, "tokens", tokens).size
+        seen.append((name, size > 1, library.openblas_get_num_threads()))
+        return call(tokens, *others)
+    return called
+
+class EverySecond:
+    def shape(self, text, outcome):
+        plans.append(None if len(plans) % 2 else DraftPlan(1, 1, 2))
+        return plans[-1]
+
+target.observe, target.verify = noting("read", observe), noting("verify", verify)
+options = {"drafter": drafter, "plan": EverySecond(), "max_tokens": 12}
+texts = [token.text for token in stream_generate(model, tokenizer, PROMPTS[0], **options)]
+print(sorted(set(seen)), library.openblas_get_num_threads())
+"""
+    found = [("read", False, 3), ("read", True, 3), ("verify", False, 3), ("verify", True, 2)]
+    assert run(PACKAGE + code).stdout == f"{found} 3\n"
+
+
+@needs_openblas
 def test_contexts_that_overlap_restore_the_number_of_threads() -> None:
     """Generators can end in any order."""
     code = """
@@ -246,6 +285,7 @@ def test_generation_restores_the_number_of_threads_when_it_is_left(
         responses = mlx_distill.stream_generate(
             *bundled_pair, "Once", drafter=drafter, max_tokens=12
         )
+        next(responses)  # of the prompt, which all threads read
         next(responses)
         assert threads() == before + 1
         leave(responses)

@@ -10,6 +10,7 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling, TextNoise
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Outcome, Planner
+from mlx_distill.openblas import let_draft
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import Ledger
 from mlx_distill.speculation.phases import phase
@@ -101,6 +102,7 @@ class Decoding:
             plan: The shape of the draft; None drafts nothing.
             noise: Returns the noise of the first so many tokens after it.
         """
+        let_draft(plan is not None)
         if plan is None:
             return None
         assert self.state is not None

@@ -26,7 +26,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.protocol import Drafter, Planner
-from mlx_distill.openblas import drafting_threads
+from mlx_distill.openblas import drafting_threads, let_draft
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
@@ -231,6 +231,7 @@ class Engine:
 
 def _with_drafting_threads(decoding: Decoding, prompt: mx.array) -> DecodedTokens:
     with drafting_threads():
+        let_draft(False)  # before it drafts, it reads the prompt
         yield from decode(decoding, prompt)
 
 
