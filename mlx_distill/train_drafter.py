@@ -1,10 +1,11 @@
-"""Train a recurrent drafter for a model: the model writes, the drafter learns its distributions.
+"""Train a drafter for a model: the model writes, the drafter learns its distributions.
 
     python -m mlx_distill.train_drafter --model M --data prompts.jsonl --output DIR
     python -m mlx_distill.train_drafter --model M --answers answers.npz --output DIR
     python -m mlx_distill.train_drafter --model M --output DIR
 
-Without data a chat model writes its user's turns itself.
+Without data a chat model writes its user's turns itself. ``--drafter-kind medusa`` trains heads in
+place of a recurrent drafter.
 
 First the model answers the prompts (many at once; the answers are kept beside the output and used
 again), then the drafter is trained on them. A run that was stopped goes on with ``--resume``.
@@ -29,9 +30,8 @@ from mlx_distill.distillation.answer_writing import write_answers
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_training import train_drafter
 from mlx_distill.distillation.responses import ResponseConfig
-from mlx_distill.drafters.bound import BoundDrafter
-from mlx_distill.drafters.recurrent import RecurrentDrafter
-from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.drafters.networks import Network
+from mlx_distill.drafters.registry import TrainedDrafter, load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
@@ -113,13 +113,13 @@ def _learned(
     return None
 
 
-def _start(name: str | None, model: nn.Module, tokenizer: Any) -> RecurrentDrafter | None:
+def _start(name: str | None, model: nn.Module, tokenizer: Any) -> Network | None:
     """Return the drafter to start from."""
     if not name:
         return None
     first = load_drafter(name, model, tokenizer)
-    if not isinstance(first, BoundDrafter):
-        raise InputError(f"{name} is no recurrent drafter; it cannot be trained")
+    if not isinstance(first, TrainedDrafter):
+        raise InputError(f"{name} has no weights; it cannot be trained")
     return first.network
 
 
@@ -168,7 +168,7 @@ def _about(arguments: argparse.Namespace) -> dict[str, Any]:
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(
         prog="python -m mlx_distill.train_drafter",
-        description="Train a recurrent drafter for a model by distillation.",
+        description="Train a recurrent drafter or Medusa heads for a model by distillation.",
     )
     cli.add_model_flags(parser)
     _add_source_flags(parser)

@@ -23,8 +23,8 @@ import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
 from mlx_distill.checkpoint import bundled
 from mlx_distill.distillation import responses
+from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.recurrent_folder import save_drafter
 
 # The package has a function of that name, too.
 generate = importlib.import_module("mlx_distill.generate")

@@ -15,8 +15,8 @@ import mlx_distill
 from mlx_distill import InputError
 from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
+from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.target.target import Target
 
 HASH = {"hidden_size": 8, "vocab_size": 100, "tokenizer_hash": "ab"}

@@ -13,8 +13,8 @@ from mlx_distill import checkpoint
 from mlx_distill import evaluate as verb
 from mlx_distill.checkpoint import load
 from mlx_distill.drafters.fingerprint import fingerprint
+from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.evaluation.evaluation import EvaluationConfig, measure
 from mlx_distill.evaluation.models import Loaded
 from mlx_distill.target.target import Target

@@ -21,15 +21,18 @@ from mlx_distill.core.draft import WORST_SCORE, Draft
 
 
 class Listed(NamedTuple):
-    """Logits of some columns alone; all others are impossible.
+    """Logits of some columns alone; no others are drafted.
 
     Args:
         logits: Of the listed columns, as many for every beam.
         columns: Which they are.
+        total: Logarithm of the sum over all columns' exponentials; None if those that are not
+            listed are impossible.
     """
 
     logits: Float[mx.array, "W C"]
     columns: Integer[mx.array, "W C"]
+    total: Float[mx.array, "W 1"] | None = None
 
 
 Step = Callable[[Int[mx.array, " W"], Any], tuple[Float[mx.array, "W V"] | Listed, Any]]
@@ -61,11 +64,11 @@ def beam_search(
         token_ids: What the columns of the logits stand for; None if they are the token ids.
     """
     found, state = step(root, state)
-    logits, listed = found if isinstance(found, Listed) else (found, None)
+    logits, listed, total = _parts(found)
     vocab_size = logits.shape[-1]
     width = min(width, vocab_size)
     state = tree_map(lambda x: mx.broadcast_to(x, (width, *x.shape[1:])), state)
-    flat, shift = logits.reshape(-1), mx.logsumexp(logits, axis=-1)
+    flat, shift = logits.reshape(-1), total.reshape(-1)
     best = [_top(flat, width)]
     scores = [flat[best[0]]]  # the first ones are to be shifted, wherever they are used
     names = [] if listed is None else [listed.reshape(-1)[best[0]]]
@@ -73,14 +76,22 @@ def beam_search(
         columns = best[-1] % vocab_size if depth > 1 else best[-1]
         columns = names[-1] if names else columns
         found, state = step(columns if token_ids is None else token_ids[columns], state)
-        logits, listed = found if isinstance(found, Listed) else (found, None)
+        logits, listed, total = _parts(found)
         above = scores[-1][:, None] - shift if depth == 1 else scores[-1][:, None]
-        flat = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) + above).reshape(-1)
+        flat = (logits - total + above).reshape(-1)
         best.append(_top(flat, width))
         scores.append(flat[best[-1]])
         names += [] if listed is None else [listed.reshape(-1)[best[-1]]]
         state = tree_map(partial(_chosen, best[-1], vocab_size), state)
     return _draft(root, best, names, scores, shift, vocab_size, token_ids)
+
+
+def _parts(found: mx.array | Listed) -> tuple[mx.array, mx.array | None, mx.array]:
+    """Return logits, the columns that they are of (None for all), and their total."""
+    logits, columns, total = found if isinstance(found, Listed) else (found, None, None)
+    if total is None:
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logits, columns, total
 
 
 def _draft(

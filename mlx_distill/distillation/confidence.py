@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from mlx_distill.arrays import log_sum_exp
 from mlx_distill.distillation.drafter import Logits, Starts, rows_at_once, unroll
-from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.drafters.networks import Network
 
 CHOICES = tuple(round(0.5 + 0.1 * step, 1) for step in range(26))  # 0.5 to 3
 BINS = 15
@@ -42,9 +42,7 @@ class Confidence:
     error_before: float
 
 
-def fitted_confidence(
-    drafter: RecurrentDrafter, starts: Starts, target_logits: Logits
-) -> Confidence:
+def fitted_confidence(drafter: Network, starts: Starts, target_logits: Logits) -> Confidence:
     """Return the sharpness under which the target's best tokens are likeliest.
 
     A path's confidence is the product of its tokens': those that are the drafter's best where the

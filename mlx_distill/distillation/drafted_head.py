@@ -8,7 +8,8 @@ from mlx import nn
 from mlx_distill.arrays import to_number
 from mlx_distill.distillation.drafter import Logits
 from mlx_distill.distillation.teachers import Answers
-from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.drafters.networks import Network
+from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.target.body import TiedHead
 
 # Rows that were dequantised round a product otherwise than a quantised one does.
@@ -56,7 +57,7 @@ def head_rows(answers: Answers, token_ids: Int[mx.array, " K"]) -> Float[mx.arra
     return None
 
 
-def start_head(network: RecurrentDrafter, rows: Float[mx.array, "K G"]) -> None:
+def start_head(network: Network, rows: Float[mx.array, "K G"]) -> None:
     """Start a drafter's head from the target's: a narrower one from what is nearest to that.
 
     A head that is wider than the target's stays as it is.
@@ -69,7 +70,9 @@ def start_head(network: RecurrentDrafter, rows: Float[mx.array, "K G"]) -> None:
     if width < rows.shape[-1]:
         narrow, directions = factored(rows, width)
         network.head.weight = narrow
-        if network.config.head_rank and network.config.exit_dim == rows.shape[-1]:
+        shape = network.config
+        recurrent = isinstance(shape, RecurrentDrafterConfig)
+        if recurrent and shape.head_rank and shape.exit_dim == rows.shape[-1]:
             network.lm_head[-2].weight = directions
     elif width == rows.shape[-1]:
         network.head.weight = rows

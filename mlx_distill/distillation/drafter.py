@@ -32,7 +32,8 @@ from mlx import nn
 from mlx_distill.arrays import log_probs
 from mlx_distill.distillation.objective import weighted_sum
 from mlx_distill.distillation.own_samples import Own, still_drafted
-from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.drafters.networks import Network
+from mlx_distill.drafters.recurrent import Past
 from mlx_distill.losses.acceptance import likely_acceptance
 from mlx_distill.losses.chunked import CHUNK_BYTES, chunk_rows, chunked_loss
 from mlx_distill.losses.response import forward_kl
@@ -46,20 +47,6 @@ Logits = Callable[[mx.array], mx.array]
 
 # What a drafter can learn by, of its logits and the target's.
 DRAFT_LOSSES = {"kl": forward_kl, "lk": likely_acceptance}
-
-
-class Past(NamedTuple):
-    """Where drafts start in the texts that they belong to, for context blocks.
-
-    Args:
-        following: Embedding of the token behind each row of the texts.
-        behind: How many of the rows before each belong to its text.
-        places: The rows at which drafts start.
-    """
-
-    following: Float[mx.array, "R E"]
-    behind: Int[mx.array, " R"]
-    places: Int[mx.array, " S"]
 
 
 class Starts(NamedTuple):
@@ -199,26 +186,17 @@ def answer_places(mask: np.ndarray, before: int = 0) -> tuple[np.ndarray, np.nda
     return places.astype(np.int32), ahead.reshape(-1)[places]
 
 
-def unroll(drafter: RecurrentDrafter, starts: Starts) -> Float[mx.array, "S L E"]:
+def unroll(drafter: Network, starts: Starts) -> Float[mx.array, "S L E"]:
     """Return what the drafter's head is given along every draft."""
-    seen, embeddings, *taps = map(
+    hidden, embeddings, *taps = map(
         mx.stop_gradient, (starts.hidden, starts.embeddings, *starts.taps)
     )
-    hidden = drafter.joined(seen, taps)
-    if starts.past is not None:
-        following, behind, places = map(mx.stop_gradient, starts.past)
-        hidden = drafter.blocks(hidden, following, behind)[places]
-    context, state = drafter.context(hidden), drafter.begin(hidden)
-    read = mx.split(drafter.read(embeddings), embeddings.shape[1], axis=1)
-    features = []
-    for token in read:
-        state = drafter.advance(state, token.squeeze(1))
-        features.append(drafter.features(context, state))
-    return mx.stack(features, axis=1)
+    past = None if starts.past is None else Past(*map(mx.stop_gradient, starts.past))
+    return drafter.unrolled(hidden, taps, embeddings, past)
 
 
 def drafter_loss(
-    drafter: RecurrentDrafter,
+    drafter: Network,
     starts: Starts,
     target_logits: Logits,
     decay: float = 0.8,
@@ -261,7 +239,7 @@ def rows_at_once(head: nn.Linear) -> int:
 
 
 def acceptance_by_depth(
-    drafter: RecurrentDrafter, starts: Starts, target_logits: Logits
+    drafter: Network, starts: Starts, target_logits: Logits
 ) -> tuple[Float[mx.array, "2 L"], Float[mx.array, " L"]]:
     """Return summed acceptances of a drafted chain by depth, and their counts.
 

@@ -4,13 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.arrays import num_values
-from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.drafters.medusa import MedusaConfig
+from mlx_distill.drafters.networks import Network
+from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.names import for_markdown
+
+_KINDS = {
+    RecurrentDrafterConfig.model_type: "A recurrent drafter",
+    MedusaConfig.model_type: "A drafter of Medusa heads,",
+}
 
 
 def card(
     name: str,
-    network: RecurrentDrafter,
+    network: Network,
     settings: Mapping[str, Any],
     counts: Mapping[str, int],
     rows: Mapping[str, Any],
@@ -31,8 +38,8 @@ def card(
     config = settings["config"]
     data = ", ".join(for_markdown(one) for one in settings.get("data", ()))
     return f"""# {for_markdown(name)}
-A recurrent drafter of {num_values(network.parameters()):,} parameters for one target: hidden size \
-{shape.hidden_size}, {shape.vocab_size:,} tokens, tokenizer hash \
+{_KINDS[shape.model_type]} of {num_values(network.parameters()):,} parameters for one target: \
+hidden size {shape.hidden_size}, {shape.vocab_size:,} tokens, tokenizer hash \
 {settings["target"]["tokenizer_hash"]}. It drafts \
 {shape.draft_vocab_size or shape.vocab_size:,} of the tokens. It is useless on its own, and it \
 never changes what its target writes: the target verifies every token.

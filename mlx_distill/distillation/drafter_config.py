@@ -7,7 +7,10 @@ import mlx.core as mx
 
 from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.context_blocks import HEAD_DIM
-from mlx_distill.drafters.recurrent import Blocks, Cell, RecurrentDrafterConfig, Tap, Window
+from mlx_distill.drafters.medusa import MedusaConfig
+from mlx_distill.drafters.networks import Shape
+from mlx_distill.drafters.recurrent import Blocks, Cell, RecurrentDrafterConfig, Window
+from mlx_distill.drafters.shape import Tap
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.machine import memory_bytes
@@ -19,6 +22,9 @@ MOST_HEADS = 16  # of a context block; what it looks for is near, and simple
 # Of a head that nobody asked for: a quarter of what is trained for a model of 4,096 is spared.
 WIDEST = 2048
 PART_BYTES = 300_000_000  # of features; larger parts are no quicker, only better mixed
+RECURRENT, MEDUSA = "recurrent", "medusa"
+# Medusa heads are as wide as the target, and read nothing.
+RECURRENT_ONLY = ("exit_dim", "head_rank", "cell", "context_state", "context_blocks")
 NO_TAP = -1  # the last layer's output, all but for a norm, is what the head sees anyway
 
 
@@ -27,6 +33,9 @@ class DrafterTraining:
     """Everything that decides what a training makes; kept with the result.
 
     Args:
+        drafter_kind: "recurrent" drafts token by token, each in the light of those before it;
+            "medusa" has a head for each of them, --unroll heads of --num-draft-layers residual
+            blocks, that draft at once.
         exit_dim: Width of the drafter's head. Without it, the target's width, up to 2,048.
         num_draft_layers: Residual blocks in the head.
         head_rank: Width between two matrices that the head ends with, where one would be the
@@ -64,6 +73,7 @@ class DrafterTraining:
         training: How the network is trained.
     """
 
+    drafter_kind: Annotated[str, OneOf(RECURRENT, MEDUSA)] = RECURRENT
     exit_dim: Annotated[int | None, Between(1, 65_536)] = None
     num_draft_layers: Annotated[int, Between(0, 64)] = 1
     head_rank: Annotated[int | None, Between(1, 65_536)] = None
@@ -91,14 +101,34 @@ class DrafterTraining:
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "training", self.training.resolved(NEW))
+        if self.drafter_kind == MEDUSA:
+            for name in RECURRENT_ONLY:
+                if getattr(self, name) != getattr(type(self), name):
+                    raise InputError(f"Medusa heads have no {name}; leave it as it is")
 
-    def network(self, target: Target) -> RecurrentDrafterConfig:
+    def network(self, target: Target) -> Shape:
         """Return the shape of the drafter for a target."""
+        if self.drafter_kind == RECURRENT:
+            return self._recurrent(target)
+        return MedusaConfig(
+            hidden_size=target.hidden_size,
+            vocab_size=target.vocab_size,
+            num_heads=self.unroll,
+            num_draft_layers=self.num_draft_layers,
+            draft_vocab_size=self._draft_vocab(target),
+            taps=self.taps(target),
+        )
+
+    def _draft_vocab(self, target: Target) -> int | None:
+        """Return how many tokens can be drafted; None for all."""
+        size = self.draft_vocab_size
+        if size is None:
+            size = 0 if target.vocab_size <= 2048 else min(16384, target.vocab_size * 3 // 8)
+        return None if size in (0, target.vocab_size) else size
+
+    def _recurrent(self, target: Target) -> RecurrentDrafterConfig:
         assert target.embed is not None
         embedding_size = target.embed(mx.array([0])).shape[-1]
-        draft_vocab = self.draft_vocab_size
-        if draft_vocab is None:
-            draft_vocab = 0 if target.vocab_size <= 2048 else min(16384, target.vocab_size * 3 // 8)
         shape = RecurrentDrafterConfig(
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
@@ -106,7 +136,7 @@ class DrafterTraining:
             num_draft_layers=self.num_draft_layers,
             embedding_size=None if embedding_size == target.hidden_size else embedding_size,
             head_rank=self.head_rank,
-            draft_vocab_size=None if draft_vocab in (0, target.vocab_size) else draft_vocab,
+            draft_vocab_size=self._draft_vocab(target),
             cell=self.cell,
             context_state=self.context_state,
             taps=self.taps(target),

@@ -13,7 +13,9 @@ from mlx_distill.distillation.memory import (
 )
 from mlx_distill.distillation.start_order import SPREAD
 from mlx_distill.drafters.context_blocks import HEAD_DIM
-from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.medusa import MedusaConfig
+from mlx_distill.drafters.networks import Network, Shape, network_of
+from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.target.target import Target
 
 
@@ -48,7 +50,7 @@ def needed_bytes(
 
     A step is what it computes, or what the target's reading of a batch does if that is more.
     """
-    drafter = RecurrentDrafter(config.network(target))
+    drafter = network_of(config.network(target))
     arrays = trained_arrays(drafter)
     size = _type_size(target)
     # Weights, float32 masters where they are others, gradients, two moments, and the new ones.
@@ -66,7 +68,7 @@ def needed_bytes(
     return num_bytes(target.model.parameters()), trained, kept, max(reading, step)
 
 
-def step_bytes(drafter: RecurrentDrafter, config: DrafterTraining, size: int, tokens: int) -> int:
+def step_bytes(drafter: Network, config: DrafterTraining, size: int, tokens: int) -> int:
     """Return what a step takes: its unrolled drafts and a chunk of logits.
 
     The factors are counted from what the forward and its backward keep, and measured.
@@ -79,16 +81,22 @@ def step_bytes(drafter: RecurrentDrafter, config: DrafterTraining, size: int, to
     """
     shape = drafter.config
     rows = min(config.starts, tokens) * config.unroll
-    gates = 1 if shape.cell == "elman" else 3
-    per_draft = 2 * shape.hidden_size + (3 + 2 * gates) * shape.hidden_size
-    per_draft += (3 + 3 * shape.num_draft_layers) * shape.exit_dim + (shape.head_rank or 0)
     chunk = min(rows, rows_at_once(drafter.head)) * 4 * 6 * drafter.head["weight"].shape[0]
-    drafts = rows * per_draft * size + chunk
-    if not shape.context_blocks:
+    drafts = rows * _kept_numbers(shape) * size + chunk
+    if isinstance(shape, MedusaConfig) or not shape.context_blocks:
         return drafts
     kept, backward = _block_bytes(shape, config, size, tokens)
     # When the blocks' gradients are made, of the drafts only inputs and states are left.
     return max(drafts + kept, backward + 9 * rows * shape.hidden_size * size)
+
+
+def _kept_numbers(shape: Shape) -> int:
+    """Return how many numbers are kept of a drafted token, for its gradient and what it learns."""
+    if isinstance(shape, MedusaConfig):
+        return (5 + 3 * shape.num_draft_layers) * shape.hidden_size
+    gates = 1 if shape.cell == "elman" else 3
+    kept = 2 * shape.hidden_size + (3 + 2 * gates) * shape.hidden_size
+    return kept + (3 + 3 * shape.num_draft_layers) * shape.exit_dim + (shape.head_rank or 0)
 
 
 def _block_bytes(

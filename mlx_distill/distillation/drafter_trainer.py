@@ -19,7 +19,6 @@ from mlx_distill.distillation.confidence import Confidence, fitted_confidence
 from mlx_distill.distillation.drafted_head import drafted_logits, head_rows, start_head
 from mlx_distill.distillation.drafter import (
     Logits,
-    Past,
     Starts,
     TargetView,
     acceptance_by_depth,
@@ -32,7 +31,8 @@ from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.start_order import SPREAD, StartOrder
 from mlx_distill.distillation.target_reader import TargetReader, text_of
 from mlx_distill.drafters.fingerprint import Fingerprint
-from mlx_distill.drafters.recurrent import RecurrentDrafter
+from mlx_distill.drafters.networks import Network, network_of
+from mlx_distill.drafters.recurrent import Past
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.target.target import Target
@@ -65,7 +65,7 @@ class DrafterTrainer:
         target: Target,
         responses: Sequence[Response],
         config: DrafterTraining,
-        start: RecurrentDrafter | None = None,
+        start: Network | None = None,
         kinds: Sequence[Hashable] | None = None,
         features: Path | None = None,
         writer: Fingerprint | None = None,
@@ -107,11 +107,11 @@ class DrafterTrainer:
         some = self.reader.view([self.held_out[0]]).goals[:4]
         self.target_logits = drafted_logits(self.reader.answers, some, token_ids)
 
-    def _network(self, start: RecurrentDrafter | None) -> tuple[RecurrentDrafter, float]:
+    def _network(self, start: Network | None) -> tuple[Network, float]:
         """Return the drafter as it begins, in the target's type, and its vocabulary's coverage."""
         mx.random.seed(self.config.seed)
         shape = self.config.network(self.target)
-        network = RecurrentDrafter(shape)
+        network = network_of(shape)
         size = shape.draft_vocab_size or shape.vocab_size
         tokens, coverage = frequent_tokens(self.training, size, shape.vocab_size)
         if shape.draft_vocab_size:
@@ -230,7 +230,7 @@ class DrafterTrainer:
 
 
 def acceptance(
-    network: RecurrentDrafter, view: TargetView, target_logits: Logits, config: DrafterTraining
+    network: Network, view: TargetView, target_logits: Logits, config: DrafterTraining
 ) -> Float[mx.array, "2 L"]:
     """Return ``acceptance_by_depth`` as shares, of the drafts from everywhere in some answers."""
     length, size = config.unroll, config.starts

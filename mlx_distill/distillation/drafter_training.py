@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,9 @@ from mlx_distill.distillation.own_prompts import as_rows, encoded, own_prompts
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
-from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.recurrent_folder import save_drafter
+from mlx_distill.drafters.folders import save_drafter
+from mlx_distill.drafters.networks import Network, Shape, change_shape
+from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
 from mlx_distill.locks import locked, only_training
@@ -51,7 +52,7 @@ def train_drafter(
     output: str | Path,
     config: DrafterTraining,
     *,
-    start: RecurrentDrafter | None = None,
+    start: Network | None = None,
     responses: str | Path | None = None,
     features: str | Path | None = None,
     resume: bool = False,
@@ -228,8 +229,7 @@ def _with_confidence(trainer: DrafterTrainer) -> dict[str, float]:
     found = trainer.confidence()
     if found is None:
         return {}
-    shape = trainer.network.config
-    trainer.network.config = replace(shape, sharpness=found.sharpness)
+    change_shape(trainer.network, sharpness=found.sharpness)
     print(
         f"confidence of paths: a sharpness of {found.sharpness:g} fits the held-out answers; "
         f"expected calibration error {found.error:.3f}, {found.error_before:.3f} without",
@@ -274,12 +274,12 @@ def _fitting(
     return given
 
 
-def _check_start(start: RecurrentDrafter | None, shape: RecurrentDrafterConfig) -> None:
+def _check_start(start: Network | None, shape: Shape) -> None:
     """Raise InputError unless a drafter can be started from; blocks may be added to it."""
     if start is None:
         return
-    known = replace(start.config, sharpness=shape.sharpness)  # fitted anew
-    if known not in (shape, shape.without_blocks):
+    without = shape.without_blocks if isinstance(shape, RecurrentDrafterConfig) else shape
+    if start.config.unfitted not in (shape, without):
         raise InputError(
             f"the drafter to start from has another shape: {start.config}, not {shape}"
         )

@@ -17,8 +17,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.folders import configuration
 from mlx_distill.drafters.recurrent import RecurrentDrafter
-from mlx_distill.drafters.recurrent_folder import configuration
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_json, usable_path, write_arrays, write_whole
 from mlx_distill.locks import locked

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.drafters.recurrent import MODEL_TYPE
+from mlx_distill.drafters.networks import SHAPES
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
 from mlx_distill.safetensors import check_safetensors, read_arrays
@@ -42,7 +42,7 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
 
 
 def read_unquantised(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """Return the configuration and the arrays of a recurrent drafter's folder.
+    """Return the configuration and the arrays of a trained drafter's folder.
 
     Raises:
         InputError: If it is none, or is quantised already.
@@ -50,8 +50,10 @@ def read_unquantised(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]
     if not (source / "config.json").exists():
         raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
     config = read_json(source / "config.json")
-    if config.get("model_type") != MODEL_TYPE:
-        raise InputError(f"{source} holds a {config.get('model_type')}, not a {MODEL_TYPE}")
+    if config.get("model_type") not in SHAPES:
+        raise InputError(
+            f"{source} holds a {config.get('model_type')}, not a {' or a '.join(SHAPES)}"
+        )
     if "quantization" in config:
         raise InputError(f"{source} is quantised already")
     check_safetensors(source / "model.safetensors")

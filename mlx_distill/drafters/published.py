@@ -26,9 +26,9 @@ from mlx.utils import tree_flatten
 from mlx_distill.arrays import to_number
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
+from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig, Size
-from mlx_distill.drafters.recurrent_folder import save_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
 from mlx_distill.limits import Between, check_value

@@ -26,35 +26,33 @@ Source:
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, ClassVar, NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from mlx import nn
 
 from mlx_distill.drafters.context_blocks import ContextBlocks
+from mlx_distill.drafters.shape import (
+    SHARPNESS,
+    DrafterShape,
+    Sharpness,
+    Size,
+    Tap,
+    check_draft_vocab,
+)
+from mlx_distill.drafters.tap_input import with_taps
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, OneOf, check_fields
 
-# Of drafters that none was fitted for. The target's best token is likelier to be the drafter's than
-# the drafter's distribution says. The bundled pair takes 3.07 tokens per call at temperature 0 and
-# 2.52 at 1 with a factor of 1.0, 3.22 and 2.53 with 1.4, 3.18 and 2.46 with 2.5 (12 prompts of the
-# split that the README's results are measured on, default draft).
-SHARPNESS = 1.4
-MODEL_TYPE = "recurrent_drafter"
-FORMAT_VERSION = 1
-Size = Annotated[int, Between(1, 2**31 - 1)]
 Cell = Annotated[str, OneOf("elman", "gru")]
-Tap = Annotated[int, Between(-10_000, 10_000)]
 Blocks = Annotated[int, Between(0, 2)]
 Window = Annotated[int, Between(1, 1024)]
-Sharpness = Annotated[float, Between(above=0, high=100)]
 BLOCK_FIELDS = ("context_blocks", "context_window", "context_heads")
-NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class RecurrentDrafterConfig:
+class RecurrentDrafterConfig(DrafterShape):
     """The shape of a recurrent drafter.
 
     Args:
@@ -78,6 +76,8 @@ class RecurrentDrafterConfig:
             on held-out answers.
     """
 
+    model_type: ClassVar[str] = "recurrent_drafter"
+
     hidden_size: Size
     vocab_size: Size
     exit_dim: Size
@@ -98,11 +98,7 @@ class RecurrentDrafterConfig:
         check_fields(self)
         if not self.rnn and (self.cell != "elman" or self.context_state):
             raise InputError("a drafter without rnn has neither a cell nor a first state")
-        if (self.draft_vocab_size or 1) > self.vocab_size:
-            raise InputError(
-                f"draft_vocab_size must be at most the vocabulary's {self.vocab_size}, "
-                f"got {self.draft_vocab_size}"
-            )
+        check_draft_vocab(self.draft_vocab_size, self.vocab_size)
         if (self.head_rank or 1) > self.exit_dim:
             raise InputError(
                 f"head_rank must be at most exit_dim, {self.exit_dim}, got {self.head_rank}"
@@ -116,24 +112,19 @@ class RecurrentDrafterConfig:
         bare = {name: getattr(type(self), name) for name in BLOCK_FIELDS}
         return dataclasses.replace(self, **bare)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RecurrentDrafterConfig":
-        """Return the configuration of a checkpoint's ``config.json``.
 
-        Raises:
-            InputError: If a field is missing, or unknown.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise InputError(f"the drafter's config has unknown fields: {', '.join(unknown)}")
-        required = [f.name for f in fields.values() if f.default is dataclasses.MISSING]
-        missing = [name for name in required if name not in values]
-        if missing:
-            raise InputError(f"the drafter's config lacks the fields: {', '.join(missing)}")
-        if isinstance(values.get("taps"), list):  # JSON knows no tuples
-            values = {**values, "taps": tuple(values["taps"])}
-        return cls(**values)
+class Past(NamedTuple):
+    """Where drafts start in the texts that they belong to, for context blocks.
+
+    Args:
+        following: Embedding of the token behind each row of the texts.
+        behind: How many of the rows before each belong to its text.
+        places: The rows at which drafts start.
+    """
+
+    following: Float[mx.array, "R E"]
+    behind: Int[mx.array, " R"]
+    places: Int[mx.array, " S"]
 
 
 class ResidualBlock(nn.Module):
@@ -193,11 +184,7 @@ class RecurrentDrafter(nn.Module):
         self, hidden: Float[mx.array, "... D"], taps: Sequence[Float[mx.array, "... D"]] = ()
     ) -> Float[mx.array, "... D"]:
         """Return h: what the head saw, with what the tapped layers returned."""
-        if "tap_proj" not in self:
-            return hidden
-        # Layers' outputs differ in size by hundreds; norms without weights, as T has some.
-        normed = [mx.fast.rms_norm(tap, None, NORM_EPS) for tap in taps]
-        return hidden + self.tap_proj(mx.concatenate(normed, axis=-1))
+        return with_taps(self, hidden, taps)
 
     def context(self, hidden: Float[mx.array, "... D"]) -> Float[mx.array, "... C"]:
         """Return the context's share of the head's input, which a draft needs only once."""
@@ -225,6 +212,31 @@ class RecurrentDrafter(nn.Module):
             return nn.silu(read + recurrent)
         return gated(state, read, recurrent)
 
+    def unrolled(
+        self,
+        hidden: Float[mx.array, "R D"],
+        taps: Sequence[Float[mx.array, "R _"]],
+        embeddings: Float[mx.array, "S L E"],
+        past: Past | None = None,
+    ) -> Float[mx.array, "S L X"]:
+        """Return what the head is given along drafts of known tokens.
+
+        Args:
+            hidden: What the target's head saw where drafts start; with a past, at all of its rows.
+            taps: What the tapped layers returned there.
+            embeddings: Of the tokens that the drafts read.
+            past: What context blocks read; None without blocks.
+        """
+        hidden = self.joined(hidden, taps)
+        if past is not None:
+            hidden = self.blocks(hidden, past.following, past.behind)[past.places]
+        context, state = self.context(hidden), self.begin(hidden)
+        features = []
+        for token in mx.split(self.read(embeddings), embeddings.shape[1], axis=1):
+            state = self.advance(state, token.squeeze(1))
+            features.append(self.features(context, state))
+        return mx.stack(features, axis=1)
+
     def logits(
         self, context: Float[mx.array, "... C"], state: Float[mx.array, "... D"]
     ) -> Float[mx.array, "... K"]:
@@ -237,6 +249,11 @@ class RecurrentDrafter(nn.Module):
         last = self.lm_head[-1]
         assert isinstance(last, nn.Linear)
         return last
+
+    @property
+    def heads(self) -> list[nn.Linear]:
+        """All matrices that make logits."""
+        return [self.head]
 
     def features(
         self, context: Float[mx.array, "... C"], state: Float[mx.array, "... D"]

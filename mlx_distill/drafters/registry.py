@@ -12,11 +12,15 @@ from typing import Any
 from mlx import nn
 
 from mlx_distill.checkpoint import bundled_folders, local_folder
-from mlx_distill.drafters import recurrent, recurrent_folder
+from mlx_distill.drafters import medusa_folder, recurrent_folder
+from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import Fingerprint, check_fingerprint, fingerprint
+from mlx_distill.drafters.medusa import MedusaConfig
+from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import PAIR, NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
 from mlx_distill.target.layers import numbered_layers
@@ -25,8 +29,11 @@ from mlx_distill.target.target import Target
 # By the model_type of config.json: takes the folder, the fields of its own, the target and the
 # fingerprint; returns the drafter.
 LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, Fingerprint], Drafter]] = {
-    recurrent.MODEL_TYPE: recurrent_folder.load,
+    RecurrentDrafterConfig.model_type: recurrent_folder.load,
+    MedusaConfig.model_type: medusa_folder.load,
 }
+# The kinds with weights of their own that can be learned.
+TrainedDrafter = BoundDrafter | MedusaDrafter
 # The kind that needs no folder; before another drafter's name and a plus, both draft.
 NGRAM = "ngram"
 

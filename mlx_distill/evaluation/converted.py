@@ -12,7 +12,7 @@ from mlx_distill.distillation.responses import Response
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.packing import quantize_drafter
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.drafters.registry import TrainedDrafter, load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.drafts import judge_drafts
 
@@ -84,11 +84,13 @@ def convert_and_judge(
     """
     if not all(any(len(one.response) > 1 for one in some) for some in (answers.responses, fitted)):
         raise InputError("no answer has two tokens; there is nothing to judge by")
-    if not isinstance(pair.drafter, BoundDrafter):
-        raise InputError(f"{folder} is no recurrent drafter; it has no smaller form")
+    if not isinstance(pair.drafter, TrainedDrafter):
+        raise InputError(f"{folder} has no weights; it has no smaller form")
     steps, source = [], folder
     with tempfile.TemporaryDirectory() as temporary:
         if form.head_rank is not None:
+            if not isinstance(pair.drafter, BoundDrafter):
+                raise InputError(f"{folder} is no recurrent drafter; its head stays one matrix")
             narrow = output if form.bits is None else Path(temporary) / "narrow"
             narrow_head(source, narrow, form.head_rank, pair.drafter, pair.target, fitted)
             steps.append((f"a head of rank {form.head_rank}", narrow))

@@ -20,8 +20,8 @@ from mlx_distill.distillation.responses import (
     answer,
     prompts_with_room,
 )
-from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.drafters.registry import TrainedDrafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.draft_costs import draft_costs
 from mlx_distill.evaluation.drafts import judge_drafts
@@ -186,7 +186,7 @@ def judge_drafter(
 
 def sizes(drafter: Drafter, pair: Pair) -> dict[str, int | float]:
     """Return a drafter's parameters and bytes, and its target's."""
-    network = drafter.network if isinstance(drafter, BoundDrafter) else None
+    network = drafter.network if isinstance(drafter, TrainedDrafter) else None
     arrays = network.parameters() if network else {}
     return {
         "parameters": num_values(arrays),

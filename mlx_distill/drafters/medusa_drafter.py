@@ -1,0 +1,250 @@
+"""Medusa heads at work: what all of them say is known at once, so a draft is a choice among few.
+
+    head 1   A .5  B .3  C .1        A  A D  B  B D  A E
+    head 2   D .6  E .2  F .1       .5  .30 .3  .18  .10
+
+The best tokens of every head are found once, and a path is as likely as their product.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import mlx.core as mx
+from jaxtyping import Float, Int, Integer
+from mlx import nn
+
+from mlx_distill.arrays import SERIAL, log_sum_exp
+from mlx_distill.core.beam_search import Listed, beam_search
+from mlx_distill.core.beam_searches import beam_searches, top_values
+from mlx_distill.core.draft import Draft
+from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
+from mlx_distill.drafters.protocol import DraftPlan, Features
+
+# Drafts that are kept compiled, one for each shape, with noise and without.
+MOST_COMPILED = 16
+
+Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
+
+
+class MedusaDrafter:
+    """Medusa heads, ready to draft: a ``Drafter`` for the loop.
+
+    Args:
+        network: The heads.
+        target: Fingerprint of the target that they were trained for.
+
+    Attributes:
+        taps: The target's layers that they see, too.
+        look_back: How many of a prompt's last tokens they want to see.
+    """
+
+    look_back = 1
+
+    def __init__(self, network: MedusaHeads, target: Fingerprint):
+        self.network = network
+        self.target = target
+        self.taps = network.config.taps
+        self._stacks = Stacks(network)
+        self.drafts: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
+        self._compiling = threading.Lock()
+
+    @property
+    def config(self) -> MedusaConfig:
+        """The network's shape."""
+        return self.network.config
+
+    def open(self, prompt: Int[mx.array, " T"], features: Features) -> "MedusaState":
+        """Return the state of a text: what the target's head saw last."""
+        return MedusaState(self, features)
+
+    def draft(
+        self,
+        hidden: Float[mx.array, " D"],
+        root: Int[mx.array, " 1"],
+        plan: DraftPlan,
+        noise: Float[mx.array, "L V"] | None = None,
+        taps: Sequence[Float[mx.array, " D"]] = (),
+    ) -> Draft:
+        """Return the beams that follow a root.
+
+        Args:
+            hidden: What the target's head saw before, when it chose the root.
+            root: The token that is certain.
+            plan: How many beams, and how long; no longer than there are heads.
+            noise: What will be added to the target's logits; None at temperature 0.
+            taps: What the tapped layers returned where the head saw that.
+        """
+        length = min(plan.draft_length, self.config.num_heads)
+        arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
+        made = self._compiled(plan.beam_width, length, noise is not None)(*arrays)
+        return Draft(*made, length)
+
+    def _compiled(self, width: int, length: int, noisy: bool) -> Callable[..., Arrays]:
+        """Return what makes drafts of a shape, compiled; nothing of the law of sampling is in."""
+        kind = (width, length, noisy)
+        with self._compiling:
+            made = self.drafts.pop(kind, None)
+            if made is None:
+                made = partial(mx.compile(partial(self._draft, width, length)), next(SERIAL))
+            self.drafts[kind] = made  # behind the others, as the last one used
+            if len(self.drafts) > MOST_COMPILED:
+                del self.drafts[next(iter(self.drafts))]
+        return made
+
+    def _draft(
+        self,
+        width: int,
+        length: int,
+        serial: int,
+        hidden: mx.array,
+        taps: list[mx.array],
+        root: mx.array,
+        noise: mx.array | None = None,
+    ) -> Arrays:
+        logits = self._logits(hidden, taps, length, noise)
+        width = min(width, logits.shape[-1])
+        best, scores = top_values(logits, width)
+        best, totals = self._tokens(best), log_sum_exp(logits)
+        rows = iter(range(length))  # one per step, in the search's order
+
+        def step(tokens: mx.array, beams: mx.array | None) -> tuple[Listed, mx.array]:
+            here = next(rows)
+            here = slice(here, here + 1)
+            count = tokens.size
+            logits, columns = (mx.broadcast_to(x[here], (count, width)) for x in (scores, best))
+            return Listed(logits, columns, totals[here]), tokens
+
+        draft = beam_search(step, root, None, width, length)
+        return draft.tokens, draft.parents, draft.depths, draft.scores
+
+    def draft_everywhere(
+        self,
+        roots: Int[mx.array, " S"],
+        features: Features,
+        plan: DraftPlan,
+        noise: Float[mx.array, "N V"] | None = None,
+        earlier: int = 0,
+    ) -> Draft:
+        """Return the drafts of many roots; see ``DraftsEverywhere``."""
+        hidden, roots = (
+            self.network.joined(features.states, features.taps)[earlier:],
+            roots[earlier:],
+        )
+        length = min(plan.draft_length, self.config.num_heads)
+        rows = iter(range(length))
+
+        def step(columns: mx.array, beams: mx.array | None) -> tuple[mx.array, mx.array]:
+            number = next(rows)
+            x = self.network.features(number, hidden)
+            seen = None if noise is None else noise[number : number + roots.size]
+            logits = self._sharpened(self._stacks.logits(x, number), seen)
+            return mx.repeat(logits, columns.size // roots.size, axis=0), columns
+
+        draft = beam_searches(step, roots, plan.beam_width, length)
+        tokens = mx.concatenate([roots[:, None], self._tokens(draft.tokens[:, 1:])], axis=1)
+        return Draft(
+            tokens.astype(mx.int32), draft.parents, draft.depths, draft.scores, draft.max_depth
+        )
+
+    def _logits(
+        self,
+        hidden: Float[mx.array, " D"],
+        taps: Sequence[Float[mx.array, " D"]],
+        length: int,
+        noise: Float[mx.array, "_ V"] | None,
+    ) -> Float[mx.array, "L K"]:
+        """Return what the first heads say, sharpened and in float32, after the noise is added."""
+        x = self._stacks.features(self.network.joined(hidden, taps), length)
+        return self._sharpened(
+            self._stacks.all_logits(x), None if noise is None else noise[:length]
+        )
+
+    def _sharpened(
+        self, logits: Float[mx.array, "R K"], noise: Float[mx.array, "R V"] | None
+    ) -> Float[mx.array, "R K"]:
+        logits = logits.astype(mx.float32)
+        if noise is not None:
+            ids = self.network.get("token_ids")
+            logits = logits + (
+                noise[:, : self.config.vocab_size] if ids is None else mx.take(noise, ids, axis=1)
+            )
+        return self.config.sharpness * logits
+
+    def _tokens(self, columns: Integer[mx.array, "..."]) -> Integer[mx.array, "..."]:
+        """Return what columns of the logits stand for."""
+        ids = self.network.get("token_ids")
+        return (columns if ids is None else ids[columns]).astype(mx.uint32)
+
+
+class MedusaState:
+    """One text's state: the latest thing that the target's head saw.
+
+    Args:
+        drafter: The heads.
+        features: The last of them is what the target computed when it chose the root.
+    """
+
+    def __init__(self, drafter: MedusaDrafter, features: Features):
+        self.drafter = drafter
+        self.features = features
+
+    def draft(
+        self, root: Int[mx.array, " 1"], plan: DraftPlan, noise: Float[mx.array, "L V"] | None
+    ) -> Draft:
+        """Return continuations of the root."""
+        seen = self.features
+        return self.drafter.draft(seen.last, root, plan, noise, seen.last_taps)
+
+    def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
+        """Look at the last of the accepted tokens."""
+        self.features = features
+
+    def rewind(self, num_tokens: int) -> None:
+        """Nothing is remembered, so nothing is forgotten; what is accepted next replaces it."""
+
+
+class Stacks:
+    """All heads' blocks side by side, so that each layer of them is one product.
+
+    The network's own arrays become parts of the stacks: nothing is in memory twice.
+
+    Args:
+        network: The heads; they do not change any more.
+    """
+
+    def __init__(self, network: MedusaHeads):
+        layers = range(network.config.num_draft_layers)
+        linears = [[blocks[layer].linear for blocks in network.blocks] for layer in layers]
+        self.layers = [(stacked(row, "weight"), stacked(row, "bias")) for row in linears]
+        self.own = None if network.config.shared_head else stacked(network.lm_head, "weight")
+        self.shared = network.head
+
+    def features(self, hidden: Float[mx.array, " D"], count: int) -> Float[mx.array, "H D"]:
+        """Return what the first heads make logits of."""
+        x = mx.broadcast_to(hidden, (count, 1, hidden.size))
+        for weight, bias in self.layers:
+            product = mx.addmm(bias[:count, None], x, weight[:count].swapaxes(1, 2))
+            x = x + nn.silu(product)
+        return x.squeeze(1)
+
+    def all_logits(self, x: Float[mx.array, "H D"]) -> Float[mx.array, "H K"]:
+        """Return the logits of the first heads, each of its own row."""
+        if self.own is None:
+            return self.shared(x)
+        return (self.own[: x.shape[0]] @ x[..., None]).squeeze(-1)
+
+    def logits(self, x: Float[mx.array, "S D"], number: int) -> Float[mx.array, "S K"]:
+        """Return one head's logits of many rows."""
+        return self.shared(x) if self.own is None else x @ self.own[number].T
+
+
+def stacked(modules: Sequence[nn.Module], name: str) -> Float[mx.array, "H ..."]:
+    """Return one array of several modules, which get their parts of it back."""
+    whole = mx.stack([module[name] for module in modules])
+    mx.eval(whole)
+    for module, part in zip(modules, whole, strict=True):
+        module[name] = part
+    mx.eval([module[name] for module in modules])
+    return whole

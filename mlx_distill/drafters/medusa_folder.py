@@ -1,0 +1,20 @@
+"""Medusa heads out of folders."""
+
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.folders import fill, read_shape
+from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
+from mlx_distill.drafters.medusa_drafter import MedusaDrafter
+from mlx_distill.target.target import Target
+
+
+def load(
+    path: Path, fields: dict[str, Any], target: Target, made_for: Fingerprint
+) -> MedusaDrafter:
+    """Return the heads of a folder, ready to draft; see ``recurrent_folder.load``."""
+    shape, quantization = read_shape(MedusaConfig, path, fields, made_for, ("vocab_size",))
+    network = MedusaHeads(shape)
+    fill(network, path, quantization, target)
+    return MedusaDrafter(network, made_for)
