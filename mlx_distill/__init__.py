@@ -25,12 +25,14 @@ if TYPE_CHECKING:
     from mlx_distill.drafters.protocol import DraftPlan
     from mlx_distill.drafters.registry import load_drafter
     from mlx_distill.errors import InputError
+    from mlx_distill.speculation.batch_generation import Answer, batch_generate
     from mlx_distill.speculation.caching import CacheConfig
     from mlx_distill.speculation.generation import generate, stream_generate
     from mlx_distill.speculation.responses import GenerationResponse
     from mlx_distill.training.config import TrainingConfig
 
 __all__ = [
+    "Answer",
     "CacheConfig",
     "Distilled",
     "DraftModelDrafter",
@@ -43,6 +45,7 @@ __all__ = [
     "MixedDrafter",
     "NGramDrafter",
     "TrainingConfig",
+    "batch_generate",
     "distill",
     "export_student",
     "generate",
@@ -54,6 +57,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Answer": "speculation.batch_generation",
     "CacheConfig": "speculation.caching",
     "Distilled": "distillation.training",
     "DraftModelDrafter": "drafters.draft_model",
@@ -66,6 +70,7 @@ _MODULES = {
     "MixedDrafter": "drafters.mixture",
     "NGramDrafter": "drafters.ngram",
     "TrainingConfig": "training.config",
+    "batch_generate": "speculation.batch_generation",
     "distill": "distillation.training",
     "export_student": "distillation.exporting",
     "generate": "speculation.generation",

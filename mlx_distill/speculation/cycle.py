@@ -17,7 +17,7 @@ from mlx_distill.drafters.protocol import Features
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
-from mlx_distill.target.tree_call import TreeCall
+from mlx_distill.target.tree_call import Computed, TreeCall
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Cycle:
     """
 
     tree: PrefixTree
-    call: TreeCall
+    call: TreeCall | Computed
     start: int
     history: Int[mx.array, " T"]
     report: Int[mx.array, "R N"] | RootReport | None = None
@@ -120,15 +120,21 @@ def launch(
         with phase("target", tree) as made:
             call = decoding.target.verify(tree, decoding.caches, decoding.drafter.taps)
             made(call.logits, call.hidden, call.taps)
-        if decoding.logits_processors:
-            mx.async_eval(call.logits, call.hidden)
-            return Cycle(tree, call, num_tokens, mx.concatenate([history, root]))
-        cycle = Cycle(tree, call, num_tokens, history)
-        noise = _noise(decoding, cycle)
-        with phase("walk", noise) as made:
-            _walk(decoding, cycle, *sample_fast(call.logits, decoding.sampling, noise))
-            made(cycle.report, cycle.walk)
+        return walked(decoding, Cycle(tree, call, num_tokens, history))
+
+
+def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
+    """Walk a cycle's tree on the device; where logits processors walk, the host waits for it."""
+    call = cycle.call
+    if decoding.logits_processors:
+        mx.async_eval(call.logits, call.hidden)
+        cycle.history = mx.concatenate([cycle.history, cycle.tree.tokens[:1]])
         return cycle
+    noise = _noise(decoding, cycle)
+    with phase("walk", noise) as made:
+        _walk(decoding, cycle, *sample_fast(call.logits, decoding.sampling, noise))
+        made(cycle.report, cycle.walk)
+    return cycle
 
 
 def _noise(decoding: Decoding, cycle: Cycle) -> Float[mx.array, "N V"] | None:

@@ -39,6 +39,7 @@ from mlx_distill.speculation.cycle import (
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
 from mlx_distill.target.layer_cache import cached_tokens
+from mlx_distill.target.tree_call import TreeCall
 
 # A drafter with taps that does not say more is shown so many of the prompt's last tokens.
 LOOK_BACK = 256
@@ -76,7 +77,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
     """
     ledger = decoding.ledger
     try:
-        first, root, features = _begin(decoding, prompt)
+        first, root, features = begin(decoding, prompt)
         plan = None if decoding.ends_with(1) else decoding.plan()
         # Where nothing is drafted, the next step is on its way before the first token is handed
         # out, as in mlx-lm; else the caller need not wait for what will be drafted.
@@ -95,7 +96,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
             certain = cycle.is_certain
             following = _go_on(decoding, cycle, [0]) if certain else None
             accepted = read(decoding, cycle)
-            _count(decoding, cycle, accepted)
+            count(decoding, cycle, accepted)
             if not certain:
                 following = _go_on(decoding, cycle, accepted.path)
             cycle, last = following, len(accepted.tokens)
@@ -111,7 +112,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
                 ledger.settle()
 
 
-def _begin(
+def begin(
     decoding: Decoding, prompt: Int[mx.array, " T"]
 ) -> tuple[DecodedToken, mx.array, Features]:
     """Read the prompt; return the first token, the same as a root, and the features behind it.
@@ -186,6 +187,7 @@ def _read(
 def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle | None:
     """Keep the accepted path in the cache, and launch what follows, if anything is to follow."""
     with mx.stream(generation_stream), phase("commit", path) as made:
+        assert isinstance(cycle.call, TreeCall)
         decoding.ledger.commit(cycle.call, path)
         made(decoding.caches)
     num_tokens = cycle.start + len(path)
@@ -195,7 +197,7 @@ def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle | None:
     return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)
 
 
-def _count(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> None:
+def count(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> None:
     """Take note of what became of a tree."""
     num_accepted = len(accepted.path) - 1
     decoding.counters.add(accepted.parents, num_accepted)

@@ -7,14 +7,14 @@
             print(one.request, one.response.text)
 
 Every text has a drafting state, a cache and random numbers of its own, so its tokens do not depend
-on which others are written meanwhile. The texts take turns: a step hands out the next token of each
-of them, and a text's call of the target is made when its turn comes. One call for several texts is
-not made yet.
+on which others are written meanwhile. With a batch of more than one, texts share the calls of the
+target (``batching``): a step hands out what one call added to each of them. Otherwise, and where a
+text's cache cannot be a row of a batch, the texts take turns: a step hands out the next token of
+each, and a text's call is made when its turn comes.
 """
 
 import itertools
 import time
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -25,36 +25,28 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.draft_model import DraftModelDrafter
+from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
 from mlx_distill.drafters.protocol import Drafter, Planner
+from mlx_distill.limits import Between, check_value
 from mlx_distill.openblas import drafting_threads, let_draft
 from mlx_distill.speculation import checks
+from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
+from mlx_distill.speculation.batching import BatchedText
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly
 from mlx_distill.speculation.requests import Request
-from mlx_distill.speculation.responses import GenerationResponse, Responses, ResponseWriter
+from mlx_distill.speculation.responses import Responses, ResponseWriter
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.two_caches import TwoCaches
+from mlx_distill.target.batch.rows import can_be_rows
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
 
 # Of texts: no two in a process have the same, since a planner may serve several engines.
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """The next token of a text.
-
-    Args:
-        request: The number that ``submit`` returned.
-        response: The token, its text, and the counters; its ``finish_reason`` ends the text.
-    """
-
-    request: int
-    response: GenerationResponse
 
 
 class Engine:
@@ -66,6 +58,7 @@ class Engine:
         drafter: Drafts; None decodes plainly.
         draft_model: A small model of the same tokenizer that drafts instead.
         num_draft_tokens: Tokens that it drafts at a time.
+        batch: So many texts share a call of the target at the most.
 
     Raises:
         InputError: If the drafter was made for another model, or the model cannot be drafted for.
@@ -78,6 +71,7 @@ class Engine:
         drafter: Drafter | None = None,
         draft_model: nn.Module | None = None,
         num_draft_tokens: int = 3,
+        batch: int = 1,
     ):
         wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.model = model
@@ -87,8 +81,12 @@ class Engine:
         self.num_draft_tokens = num_draft_tokens
         if draft_model is not None:
             checks.check_draft_model(drafter, num_draft_tokens)
+        check_value("batch", batch, Between(1, 1024))
+        self.batch = batch
         self._texts: dict[int, Responses] = {}
+        self._together = BatchWriter(model, batch)
         self._ready: list[Emitted] = []
+        self._failed: list[Failed] = []
 
     @cached_property
     def positions(self) -> int | None:
@@ -98,12 +96,12 @@ class Engine:
     @property
     def texts(self) -> tuple[int, ...]:
         """The numbers of the texts that have not ended."""
-        return tuple(self._texts)
+        return (*self._texts, *self._together.numbers)
 
     @property
     def busy(self) -> bool:
-        """Whether any text has not ended."""
-        return bool(self._texts)
+        """Whether any text has not ended, or an error waits to be raised."""
+        return bool(self.texts or self._ready or self._failed)
 
     def submit(self, request: Request) -> int:
         """Return the number of a new text; all that can be refused is refused now.
@@ -115,38 +113,71 @@ class Engine:
         number, counters = next(_numbers), DraftCounters()
         caches = self._caches(request)
         max_tokens = checks.check_request(self.model, self.positions, request, caches)
+        size = request.prompt.size
+        writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
+        if self.batch > 1:
+            decoding = self._shared(request, number, caches, max_tokens, counters)
+            if decoding is not None:
+                self._together.submit(BatchedText(number, decoding, request.prompt), writer)
+                return number
         plainly = self.drafter is None and self.draft_model is None
         decode = self._plain if plainly else self._drafted
         tokens = decode(request, number, caches, max_tokens, counters)
-        size = request.prompt.size
-        writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
         self._texts[number] = self._responses(writer, tokens)
         return number
 
     def step(self) -> list[Emitted]:
-        """Return the next token of every text that has not ended.
+        """Return the next tokens of every text that has not ended.
 
         An error ends the text that it comes from; what other texts have ready is returned by the
         next step.
         """
-        for number, text in list(self._texts.items()):
-            try:
-                response = next(text, None)
-            except BaseException:
-                del self._texts[number]
-                raise
-            if response is not None:
-                self._ready.append(Emitted(number, response))
-            if response is None or response.finish_reason:
-                self.cancel(number)
+        self._advance()
+        if self._failed:
+            raise self._failed.pop(0).error
         ready, self._ready = self._ready, []
         return ready
+
+    def advance(self) -> list[Emitted | Failed]:
+        """Return the same, with the errors of texts that failed among them."""
+        self._advance()
+        found: list[Emitted | Failed] = [*self._ready, *self._failed]
+        self._ready, self._failed = [], []
+        return found
 
     def cancel(self, number: int) -> None:
         """End a text; a prompt cache then holds what was handed out."""
         text = self._texts.pop(number, None)
         if text is not None:
             text.close()
+        self._together.cancel(number)
+
+    def close(self) -> None:
+        """End all texts."""
+        for number in self.texts:
+            self.cancel(number)
+
+    def _advance(self) -> None:
+        if self._ready or self._failed:  # of a step that raised
+            return
+        for one in self._together.step():
+            if isinstance(one, Failed):
+                self._failed.append(one)
+            else:
+                self._ready.append(one)
+        for number, text in list(self._texts.items()):
+            try:
+                response = next(text, None)
+            except BaseException as error:
+                del self._texts[number]
+                if not isinstance(error, Exception):
+                    raise
+                self._failed.append(Failed(number, error))
+                continue
+            if response is not None:
+                self._ready.append(Emitted(number, response))
+            if response is None or response.finish_reason:
+                self.cancel(number)
 
     def _responses(self, writer: ResponseWriter, tokens: DecodedTokens) -> Responses:
         with wired_limit(self.model, [generation_stream]):  # pyright: ignore[reportArgumentType]
@@ -193,11 +224,52 @@ class Engine:
         checks.check_drafter(drafter, target, self.tokenizer)
         target.check_caches(caches)
         planner = request.planner
+        planner = planner if isinstance(planner, Planner) else planner()
+        decoding = self._decoding(request, number, caches, (drafter, planner), max_tokens, counters)
+        tokens = _with_drafting_threads(decoding, request.prompt)
+        return tokens if two is None else two.kept(tokens)
+
+    def _shared(
+        self,
+        request: Request,
+        number: int,
+        caches: PromptCache,
+        max_tokens: int,
+        counters: DraftCounters,
+    ) -> Decoding | None:
+        """Return a text that shares calls with others; None if it has to be written by itself."""
+        if request.cache.kv_bits is not None or not can_be_rows(caches):
+            return None
+        if self.draft_model is not None and request.prompt_cache is not None:
+            return None
+        target, drafter = Target.of(self.model), self.drafter
+        if not target.takes_batches:
+            return None
+        if self.draft_model is not None:
+            drafter = self._draft_model_drafter(target, request)
+        if drafter is None:
+            drafts = NoDrafter(), NoPlanner()
+        else:
+            checks.check_drafter(drafter, target, self.tokenizer)
+            planner = request.planner
+            drafts = drafter, planner if isinstance(planner, Planner) else planner()
+        return self._decoding(request, number, caches, drafts, max_tokens, counters)
+
+    def _decoding(
+        self,
+        request: Request,
+        number: int,
+        caches: PromptCache,
+        drafts: tuple[Drafter, Planner],
+        max_tokens: int,
+        counters: DraftCounters,
+    ) -> Decoding:
+        """Return what a text needs that a drafter and a planner draft for."""
+        target = Target.of(self.model)
         key = mx.random.key(_seed(request))
-        decoding = Decoding(
+        return Decoding(
             target,
-            drafter,
-            planner if isinstance(planner, Planner) else planner(),
+            *drafts,
             request.sampling,
             TextNoise(key, target.vocab_size) if request.sampling.temperature else None,
             request.cache,
@@ -209,8 +281,6 @@ class Engine:
             positions=self.positions,
             counters=counters,
         )
-        tokens = _with_drafting_threads(decoding, request.prompt)
-        return tokens if two is None else two.kept(tokens)
 
     def _draft_model_drafter(self, target: Target, request: Request) -> DraftModelDrafter:
         """Return a draft model that drafts for one text."""

@@ -5,7 +5,7 @@ they yield, with the counters of the drafting beside it. Without a drafter, mlx-
 decodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,14 +80,47 @@ def stream_generate(
     """
     engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens)
     cache = cache or CacheConfig()
-    if plan is None and drafter is not None:
-        pair = Pair(model, engine.tokenizer, drafter, cache)
-        planner = partial(planner_of, pair, sampled=temperature > 0)
-    else:
-        if plan is None and draft_model is not None:
-            plan = chain_of(num_draft_tokens)
-        planner = plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan())
-    request = Request(
+    request = text_request(
+        engine,
+        prompt,
+        planner=planner_for(engine, plan, cache, sampled=temperature > 0),
+        cache=cache,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        stop=stop,
+        logits_processors=logits_processors,
+        prompt_cache=prompt_cache,
+    )
+    # Whatever can be refused is refused now, not when the first token is asked for.
+    return _stream(engine, engine.submit(request))
+
+
+def text_request(
+    engine: Engine,
+    prompt: str | Sequence[int] | mx.array,
+    *,
+    planner: Planner | Callable[[], Planner],
+    cache: CacheConfig,
+    max_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    prompt_cache: PromptCache | None = None,
+) -> Request:
+    """Return what an engine is asked for; the options are ``stream_generate``'s.
+
+    Raises:
+        InputError: If a value is out of its range, or the prompt is empty.
+    """
+    return Request(
         prompt=prompt_tokens(engine.tokenizer, prompt),
         max_tokens=max_tokens,
         sampling=Sampling(temperature, top_p, top_k, min_p),
@@ -98,8 +131,18 @@ def stream_generate(
         planner=planner,
         cache=cache,
     )
-    # Whatever can be refused is refused now, not when the first token is asked for.
-    return _stream(engine, engine.submit(request))
+
+
+def planner_for(
+    engine: Engine, plan: DraftPlan | Planner | None, cache: CacheConfig, sampled: bool
+) -> Planner | Callable[[], Planner]:
+    """Return who says how much an engine drafts: what was asked for, else the measured costs."""
+    if plan is None and engine.drafter is not None:
+        pair = Pair(engine.model, engine.tokenizer, engine.drafter, cache)
+        return partial(planner_of, pair, sampled=sampled)
+    if plan is None and engine.draft_model is not None:
+        plan = chain_of(engine.num_draft_tokens)
+    return plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan())
 
 
 def chain_of(num_tokens: int) -> DraftPlan:

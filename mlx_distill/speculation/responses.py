@@ -94,11 +94,11 @@ class ResponseWriter:
 
         The answer's time begins with the first response that is asked for.
         """
-        self._start = time.perf_counter()
+        self.begin()
         response = None
         with closing(tokens):
             for one in tokens:
-                response = self._write(one)
+                response = self.write(one)
                 if response.finish_reason:
                     break
                 yield response
@@ -107,7 +107,12 @@ class ResponseWriter:
         if response is not None:
             yield response
 
-    def _write(self, one: DecodedToken) -> GenerationResponse:
+    def begin(self) -> None:
+        """Let the answer's time begin, with its prompt."""
+        self._start = time.perf_counter()
+
+    def write(self, one: DecodedToken) -> GenerationResponse:
+        """Return the response of one more token; its ``finish_reason`` ends the answer."""
         self._count += 1
         self._accepted += one.from_draft
         now = time.perf_counter()

@@ -210,7 +210,7 @@ class _Trial:
         mask that could be wrong; there, it is the error after a commit that keeps the whole draft.
         """
         if self.support == "chain":
-            return _difference(self._found(list(range(len(_CHAIN))))[-1], read[-1])
+            return rms_difference(self._found(list(range(len(_CHAIN))))[-1], read[-1])
         tree = self.tree
         line = mx.arange(tree.depths.size)
         siblings = replace(tree, mask=line[None] <= line[:, None])
@@ -231,7 +231,7 @@ class _Trial:
 
 
 def _errors(found: Sequence[mx.array], expected: Sequence[mx.array]) -> list[float]:
-    return [_difference(a, b) for a, b in zip(found, expected, strict=True)]
+    return [rms_difference(a, b) for a, b in zip(found, expected, strict=True)]
 
 
 def _mean(errors: Sequence[float]) -> float:
@@ -239,7 +239,7 @@ def _mean(errors: Sequence[float]) -> float:
     return math.sqrt(sum(error**2 for error in errors) / len(errors))
 
 
-def _difference(a: Float[mx.array, " V"], b: Float[mx.array, " V"]) -> float:
+def rms_difference(a: Float[mx.array, " V"], b: Float[mx.array, " V"]) -> float:
     """Return the root mean square difference of two rows, in units of the second's spread."""
     a, b = a.astype(mx.float32), b.astype(mx.float32)
     barred = b == -mx.inf  # tokens that a model never writes

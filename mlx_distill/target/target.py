@@ -13,8 +13,12 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
+from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
+from mlx_distill.target.batch.call import RowsCall, call_on_forest, call_on_lines
+from mlx_distill.target.batch.rows import Rows
+from mlx_distill.target.batch.trial import takes_batches
 from mlx_distill.target.context import context_length
 from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache
@@ -120,6 +124,27 @@ class Target:
             taps: Numbers of the layers whose outputs the call has, too.
         """
         return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
+
+    @property
+    def takes_batches(self) -> bool:
+        """Whether the trees of several texts can be verified in one call; tried when asked."""
+        return self.support == "row" and takes_batches(self.model, self.head)
+
+    def verify_rows(self, forest: Forest, rows: Rows, taps: Sequence[int] = ()) -> RowsCall:
+        """Return the target's word on the trees of several texts; see ``verify``.
+
+        Args:
+            forest: A tree per text.
+            rows: What the texts have before their roots.
+            taps: As in ``verify``.
+        """
+        return call_on_forest(self.model, self.head, forest, rows, taps)
+
+    def read_rows(
+        self, tokens: Int[mx.array, "B T"], rows: Rows, taps: Sequence[int] = ()
+    ) -> RowsCall:
+        """Return the target's word on consecutive tokens of several texts, padded behind."""
+        return call_on_lines(self.model, self.head, tokens, rows, taps)
 
     @property
     def head(self) -> Head:

@@ -116,7 +116,7 @@ def call_on_text(
     taps: Sequence[int] = (),
 ) -> Computed:
     """Return what a model computes at consecutive tokens, which the caches then hold."""
-    return _called(model, head, tokens[None], caches, taps)
+    return called(model, head, tokens[None], caches, taps)
 
 
 def call_on_tree(
@@ -148,18 +148,19 @@ def call_on_tree(
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
     span = tree_span.set(TreeSpan(start, tree.max_depth))
     try:
-        return TreeCall(*_called(model, head, tokens, views, taps), views, read_again)
+        return TreeCall(*called(model, head, tokens, views, taps), views, read_again)
     finally:
         tree_span.reset(span)
 
 
-def _called(
+def called(
     model: nn.Module,
     head: Head,
     tokens: Int[mx.array, "B T"],
     caches: Sequence[LayerCache],
     taps: Sequence[int],
 ) -> Computed:
+    """Return what a model computes at tokens, whatever stands for its caches."""
     with head.seen() as seen, tapped(model, taps) as outputs:
         logits = model(tokens, cache=caches)
     if not seen:

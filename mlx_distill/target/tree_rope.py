@@ -6,6 +6,8 @@ axis. The nodes of a tree, ``(1, H, N, D)``, are therefore rotated as a batch of
 Where the nodes lie in memory head by head (behind a norm of the heads, as in gemma3), turning them
 would copy them in every layer, so there every head of a node is a token of the batch.
 
+The nodes of several texts' trees, ``(B, H, N, D)`` with a position each, are a batch of B x N.
+
 Ropes that stretch with the text (dynamic NTK) compute with the offset as a number. They rotate
 all nodes once per depth of the tree, at that depth's position, and each node takes its own.
 
@@ -32,12 +34,14 @@ class TreeSpan:
     Args:
         start: Position of the root.
         depth: No node is deeper than this.
+        batched: Whether there are several texts: a vector of positions is then one per text.
         rotations: The nodes' rotation matrices by kind of rope, or their positions by number of
             heads; filled during the call.
     """
 
     start: int
     depth: int
+    batched: bool = False
     rotations: dict[object, mx.array] = field(default_factory=dict)
 
 
@@ -69,13 +73,16 @@ class _TreeRope:
     def __call__(self, x: mx.array, *args: object, **kwargs: object) -> mx.array:
         offset = kwargs.get("offset", args[0] if args else 0)
         call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        if _is_batch(offset, x):
+            return self._rotate_batch(x, offset, len(args) + len(kwargs) == 1)
         if not _is_tree(offset, x):
             return call(x, *args, **kwargs)
         if self.takes_vectors:
             try:
                 by_head = self._lie_by_head(x)
-                if len(args) + len(kwargs) == 1 and mx.default_device() == mx.Device(mx.cpu):
-                    return self._multiply(x, offset)
+                if len(args) + len(kwargs) == 1 and _on_cpu():
+                    nodes = self._multiply(x[0].transpose(1, 0, 2), offset)
+                    return nodes.transpose(1, 0, 2)[None]
                 if by_head and len(args) + len(kwargs) == 1:
                     rows = x.reshape(-1, 1, 1, x.shape[-1])
                     return call(rows, offset=_for_heads(offset, x.shape[1])).reshape(x.shape)
@@ -102,12 +109,30 @@ class _TreeRope:
             known[heads] = heads > 1 and in_memory(x).flags.c_contiguous
         return known[heads]
 
+    def _rotate_batch(
+        self, x: Float[mx.array, "B H N D"], offset: mx.array, alone: bool
+    ) -> Float[mx.array, "B H N D"]:
+        """Rotate the nodes of several texts; ``alone`` says that the rope takes nothing else.
+
+        Raises:
+            ValueError: If this rope takes no vector of positions.
+        """
+        if not alone:
+            raise ValueError("a rope with further arguments takes no trees of several texts")
+        tokens, positions = x.swapaxes(1, 2), offset.reshape(-1)
+        if _on_cpu():
+            rotated = self._multiply(tokens.flatten(0, 1), positions)
+        else:
+            call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+            rotated = call(tokens.reshape(-1, x.shape[1], 1, x.shape[3]), offset=positions)
+        return rotated.reshape(tokens.shape).swapaxes(1, 2)
+
     def _multiply(
-        self, x: Float[mx.array, "1 H N D"], positions: mx.array
-    ) -> Float[mx.array, "1 H N D"]:
+        self, nodes: Float[mx.array, "N H D"], positions: mx.array
+    ) -> Float[mx.array, "N H D"]:
         """Rotate the nodes by matrices, which ropes of one kind share."""
         call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
-        width = x.shape[-1]
+        width = nodes.shape[-1]
         kinds = self.__dict__.setdefault("_kinds", {})
         if width not in kinds:
             # Ropes are of one kind if they turn the same vector the same way, far out.
@@ -119,8 +144,11 @@ class _TreeRope:
             basis = mx.broadcast_to(mx.eye(width)[:, None], (positions.size, width, 1, width))
             rotations[kind] = call(basis, offset=positions)[:, :, 0]
         # In float32, as a rope computes: sines in half precision would be off by 2e-3 each.
-        nodes = x[0].transpose(1, 0, 2).astype(mx.float32)
-        return (nodes @ rotations[kind]).transpose(1, 0, 2)[None].astype(x.dtype)
+        return (nodes.astype(mx.float32) @ rotations[kind]).astype(nodes.dtype)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def _for_heads(positions: mx.array, heads: int) -> mx.array:
@@ -129,6 +157,18 @@ def _for_heads(positions: mx.array, heads: int) -> mx.array:
     if heads not in rotations:
         rotations[heads] = mx.tile(positions, heads)
     return rotations[heads]
+
+
+def _is_batch(offset: object, x: mx.array) -> TypeGuard[mx.array]:
+    """Return whether x holds the nodes of several texts, and offset their positions."""
+    if not isinstance(offset, mx.array) or not offset.ndim:
+        return False
+    if offset.ndim == 2:
+        return offset.shape == (x.shape[0], x.shape[-2])
+    # Off the GPU, single tokens are rotated by matrices, too.
+    one_each = offset.size == x.shape[0] and x.shape[-2] == 1 and _on_cpu()
+    span = tree_span.get(None)
+    return one_each and span is not None and span.batched
 
 
 def _is_tree(offset: object, x: mx.array) -> TypeGuard[mx.array]:

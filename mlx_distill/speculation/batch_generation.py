@@ -1,0 +1,135 @@
+"""Many texts from a model: ``batch_generate``.
+
+    answers = batch_generate(model, tokenizer, ["Once upon a time", "The cat"], drafter=drafter)
+    print(answers[0].text)
+
+A text that cannot be written fails by itself, and its answer says why; the others go on.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
+from mlx_distill.errors import InputError
+from mlx_distill.speculation.batch_writing import Failed
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.engine import Engine
+from mlx_distill.speculation.generation import planner_for, text_request
+from mlx_distill.speculation.responses import GenerationResponse
+
+Prompt = str | Sequence[int] | mx.array
+BATCH = 8
+
+
+@dataclass
+class Answer:
+    """What became of a prompt.
+
+    Args:
+        index: Its place among the prompts.
+        text: The answer; what there was of it, if it failed.
+        tokens: Its tokens.
+        finish_reason: "stop", "length", or "error".
+        error: What ended it; None if nothing did.
+        last: The last response, with the counters; None before the first.
+    """
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: BaseException | None = None
+    last: GenerationResponse | None = None
+
+    def add(self, response: GenerationResponse) -> None:
+        """Take in one more token."""
+        self.text += response.text
+        self.tokens.append(response.token)
+        self.finish_reason = response.finish_reason
+        self.last = response
+
+    def fail(self, error: BaseException) -> "Answer":
+        """Take in what ended it."""
+        self.error, self.finish_reason = error, "error"
+        return self
+
+
+def batch_generate(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], **options: Any
+) -> list[Answer]:
+    """Return the answers to several prompts, in their order; see ``stream_answers``."""
+    answers = stream_answers(model, tokenizer, prompts, **options)
+    return sorted(answers, key=lambda answer: answer.index)
+
+
+def stream_answers(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    each: Sequence[Mapping[str, Any]] | None = None,
+    batch: int = BATCH,
+    drafter: Drafter | None = None,
+    draft_model: nn.Module | None = None,
+    num_draft_tokens: int = 3,
+    plan: DraftPlan | Planner | None = None,
+    cache: CacheConfig | None = None,
+    **options: Any,
+) -> Iterator[Answer]:
+    """Yield the answers to several prompts, as they are ready.
+
+    The texts share the calls of the model. Each is what it would be alone: the same tokens at
+    temperature 0 (as far as the model's arithmetic is exact), and the same from the same seed.
+
+    Args:
+        model: Any mlx-lm model.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or token ids.
+        each: Further options of each text, which go before those of all.
+        batch: So many texts are written at the same time.
+        drafter: From ``load_drafter``; None decodes plainly.
+        draft_model: A small model of the same tokenizer that drafts instead.
+        num_draft_tokens: Tokens that it drafts at a time.
+        plan: As ``stream_generate``'s.
+        cache: As ``stream_generate``'s.
+        options: Of all texts, as ``stream_generate``'s: ``max_tokens``, ``temperature``, ``top_p``,
+            ``top_k``, ``min_p``, ``seed``, ``stop``, ``logits_processors``, ``prompt_cache``.
+
+    Raises:
+        InputError: If the drafter does not fit the model, or ``each`` not the prompts.
+    """
+    if each is not None and len(each) != len(prompts):
+        raise InputError(f"each must have an entry per prompt: {len(prompts)}, got {len(each)}")
+    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, batch)
+    cache = cache or CacheConfig()
+    left = iter(enumerate(prompts))
+    writing: dict[int, Answer] = {}
+    try:
+        while True:
+            while len(writing) < batch and (following := next(left, None)) is not None:
+                index, prompt = following
+                answer = Answer(index)
+                own = {**options, **(each[index] if each else {})}
+                sampled = own.get("temperature", 0) > 0
+                try:
+                    planner = planner_for(engine, plan, cache, sampled)
+                    request = text_request(engine, prompt, planner=planner, cache=cache, **own)
+                    writing[engine.submit(request)] = answer
+                except InputError as error:
+                    yield answer.fail(error)
+            if not writing:
+                return
+            for one in engine.advance():
+                answer = writing[one.request]
+                if isinstance(one, Failed):
+                    yield writing.pop(one.request).fail(one.error)
+                    continue
+                answer.add(one.response)
+                if answer.finish_reason:
+                    yield writing.pop(one.request)
+    finally:
+        engine.close()

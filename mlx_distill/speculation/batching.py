@@ -1,0 +1,311 @@
+"""Several texts in one call of the target: draft each, verify all, walk each, commit all.
+
+    texts     1   2   3          1   2   3   4          2   3   4
+    call      A   P   X          B   Q   X'  M          R   Y   N         one call for all
+    accepted  A b c   P   X y    B   Q   -   M n        ...               as many as each comes to
+              text 4 joins ^     text 1 ends ^
+
+Every text has a drafter's state, random numbers, processors and an end of its own, so its tokens do
+not depend on the others. Their keys and values are rows of one batch (``target.batch``). A call is
+on its way before the tokens of the one before it are handed out, as in ``decoding``; so texts that
+end or join meanwhile do so behind it.
+
+What goes wrong with one text ends that text alone. What breaks off a call of all, Ctrl-C for
+example, leaves every row as long as it was, which is what its text was handed out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+from jaxtyping import Int
+from mlx_lm.generate import generation_stream
+
+from mlx_distill.core.draft import Draft
+from mlx_distill.core.forest import Forest
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.drafters.protocol import Closes
+from mlx_distill.speculation.cycle import Accepted, Cycle, draft_next, read, walked
+from mlx_distill.speculation.decoding import DecodedToken, begin, count
+from mlx_distill.speculation.drafted_text import Decoding
+from mlx_distill.speculation.ledger import give_up
+from mlx_distill.speculation.phases import phase
+from mlx_distill.target.batch.call import RowsCall
+from mlx_distill.target.batch.rows import Rows
+
+
+class Held(NamedTuple):
+    """What a text's cache has to hold.
+
+    Args:
+        rows: So many tokens of its row.
+        missing: The token behind them, which the target has not read; None for none.
+    """
+
+    rows: int
+    missing: int | None
+
+
+@dataclass(eq=False)
+class BatchedText:
+    """A text of a batch.
+
+    Args:
+        number: Of it, for whoever asked for it.
+        decoding: What it needs.
+        prompt: What it goes on with.
+
+    Attributes:
+        root: The token that is certain and not in the cache.
+        draft: What may follow it.
+        history: The text up to the root, for processors.
+        num_tokens: Of its answer, the root included.
+        held: What was handed out; None while the prompt is not read.
+        start: Tokens that the target had read before the cycle that is handed out.
+        own: Its row, once it shares no calls any more.
+        ended: Whether nothing more is asked for.
+    """
+
+    number: int
+    decoding: Decoding
+    prompt: Int[mx.array, " T"]
+    root: mx.array | None = None
+    draft: PrefixTree | Draft | None = None
+    history: mx.array | None = None
+    num_tokens: int = 0
+    held: Held | None = None
+    start: int = 0
+    own: Rows | None = None
+    ended: bool = False
+
+    def hand_out(self, number: int, path: int, token: int) -> None:
+        """Take note that a token is handed out: of ``path`` accepted nodes the ``number``-th's."""
+        last = number == path
+        self.held = Held(self.start + min(number + 1, path), token if last else None)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a step added to a text.
+
+    Args:
+        text: It.
+        tokens: In order.
+        error: What ended the text instead; None if nothing did.
+    """
+
+    text: BatchedText
+    tokens: Sequence[DecodedToken] = ()
+    error: Exception | None = None
+
+
+@dataclass
+class Flight:
+    """A call that is on its way.
+
+    Args:
+        call: The target's.
+        cycles: The texts that take part, a row each, and their parts of it.
+    """
+
+    call: RowsCall
+    cycles: list[tuple[BatchedText, Cycle]] = field(default_factory=list)
+
+
+class TextBatch:
+    """Texts that are written together, with one target and one kind of drafter.
+
+    Args:
+        size: So many texts have rows at the most; others wait.
+
+    Attributes:
+        texts: Those that have rows, in their order.
+        waiting: Those that have not joined yet.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.texts: list[BatchedText] = []
+        self.waiting: list[BatchedText] = []
+        self.rows: Rows | None = None
+        self.flight: Flight | None = None
+
+    def join(self, text: BatchedText) -> None:
+        """Let a text take part from the next step on."""
+        self.waiting.append(text)
+
+    def leave(self, text: BatchedText) -> None:
+        """End a text; a cache that is kept holds what was handed out."""
+        text.ended = True
+        decoding = text.decoding
+        if isinstance(decoding.state, Closes):
+            decoding.state.close()
+        if not decoding.keep_caches:
+            self.waiting = [one for one in self.waiting if one is not text]
+        elif text in self.waiting:
+            with mx.stream(generation_stream):
+                decoding.ledger.settle()
+            self.waiting.remove(text)
+        else:
+            self._settle(text)
+
+    def step(self) -> list[Written]:
+        """Return what was added to the texts; a call for what follows is on its way then.
+
+        Raises:
+            BaseException: What broke off the call of all; ``abandon`` what is left then.
+        """
+        with mx.stream(generation_stream):
+            written = self._land()
+            self._part()
+            written += self._read_prompts()
+            self._launch()
+        return written
+
+    def abandon(self) -> None:
+        """End all texts after a call that broke off."""
+        for text in [*self.waiting, *self.texts]:
+            self.leave(text)
+        self.texts, self.rows, self.flight = [], None, None
+
+    def _land(self) -> list[Written]:
+        """Return what the call on its way adds to the texts, and keep it in their rows."""
+        flight = self.flight
+        if flight is None:
+            return []
+        written, paths = [], []
+        for text, cycle in flight.cycles:
+            one, path = self._accepted(text, cycle)
+            written += one
+            paths.append(path)
+        with phase("commit", paths) as made:
+            flight.call.commit(paths)
+            made(*(layer.arrays for layer in flight.call.rows.layers))
+        self.flight = None
+        return written
+
+    def _accepted(self, text: BatchedText, cycle: Cycle) -> tuple[list[Written], list[int]]:
+        """Return what a cycle adds to a text, and the path that is kept."""
+        decoding = text.decoding
+        if text.ended:
+            return [], []
+        try:
+            if not decoding.ends_with(cycle.start + 1):
+                draft_next(decoding, cycle)
+            accepted = read(decoding, cycle)
+        except Exception as error:
+            return [Written(text, error=error)], []
+        count(decoding, cycle, accepted)
+        text.root, text.draft, text.history = cycle.root, cycle.draft, cycle.history
+        text.num_tokens = cycle.start + len(accepted.path)
+        text.start = decoding.prompt_tokens + cycle.start - 1
+        return [Written(text, _tokens(accepted))], accepted.path
+
+    def _part(self) -> None:
+        """Take the rows of texts that need no more calls out of the batch."""
+        live = [
+            place
+            for place, text in enumerate(self.texts)
+            if not (text.ended or text.decoding.ends_with(text.num_tokens))
+        ]
+        if self.rows is None or len(live) == len(self.texts):
+            return
+        for place, text in enumerate(self.texts):
+            if place not in live and not text.ended and text.decoding.keep_caches:
+                text.own = self.rows.take([place])
+        self.rows = self.rows.take(live) if live else None
+        self.texts = [self.texts[place] for place in live]
+
+    def _read_prompts(self) -> list[Written]:
+        """Let the waiting texts join; return their first tokens."""
+        written = []
+        while self.waiting and len(self.texts) < self.size:
+            text = self.waiting[0]
+            try:
+                first = self._read_prompt(text)
+            except Exception as error:
+                if text.decoding.keep_caches:
+                    text.decoding.ledger.settle()
+                written.append(Written(text, error=error))
+            else:
+                written.append(Written(text, [first]))
+            self.waiting.pop(0)
+        return written
+
+    def _read_prompt(self, text: BatchedText) -> DecodedToken:
+        """Read a text's prompt and give it a row; return its first token."""
+        decoding = text.decoding
+        first, root, features = begin(decoding, text.prompt)
+        text.held = Held(decoding.prompt_tokens, None)
+        text.start = decoding.prompt_tokens - 1
+        text.root, text.history, text.num_tokens = root, text.prompt, 1
+        if decoding.ends_with(1):
+            text.own = Rows.of(decoding.caches) if decoding.keep_caches else None
+            return first
+        decoding.state = decoding.drafter.open(text.prompt, features)
+        plan = decoding.plan()
+        text.draft = decoding.draft(root, plan, lambda length: decoding.rows(1, length))
+        row = Rows.of(decoding.caches)
+        if not decoding.keep_caches:
+            decoding.caches.clear()
+        if self.rows is None:
+            self.rows = row
+        else:
+            self.rows.join(row)
+        self.texts.append(text)
+        return first
+
+    def _launch(self) -> None:
+        """Send the trees of all texts to the target, and walk each."""
+        if not self.texts:
+            return
+        assert self.rows is not None
+        target, drafter = self.texts[0].decoding.target, self.texts[0].decoding.drafter
+        forest = Forest.of([_tree(text) for text in self.texts])
+        with phase("target", forest) as made:
+            call = target.verify_rows(forest, self.rows, drafter.taps)
+            made(call.logits, call.hidden, call.taps)
+        flight = Flight(call)
+        for place, (text, tree) in enumerate(zip(self.texts, forest.trees, strict=True)):
+            assert text.history is not None
+            own = call.of(place, tree.tokens.size)
+            cycle = Cycle(tree, own, text.num_tokens, text.history)
+            flight.cycles.append((text, walked(text.decoding, cycle)))
+        self.flight = flight
+
+    def _settle(self, text: BatchedText) -> None:
+        """Let a text's caches hold what was handed out."""
+        decoding, held = text.decoding, text.held
+        if held is None:  # it failed before its first token, or holds what it held
+            return
+        rows, place = text.own, 0
+        if rows is None:
+            if text not in self.texts:
+                return
+            rows, place = self.rows, self.texts.index(text)
+        assert rows is not None
+        try:
+            with mx.stream(generation_stream):
+                rows.give(place, held.rows, decoding.caches)
+                if held.missing is not None:
+                    decoding.target.forward(mx.array([held.missing]), decoding.caches)
+                mx.eval([cache.state for cache in decoding.caches])
+        except BaseException:
+            give_up(decoding.caches)
+            raise
+
+
+def _tree(text: BatchedText) -> PrefixTree:
+    assert text.root is not None
+    before = text.decoding.prompt_tokens + text.num_tokens - 1
+    return text.decoding.tree(text.root, text.draft, before)
+
+
+def _tokens(accepted: Accepted) -> list[DecodedToken]:
+    """Return the tokens of a cycle; all but the last one were drafted."""
+    last = len(accepted.tokens)
+    return [
+        DecodedToken(token, *accepted.rows[number - 1], number < last)
+        for number, token in enumerate(accepted.tokens, start=1)
+    ]

@@ -1,0 +1,91 @@
+"""One call of a model on the trees of several texts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+from jaxtyping import Float, Int
+from mlx import nn
+
+from mlx_distill.core.forest import Forest
+from mlx_distill.target.batch.rows import Rows
+from mlx_distill.target.batch.view import KeyRowsView, Paths, RowsLayout
+from mlx_distill.target.head import Head
+from mlx_distill.target.tree_call import Computed, called
+from mlx_distill.target.tree_rope import TreeSpan, tree_span
+
+
+@dataclass
+class RowsCall:
+    """The outcome of one call on the trees of several texts, until their paths are committed.
+
+    Args:
+        logits: The target's logits at every node.
+        hidden: What the target's head saw at every node.
+        taps: What the tapped layers returned at every node.
+        rows: The texts' keys and values.
+        views: The layers' views that took part.
+    """
+
+    logits: Float[mx.array, "B N V"]
+    hidden: Float[mx.array, "B N D"]
+    taps: tuple[Float[mx.array, "B N _"], ...]
+    rows: Rows
+    views: list[KeyRowsView]
+
+    def of(self, text: int, num_nodes: int) -> Computed:
+        """Return what was computed at the first nodes of one text."""
+        rows = (text, slice(num_nodes))
+        return Computed(self.logits[rows], self.hidden[rows], tuple(x[rows] for x in self.taps))
+
+    def commit(self, paths: Sequence[Sequence[int]]) -> None:
+        """Keep the nodes of each text's path, root first, and drop the others.
+
+        A text with an empty path stays as it was. The rows are longer when all of it is written.
+        """
+        if any(paths):
+            moves = Paths(self.rows.lengths, paths)
+            for view in self.views:
+                view.commit(moves)
+        lengths = zip(self.rows.lengths, paths, strict=True)
+        self.rows.lengths = tuple(length + len(path) for length, path in lengths)
+
+
+def call_on_forest(
+    model: nn.Module, head: Head, forest: Forest, rows: Rows, taps: Sequence[int] = ()
+) -> RowsCall:
+    """Return a model's word on every node of several texts' trees."""
+    mask = None if forest.num_nodes == 1 else forest.mask
+    layout = RowsLayout(mask, forest.depths, rows.lengths)
+    return _called(model, head, forest.tokens, layout, rows, taps)
+
+
+def call_on_lines(
+    model: nn.Module,
+    head: Head,
+    tokens: Int[mx.array, "B T"],
+    rows: Rows,
+    taps: Sequence[int] = (),
+) -> RowsCall:
+    """Return a model's word on consecutive tokens of several texts, padded behind."""
+    depths = mx.broadcast_to(mx.arange(tokens.shape[1]), tokens.shape)
+    return _called(model, head, tokens, RowsLayout(None, depths, rows.lengths), rows, taps)
+
+
+def _called(
+    model: nn.Module,
+    head: Head,
+    tokens: Int[mx.array, "B N"],
+    layout: RowsLayout,
+    rows: Rows,
+    taps: Sequence[int],
+) -> RowsCall:
+    views = [KeyRowsView(layer, layout) for layer in rows.layers]
+    tokens = mx.maximum(tokens, 0)  # padding is not a token
+    span = tree_span.set(TreeSpan(0, 0, batched=True))
+    try:
+        computed = called(model, head, tokens, views, taps)
+    finally:
+        tree_span.reset(span)
+    shaped = [x.reshape(*tokens.shape, -1) for x in (*computed[:2], *computed.taps)]
+    return RowsCall(shaped[0], shaped[1], tuple(shaped[2:]), rows, views)

@@ -1,0 +1,177 @@
+"""Texts that share the calls of the target are those that are written alone."""
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+import mlx_distill
+from mlx_distill import DraftPlan
+from mlx_distill.core.sampling import Sampling
+from mlx_distill.drafters.protocol import FixedPlanner, Outcome
+from mlx_distill.speculation.engine import Engine
+from mlx_distill.speculation.requests import Request
+
+PROMPTS = (
+    "Once upon a time",
+    "The old baker forgot his hat on the way home from the market, and",
+    "Ben had a red kite.",
+    "One",
+    "Lily and her mother went to the park to see the ducks on the",
+)
+LAWS = (Sampling(), Sampling(1.0), Sampling(0.7, top_p=0.9), Sampling(1.3, top_k=40), Sampling())
+
+
+def request(pair: tuple[Any, Any], place: int, **options: Any) -> Request:
+    options = {"max_tokens": 7 + 3 * place, "seed": place, **options}
+    planner = FixedPlanner(DraftPlan(3, 4, 6 - place % 3))  # trees of several sizes
+    return Request(mx.array(pair[1].encode(PROMPTS[place])), planner=planner, **options)
+
+
+def write(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    """Return the tokens of texts that begin together."""
+    numbers = [engine.submit(one) for one in requests]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.busy:
+        for one in engine.step():
+            found[one.request].append(one.response.token)
+    return [found[number] for number in numbers]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("drafting", [True, False])
+def test_texts_and_caches_are_those_alone(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, count: int, drafting: bool
+) -> None:
+    model, drafter = bundled_pair[0], bundled_drafter if drafting else None
+    caches = [make_prompt_cache(model) for _ in range(count)]
+    alone = [make_prompt_cache(model) for _ in range(count)]
+    expected = [
+        write(
+            Engine(*bundled_pair, drafter),
+            [request(bundled_pair, place, sampling=law, prompt_cache=alone[place])],
+        )[0]
+        for place, law in enumerate(LAWS[:count])
+    ]
+    engine = Engine(*bundled_pair, drafter, batch=5)
+    requests = [
+        request(bundled_pair, place, sampling=law, prompt_cache=caches[place])
+        for place, law in enumerate(LAWS[:count])
+    ]
+    assert write(engine, requests) == expected
+    for ours, theirs in zip(caches, alone, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.offset == other.offset
+            for a, b in zip(one.keys_and_values(), other.keys_and_values(), strict=True):
+                assert mx.allclose(a, b, atol=1e-4).item()
+
+
+@pytest.mark.parametrize("law", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
+def test_texts_join_and_leave_at_any_cycle(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, law: Sampling
+) -> None:
+    def asked(place: int, **options: Any) -> Request:
+        return request(bundled_pair, place, sampling=law, max_tokens=14, **options)
+
+    alone = [write(Engine(*bundled_pair, bundled_drafter), [asked(place)])[0] for place in range(4)]
+    engine = Engine(*bundled_pair, bundled_drafter, batch=3)
+    caches = make_prompt_cache(bundled_pair[0])
+    numbers, found = [engine.submit(asked(0, prompt_cache=caches))], dict[int, list[int]]()
+    for number in range(40):
+        for one in engine.step():
+            found.setdefault(one.request, []).append(one.response.token)
+        if number in (0, 2, 3):  # the last one has to wait for room
+            numbers.append(engine.submit(asked(len(numbers))))
+        if number == 4:
+            assert len(engine.texts) == 4
+            engine.cancel(numbers[0])
+    assert not engine.busy
+    left = found[numbers[0]]
+    assert [alone[0][: len(left)], *alone[1:]] == [found[number] for number in numbers]
+    assert 3 < len(left) < 14
+    assert caches[0].offset == len(bundled_pair[1].encode(PROMPTS[0])) + len(left)
+    again = mlx_distill.stream_generate(
+        *bundled_pair, [left[-1]], max_tokens=1, prompt_cache=cut(caches)
+    )
+    if not law.temperature:
+        assert next(again).token == alone[0][len(left)]
+
+
+def cut(caches: list[Any]) -> list[Any]:
+    """Take back the last token."""
+    for cache in caches:
+        cache.trim(1)
+    return caches
+
+
+def test_what_goes_wrong_with_one_text_ends_that_one(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any
+) -> None:
+    def fail(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > 12:
+            raise RuntimeError("enough")
+        return logits
+
+    def forbid(tokens: mx.array, logits: mx.array) -> mx.array:
+        return mx.where(mx.arange(logits.shape[-1]) == 13, -mx.inf, logits)
+
+    prompts = ["Once upon a time", "", PROMPTS[2], [5] * 3000, PROMPTS[3]]
+    each = [
+        {"logits_processors": [forbid]},
+        {},
+        {"logits_processors": [fail]},
+        {},
+        {"max_tokens": 3, "stop": ["."]},
+    ]
+    options = {"drafter": bundled_drafter, "plan": DraftPlan(), "max_tokens": 20}
+    answers = mlx_distill.batch_generate(*bundled_pair, prompts, each=each, batch=3, **options)
+    errors = [str(answer.error) for answer in answers]
+    assert [answer.index for answer in answers] == [0, 1, 2, 3, 4]
+    assert errors[0] == errors[4] == "None"
+    for place, reason in ((1, "empty"), (2, "enough"), (3, "context")):
+        assert reason in errors[place]
+    for place in (0, 4):
+        own = {**options, **each[place]}
+        assert answers[place].text == mlx_distill.generate(*bundled_pair, prompts[place], **own)
+
+
+class Interrupting:
+    """Ctrl-C while the so-many-th draft is planned."""
+
+    def __init__(self, calls: int):
+        self.calls = calls
+
+    def shape(self, text: int, outcome: Outcome | None) -> DraftPlan:
+        self.calls -= 1
+        if not self.calls:
+            raise KeyboardInterrupt
+        return DraftPlan(3, 4, 6)
+
+
+@pytest.mark.parametrize("calls", [2, 5, 9])
+def test_an_interrupt_leaves_nothing_broken(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, calls: int
+) -> None:
+    """Whenever it comes, the caches that are kept hold what was handed out."""
+    engine, planner = Engine(*bundled_pair, bundled_drafter, batch=2), Interrupting(calls)
+    caches = [make_prompt_cache(bundled_pair[0]) for _ in range(2)]
+    found: dict[int, list[int]] = {}
+    for place in range(2):
+        one = request(bundled_pair, place, prompt_cache=caches[place])
+        found[engine.submit(replace(one, planner=planner))] = []
+
+    def go_on() -> None:
+        while engine.busy:
+            for each in engine.step():
+                found[each.request].append(each.response.token)
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    assert not engine.texts
+    for place, tokens in enumerate(found.values()):
+        handed_out = len(bundled_pair[1].encode(PROMPTS[place])) + len(tokens)
+        assert {cache.offset for cache in caches[place]} == {handed_out}
+    following = request(bundled_pair, 3, max_tokens=3)
+    assert write(engine, [following]) == write(Engine(*bundled_pair, None), [following])
