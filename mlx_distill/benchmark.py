@@ -25,7 +25,14 @@ from mlx_distill.benchmarking.dispatch_study import study
 from mlx_distill.benchmarking.page import page
 from mlx_distill.benchmarking.plot import plot
 from mlx_distill.benchmarking.profile import profile, run_profile
-from mlx_distill.benchmarking.table import loss_sentence, show, show_dispatches, show_profile
+from mlx_distill.benchmarking.samplers import sampler_times
+from mlx_distill.benchmarking.table import (
+    loss_sentence,
+    show,
+    show_dispatches,
+    show_profile,
+    show_samplers,
+)
 from mlx_distill.benchmarking.trace import trace
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
@@ -61,11 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         earlier = [read_json(Path(name)) for name in arguments.results]
         _write(files["report"], page(earlier))
         return 0
-    if arguments.loss_memory:
-        num_tokens, num_entries = arguments.loss_memory
-        found = loss_memory(num_tokens, num_entries)
-        print(loss_sentence(num_tokens, num_entries, found))
-        _write(files["output"], found | machine.provenance())
+    if arguments.loss_memory or arguments.samplers:
+        _write(files["output"], _without_models(arguments) | machine.provenance())
         return 0
     bench, asked, report = _open(arguments, config, sampling)
     shape, timed = plan or DraftPlan(), [one.ids for one in asked[: config.timed_prompts]]
@@ -93,6 +97,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _without_models(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure and show what a large vocabulary costs, for which no model is needed."""
+    if arguments.samplers:
+        num_rows, num_entries = arguments.samplers
+        times = sampler_times(num_rows, num_entries)
+        show_samplers(num_rows, num_entries, times)
+        return {"rows": num_rows, "entries": num_entries, "samplers": times}
+    num_tokens, num_entries = arguments.loss_memory
+    found = loss_memory(num_tokens, num_entries)
+    print(loss_sentence(num_tokens, num_entries, found))
+    return found
+
+
 def _studies(arguments: argparse.Namespace) -> Studies:
     """Return what is measured beside the arms; a page shows more than a table."""
     growth = arguments.growth or (PAGE_GROWTH if arguments.report else None)
@@ -103,8 +120,9 @@ def _studies(arguments: argparse.Namespace) -> Studies:
 def _check(arguments: argparse.Namespace, config: BenchmarkConfig) -> None:
     """Raise InputError if arguments cannot be used; before anything is loaded."""
     check_value("long_run", arguments.long_run, Count | None)
-    if arguments.loss_memory:
-        _check_loss_memory(*arguments.loss_memory)
+    for name in ("loss_memory", "samplers"):
+        if getattr(arguments, name):
+            _check_table(name, *getattr(arguments, name))
     check_value("growth", arguments.growth, Count | None)
     picture = arguments.plot
     if picture and Path(picture).suffix != ".png":
@@ -113,20 +131,23 @@ def _check(arguments: argparse.Namespace, config: BenchmarkConfig) -> None:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
     if arguments.trace and not arguments.profile:
         raise InputError("--trace writes what --profile times; ask for that, too")
-    if arguments.report and (arguments.dispatches or arguments.loss_memory):
-        raise InputError("--report shows benchmarks and profiles, no dispatches and no memory")
+    alone = arguments.dispatches or arguments.loss_memory or arguments.samplers
+    if arguments.report and alone:
+        raise InputError(
+            "--report shows benchmarks and profiles, no dispatches, memory or samplers"
+        )
     if arguments.results and not arguments.report:
         raise InputError("--results are shown by a report; name its file with --report")
     if not arguments.results:
         check_sources([arguments.data or PROMPTS])
 
 
-def _check_loss_memory(num_tokens: int, num_entries: int) -> None:
-    check_value("loss_memory", (num_tokens, num_entries), tuple[Count, ...])
-    needed = 4 * 4 * num_tokens * num_entries  # logits of both, probabilities, a gradient
+def _check_table(name: str, num_rows: int, num_entries: int) -> None:
+    check_value(name, (num_rows, num_entries), tuple[Count, ...])
+    needed = 4 * 4 * num_rows * num_entries  # logits, perhaps two, and what is made of them
     if needed > machine.memory_bytes():
         raise InputError(
-            f"loss_memory of {num_tokens:,} tokens x {num_entries:,} entries takes about "
+            f"{name} of {num_rows:,} rows x {num_entries:,} entries takes about "
             f"{needed / 1e9:,.0f} GB, this machine has {machine.memory_bytes() / 1e9:.1f}"
         )
 
@@ -217,6 +238,14 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("TOKENS", "ENTRIES"),
         help="measure only the memory of a distillation loss over so large a vocabulary, both at "
         "least 1 (default: not measured)",
+    )
+    parser.add_argument(
+        "--samplers",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "ENTRIES"),
+        help="time only draws from so many rows of so large a vocabulary, and mlx-lm's samplers, "
+        "both at least 1 (default: not measured)",
     )
     parser.add_argument(
         "--dispatches",

@@ -13,6 +13,7 @@ import pytest
 
 import mlx_distill
 from mlx_distill import InputError, benchmark
+from mlx_distill.benchmarking import samplers
 from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
@@ -162,11 +163,31 @@ def test_loss_memory(
     assert "400 tokens x 70,000 entries" in capsys.readouterr().out
 
 
+def test_samplers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "ROUNDS", 1)
+    output = tmp_path / "samplers.json"
+    assert benchmark.main(["--samplers", "2", "5000", "--output", str(output)]) == 0
+    found = json.loads(output.read_text())["samplers"]
+    assert [row["law"] for row in found[:2]] == [
+        {"temperature": 1.0},
+        {"temperature": 1.0, "top_p": 0.95},
+    ]
+    assert all(row[name] > 0 for row in found for name in ("mlx_lm_ms", "sorted_ms", "ours_ms"))
+    shown = capsys.readouterr().out
+    assert "2 rows of 5,000 entries" in shown
+    assert "temperature 0.7, top_p 0.9, top_k 50" in shown
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ("--loss-memory 0 5", "loss_memory must be at least 1, got 0"),
         ("--loss-memory 1000000000 1000000", "takes about 16,000,000 GB, this machine has"),
+        ("--samplers 8 0", "samplers must be at least 1, got 0"),
+        ("--samplers 1000000000 1000000", "takes about 16,000,000 GB, this machine has"),
+        ("--samplers 8 9 --report r.html", "no dispatches, memory or samplers"),
         ("--num-draft-tokens 1000000000000", "num_draft_tokens must be between 1 and 64"),
         ("--sweep-widths 1 1000000000000", "sweep_widths must be between 1 and 256"),
         ("--sweep-lengths 0", "sweep_lengths must be at least 1, got 0"),

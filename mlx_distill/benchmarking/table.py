@@ -1,5 +1,6 @@
 """A benchmark as tables and sentences."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -136,6 +137,27 @@ def show_dispatches(result: dict[str, Any]) -> None:
 def _range(values: dict[str, float], form: str) -> str:
     low, high = values["quartile_1"], values["quartile_3"]
     return f"{values['median']:{form}} ({low:{form}}-{high:{form}})"
+
+
+def show_samplers(num_rows: int, num_entries: int, times: Sequence[dict[str, Any]]) -> None:
+    """Print how long draws take."""
+    table = Table(
+        title=f"Draws from {num_rows:,} rows of {num_entries:,} entries, ms", title_justify="left"
+    )
+    table.add_column("law")
+    for head in ("mlx-lm", "sorted", "ours", "mlx-lm / ours", "noise"):
+        table.add_column(head, justify="right")
+    for row in times:
+        cells = [f"{row[name]:.1f}" for name in ("mlx_lm_ms", "sorted_ms", "ours_ms", "noise_ms")]
+        cells.insert(3, f"{row['mlx_lm_ms'] / row['ours_ms']:.1f}")
+        table.add_row(", ".join(f"{k} {v:g}" for k, v in row["law"].items()), *cells)
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, 110)
+    console.print(table)
+    console.print(
+        "mlx-lm's samplers make their noise themselves; ours are given it, because a text's is "
+        "made once a token, and not once a node."
+    )
 
 
 def loss_sentence(num_tokens: int, num_entries: int, found: dict[str, Any]) -> str:

@@ -68,10 +68,10 @@ def filter_fast(
     # A power is four times as fast as the exponential function of MLX on a CPU.
     weights = mx.power(math.e, logits)
     total = weights.sum(axis=-1, keepdims=True)
-    split = logits.shape[-1] - CANDIDATES
-    parts = mx.partition(weights, split, axis=-1)
-    head, tail = mx.sort(parts[..., split:], axis=-1), parts[..., :split]
-    last, certain = _top_p(head / total, tail / total, top_p)
+    head = _largest(weights, CANDIDATES)
+    above = head > head[..., :1]  # what ties with the least of them counts as one of the others
+    others = mx.where(weights > head[..., :1], 0, weights)
+    last, certain = _top_p(mx.where(above, head, 0) / total, others / total, top_p)
     threshold = mx.take_along_axis(head, last, axis=-1)
     if top_k:
         threshold = mx.maximum(threshold, head[..., CANDIDATES - top_k, None])
@@ -87,9 +87,7 @@ def _top_k(
     logits: Float[mx.array, "... V"], min_p: float, top_k: int
 ) -> tuple[Float[mx.array, "... V"], Bool[mx.array, "..."]]:
     """Return what ``filter_fast`` returns where top-p keeps all: nothing has to be normalised."""
-    found = _with_the_largest(logits, top_k + 1)
-    place = found.shape[-1] - top_k - 1
-    best = mx.sort(mx.partition(found, place, axis=-1)[..., place:], axis=-1)
+    best = _largest(logits, top_k + 1)
     least = best[..., 1:2]
     if min_p > 0:
         least = mx.maximum(least, best[..., -1:] + math.log(min_p))
@@ -98,19 +96,22 @@ def _top_k(
     return kept, (best[..., 0] < least[..., 0]) | (best[..., 0] == -mx.inf)
 
 
-def _with_the_largest(values: Float[mx.array, "... V"], count: int) -> Float[mx.array, "... C"]:
-    """Return values among which the ``count`` largest are: those of the blocks with most at once.
+def _largest(values: Float[mx.array, "... V"], count: int) -> Float[mx.array, "... C"]:
+    """Return the ``count`` largest values, ascending: they are in the columns with most at the top.
 
-    5 1 | 0 7 | 2 3 | 6 4    the largest 2 are in the 2 blocks with the largest maxima, 7 and 6
+    5 1 0 7    the largest 2 are in the 2 columns with the largest maxima, 7 and 6
+    2 3 6 4
     """
     *rows, size = values.shape
-    width = math.isqrt(size // count)  # as many maxima as values in the blocks that are taken
-    split = size // width * width
-    blocks = values[..., :split].reshape(*rows, -1, width)
-    place = blocks.shape[-2] - count
-    best = mx.argpartition(blocks.max(axis=-1), place, axis=-1)[..., place:]
-    found = mx.take_along_axis(blocks, best[..., None], axis=-2).reshape(*rows, -1)
-    return mx.concatenate([found, values[..., split:]], axis=-1)
+    height = math.isqrt(2 * size // count)  # half as many maxima as values in what is taken
+    split = size // height * height
+    columns = values[..., :split].reshape(*rows, height, -1)
+    place = columns.shape[-1] - count
+    best = mx.argpartition(columns.max(axis=-2), place, axis=-1)[..., None, place:]
+    found = mx.take_along_axis(columns, best, axis=-1).reshape(*rows, -1)
+    found = mx.concatenate([found, values[..., split:]], axis=-1)
+    place = found.shape[-1] - count
+    return mx.sort(mx.partition(found, place, axis=-1)[..., place:], axis=-1)
 
 
 def _top_p(
@@ -119,8 +120,8 @@ def _top_p(
     """Return the place of the last token that is kept, (..., 1), and whether that is certain.
 
     Args:
-        head: The largest probabilities, ascending.
-        tail: The others, in no order.
+        head: The largest probabilities, ascending; perhaps behind some zeros.
+        tail: The others, in no order, and perhaps zeros.
         top_p: Share of the mass.
     """
     above = mx.cumsum(head, axis=-1, reverse=True, inclusive=False)
