@@ -14,7 +14,11 @@ load_openblas()  # has to come before the first import of mlx.core
 if TYPE_CHECKING:
     from mlx_distill.checkpoint import load
     from mlx_distill.data.encoding import read_texts
+    from mlx_distill.data.prompts import read_prompts
+    from mlx_distill.distillation.answer_files import read_answers
     from mlx_distill.distillation.distiller import Examples
+    from mlx_distill.distillation.drafter_config import DrafterTraining
+    from mlx_distill.distillation.drafter_training import train_drafter
     from mlx_distill.distillation.exporting import ExportConfig, export_student
     from mlx_distill.distillation.learning import Learner
     from mlx_distill.distillation.training import Distilled, distill
@@ -37,6 +41,7 @@ __all__ = [
     "Distilled",
     "DraftModelDrafter",
     "DraftPlan",
+    "DrafterTraining",
     "Examples",
     "ExportConfig",
     "GenerationResponse",
@@ -52,8 +57,11 @@ __all__ = [
     "load",
     "load_drafter",
     "quantize_drafter",
+    "read_answers",
+    "read_prompts",
     "read_texts",
     "stream_generate",
+    "train_drafter",
 ]
 
 _MODULES = {
@@ -62,6 +70,7 @@ _MODULES = {
     "Distilled": "distillation.training",
     "DraftModelDrafter": "drafters.draft_model",
     "DraftPlan": "drafters.protocol",
+    "DrafterTraining": "distillation.drafter_config",
     "Examples": "distillation.distiller",
     "ExportConfig": "distillation.exporting",
     "GenerationResponse": "speculation.responses",
@@ -77,8 +86,11 @@ _MODULES = {
     "load": "checkpoint",
     "load_drafter": "drafters.registry",
     "quantize_drafter": "drafters.packing",
+    "read_answers": "distillation.answer_files",
+    "read_prompts": "data.prompts",
     "read_texts": "data.encoding",
     "stream_generate": "speculation.generation",
+    "train_drafter": "train_drafter",  # the command's module, which is callable
 }
 
 
@@ -86,7 +98,8 @@ def __getattr__(name: str) -> object:
     """Import a public name."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    value = module if name == _MODULES[name] else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
@@ -109,6 +110,17 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def callable_as(name: str, function: Callable[..., Any]) -> None:
+    """Make a command's module callable, too: importing it hides the function of its name.
+
+    Args:
+        name: Of the module.
+        function: What the package has under that name.
+    """
+    kind = type("CallableModule", (ModuleType,), {"__call__": staticmethod(function)})
+    sys.modules[name].__class__ = kind
 
 
 def path(text: str) -> str:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 from typing import Any, get_type_hints
 
 import mlx.core as mx
@@ -26,7 +25,7 @@ from mlx_distill.distillation.config import PARTS, DistillConfig
 from mlx_distill.distillation.parts import Opening, open_parts
 from mlx_distill.distillation.run import Outcome, finish, memory_of, train_student
 from mlx_distill.distillation.terms import LossTerm
-from mlx_distill.distillation.training import Distilled, distill
+from mlx_distill.distillation.training import distill
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import output_path
 from mlx_distill.training.runs import check_output, partial_folder
@@ -155,14 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _CallableModule(ModuleType):
-    """Importing this module puts it where the package has its function ``distill``; be both."""
-
-    def __call__(self, *args: Any, **options: Any) -> Distilled:
-        return distill(*args, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+cli.callable_as(__name__, distill)
 
 if __name__ == "__main__":
     sys.exit(main())

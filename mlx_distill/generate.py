@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -329,14 +328,7 @@ def _record(
     }
 
 
-class _CallableModule(ModuleType):
-    """Importing this module puts it where the package has its function ``generate``; be both."""
-
-    def __call__(self, *args: Any, **options: Any) -> str:
-        return generate(*args, **options)
-
-
-sys.modules[__name__].__class__ = _CallableModule
+cli.callable_as(__name__, generate)
 
 if __name__ == "__main__":
     sys.exit(main())

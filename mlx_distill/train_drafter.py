@@ -247,5 +247,7 @@ def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="draw no progress bar")
 
 
+cli.callable_as(__name__, train_drafter)
+
 if __name__ == "__main__":
     sys.exit(main())

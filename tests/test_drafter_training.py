@@ -21,8 +21,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 import mlx_distill
-from mlx_distill import benchmark, train_drafter
+from mlx_distill import InputError, benchmark, train_drafter
 from mlx_distill.arrays import log_probs
+from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafter_config import DrafterTraining
@@ -443,6 +444,27 @@ def test_prompts_without_room_for_an_answer_are_counted(
     answers = [len(r.response) for r in read_responses(tmp_path / "drafter.responses.jsonl")]
     assert answers[1] <= 4 < answers[0]
     assert "2 without room for an answer" in (output / "README.md").read_text()
+
+
+def test_prompts_in_python_are_texts_chats_or_token_ids(tmp_path: Path, chat_model: Path) -> None:
+    model, tokenizer = mlx_distill.load(str(chat_model))
+    chat = [{"role": "user", "content": "Who are you?"}]
+    ids = encode_prompt(tokenizer, chat)
+    config = DrafterTraining(
+        exit_dim=8,
+        unroll=2,
+        held_out=1,
+        responses=ResponseConfig(max_tokens=3),
+        training=TrainingConfig(steps=1),
+    )
+    prompts = ["Who are you?", chat, ids, [1, 5, 6]]
+    mlx_distill.train_drafter(model, tokenizer, prompts, tmp_path / "d", config, quiet=True)
+    read = [one.prompt for one in read_responses(tmp_path / "d.responses.jsonl")]
+    assert sorted(read) == sorted([ids, ids, ids, [1, 5, 6]])
+    assert mlx_distill.load_drafter(str(tmp_path / "d"), model, tokenizer)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        mlx_distill.train_drafter(model, tokenizer, ["", *prompts], tmp_path / "e", config)
+    assert not (tmp_path / "e").exists()
 
 
 def test_an_answer_that_was_cut_off_does_not_end(pair: tuple[Any, Any]) -> None:

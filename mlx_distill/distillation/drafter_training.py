@@ -9,11 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlx import nn
 
 from mlx_distill import machine
+from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.answer_files import WrittenAnswers
 from mlx_distill.distillation.answer_writing import (
@@ -30,7 +31,7 @@ from mlx_distill.distillation.drafter_memory import memory_estimate
 from mlx_distill.distillation.drafter_plan import plan
 from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
 from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
-from mlx_distill.distillation.own_prompts import as_rows, encoded, own_prompts
+from mlx_distill.distillation.own_prompts import as_rows, own_prompts
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
@@ -44,13 +45,15 @@ from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
 from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
 
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+
 
 def train_drafter(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[list[int]] | WrittenAnswers | None,
+    prompts: Sequence[Prompt] | WrittenAnswers | None,
     output: str | Path,
-    config: DrafterTraining,
+    config: DrafterTraining | None = None,
     *,
     start: Network | None = None,
     responses: str | Path | None = None,
@@ -68,10 +71,11 @@ def train_drafter(
     Args:
         model: The target; never changes.
         tokenizer: Its tokenizer.
-        prompts: Token ids, as ``read_prompts`` returns them; or answers that the model has written
-            already; or None: the model writes its user's turns itself, too.
+        prompts: Texts, chats as lists of ``{"role", "content"}`` messages, or token ids, as
+            ``read_prompts`` returns them; or answers that the model has written already; or None:
+            the model writes its user's turns itself, too.
         output: The drafter's folder; must not exist.
-        config: How.
+        config: How; None takes the defaults.
         start: A drafter to start from, of the configuration's shape, perhaps without its blocks.
         responses: Where the model's answers are kept; None puts them beside the output.
         features: A folder where what the target computes of the answers is kept, in two bytes a
@@ -81,13 +85,13 @@ def train_drafter(
         about: What settings and card say about data and model beside all that: ``data``, a list of
             names, ``start_from`` and whatever else decides what is learned.
         report: What became of the rows that the prompts were made of.
-        template_config: Arguments of the chat template, where the model writes the prompts.
+        template_config: Arguments of the chat template, for prompts that are not token ids.
         quiet: Draw no progress bar.
 
     Raises:
         InputError: If something does not fit, or the training cannot go on.
     """
-    output = Path(output)
+    output, config = Path(output), config or DrafterTraining()
     work = partial_folder(output)
     check_output(output, resume)
     target = Target.of(model)
@@ -143,7 +147,7 @@ class _Data:
 def _data(
     target: Target,
     tokenizer: Any,
-    prompts: Sequence[list[int]] | WrittenAnswers | None,
+    prompts: Sequence[Prompt] | WrittenAnswers | None,
     config: DrafterTraining,
     template_config: Mapping[str, Any] | None,
     report: Report | None,
@@ -162,11 +166,20 @@ def _data(
     if prompts is None:
         report = report or Report(noun="prompts")
         own = _own(target, tokenizer, config, template_config, report)
-        prompts = encoded(tokenizer, own, template_config)
+        prompts = own
     report = report or Report(rows=len(prompts), kept=len(prompts))
-    usable = usable_prompts(target.model, prompts, config.responses, report)
+    ids = [_ids(tokenizer, prompt, template_config) for prompt in prompts]
+    usable = usable_prompts(target.model, ids, config.responses, report)
     check_enough(len(usable), config.held_out, "prompts", report)
     return _Data(usable, None, own, report)
+
+
+def _ids(tokenizer: Any, prompt: Prompt, template_config: Mapping[str, Any] | None) -> list[int]:
+    """Return a prompt's token ids."""
+    if not isinstance(prompt, str) and all(isinstance(one, int) for one in prompt):
+        return list(cast(Sequence[int], prompt))
+    asked = cast(str | Sequence[Mapping[str, Any]], prompt)
+    return encode_prompt(tokenizer, asked, template_config=template_config)
 
 
 def _written(

@@ -20,7 +20,6 @@ from mlx import nn
 
 import mlx_distill.data
 from mlx_distill.data.chats import MARK, Chat, apply_template
-from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.user_turns import fault, key, rare_scripts, script
 from mlx_distill.distillation.answer_batch import Wanted, written
@@ -123,13 +122,6 @@ def user_opening(tokenizer: Any, template_config: Mapping[str, Any] | None = Non
         )
     ids = tokenizer.encode(before, add_special_tokens=False)
     return Opening(list(ids), behind.strip().partition("\n")[0])
-
-
-def encoded(
-    tokenizer: Any, texts: Sequence[str], template_config: Mapping[str, Any] | None = None
-) -> list[list[int]]:
-    """Return the token ids of turns, through the chat template."""
-    return [encode_prompt(tokenizer, text, template_config=template_config) for text in texts]
 
 
 def as_rows(texts: Sequence[str]) -> str:
