@@ -89,7 +89,7 @@ def sample(
     """
     if sampling.temperature == 0:
         return _best(logits)
-    return _drawn(shaped_logits(_normalised(logits), sampling), noise)
+    return _drawn(shaped_logits(normalised(logits), sampling), noise)
 
 
 def sample_fast(
@@ -107,12 +107,12 @@ def sample_fast(
     if sampling.temperature == 0 or not fast or not sampling.filters(vocab_size):
         return sample(logits, sampling, noise), None
     filters = sampling.top_p, sampling.min_p, sampling.top_k
-    kept, certain = filter_fast(_normalised(logits), *filters)
+    kept, certain = filter_fast(normalised(logits), *filters)
     return _drawn(_tempered(kept, sampling), noise), certain
 
 
 def _best(logits: mx.array) -> mx.array:
-    return _argmax(_normalised(logits))
+    return _argmax(normalised(logits))
 
 
 def _drawn(shaped: mx.array, noise: mx.array | None) -> mx.array:
@@ -124,7 +124,7 @@ def _argmax(values: mx.array) -> mx.array:
     return mx.argmax(values, axis=-1).view(mx.int32)  # a view: no operation
 
 
-def _normalised(logits: mx.array) -> mx.array:
+def normalised(logits: mx.array) -> mx.array:
     """Return half-precision logits as mlx-lm draws from them: normalised, which rounds.
 
     It makes ties, for example. In float32 the difference is none that counts.

@@ -15,9 +15,10 @@ struct uint3 {
   uint x, y, z;
 };
 
-#define FUNCTION static inline
+#define FUNCTION inline
 #define SHARED(T, name, count) Shared<T> name = shared_memory<T>(#name, count)
 #define SHARED_ARG(T) Shared<T>
+#define PRIVATE_ARG(T) T*
 #define SHARED_COUNTERS(name, count) Counters name = shared_memory<uint>(#name, count)
 #define COUNTERS_ARG Counters
 // Metal's words, for what the dialect leaves as it is.

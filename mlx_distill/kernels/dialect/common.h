@@ -58,7 +58,7 @@ FUNCTION uint group_min(
 
 // A number with the order of the float it is made of; what is no number is above all others.
 FUNCTION uint ordered(float value) {
-  uint bits = bits_of(value);
+  uint bits = value == 0.0f ? 0 : bits_of(value);  // zeros are equal, whatever their signs
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 FUNCTION float unordered(uint rank) {

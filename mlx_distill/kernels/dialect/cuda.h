@@ -2,6 +2,7 @@
 #define FUNCTION __device__ __forceinline__
 #define SHARED(T, name, count) __shared__ T name[count]
 #define SHARED_ARG(T) T*
+#define PRIVATE_ARG(T) T*
 #define SHARED_COUNTERS(name, count) __shared__ uint name[count]
 #define COUNTERS_ARG uint*
 

@@ -2,6 +2,7 @@
 #define FUNCTION inline
 #define SHARED(T, name, count) threadgroup T name[count]
 #define SHARED_ARG(T) threadgroup T*
+#define PRIVATE_ARG(T) thread T*
 #define SHARED_COUNTERS(name, count) threadgroup atomic_uint name[count]
 #define COUNTERS_ARG threadgroup atomic_uint*
 
