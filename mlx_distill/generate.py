@@ -19,7 +19,7 @@ import mlx.core as mx
 from mlx import nn
 from rich.console import Console
 
-from mlx_distill import cli, machine
+from mlx_distill import cli, flags, machine
 from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     model, tokenizer = cli.load_model(arguments)
     drafter, draft_model, plan = _drafting(arguments, model, tokenizer, cache, plan)
     merged = arguments.draft == DRAFTS[-1]
+    options = _options(arguments, {"plan": plan, "cache": cache, **asdict(sampling)}, draft_model)
+    if arguments.prompts_file:
+        options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
+        return _answer_file(arguments, model, tokenizer, template_config, options)
     prompt = encode_prompt(
         tokenizer,
         text,
@@ -64,7 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         chat_template=not arguments.ignore_chat_template,
         template_config=template_config,
     )
-    options = _options(arguments, {"plan": plan, "cache": cache, **asdict(sampling)}, draft_model)
     with _learner(arguments, drafter, model, tokenizer) as learner:
         drafter = learner.drafter if learner else drafter
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
@@ -100,10 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_drafter_flags(parser)
     _add_prompt_flags(parser)
     add_flags(parser, Sampling, {"temperature": "temp"})
+    flags.add_prompts_file_flags(parser)
     cli.add_shape_flags(parser)
     add_flags(parser, CacheConfig)
     add_flags(parser, LearningConfig)
-    _add_report_flags(parser)
+    flags.add_report_flags(parser)
     return parser
 
 
@@ -182,34 +186,6 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_report_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what is told of it."""
-    parser.add_argument(
-        "--verbose",
-        type=_truth,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="BOOL",
-        help="print statistics on stderr, True or False (default: True)",
-    )
-    parser.add_argument(
-        "--show-draft", action="store_true", help="colour the tokens that were drafted"
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="also decode plainly with mlx-lm; print the ratio"
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print the whole run as a last line of JSON"
-    )
-
-
-def _truth(text: str) -> bool:
-    if text.lower() in ("true", "t", "false", "f"):
-        return text.lower() in ("true", "t")
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text}")
-
-
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt == "-":
         try:
@@ -230,6 +206,7 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     if arguments.learn and (arguments.no_drafter or arguments.draft_model):
         flag = "--no-drafter" if arguments.no_drafter else "--draft-model"
         raise InputError(f"--learn needs a drafter that can learn; leave {flag} out")
+    flags.check_prompts_file(arguments)
     check_value("max_tokens", arguments.max_tokens, Count)
     check_value("num_draft_tokens", arguments.num_draft_tokens, DraftLength)
 
@@ -292,6 +269,27 @@ def _options(
     """Return the arguments of ``stream_generate`` but for the drafter and the length."""
     options |= {"seed": arguments.seed, "stop": arguments.stop, "draft_model": draft_model}
     return options | {"num_draft_tokens": arguments.num_draft_tokens}
+
+
+def _answer_file(
+    arguments: argparse.Namespace,
+    model: nn.Module,
+    tokenizer: Any,
+    template_config: dict[str, Any],
+    options: dict[str, Any],
+) -> int:
+    """Write the answers to a file of prompts; return the exit status."""
+    from mlx_distill.speculation.prompts_file import BATCH, answer_file
+
+    return answer_file(
+        model,
+        tokenizer,
+        arguments.prompts_file,
+        cli.new_file(arguments.output),
+        flags.answers_settings(arguments),
+        options | {"max_tokens": arguments.max_tokens, "batch": arguments.batch or BATCH},
+        {"chat_template": not arguments.ignore_chat_template, "template_config": template_config},
+    )
 
 
 def _learner(

@@ -135,17 +135,7 @@ def read_asked(
     for place, given in read_rows(path):
         report.rows += 1
         with report.counting(place):
-            row = read_row(given, place, answers=False, prompts=True)
-            if row.document is not None:
-                ids = _opening(tokenizer, row.document, prompt_tokens or DOCUMENT_TOKENS)
-            else:
-                ids = _asked(tokenizer, row, place, templated, config)
-                if prompt_tokens is not None and len(ids) > prompt_tokens:
-                    if templated:
-                        raise Drop(f"chat longer than {prompt_tokens} tokens")
-                    ids = ids[:prompt_tokens]
-            if not ids:
-                raise InputError(f"{place}: the prompt has no tokens")
+            ids = _encoded(tokenizer, given, place, prompt_tokens, templated, config)
             kind = given.get("category")
             prompts.append(Asked(ids, kind if isinstance(kind, str) else None))
             report.kept += 1
@@ -155,6 +145,60 @@ def read_asked(
             + (f"; of {report.rows} rows: {report.reasons()}" if report.dropped else "")
         )
     return _with_spec_bench_classes(prompts)
+
+
+def read_each(
+    path: str | Path,
+    tokenizer: Any,
+    *,
+    chat_template: bool = True,
+    template_config: Mapping[str, Any] | None = None,
+) -> list[tuple[dict[str, Any], list[int] | InputError]]:
+    """Return the rows of a file, each with its encoded prompt, or with what is wrong with it.
+
+    Args:
+        path: A file as ``read_asked`` takes it, or a text file with a prompt in every line.
+        tokenizer: An mlx-lm tokenizer.
+        chat_template: False leaves the template out.
+        template_config: Further arguments of the chat template.
+
+    Raises:
+        InputError: If the file is unreadable, or holds nothing.
+    """
+    templated = chat_template and bool(getattr(tokenizer, "has_chat_template", False))
+    config = template_config if templated else None
+    found = []
+    for place, given in read_rows(path):
+        try:
+            found.append((given, _encoded(tokenizer, given, place, None, templated, config)))
+        except (InputError, Drop) as error:
+            found.append((given, InputError(str(error))))
+    if not found:
+        raise InputError(f"{path} holds no prompts")
+    return found
+
+
+def _encoded(
+    tokenizer: Any,
+    given: Mapping[str, Any],
+    place: str,
+    prompt_tokens: int | None,
+    templated: bool,
+    config: Mapping[str, Any] | None,
+) -> list[int]:
+    """Return the token ids of a row's prompt."""
+    row = read_row(given, place, answers=False, prompts=True)
+    if row.document is not None:
+        ids = _opening(tokenizer, row.document, prompt_tokens or DOCUMENT_TOKENS)
+    else:
+        ids = _asked(tokenizer, row, place, templated, config)
+        if prompt_tokens is not None and len(ids) > prompt_tokens:
+            if templated:
+                raise Drop(f"chat longer than {prompt_tokens} tokens")
+            ids = ids[:prompt_tokens]
+    if not ids:
+        raise InputError(f"{place}: the prompt has no tokens")
+    return ids
 
 
 def _with_spec_bench_classes(prompts: list[Asked]) -> list[Asked]:

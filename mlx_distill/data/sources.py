@@ -53,10 +53,28 @@ def check_sources(sources: Iterable[str | Path], split: str = "train") -> None:
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the rows of a JSONL file, also compressed, or a parquet file, each behind its place.
 
+    Every line of a text file is a row with a prompt; blank ones are skipped.
+
     Raises:
         InputError: If the file or a row cannot be read.
     """
+    if str(path).endswith(".txt"):
+        return _lines(Path(path))
     return _parquet_rows(Path(path)) if str(path).endswith(".parquet") else read_jsonl(path)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}, line {number}", {"prompt": line.rstrip("\r\n")}
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text: {error.reason} at byte {error.start}"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

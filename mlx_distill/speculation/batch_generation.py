@@ -114,7 +114,7 @@ def stream_answers(
                 index, prompt = following
                 answer = Answer(index)
                 own = {**options, **(each[index] if each else {})}
-                sampled = own.get("temperature", 0) > 0
+                sampled = own.get("temperature") not in (None, 0)
                 try:
                     planner = planner_for(engine, plan, cache, sampled)
                     request = text_request(engine, prompt, planner=planner, cache=cache, **own)

@@ -27,7 +27,7 @@ from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
 from mlx_distill.drafters.protocol import Drafter, Planner
-from mlx_distill.limits import Between, check_value
+from mlx_distill.limits import check_value
 from mlx_distill.openblas import drafting_threads, let_draft
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
@@ -36,7 +36,7 @@ from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly
-from mlx_distill.speculation.requests import Request
+from mlx_distill.speculation.requests import BatchSize, Request
 from mlx_distill.speculation.responses import Responses, ResponseWriter
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.two_caches import TwoCaches
@@ -81,7 +81,7 @@ class Engine:
         self.num_draft_tokens = num_draft_tokens
         if draft_model is not None:
             checks.check_draft_model(drafter, num_draft_tokens)
-        check_value("batch", batch, Between(1, 1024))
+        check_value("batch", batch, BatchSize)
         self.batch = batch
         self._texts: dict[int, Responses] = {}
         self._together = BatchWriter(model, batch)

@@ -14,6 +14,9 @@ from mlx_distill.limits import Between, Count, check_fields
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.drafted_text import LogitsProcessor
 
+# Texts that share a call.
+BatchSize = Annotated[int, Between(1, 1024)]
+
 
 @dataclass(frozen=True)
 class Request:

@@ -1,0 +1,103 @@
+"""Flags of the command that writes text: many prompts, and what is told of one."""
+
+import argparse
+from typing import Any
+
+from mlx_distill import cli
+from mlx_distill.data.sources import read_rows
+from mlx_distill.errors import InputError
+from mlx_distill.limits import check_value
+from mlx_distill.speculation.requests import BatchSize
+
+# What another run has to have in common to go on with a file of answers.
+DEPEND_ON = (
+    "model",
+    "adapter_path",
+    "chat_template_config",
+    "ignore_chat_template",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "stop",
+    "max_kv_size",
+    "kv_bits",
+)
+
+
+def add_prompts_file_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of a command that writes the answers to a file of prompts."""
+    parser.add_argument(
+        "--prompts-file",
+        type=cli.path,
+        metavar="FILE",
+        help="answer all prompts of a JSONL file (prompt, messages, turns or text in a row, with "
+        "max_tokens, temperature, top_p, top_k, min_p, seed and stop of its own, if it likes), or "
+        "of a text file with one in every line",
+    )
+    parser.add_argument(
+        "--output",
+        type=cli.path,
+        metavar="FILE",
+        help="where their answers are written, as JSONL in the prompts' order; a command that was "
+        "stopped goes on where it ended (default: stdout, each as it is ready)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        metavar="INT",
+        help="answers that are written at the same time, 1 to 1024 (default: 8)",
+    )
+
+
+def check_prompts_file(arguments: argparse.Namespace) -> None:
+    """Raise InputError if a flag goes with one prompt only, or with a file of them only."""
+    if not arguments.prompts_file:
+        for flag in ("output", "batch"):
+            if getattr(arguments, flag) is not None:
+                raise InputError(f"--{flag} needs --prompts-file, the file of the prompts")
+        return
+    for flag in ("compare", "learn", "show_draft", "json", "system_prompt"):
+        if getattr(arguments, flag):
+            flag = flag.replace("_", "-")
+            raise InputError(f"--{flag} goes with one prompt; leave it out beside --prompts-file")
+    if arguments.batch is not None:
+        check_value("batch", arguments.batch, BatchSize)
+    cli.new_file(arguments.output)
+    next(read_rows(arguments.prompts_file), None)
+
+
+def answers_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the answers to a file of prompts depend on, but for the prompts."""
+    settings = cli.settings(arguments)
+    return {name: settings[name] for name in DEPEND_ON}
+
+
+def add_report_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is told of it."""
+    parser.add_argument(
+        "--verbose",
+        type=_truth,
+        nargs="?",
+        const=True,
+        default=True,
+        metavar="BOOL",
+        help="print statistics on stderr, True or False (default: True)",
+    )
+    parser.add_argument(
+        "--show-draft", action="store_true", help="colour the tokens that were drafted"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="also decode plainly with mlx-lm; print the ratio"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print the whole run as a last line of JSON"
+    )
+
+
+def _truth(text: str) -> bool:
+    if text.lower() in ("true", "t", "false", "f"):
+        return text.lower() in ("true", "t")
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text}")

@@ -1,0 +1,127 @@
+"""Files of prompts: every row answered as it would be alone, and no answer lost to a kill."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mlx_distill
+from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.speculation import prompts_file
+
+generate = importlib.import_module("mlx_distill.generate")
+
+pytestmark = pytest.mark.usefixtures("bundled_once")
+
+ROWS = [
+    {"prompt": "Once upon a time", "max_tokens": 6},
+    {"prompt": ""},
+    {"prompt": "The cat", "temperature": 1.0, "seed": 3},
+    {"prompt": "The dog", "max_tokens": "many"},
+    {"question": "?"},
+    {"prompt": "Ben had a red kite.", "stop": ["."]},
+    {"prompt": "Tom", "stop": 5},
+    {"prompt": "Tom saw a big", "temperature": "hot"},
+    {"prompt": "Lily went to the park " * 200},
+]
+FLAGS = ["-m", "10", "--temp", "0.8", "--seed", "7", "--no-calibrate", "--batch", "2"]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "asked.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def written(file: Path, output: Path, *more: str) -> list[dict[str, Any]]:
+    flags = ["--prompts-file", str(file), "--output", str(output), *FLAGS, *more]
+    assert generate.main(flags) == 0
+    assert [found.name for found in output.parent.glob(f"{output.name}*")] == [output.name]
+    return answers(output)
+
+
+def test_every_row_is_answered_as_alone(
+    file: Path, tmp_path: Path, bundled_pair: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = written(file, tmp_path / "answers.jsonl")
+    assert [one["index"] for one in found] == list(range(len(ROWS)))
+    reasons = {1: "line 2", 3: "max_tokens", 4: "line 5", 6: "stop", 7: "temperature", 8: "context"}
+    assert {place for place, one in enumerate(found) if "error" in one} == reasons.keys()
+    for place, reason in reasons.items():
+        assert reason in found[place]["error"]
+    assert "6 of them failed" in capsys.readouterr().err
+    for place in (0, 2, 5):
+        own = {"temperature": 0.8, "seed": 7 + place, "max_tokens": 10, **ROWS[place]}
+        ids = encode_prompt(bundled_pair[1], own.pop("prompt"))
+        assert found[place]["text"] == mlx_distill.generate(*bundled_pair, ids, **own)
+
+
+def test_what_was_stopped_goes_on(
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = written(file, tmp_path / "whole.jsonl")
+    output = tmp_path / "answers.jsonl"
+    asked = ["--prompts-file", str(file), "--output", str(output)]
+    answered = prompts_file.stream_answers
+
+    def stopped(*args: Any, **options: Any) -> Iterator[Any]:
+        yield next(answered(*args, **options))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts_file, "stream_answers", stopped)
+        assert generate.main([*asked, *FLAGS]) == 130
+    assert "6 of 9 answers are kept" in capsys.readouterr().err
+    writing = tmp_path / "answers.jsonl.writing"
+    lines = writing.read_text().splitlines(keepends=True)
+    assert not output.exists()
+    # A line that the kill has cut, and one that says what nobody would write again.
+    changed = json.loads(lines[-1]) | {"error": "kept"}
+    writing.write_text("".join([*lines[:-1], json.dumps(changed) + "\n", lines[-1][:9]]))
+    assert generate.main([*asked, *FLAGS, "--seed", "8"]) == 2  # answers of another run
+    assert not output.exists()
+    found = written(file, output, "--batch", "3")
+    assert found.pop(changed["index"]) == changed
+    whole.pop(changed["index"])
+    assert found == whole
+
+
+def test_a_text_file_has_a_prompt_in_every_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "asked.txt"
+    file.write_text("Once upon a time\n\nThe cat sat\n")
+    assert generate.main(["--prompts-file", str(file), "-m", "4", "--no-drafter"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(one["index"] for one in found) == [0, 1]
+    assert {one["generation_tokens"] for one in found} == {4}
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--output", "x.jsonl"], "--output needs --prompts-file"),
+        (["--batch", "2"], "--batch needs --prompts-file"),
+        (["--prompts-file", "FILE", "--batch", "0"], "batch"),
+        (["--prompts-file", "FILE", "--json"], "--json goes with one prompt"),
+        (["--prompts-file", "FILE", "--compare"], "--compare goes with one prompt"),
+        (["--prompts-file", "none.jsonl"], "none.jsonl"),
+        (["--prompts-file", "FILE", "--output", "FILE"], "exists"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    file: Path, flags: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate.main([flag.replace("FILE", str(file)) for flag in flags]) == 2
+    assert reason in capsys.readouterr().err
