@@ -17,6 +17,8 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.posterior_noise import noise_behind
 from mlx_distill.core.sampling import TextNoise
 from mlx_distill.distillation.responses import Response
+from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
+from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.evaluation.drafts import judge_drafts
@@ -74,9 +76,24 @@ def test_beams_leave_out_what_ends_early():
         assert met.num_nodes(DraftPlan(2, 2, tree="beam")).tolist() == [4]
 
 
+def repeating_heads(model: Any) -> MedusaDrafter:
+    """Return heads that take the text to go on with what is likely to stand there already."""
+    rates = ((0.5, 0.3), (0.4, 0.2), (0.3, 0.1), (0.2, 0.1))
+    network = MedusaHeads(MedusaConfig(384, 4096, num_heads=4, hit_rates=rates))
+    embed = Target.of(model).embed
+    assert embed is not None
+    network.head.weight = embed.weight
+    for number, (block,) in enumerate(network.blocks):  # else a b and b a are as likely
+        block.linear.bias = 0.1 * mx.random.normal((384,), key=mx.random.key(number))
+    return MedusaDrafter(network, {})
+
+
 @pytest.mark.parametrize(
     ("kind", "temperature"),
-    [("recurrent", 0.0), ("recurrent", 0.7), ("ngram", 0.0), ("blocks", 0.0), ("blocks", 0.7)],
+    [
+        *(("recurrent", 0.0), ("recurrent", 0.7), ("ngram", 0.0), ("blocks", 0.0)),
+        *(("blocks", 0.7), ("medusa", 0.7)),
+    ],
 )
 def test_known_answers_take_as_many_calls_as_generated_ones(
     pair: tuple[Any, Any, Drafter], kind: str, temperature: float
@@ -87,6 +104,9 @@ def test_known_answers_take_as_many_calls_as_generated_ones(
     if kind == "blocks":
         drafter = with_blocks(drafter, 1, 8)
     plans = {"chain": PLANS["chain"]} if kind == "ngram" else PLANS
+    if kind == "medusa":
+        drafter = repeating_heads(model)
+        plans = {"tree": PLANS["tree"], "static": DraftPlan(2, 3, 6, "static")}
     prompts = [tokenizer.encode(text) for text in ("Once upon a time", "Tom and Lily")]
     calls, nodes = dict.fromkeys(plans, 0), dict.fromkeys(plans, 0)
     answers = []

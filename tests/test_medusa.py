@@ -143,6 +143,42 @@ def test_drafts_hold_the_likeliest_products(shape: dict[str, Any], noisy: bool):
     assert paths(every, 0) == pytest.approx(first, abs=1e-4)
 
 
+HIT_RATES = ((0.5, 0.2, 0.1), (0.4, 0.1, 0.05), (0.3, 0.1, 0.0))
+STATIC = DraftPlan(1, 3, 7, "static")  # of the likeliest six paths
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[1:3] + SHAPES[-1:], ids=str)
+def test_static_trees_hold_the_choices_that_are_right_most_often(
+    shape: dict[str, Any], noisy: bool
+):
+    network = random_heads(hit_rates=HIT_RATES, **shape)
+    hidden, taps = seen_by(network, 2)
+    noise = np.random.default_rng(3).gumbel(size=(6, 11)).astype(np.float32) if noisy else None
+    drafter = MedusaDrafter(network, {"hidden_size": 5})
+    features = Features(mx.array(hidden), None, tuple(map(mx.array, taps)))
+    later = None if noise is None else mx.array(noise[1:])
+    draft = drafter.open(mx.array([1]), features).draft(mx.array([6]), STATIC, later)
+    tokens = np.array(TRIMMED if "token_ids" in network else range(11))
+    best = []
+    for number in range(3):
+        logits = slow_head_logits(parameters(network), number, hidden[1], [x[1] for x in taps])
+        seen = 0 if noise is None else noise[1 + number][tokens]
+        best.append(tokens[np.argsort(-(logits + seen))])
+    chosen = [(0,), (0, 0), (1,), (1, 0), (2,), (0, 0, 0)]
+    expected = {(6, *(best[head][one] for head, one in enumerate(path))) for path in chosen}
+    assert paths(draft).keys() == expected | {(6,)}
+    everywhere = None if noise is None else mx.array(noise)
+    every = drafter.draft_everywhere(mx.array([6, 6]), features, STATIC, everywhere)
+    assert paths(every, 1) == pytest.approx(paths(draft))
+
+
+def test_without_hit_rates_there_is_no_static_tree(bundled_pair: Any, bundled_drafter: Any) -> None:
+    options: dict[str, Any] = {"plan": STATIC, "drafter": bundled_drafter}
+    with pytest.raises(InputError, match="a static tree is made of Medusa heads whose hit rates"):
+        mlx_distill.generate(*bundled_pair, "Once", **options)
+
+
 # Folders
 
 
@@ -152,6 +188,7 @@ def folder(
 ) -> Path:
     """Return a folder of random heads for the bundled model, with one matrix or one each."""
     shape = {"shared_head": request.param, "draft_vocab_size": 512, "taps": (1, -1)}
+    shape["hit_rates"] = HIT_RATES
     network = MedusaHeads(MedusaConfig(384, 4096, num_heads=3, **shape))
     known = fingerprint(Target.of(bundled_pair[0]), bundled_pair[1])
     where = tmp_path_factory.mktemp("heads") / "heads"
@@ -159,7 +196,8 @@ def folder(
     return where
 
 
-LAWS = [{}, {"temperature": 1.0, "seed": 3}]
+LAWS = [{}, {"temperature": 1.0, "seed": 3}, {"plan": STATIC}]
+LAWS += [{"plan": STATIC, "temperature": 0.8, "seed": 2}]
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -190,7 +228,10 @@ def arrays_with(name: str, change: Callable[[mx.array], mx.array]) -> dict[str, 
 REFUSED: list[tuple[dict[str, Edit], str]] = [
     ({"config__json": set_fields(hidden_size=192)}, "blocks.0.0.linear.weight"),
     ({"config__json": set_fields(num_heads=70)}, "num_heads must be between 1 and 64, got 70"),
-    ({"config__json": set_fields(num_heads=20)}, "num_heads is 20, which no array there has"),
+    (
+        {"config__json": set_fields(num_heads=20, hit_rates=[])},
+        "num_heads is 20, which no array there has",
+    ),
     ({"config__json": set_fields(num_draft_layers=10)}, "does not fit its config"),
     ({"config__json": set_fields(exit_dim=384)}, "the drafter's config has unknown fields: exit_"),
     ({"config__json": set_fields(hit_rates=[[0.5]])}, "hit_rates must hold as many shares"),
@@ -252,9 +293,9 @@ TINY = [
         "--batch-size",
         "2",
     ),
-    *("--max-tokens", "8", "--held-out", "2", "--steps", "24", "--checkpoint-every", "12"),
+    *("--max-tokens", "8", "--held-out", "2", "--steps", "12", "--checkpoint-every", "6"),
     *("--max-prompts", "6", "--prompt-tokens", "6", "--response-batch-size", "2"),
-    *("--evaluate-every", "12", "--seed", "4", "--learning-rate", "0.01"),
+    *("--evaluate-every", "6", "--seed", "4", "--learning-rate", "0.01"),
 ]
 
 
@@ -272,8 +313,13 @@ def test_heads_are_trained_and_used(tmp_path: Path, tiny_on_a_gpu: Path) -> None
     assert log[-1]["loss"] < log[0]["loss"]
     assert "A drafter of Medusa heads, of " in (tmp_path / "heads/README.md").read_text()
     expected = mlx_distill.generate(*pair, "Once upon a time", max_tokens=12)
-    options: dict[str, Any] = {"drafter": drafter, "max_tokens": 12}
-    assert mlx_distill.generate(*pair, "Once upon a time", **options) == expected
+    for plan in (DraftPlan(4, 3, 8), DraftPlan(1, 3, 8, "static")):
+        options: dict[str, Any] = {"drafter": drafter, "max_tokens": 12, "plan": plan}
+        assert mlx_distill.generate(*pair, "Once upon a time", **options) == expected
+    rates = np.array(drafter.config.hit_rates)
+    assert rates.shape == (3, 8)
+    np.testing.assert_allclose(rates[:, 0], log[-1]["acceptance_greedy"], atol=1e-4)
+    assert (rates.sum(axis=1) <= 1.001).all()
 
 
 @pytest.mark.parametrize(

@@ -337,5 +337,5 @@ def test_an_empty_plan_is_refused(name: str):
 
 
 def test_an_unknown_tree_is_refused():
-    with pytest.raises(InputError, match=r"^tree must be best-first or beam, got oak$"):
+    with pytest.raises(InputError, match=r"^tree must be best-first, beam or static, got oak$"):
         DraftPlan(tree="oak")

@@ -128,18 +128,7 @@ class KnownDraft(Draft):
         """Return the same tree, in the same order, made here."""
         likely = self.likely
         best = sorted(range(len(likely)), key=lambda node: -likely[node])[:num_nodes]
-        line = [0]
-        for node in best[1:]:  # the likeliest child comes first
-            if self.rows[node][1] == line[-1]:
-                line.append(node)
-        order = [*line, *(node for node in sorted(best) if node not in line)]
-        place = {node: index for index, node in enumerate(order)}
-        mask = np.eye(len(order), dtype=np.bool_).tolist()
-        parents = [place[self.rows[node][1]] for node in order]
-        for index, parent in enumerate(parents):
-            mask[index] = [
-                own or above for own, above in zip(mask[index], mask[parent], strict=True)
-            ]
+        order, parents, mask = arranged([row[1] for row in self.rows], best)
         depths = [self.rows[node][2] for node in order]
         ranks = [best.index(node) for node in order]
         columns = [[self.rows[node][0] for node in order], parents, depths, ranks]
@@ -151,8 +140,34 @@ class KnownDraft(Draft):
             fields[2],
             max(depths),
             fields[3],
-            in_line=line == order,
+            in_line=parents == [max(0, node - 1) for node in range(len(parents))],
         )
+
+
+def arranged(
+    parents: Sequence[int], best: Sequence[int]
+) -> tuple[list[int], list[int], list[list[bool]]]:
+    """Return some nodes in the order of ``Draft.best_first``, their parents and their ancestors.
+
+    Args:
+        parents: Of all nodes, each of a smaller number than its children.
+        best: The nodes of the tree, the likeliest first.
+
+    Returns:
+        The nodes, for each of them its parent's place among these, and which of these are on the
+        path to it.
+    """
+    line = [0]
+    for node in best[1:]:  # the likeliest child comes first
+        if parents[node] == line[-1]:
+            line.append(node)
+    order = [*line, *(node for node in sorted(best) if node not in line)]
+    place = {node: index for index, node in enumerate(order)}
+    above = [place[parents[node]] for node in order]
+    mask = np.eye(len(order), dtype=np.bool_)
+    for index, parent in enumerate(above):
+        mask[index] |= mask[parent]
+    return order, above, mask.tolist()
 
 
 @mx.compile  # in few operations: on a GPU each costs more to start than to do

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mlx_distill.arrays import to_host
 from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation.choice_rates import choice_rates
 from mlx_distill.distillation.confidence import Confidence, fitted_confidence
 from mlx_distill.distillation.drafted_head import drafted_logits, head_rows, start_head
 from mlx_distill.distillation.drafter import (
@@ -31,6 +32,7 @@ from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.start_order import SPREAD, StartOrder
 from mlx_distill.distillation.target_reader import TargetReader, text_of
 from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.medusa import MedusaHeads
 from mlx_distill.drafters.networks import Network, network_of
 from mlx_distill.drafters.recurrent import Past
 from mlx_distill.errors import InputError
@@ -172,14 +174,25 @@ class DrafterTrainer:
 
     def confidence(self) -> Confidence | None:
         """Return how sure the drafter may be, by held-out drafts; None if there are none."""
+        starts = self._fitted_on()
+        return starts and fitted_confidence(self.network, starts, self.target_logits)
+
+    def choice_rates(self) -> tuple[tuple[float, ...], ...]:
+        """Return how often Medusa heads' choices are right; nothing of other drafters."""
+        starts = self._fitted_on()
+        if starts is None or not isinstance(self.network, MedusaHeads):
+            return ()
+        return choice_rates(self.network, starts, self.target_logits)
+
+    def _fitted_on(self) -> Starts | None:
+        """Return held-out drafts; None if there are none."""
         if self._judged is None:
             self._judged = self.reader.view(self.held_out)
         view, length = self._judged, self.config.unroll
         if not view.starting.size:
             return None
         places = view.starting[:: -(-view.starting.size // MOST_FITTED)]
-        starts = view.starts(places, length, self.config.look_back)
-        return fitted_confidence(self.network, starts, self.target_logits)
+        return view.starts(places, length, self.config.look_back)
 
     @property
     def settings(self) -> TrainingConfig:

@@ -243,6 +243,9 @@ def _with_confidence(trainer: DrafterTrainer) -> dict[str, float]:
     if found is None:
         return {}
     change_shape(trainer.network, sharpness=found.sharpness)
+    rates = trainer.choice_rates()
+    if rates:
+        change_shape(trainer.network, hit_rates=rates)
     print(
         f"confidence of paths: a sharpness of {found.sharpness:g} fits the held-out answers; "
         f"expected calibration error {found.error:.3f}, {found.error_before:.3f} without",

@@ -8,7 +8,8 @@ The best tokens of every head are found once, and a path is as likely as their p
 
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int, Integer
@@ -18,14 +19,17 @@ from mlx_distill.arrays import SERIAL, log_sum_exp
 from mlx_distill.core.beam_search import Listed, beam_search
 from mlx_distill.core.beam_searches import beam_searches, top_values
 from mlx_distill.core.draft import Draft
+from mlx_distill.core.static_tree import StaticTree
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
-from mlx_distill.drafters.protocol import DraftPlan, Features
+from mlx_distill.drafters.protocol import NO_STATIC_TREE, DraftPlan, Features
+from mlx_distill.errors import InputError
 
 # Drafts that are kept compiled, one for each shape, with noise and without.
 MOST_COMPILED = 16
 
 Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
+Kind = tuple[str, int, int, bool]
 
 
 class MedusaDrafter:
@@ -47,8 +51,13 @@ class MedusaDrafter:
         self.target = target
         self.taps = network.config.taps
         self._stacks = Stacks(network)
-        self.drafts: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
+        self.drafts: dict[Kind, Callable[..., Any]] = {}
         self._compiling = threading.Lock()
+
+    @property
+    def has_static_tree(self) -> bool:
+        """Whether it is known which choices of the heads are right how often."""
+        return bool(self.config.hit_rates)
 
     @property
     def config(self) -> MedusaConfig:
@@ -78,22 +87,56 @@ class MedusaDrafter:
         """
         length = min(plan.draft_length, self.config.num_heads)
         arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
-        made = self._compiled(plan.beam_width, length, noise is not None)(*arrays)
-        return Draft(*made, length)
+        if plan.tree == "static":
+            tree = self.static_tree(plan)
+            kind = ("static", plan.nodes, length, noise is not None)
+            return tree.draft(self._compiled(kind, partial(self._static_tokens, tree))(*arrays))
+        kind = ("beams", plan.beam_width, length, noise is not None)
+        made = self._compiled(kind, partial(self._beams, plan.beam_width, length))(*arrays)
+        return Draft(*made, max_depth=length)
 
-    def _compiled(self, width: int, length: int, noisy: bool) -> Callable[..., Arrays]:
-        """Return what makes drafts of a shape, compiled; nothing of the law of sampling is in."""
-        kind = (width, length, noisy)
+    def static_tree(self, plan: DraftPlan) -> StaticTree:
+        """Return the tree of a plan's nodes and length that is made by the heads' hit rates.
+
+        Raises:
+            InputError: If these were never measured.
+        """
+        rates = self.config.hit_rates[: plan.draft_length]
+        if not rates:
+            raise InputError(NO_STATIC_TREE)
+        return _static_tree(rates, plan.nodes)
+
+    def _compiled(self, kind: Kind, make: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what makes drafts of a kind, compiled; nothing of the law of sampling is in."""
         with self._compiling:
             made = self.drafts.pop(kind, None)
             if made is None:
-                made = partial(mx.compile(partial(self._draft, width, length)), next(SERIAL))
+                made = partial(mx.compile(make), next(SERIAL))
             self.drafts[kind] = made  # behind the others, as the last one used
             if len(self.drafts) > MOST_COMPILED:
                 del self.drafts[next(iter(self.drafts))]
         return made
 
-    def _draft(
+    def _static_tokens(
+        self,
+        tree: StaticTree,
+        serial: int,
+        hidden: mx.array,
+        taps: list[mx.array],
+        root: mx.array,
+        noise: mx.array | None = None,
+    ) -> Int[mx.array, " N"]:
+        """Return the tokens of a static tree."""
+        best = self._choices(self._logits(hidden, taps, tree.heads, noise), tree.choices)
+        return mx.concatenate([root, best.reshape(-1)[tree.places]]).astype(mx.int32)
+
+    def _choices(self, logits: Float[mx.array, "R K"], count: int) -> Integer[mx.array, "R C"]:
+        """Return the best tokens of every row, the best first."""
+        best, scores = top_values(logits, count)
+        order = mx.argsort(-scores, axis=1)
+        return self._tokens(mx.take_along_axis(best, order, axis=1))
+
+    def _beams(
         self,
         width: int,
         length: int,
@@ -135,18 +178,36 @@ class MedusaDrafter:
         length = min(plan.draft_length, self.config.num_heads)
         rows = iter(range(length))
 
-        def step(columns: mx.array, beams: mx.array | None) -> tuple[mx.array, mx.array]:
-            number = next(rows)
+        def logits_of(number: int) -> mx.array:
             x = self.network.features(number, hidden)
             seen = None if noise is None else noise[number : number + roots.size]
-            logits = self._sharpened(self._stacks.logits(x, number), seen)
-            return mx.repeat(logits, columns.size // roots.size, axis=0), columns
+            return self._sharpened(self._stacks.logits(x, number), seen)
+
+        if plan.tree == "static":
+            return self._static_everywhere(self.static_tree(plan), roots, logits_of)
+
+        def step(columns: mx.array, beams: mx.array | None) -> tuple[mx.array, mx.array]:
+            return mx.repeat(logits_of(next(rows)), columns.size // roots.size, axis=0), columns
 
         draft = beam_searches(step, roots, plan.beam_width, length)
         tokens = mx.concatenate([roots[:, None], self._tokens(draft.tokens[:, 1:])], axis=1)
         return Draft(
             tokens.astype(mx.int32), draft.parents, draft.depths, draft.scores, draft.max_depth
         )
+
+    def _static_everywhere(
+        self,
+        tree: StaticTree,
+        roots: Int[mx.array, " S"],
+        logits_of: Callable[[int], Float[mx.array, "S K"]],
+    ) -> Draft:
+        best = [self._choices(logits_of(number), tree.choices) for number in range(tree.heads)]
+        tokens = mx.concatenate(best, axis=1)[:, tree.places]
+        tokens = mx.concatenate([roots[:, None], tokens], axis=1).astype(mx.int32)
+        parents, depths, scores = (
+            mx.broadcast_to(x, tokens.shape) for x in (tree.parents, tree.depths, tree.scores)
+        )
+        return Draft(tokens, parents, depths, scores, tree.heads)
 
     def _logits(
         self,
@@ -176,6 +237,11 @@ class MedusaDrafter:
         """Return what columns of the logits stand for."""
         ids = self.network.get("token_ids")
         return (columns if ids is None else ids[columns]).astype(mx.uint32)
+
+
+@lru_cache(MOST_COMPILED)
+def _static_tree(rates: tuple[tuple[float, ...], ...], num_nodes: int) -> StaticTree:
+    return StaticTree.of(rates, num_nodes)
 
 
 class MedusaState:

@@ -22,6 +22,11 @@ from mlx_distill.limits import Between, OneOf, check_fields
 BeamWidth = Annotated[int, Between(1, 256)]
 DraftLength = Annotated[int, Between(1, 64)]
 
+NO_STATIC_TREE = (
+    "a static tree is made of Medusa heads whose hit rates were measured, as train_drafter "
+    "does; this drafter has none"
+)
+
 
 @dataclass(frozen=True)
 class DraftPlan:
@@ -33,7 +38,8 @@ class DraftPlan:
         nodes: Tokens the target verifies in one call of a best-first tree, the certain one
             included.
         tree: "best-first" verifies the most probable paths that the search met; "beam" verifies
-            the beams themselves, with shared prefixes once.
+            the beams themselves, with shared prefixes once; "static" always the same choices of
+            Medusa heads, whichever were right most often.
 
     Raises:
         InputError: If a number is out of its range, or the kind of tree is unknown.
@@ -42,7 +48,7 @@ class DraftPlan:
     beam_width: BeamWidth = 4
     draft_length: DraftLength = 4
     nodes: Annotated[int, Between(1, 1024)] = 8
-    tree: Annotated[str, OneOf("best-first", "beam")] = "best-first"
+    tree: Annotated[str, OneOf("best-first", "beam", "static")] = "best-first"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -252,3 +258,9 @@ class FixedPlanner:
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
         """Return the plan."""
         return self.plan
+
+
+def has_static_tree(drafter: object) -> bool:
+    """Return whether a drafter, or the other one of a mixture, can draft static trees."""
+    drafter = getattr(drafter, "drafter", drafter)
+    return getattr(drafter, "has_static_tree", False)

@@ -17,7 +17,7 @@ needs nothing but texts of the target and noise from its law given the text (``p
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from jaxtyping import Int
@@ -30,6 +30,8 @@ from mlx_distill.evaluation.met import NOWHERE, Met
 from mlx_distill.target.target import Target
 
 CHOICES = 8  # of the drafter, among which the next token may be
+ALL_CHOICES = DraftPlan(CHOICES, 1)
+SIZES = ("draft_length", "nodes")
 
 
 @dataclass
@@ -135,26 +137,33 @@ def judge_drafts(
     judged = Judged({name: {"": Worth()} for name in plans})
     texts = known_texts(drafter, target, answers, noise)
     for text in tqdm(texts, total=len(answers), unit="answer", disable=quiet, leave=False):
-        met = {search.beam_width: text.met(drafter, search) for search in searches}
+        met = {kind: text.met(drafter, search) for kind, search in searches.items()}
         for name, plan in plans.items():
-            found = met[plan.beam_width]
+            found = met[_kind(plan)]
             for kind in {"", kinds[text.row] if kinds else ""}:
                 worth = judged.worth[name].setdefault(kind, Worth())
                 worth.walk(found.accepted(plan), found.num_nodes(plan))
-        judged.choices += _choices(met[CHOICES])
+        judged.choices += _choices(met[_kind(ALL_CHOICES)])
         judged.places += text.tokens.size - 1
         judged.tokens += text.tokens.size
         judged.agreed += text.agreed
     return judged
 
 
-def _searches(plans: Iterable[DraftPlan]) -> list[DraftPlan]:
-    """Return searches, one per width, of which every plan's is a part, and one of all choices."""
-    lengths = {CHOICES: 1}
-    for plan in plans:
-        width = plan.beam_width
-        lengths[width] = max(plan.draft_length, lengths.get(width, 1))
-    return [DraftPlan(width, length) for width, length in lengths.items()]
+def _kind(plan: DraftPlan) -> tuple[int, bool]:
+    """Return what tells a search from others: its width, or that nothing is searched."""
+    static = plan.tree == "static"
+    return 0 if static else plan.beam_width, static
+
+
+def _searches(plans: Iterable[DraftPlan]) -> dict[tuple[int, bool], DraftPlan]:
+    """Return searches by kind, one of each, of which every plan's is a part."""
+    found: dict[tuple[int, bool], DraftPlan] = {}
+    for plan in (ALL_CHOICES, *plans):
+        known = found.get(_kind(plan), plan)
+        length, nodes = (max(getattr(x, name) for x in (known, plan)) for name in SIZES)
+        found[_kind(plan)] = replace(plan, draft_length=length, nodes=nodes)
+    return found
 
 
 def _choices(met: Met) -> Int[np.ndarray, " K"]:

@@ -20,7 +20,7 @@ from mlx_distill.distillation.responses import (
     answer,
     prompts_with_room,
 )
-from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.drafters.protocol import Drafter, DraftPlan, has_static_tree
 from mlx_distill.drafters.registry import TrainedDrafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.draft_costs import draft_costs
@@ -71,6 +71,12 @@ class JudgingConfig:
             f"beams {width}x{n}": DraftPlan(width, n, tree="beam") for n in range(1, length + 1)
         }
         return {**chains, **trees, **beams}
+
+    @property
+    def static_plans(self) -> dict[str, DraftPlan]:
+        """The shapes of static trees by name, for drafters that have some."""
+        width, length = self.beams
+        return {f"{n} static nodes": DraftPlan(width, length, n, "static") for n in self.nodes}
 
 
 @dataclass(frozen=True)
@@ -169,11 +175,12 @@ def judge_drafter(
     """
     pair.target.require_drafting()
     figures: dict[str, Any] = {}
+    plans = config.plans | (config.static_plans if has_static_tree(pair.drafter) else {})
     for temperature in config.temperatures:
         answers = material.answers(pair, temperature, config)
         noise = posterior_noise(temperature, config.judge_seed) if temperature else None
         judged = judge_drafts(
-            pair.drafter, pair.target, answers, config.plans, material.kinds, noise, quiet
+            pair.drafter, pair.target, answers, plans, material.kinds, noise, quiet
         )
         if not judged.places:
             raise InputError("no answer has two tokens; there is nothing to judge")

@@ -111,6 +111,7 @@ class Met:
 
     def on_beams(self, length: int) -> np.ndarray:
         """Return which nodes lie on beams of this length."""
+        length = min(length, self.nodes.shape[1])  # some drafts end before
         on = (self.depths == length) & (self.likely > -np.inf)
         for _ in range(length):
             above = np.where(on, self.parents, 0)

@@ -9,7 +9,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.arrays import to_number
 from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
-from mlx_distill.drafters.protocol import Drafter, DraftLength
+from mlx_distill.drafters.protocol import (
+    NO_STATIC_TREE,
+    Drafter,
+    DraftLength,
+    FixedPlanner,
+    has_static_tree,
+)
 from mlx_distill.errors import InputError
 from mlx_distill.limits import check_value
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
@@ -57,10 +63,12 @@ def check_request(
     return min(request.max_tokens, room)
 
 
-def check_drafter(drafter: object, target: Target, tokenizer: TokenizerWrapper) -> None:
+def check_drafter(
+    drafter: object, target: Target, tokenizer: TokenizerWrapper, planner: object = None
+) -> None:
     """Raise InputError if the target cannot be drafted for, or not with this drafter.
 
-    The layers that it taps have to be there.
+    The layers that it taps have to be there, and trees that are planned have to be made by it.
     """
     target.require_drafting()
     if not isinstance(drafter, Drafter):
@@ -76,6 +84,9 @@ def check_drafter(drafter: object, target: Target, tokenizer: TokenizerWrapper) 
         )
     for tap in drafter.taps:
         find_layer(target.model, tap)
+    static = isinstance(planner, FixedPlanner) and planner.plan.tree == "static"
+    if static and not has_static_tree(drafter):
+        raise InputError(NO_STATIC_TREE)
 
 
 def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:

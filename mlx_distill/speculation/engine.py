@@ -221,7 +221,7 @@ class Engine:
                 two = TwoCaches(caches, self.model, self.draft_model)
                 caches, drafter.caches = two.target, two.draft
         assert drafter is not None
-        checks.check_drafter(drafter, target, self.tokenizer)
+        checks.check_drafter(drafter, target, self.tokenizer, request.planner)
         target.check_caches(caches)
         planner = request.planner
         planner = planner if isinstance(planner, Planner) else planner()
@@ -250,7 +250,7 @@ class Engine:
         if drafter is None:
             drafts = NoDrafter(), NoPlanner()
         else:
-            checks.check_drafter(drafter, target, self.tokenizer)
+            checks.check_drafter(drafter, target, self.tokenizer, request.planner)
             planner = request.planner
             drafts = drafter, planner if isinstance(planner, Planner) else planner()
         return self._decoding(request, number, caches, drafts, max_tokens, counters)
