@@ -155,7 +155,7 @@ static struct Machine {
   uint64_t random;
   bool failed;
   char message[512];
-  uint3 group_position, grid, group_size;
+  uint3 group_position, grid, whole_group, group_size;  // the size as it was cut
   char* stacks;
 } machine;
 
@@ -465,7 +465,7 @@ static inline uint add_to_counter(Counters counters, uint place, uint value) {
   if (shadow.writer == NOBODY) {
     fault("%s[%u] is added to before it is set", counters.name, place);
   }
-  if (shadow.writer != OUTSIDE && shadow.writer != machine.current->index &&
+  if (shadow.writer < OUTSIDE && shadow.writer != machine.current->index &&
       shadow.written == machine.epoch) {
     fault("race: %s[%u] is added to and set by another thread with no barrier between",
         counters.name, place);
@@ -666,7 +666,7 @@ static inline uint3 position_in_group() {
   return {index % size.x, index / size.x % size.y, index / (size.x * size.y)};
 }
 static inline uint3 position_in_grid() {
-  uint3 at = position_in_group(), group = machine.group_position, size = machine.group_size;
+  uint3 at = position_in_group(), group = machine.group_position, size = machine.whole_group;
   return {group.x * size.x + at.x, group.y * size.y + at.y, group.z * size.z + at.z};
 }
 
@@ -716,7 +716,7 @@ static bool run_grid(uint3 grid, uint3 group, bool cut, uint64_t seed, void (*ke
     machine.group = order[i];
     uint3 at = {order[i] % count.x, order[i] / count.x % count.y, order[i] / (count.x * count.y)};
     machine.group_position = at;
-    machine.group_size = group;
+    machine.whole_group = machine.group_size = group;
     if (cut) {
       machine.group_size = {min(group.x, grid.x - at.x * group.x),
           min(group.y, grid.y - at.y * group.y), min(group.z, grid.z - at.z * group.z)};
