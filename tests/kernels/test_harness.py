@@ -104,6 +104,12 @@ def run(body: str, size: int, threads: int = 96, group: int = 96, seed: int = 0)
     return found
 
 
+def run_in_orders(body: str, *shape: int) -> None:
+    """Run with several seeds: the order of threads, and how the grid ends, are drawn."""
+    for seed in range(12):
+        run(body, *shape, seed=seed)
+
+
 VALUES = np.arange(96, dtype=np.float32)
 RIGHT = {
     "sum": (SUMMING, (1,), [VALUES.sum()]),
@@ -200,8 +206,7 @@ def test_planted_faults_are_found(name: str) -> None:
     assert before in body
     changed = body.replace(before, after, 1)
     with pytest.raises(KernelFault, match=said):
-        for seed in range(12):  # the order of threads, and how the grid ends, are drawn
-            run(changed, *shape, seed=seed)
+        run_in_orders(changed, *shape)
 
 
 def test_what_nobody_sets_shows() -> None:
