@@ -8,7 +8,7 @@ import pytest
 from test_golden_losses import value
 
 from mlx_distill.arrays import log_probs
-from mlx_distill.losses import feature, relation, response
+from mlx_distill.losses import acceptance, feature, relation, response
 
 # ------------------------------------------------------------------------------------- gradients
 
@@ -46,7 +46,7 @@ ANSWERS: dict[str, Callable[..., mx.array]] = {
     "jensen_shannon": normalised(response.jensen_shannon),
     "skew_forward_kl": normalised(response.skew_forward_kl),
     "skew_reverse_kl": normalised(response.skew_reverse_kl),
-    "total_variation": normalised(response.total_variation),
+    "total_variation": normalised(acceptance.total_variation),
     "sorted_l1": normalised(response.sorted_l1),
     "decoupled_kd": lambda s, t: normalised(response.decoupled_kd)(
         s, t, mx.zeros(s.shape[:-1], mx.int32)

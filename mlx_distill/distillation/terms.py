@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, check_value
-from mlx_distill.losses import feature, relation, response
+from mlx_distill.losses import acceptance, feature, relation, response
 from mlx_distill.target.taps import Layer
 
 RESPONSE: dict[str, Callable[..., mx.array]] = {
@@ -27,7 +27,7 @@ RESPONSE: dict[str, Callable[..., mx.array]] = {
     "jensen_shannon": response.jensen_shannon,
     "skew_forward_kl": response.skew_forward_kl,
     "skew_reverse_kl": response.skew_reverse_kl,
-    "total_variation": response.total_variation,
+    "total_variation": acceptance.total_variation,
     "soft_cross_entropy": response.soft_cross_entropy,
     "logit_mse": response.logit_mse,
     "decoupled_kd": response.decoupled_kd,

@@ -43,6 +43,10 @@ OPERATIONS: dict[str, "Operation[..., Any]"] = {}
 """All that there are, by name."""
 
 
+def _once(function: Callable[..., Any], case: Case) -> Any:
+    return function(*case.args, **case.options)
+
+
 @dataclass(frozen=True)
 class Operation(Generic[P, R]):
     """Something that a kernel does in one dispatch or two, and MLX's own operations do, too.
@@ -56,6 +60,8 @@ class Operation(Generic[P, R]):
         cases: What both are compared on.
         differ: Says in what two results are not the same, or "" where they are within rounding.
         takes: Whether the kernel takes these arguments; the twin takes all.
+        tried: What is compared of the kernel, or of the twin, in a case: what it returns, or more,
+            as gradients.
     """
 
     name: str
@@ -64,6 +70,7 @@ class Operation(Generic[P, R]):
     cases: Cases
     differ: Callable[[Case, R, R], str]
     takes: Callable[P, bool] = lambda *args, **options: True
+    tried: Callable[[Callable[..., Any], Case], Any] = _once
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self

@@ -11,11 +11,7 @@ accepted yet, acceptance where much is.
 import mlx.core as mx
 from jaxtyping import Float
 
-from mlx_distill.arrays import row_sum, softmax
-from mlx_distill.losses.response import forward_kl
-
-# How fast acceptance takes over from the divergence; the paper's.
-ETA = 3.0
+from mlx_distill.kernels.acceptance import mixture, variation
 
 
 def likely_acceptance(
@@ -36,27 +32,14 @@ def likely_acceptance(
         minus the total variation is what is accepted: Leviathan et al. 2023, arXiv:2211.17192,
         corollary 3.6.
     """
-    teacher = mx.stop_gradient(teacher_logits).astype(mx.float32)
-    student = student_logits.astype(mx.float32)
-    values, _ = _mixed(student, teacher)  # pyright: ignore[reportGeneralTypeIssues]
-    return values
+    return mixture(student_logits, teacher_logits)
 
 
-@mx.custom_function
-def _mixed(student: mx.array, teacher: mx.array) -> tuple[mx.array, mx.array]:
-    """Return the values and their gradients, which need nothing that the values do not."""
-    p, q = softmax(teacher), softmax(student)
-    below = q < p
-    accepted = row_sum(mx.minimum(p, q))
-    weight = mx.exp(-ETA * accepted)
-    values = weight * forward_kl(student, teacher, p) + (1 - weight) * (1 - accepted)
-    # Of the share that is rejected: where q is below p, more of it is accepted; the softmax takes
-    # that from all tokens.
-    rejected = q * (row_sum(q * below)[..., None] - below)
-    weight = weight[..., None]
-    return values, weight * (q - p) + (1 - weight) * rejected
+def total_variation(
+    student_log_probs: Float[mx.array, "... V"], teacher_log_probs: Float[mx.array, "... V"]
+) -> Float[mx.array, "..."]:
+    """Return half the L1 distance of the distributions.
 
-
-@_mixed.vjp
-def _mixed_vjp(primals, cotangents, outputs):
-    return outputs[1] * cotangents[0][..., None], mx.zeros_like(primals[1])
+    One minus it is the share of tokens that speculative sampling accepts.
+    """
+    return variation(student_log_probs, teacher_log_probs)

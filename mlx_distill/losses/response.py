@@ -137,17 +137,6 @@ def skew_reverse_kl(
     return _kl(student_log_probs, _mixture(student_log_probs, teacher, alpha))
 
 
-def total_variation(
-    student_log_probs: Float[mx.array, "... V"], teacher_log_probs: Float[mx.array, "... V"]
-) -> Float[mx.array, "..."]:
-    """Return half the L1 distance of the distributions.
-
-    One minus it is the share of tokens that speculative sampling accepts.
-    """
-    teacher = mx.exp(mx.stop_gradient(teacher_log_probs))
-    return 0.5 * row_sum(mx.abs(teacher - mx.exp(student_log_probs)))
-
-
 def hard_labels(
     student_log_probs: Float[mx.array, "... V"], labels: Integer[mx.array, "..."]
 ) -> Float[mx.array, "..."]:

@@ -25,10 +25,10 @@ def wrong(operation: Operation, case: Case, harness: Harness) -> str:
     """Return what a kernel does that its twin does not, or must not; "" if nothing."""
     try:
         with launching(harness):
-            found = operation.kernel(*case.args, **case.options)
+            found = operation.tried(operation.kernel, case)
     except KernelFault as fault:
         return f"{fault} at {case.name}"
-    return operation.differ(case, found, operation.twin(*case.args, **case.options))
+    return operation.differ(case, found, operation.tried(operation.twin, case))
 
 
 def main(argv: list[str] | None = None) -> int:
