@@ -59,6 +59,17 @@ def add_drafter_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_exact_rows_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--exact-rows``, of a command that drafts."""
+    parser.add_argument(
+        "--exact-rows",
+        action="store_true",
+        help="draft so that the text is the plainly decoded one to the last bit, in half "
+        "precision, with packed weights and with a quantised cache, too; off a GPU that costs "
+        "what drafting gains",
+    )
+
+
 def add_shape_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a draft's shape, and the one that keeps the default one."""
     add_flags(parser, DraftPlan)

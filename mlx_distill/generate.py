@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli.add_model_flags(parser)
     _add_drafter_flags(parser)
+    cli.add_exact_rows_flag(parser)
     _add_prompt_flags(parser)
     add_flags(parser, Sampling, {"temperature": "temp"})
     flags.add_prompts_file_flags(parser)
@@ -268,6 +269,7 @@ def _options(
 ) -> dict[str, Any]:
     """Return the arguments of ``stream_generate`` but for the drafter and the length."""
     options |= {"seed": arguments.seed, "stop": arguments.stop, "draft_model": draft_model}
+    options |= {"exact_rows": arguments.exact_rows}
     return options | {"num_draft_tokens": arguments.num_draft_tokens}
 
 

@@ -48,7 +48,7 @@ def planner_of(pair: Pair, sampled: bool) -> Planner:
     """
     if not is_on():
         return FixedPlanner(DraftPlan())
-    key = id(pair.model), pair.cache, sampled
+    key = id(pair.model), pair.cache, pair.exact_rows, sampled
     try:
         planners = _planners.setdefault(pair.drafter, {})
     except TypeError:  # a drafter that cannot be a key
@@ -64,5 +64,5 @@ def _planner(pair: Pair, sampled: bool) -> AdaptivePlanner:
 
 
 _planners: weakref.WeakKeyDictionary[
-    Drafter, dict[tuple[int, CacheConfig, bool], tuple[weakref.ref, AdaptivePlanner]]
+    Drafter, dict[tuple[int, CacheConfig, bool, bool], tuple[weakref.ref, AdaptivePlanner]]
 ] = weakref.WeakKeyDictionary()

@@ -41,6 +41,7 @@ def identity(pair: Pair) -> dict[str, Any]:
         "target": fingerprint(pair.target, pair.tokenizer) | _precision(pair.model),
         "drafter": f"{type(pair.drafter).__name__} {drafter or ''}".strip(),
         "cache": {"kv_bits": pair.cache.kv_bits, "max_kv_size": pair.cache.max_kv_size},
+        **({"exact_rows": True} if pair.exact_rows else {}),
     }
 
 

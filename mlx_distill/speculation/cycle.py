@@ -132,7 +132,8 @@ def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
         return cycle
     noise = _noise(decoding, cycle)
     with phase("walk", noise) as made:
-        _walk(decoding, cycle, *sample_fast(call.logits, decoding.sampling, noise))
+        logits = decoding.target.as_drawn(call.logits)
+        _walk(decoding, cycle, *sample_fast(logits, decoding.sampling, noise))
         made(cycle.report, cycle.walk)
     return cycle
 
@@ -181,7 +182,8 @@ def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
         decoding.state.rewind(int(to_number(cycle.walk.accepted.sum())))
     with mx.stream(generation_stream):
         noise = _noise(decoding, cycle)
-        _walk(decoding, cycle, sample(cycle.call.logits, decoding.sampling, noise))
+        logits = decoding.target.as_drawn(cycle.call.logits)
+        _walk(decoding, cycle, sample(logits, decoding.sampling, noise))
     draft_next(decoding, cycle)
 
 

@@ -70,10 +70,10 @@ class Decoding:
     def process(
         self, history: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
     ) -> Float[mx.array, "1 V"]:
-        """Return the logits after the processors."""
+        """Return the logits after the processors, as tokens are drawn from them."""
         for processor in self.logits_processors:
             logits = processor(history, logits)
-        return logits
+        return self.target.as_drawn(logits)
 
     def ends_with(self, num_tokens: int) -> bool:
         """Return whether nothing more is asked for when the text has so many tokens."""

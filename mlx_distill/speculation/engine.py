@@ -42,6 +42,7 @@ from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.two_caches import TwoCaches
 from mlx_distill.target.batch.rows import can_be_rows
 from mlx_distill.target.context import position_limit
+from mlx_distill.target.exact import ExactTarget
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
 
@@ -59,6 +60,8 @@ class Engine:
         draft_model: A small model of the same tokenizer that drafts instead.
         num_draft_tokens: Tokens that it drafts at a time.
         batch: So many texts share a call of the target at the most.
+        exact_rows: Whether a drafted text has to be the plainly decoded one in every precision,
+            to the last bit; such texts share no calls.
 
     Raises:
         InputError: If the drafter was made for another model, or the model cannot be drafted for.
@@ -72,6 +75,7 @@ class Engine:
         draft_model: nn.Module | None = None,
         num_draft_tokens: int = 3,
         batch: int = 1,
+        exact_rows: bool = False,
     ):
         wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.model = model
@@ -83,6 +87,7 @@ class Engine:
             checks.check_draft_model(drafter, num_draft_tokens)
         check_value("batch", batch, BatchSize)
         self.batch = batch
+        self.exact_rows = exact_rows
         self._texts: dict[int, Responses] = {}
         self._together = BatchWriter(model, batch)
         self._ready: list[Emitted] = []
@@ -92,6 +97,14 @@ class Engine:
     def positions(self) -> int | None:
         """How many positions the model has a learned row for; None where it computes them."""
         return position_limit(self.model)
+
+    @cached_property
+    def _exact(self) -> ExactTarget | None:
+        return ExactTarget(self.model) if self.exact_rows else None
+
+    @property
+    def _target(self) -> Target:
+        return self._exact or Target.of(self.model)
 
     @property
     def texts(self) -> tuple[int, ...]:
@@ -115,7 +128,7 @@ class Engine:
         max_tokens = checks.check_request(self.model, self.positions, request, caches)
         size = request.prompt.size
         writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
-        if self.batch > 1:
+        if self.batch > 1 and not self.exact_rows:
             decoding = self._shared(request, number, caches, max_tokens, counters)
             if decoding is not None:
                 self._together.submit(BatchedText(number, decoding, request.prompt), writer)
@@ -193,7 +206,7 @@ class Engine:
     ) -> DecodedTokens:
         """Return the tokens of a text by mlx-lm's loop."""
         plain = PlainDecoding(
-            self.model,
+            self._exact.steps() if self._exact else self.model,
             request.sampling,
             request.cache,
             caches,
@@ -213,7 +226,7 @@ class Engine:
         counters: DraftCounters,
     ) -> DecodedTokens:
         """Return the tokens of a text by the drafting loop."""
-        target, drafter = Target.of(self.model), self.drafter
+        target, drafter = self._target, self.drafter
         two = None
         if self.draft_model is not None:
             drafter = self._draft_model_drafter(target, request)
@@ -265,7 +278,7 @@ class Engine:
         counters: DraftCounters,
     ) -> Decoding:
         """Return what a text needs that a drafter and a planner draft for."""
-        target = Target.of(self.model)
+        target = self._target
         key = mx.random.key(_seed(request))
         return Decoding(
             target,

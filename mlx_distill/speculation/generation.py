@@ -45,6 +45,7 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     plan: DraftPlan | Planner | None = None,
     cache: CacheConfig | None = None,
+    exact_rows: bool = False,
 ) -> Responses:
     """Yield a response per token that the model writes after a prompt.
 
@@ -73,12 +74,15 @@ def stream_generate(
             measured, which takes up to 20 seconds. MLX_DISTILL_CALIBRATE=0 in the environment
             leaves that out: every draft is then a ``DraftPlan()``.
         cache: How keys and values are kept.
+        exact_rows: Draft so that the text is the plainly decoded one to the last bit in half
+            precision, with packed weights and with a quantised cache, too. Off a GPU that costs
+            what drafting gains.
 
     Raises:
         InputError: If a value is out of its range, the prompt is empty or longer than the model's
             context, or the drafter was made for another model.
     """
-    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens)
+    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, exact_rows=exact_rows)
     cache = cache or CacheConfig()
     request = text_request(
         engine,
@@ -138,7 +142,8 @@ def planner_for(
 ) -> Planner | Callable[[], Planner]:
     """Return who says how much an engine drafts: what was asked for, else the measured costs."""
     if plan is None and engine.drafter is not None:
-        pair = Pair(engine.model, engine.tokenizer, engine.drafter, cache)
+        exact = engine.exact_rows
+        pair = Pair(engine.model, engine.tokenizer, engine.drafter, cache, exact)
         return partial(planner_of, pair, sampled=sampled)
     if plan is None and engine.draft_model is not None:
         plan = chain_of(engine.num_draft_tokens)

@@ -146,6 +146,10 @@ class Target:
         """Return the target's word on consecutive tokens of several texts, padded behind."""
         return call_on_lines(self.model, self.head, tokens, rows, taps)
 
+    def as_drawn(self, logits: Float[mx.array, "N V"]) -> Float[mx.array, "N V"]:
+        """Return what tokens are drawn from: the logits, or what plain decoding makes of them."""
+        return logits
+
     @property
     def head(self) -> Head:
         """Where the hidden states are; InputError if no place was found."""

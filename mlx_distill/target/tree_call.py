@@ -126,10 +126,21 @@ def call_on_tree(
     caches: list[LayerCache],
     support: Support,
     taps: Sequence[int] = (),
+    exact: bool = False,
 ) -> TreeCall:
     """Return a model's word on every node of a tree, in the layout that ``support`` names.
 
     A root alone is called as any token of a text is: it costs what plain decoding costs.
+
+    Args:
+        model: The model.
+        head: Where its hidden states are.
+        tree: The nodes.
+        caches: Hold what is before them.
+        support: How the model takes them.
+        taps: Layers whose outputs are asked for.
+        exact: Whether positions and attention are to be those of steps of plain decoding, to the
+            last bit; the tree's shape is read for that.
     """
 
     def read_again(num_tokens: int) -> None:
@@ -141,12 +152,21 @@ def call_on_tree(
         return RootCall(*computed, [], read_again, caches, start)
     start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
     in_line, as_text = tree.in_line or tree.tokens.size == 1, support == "chain"
-    layout = TreeLayout(tree.mask, tree.depths, start, batched, tree.max_depth, in_line, as_text)
+    layout = TreeLayout(
+        tree.mask,
+        tree.depths,
+        start,
+        batched,
+        tree.max_depth,
+        in_line,
+        as_text,
+        tree.paths() if exact else None,
+    )
     views = [tree_cache(cache, layout) for cache in caches]
     if support == "chain":
         return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views, read_again)
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
-    span = tree_span.set(TreeSpan(start, tree.max_depth))
+    span = tree_span.set(TreeSpan(start, tree.max_depth, exact=exact))
     try:
         return TreeCall(*called(model, head, tokens, views, taps), views, read_again)
     finally:

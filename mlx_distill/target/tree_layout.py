@@ -22,6 +22,8 @@ class TreeLayout:
         max_depth: No node is deeper than this.
         in_line: Whether every node is known to follow the one before it.
         as_text: Whether the model is given the caches themselves, as for a run of text.
+        exact_paths: The nodes from the root to each node, where each node's result is to be that
+            of a step of plain decoding, to the last bit; else None.
     """
 
     mask: Bool[mx.array, "N N"]
@@ -31,6 +33,7 @@ class TreeLayout:
     max_depth: int
     in_line: bool = False
     as_text: bool = False
+    exact_paths: list[list[int]] | None = None
     masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
 
     @property

@@ -35,6 +35,7 @@ class TreeSpan:
         start: Position of the root.
         depth: No node is deeper than this.
         batched: Whether there are several texts: a vector of positions is then one per text.
+        exact: Whether a node is rotated as in a step of plain decoding, to the last bit.
         rotations: The nodes' rotation matrices by kind of rope, or their positions by number of
             heads; filled during the call.
     """
@@ -42,6 +43,7 @@ class TreeSpan:
     start: int
     depth: int
     batched: bool = False
+    exact: bool = False
     rotations: dict[object, mx.array] = field(default_factory=dict)
 
 
@@ -80,7 +82,8 @@ class _TreeRope:
         if self.takes_vectors:
             try:
                 by_head = self._lie_by_head(x)
-                if len(args) + len(kwargs) == 1 and _on_cpu():
+                exact = tree_span.get().exact
+                if len(args) + len(kwargs) == 1 and _on_cpu() and not exact:
                     nodes = self._multiply(x[0].transpose(1, 0, 2), offset)
                     return nodes.transpose(1, 0, 2)[None]
                 if by_head and len(args) + len(kwargs) == 1:
