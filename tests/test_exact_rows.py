@@ -102,7 +102,8 @@ def test_texts_in_reduced_precision_are_those_of_mlx_lm(
     model.set_dtype(dtype)
     if bits:
         nn.quantize(model, group_size=32, bits=bits)
-    cache = {"kv_bits": kv_bits, "kv_group_size": 32, "quantized_kv_start": 0} if kv_bits else {}
+    cache: dict[str, Any] = {"kv_bits": kv_bits, "kv_group_size": 32, "quantized_kv_start": 0}
+    cache = cache if kv_bits else {}
     theirs = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=24, **cache)
     expected = [one.token for one in theirs]
     options: dict[str, Any] = {"max_tokens": 24, "cache": CacheConfig(**cache), "exact_rows": True}

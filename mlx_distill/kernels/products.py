@@ -234,9 +234,10 @@ def _differ(case: Case, found: mx.array, expected: mx.array) -> str:
     weight = weight.astype(mx.float32)
     more = mx.zeros(1) if bias is None else bias.astype(mx.float32)
     exact, size = wide @ weight.T + more, mx.abs(wide) @ mx.abs(weight).T + mx.abs(more)
-    for name, result in (("kernel", found), ("twin", expected)):
+    # MLX's own rounds each unpacked weight, and what that is the difference of.
+    for name, result, room in (("kernel", found, 1), ("twin", expected, 4)):
         off = mx.abs(result.astype(mx.float32) - exact)
-        same = (off <= ROUNDING[x.dtype] * size) | (mx.isnan(exact) & mx.isnan(result))
+        same = (off <= room * ROUNDING[x.dtype] * size) | (mx.isnan(exact) & mx.isnan(result))
         if not same.all().item():
             worst = mx.where(same, 0, off / size).max().item()
             return f"the {name} is off by {worst:.3g} of what is summed at {case.name}"
