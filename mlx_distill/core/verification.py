@@ -24,6 +24,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Int
 
+from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 
 
@@ -73,6 +74,35 @@ def followed(
 ) -> Walk:
     """Return what ``follow`` returns, of the fields of a tree."""
     return Walk(*_followed(tokens, parents, mask, drawn), max_depth)
+
+
+def follow_all(forest: Forest, drawn: Int[mx.array, "B N"]) -> Walk:
+    """Return the paths through several texts' trees; the fields have an axis for them in front.
+
+    Args:
+        forest: The trees.
+        drawn: A token from the target's distribution at every node; behind a tree's end, any.
+    """
+    if forest.num_nodes == 1:
+        return Walk(forest.mask[:, 0], forest.parents[:, 0], drawn[:, 0], 0)
+    arrays = forest.tokens, forest.parents, forest.mask
+    return Walk(*_all_followed(*arrays, drawn), forest.max_depth)
+
+
+@mx.compile
+def _all_followed(
+    tokens: Int[mx.array, "B N"],
+    parents: Int[mx.array, "B N"],
+    mask: Bool[mx.array, "B N N"],
+    drawn: Int[mx.array, "B N"],
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the fields of the walks; see ``_followed``. Padding is never entered."""
+    node = mx.array(np.arange(tokens.shape[1], dtype=np.int32))
+    entered = (mx.take_along_axis(drawn, parents, axis=1) == tokens) | (node == 0)
+    accepted = ~(mask & ~entered[:, None]).any(axis=-1)
+    last = mx.where(accepted, node, 0).max(axis=-1)
+    next_token = mx.take_along_axis(drawn, last[:, None], axis=1).squeeze(1)
+    return accepted, last, next_token
 
 
 @mx.compile

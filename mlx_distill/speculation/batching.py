@@ -26,11 +26,12 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.protocol import Closes
-from mlx_distill.speculation.cycle import Accepted, Cycle, draft_next, read, walked
+from mlx_distill.speculation.cycle import Accepted, Cycle, draft_next, read
 from mlx_distill.speculation.decoding import DecodedToken, begin, count
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.ledger import give_up
 from mlx_distill.speculation.phases import phase
+from mlx_distill.speculation.walking import walk_all
 from mlx_distill.target.batch.call import RowsCall
 from mlx_distill.target.batch.rows import Rows
 
@@ -157,6 +158,8 @@ class TextBatch:
             BaseException: What broke off the call of all; ``abandon`` what is left then.
         """
         with mx.stream(generation_stream):
+            if self._goes_on():
+                return self._go_on()
             written = self._land()
             self._part()
             written += self._read_prompts()
@@ -168,6 +171,37 @@ class TextBatch:
         for text in [*self.waiting, *self.texts]:
             self.leave(text)
         self.texts, self.rows, self.flight = [], None, None
+
+    def _goes_on(self) -> bool:
+        """Return whether the next call is that of the same texts, whatever was drawn."""
+        return (
+            self.flight is not None
+            and all(
+                cycle.is_certain and not text.ended and not text.decoding.ends_with(cycle.start + 1)
+                for text, cycle in self.flight.cycles
+            )
+            and not (self.waiting and len(self.texts) < self.size)
+        )
+
+    def _go_on(self) -> list[Written]:
+        """Launch the next call before what was drawn is read: the device need not wait."""
+        flight = self.flight
+        assert flight is not None
+        for text, cycle in flight.cycles:
+            draft_next(text.decoding, cycle)
+            _follow(text, cycle, 1)
+        flight.call.commit([[0]] * len(flight.cycles))
+        self._launch()
+        written = []
+        for text, cycle in flight.cycles:
+            try:
+                accepted = read(text.decoding, cycle)
+            except Exception as error:
+                written.append(Written(text, error=error))
+                continue
+            count(text.decoding, cycle, accepted)
+            written.append(Written(text, _tokens(accepted)))
+        return written
 
     def _land(self) -> list[Written]:
         """Return what the call on its way adds to the texts, and keep it in their rows."""
@@ -197,9 +231,7 @@ class TextBatch:
         except Exception as error:
             return [Written(text, error=error)], []
         count(decoding, cycle, accepted)
-        text.root, text.draft, text.history = cycle.root, cycle.draft, cycle.history
-        text.num_tokens = cycle.start + len(accepted.path)
-        text.start = decoding.prompt_tokens + cycle.start - 1
+        _follow(text, cycle, len(accepted.path))
         return [Written(text, _tokens(accepted))], accepted.path
 
     def _part(self) -> None:
@@ -270,8 +302,9 @@ class TextBatch:
         for place, (text, tree) in enumerate(zip(self.texts, forest.trees, strict=True)):
             assert text.history is not None
             own = call.of(place, tree.tokens.size)
-            cycle = Cycle(tree, own, text.num_tokens, text.history)
-            flight.cycles.append((text, walked(text.decoding, cycle)))
+            flight.cycles.append((text, Cycle(tree, own, text.num_tokens, text.history)))
+        walking = [(text.decoding, cycle) for text, cycle in flight.cycles]
+        walk_all(walking, forest, call.logits)
         self.flight = flight
 
     def _settle(self, text: BatchedText) -> None:
@@ -294,6 +327,13 @@ class TextBatch:
         except BaseException:
             give_up(decoding.caches)
             raise
+
+
+def _follow(text: BatchedText, cycle: Cycle, path: int) -> None:
+    """Let a text be the one behind a cycle, of which so many nodes were accepted."""
+    text.root, text.draft, text.history = cycle.root, cycle.draft, cycle.history
+    text.num_tokens = cycle.start + path
+    text.start = text.decoding.prompt_tokens + cycle.start - 1
 
 
 def _tree(text: BatchedText) -> PrefixTree:

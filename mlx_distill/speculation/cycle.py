@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +19,15 @@ from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
 from mlx_distill.target.tree_call import Computed, TreeCall
+
+
+@runtime_checkable
+class Report(Protocol):
+    """What is read of a cycle, where it is not one array."""
+
+    def rows(self) -> list[list[int]]:
+        """Return the rows that the report of a tree has; this waits for them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class Cycle:
     call: TreeCall | Computed
     start: int
     history: Int[mx.array, " T"]
-    report: Int[mx.array, "R N"] | RootReport | None = None
+    report: Int[mx.array, "R N"] | Report | None = None
     walk: Walk | None = None
     root: Int[mx.array, " 1"] | None = None
     draft: PrefixTree | Draft | None = None
@@ -221,7 +231,7 @@ def read(decoding: Decoding, cycle: Cycle) -> Accepted:
         return _walk_on_host(decoding, cycle)
     with phase("read"):
         report = cycle.report
-        rows = report.rows() if isinstance(report, RootReport) else to_host(report)
+        rows = to_host(report) if isinstance(report, mx.array) else report.rows()
     parents, accepted, drawn, failed, *others = rows
     certain = others.pop(0) if cycle.in_doubt else accepted
     if not all(sure for sure, kept in zip(certain, accepted, strict=True) if kept):
