@@ -20,7 +20,7 @@ from mlx_distill.calibration.config import CalibrationConfig
 from mlx_distill.calibration.measuring import calibrate, quick_config, summary
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.report import plot, show
-from mlx_distill.calibration.store import file_of, identity, keep
+from mlx_distill.calibration.store import drafter_hash, file_of, identity, keep
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     calibration = calibrate(pair, config, progress=_bar)
     known = identity(pair)
     show(calibration.costs)
-    if keep(known, calibration):
+    if keep(known, calibration, drafter_hash(pair.drafter)):
         print(f"Kept in {file_of(known)}", file=sys.stderr)
     if output:
         result: dict[str, Any] = {

@@ -19,21 +19,18 @@ import mlx.core as mx
 from mlx import nn
 from rich.console import Console
 
-from mlx_distill import cli, flags, machine
+from mlx_distill import cli, drafting, flags, machine
 from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.learning_config import LearningConfig
-from mlx_distill.drafters.protocol import DraftLength, DraftPlan
+from mlx_distill.drafters.protocol import DraftLength
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
-from mlx_distill.speculation.generation import chain_of, generate, stream_generate
+from mlx_distill.speculation.generation import generate, stream_generate
 from mlx_distill.speculation.showing import Run, print_statistics, show
-
-NGRAM = "ngram"
-DRAFTS = ("drafter", NGRAM, "ngram+drafter")
 
 if TYPE_CHECKING:
     from mlx_distill.distillation.learning import Learner
@@ -48,15 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
     _check_flags(arguments)
-    _check_drafts(arguments)
+    drafting.check_drafting(arguments, plan)
     text = _prompt(arguments)
     if arguments.reset_learning:
         from mlx_distill.distillation.learning_folder import reset_learning
 
         reset_learning(arguments.learn)
     model, tokenizer = cli.load_model(arguments)
-    drafter, draft_model, plan = _drafting(arguments, model, tokenizer, cache, plan)
-    merged = arguments.draft == DRAFTS[-1]
+    drafter, draft_model, plan = drafting.drafting(arguments, model, tokenizer, cache, plan)
+    merged = arguments.draft == drafting.MERGED
     options = _options(arguments, {"plan": plan, "cache": cache, **asdict(sampling)}, draft_model)
     if arguments.prompts_file:
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
@@ -100,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Write text with a model, faster with a drafter.",
     )
     cli.add_model_flags(parser)
-    _add_drafter_flags(parser)
+    drafting.add_drafting_flags(parser)
     cli.add_exact_rows_flag(parser)
     _add_prompt_flags(parser)
     add_flags(parser, Sampling, {"temperature": "temp"})
@@ -110,49 +107,6 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, LearningConfig)
     flags.add_report_flags(parser)
     return parser
-
-
-def _add_drafter_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say what drafts."""
-    parser.add_argument(
-        "--drafter",
-        type=cli.path,
-        help="the drafter's folder or hub repository (default: a bundled one that fits the model, "
-        "else none)",
-    )
-    parser.add_argument(
-        "--draft-model",
-        type=cli.path,
-        help="a small model with the same tokenizer that drafts instead (default: none)",
-    )
-    parser.add_argument(
-        "--num-draft-tokens",
-        type=int,
-        metavar="INT",
-        default=3,
-        help="tokens that it drafts, 1 to 64, in a chain unless the flags of a draft's shape say "
-        "otherwise (default: 3)",
-    )
-    parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
-    parser.add_argument(
-        "--draft",
-        choices=DRAFTS,
-        default=DRAFTS[0],
-        help="ngram drafts what followed the last tokens earlier in the text, which needs no "
-        "drafter; ngram+drafter has both in one tree, with a draft model, too "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--learn",
-        type=cli.path,
-        metavar="DIR",
-        help="let the drafter learn from what it is used for: answers and what is learned from "
-        "them are kept in this folder, on this machine alone; the text does not change, and the "
-        "drafter that is named neither (default: nothing is kept)",
-    )
-    parser.add_argument(
-        "--reset-learning", action="store_true", help="first forget all that --learn has kept"
-    )
 
 
 def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
@@ -210,58 +164,6 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     flags.check_prompts_file(arguments)
     check_value("max_tokens", arguments.max_tokens, Count)
     check_value("num_draft_tokens", arguments.num_draft_tokens, DraftLength)
-
-
-def _check_drafts(arguments: argparse.Namespace) -> None:
-    """Raise InputError if two flags name what drafts, and not the same."""
-    if arguments.no_drafter and arguments.drafter:
-        raise InputError("--drafter and --no-drafter exclude each other")
-    if arguments.draft_model and arguments.drafter:
-        raise InputError("--drafter and --draft-model exclude each other")
-    if arguments.draft != DRAFTS[0] and arguments.no_drafter:
-        raise InputError(f"--draft {arguments.draft} and --no-drafter exclude each other")
-    for flag in ("drafter", "draft_model"):
-        if arguments.draft == NGRAM and getattr(arguments, flag):
-            flag = flag.replace("_", "-")
-            raise InputError(f"--draft {NGRAM} takes no --{flag}; ngram+drafter has both")
-
-
-def _drafter(arguments: argparse.Namespace, model: nn.Module, tokenizer: Any) -> Any:
-    """Return the drafter that the flags ask for, or None."""
-    if arguments.no_drafter or arguments.draft_model:
-        return None
-    if arguments.draft == NGRAM:
-        arguments.drafter = NGRAM
-    drafter = cli.load_drafter(arguments, model, tokenizer)
-    if drafter is None and arguments.draft == DRAFTS[0]:
-        print(
-            "no drafter is named and none that is bundled fits, so mlx-lm decodes plainly; train "
-            "one with python -m mlx_distill.train_drafter, or try --draft ngram",
-            file=sys.stderr,
-        )
-    return drafter
-
-
-def _drafting(
-    arguments: argparse.Namespace,
-    model: nn.Module,
-    tokenizer: Any,
-    cache: CacheConfig,
-    plan: DraftPlan | None,
-) -> tuple[Any, nn.Module | None, DraftPlan | None]:
-    """Return the drafter, the draft model that drafts by itself, and the shape that was asked for.
-
-    A draft model whose nodes are merged with n-grams' is a drafter like any other.
-    """
-    drafter = _drafter(arguments, model, tokenizer)
-    draft_model = cli.load_draft_model(arguments, tokenizer)
-    merged = arguments.draft == DRAFTS[-1]
-    if draft_model is not None and merged:
-        drafter = cli.drafter_of(draft_model, model, cache.max_kv_size)
-        plan, draft_model = plan or chain_of(arguments.num_draft_tokens), None
-    if arguments.compare and not (drafter or draft_model or merged):
-        raise InputError("--compare needs a drafter; name one with --drafter")
-    return drafter, draft_model, plan
 
 
 def _options(

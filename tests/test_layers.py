@@ -9,7 +9,8 @@ PACKAGE = Path(__file__).parent.parent / "mlx_distill"
 
 # From the top; a module belongs to the longest of these names that it begins with.
 LAYERS = {
-    "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli flags",
+    "verbs": "generate train_drafter distill evaluate benchmark calibrate convert cli flags "
+    "drafting",
     "uses": "speculation distillation evaluation benchmarking calibration",
     "loops": "speculation.decoding speculation.cycle speculation.drafted_text speculation.caching "
     "speculation.ledger speculation.statistics speculation.phases training",

@@ -7,7 +7,7 @@ import weakref
 from mlx_distill import openblas
 from mlx_distill.calibration.measuring import calibrate, quick_config
 from mlx_distill.calibration.pair import Pair
-from mlx_distill.calibration.store import find, identity, keep
+from mlx_distill.calibration.store import drafter_hash, find, identity, keep
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.costs import Costs
@@ -24,8 +24,8 @@ def is_on() -> bool:
 
 def known_costs(pair: Pair) -> Costs:
     """Return what decoding costs; at the first use of a pair it is measured, and that is said."""
-    known = identity(pair)
-    costs = find(known)
+    known, weights = identity(pair), drafter_hash(pair.drafter)
+    costs = find(known, weights)
     if costs is None:
         print(
             f"mlx_distill: measuring this machine once, up to 20 seconds ({SWITCH}=0 leaves it "
@@ -33,7 +33,7 @@ def known_costs(pair: Pair) -> Costs:
             file=sys.stderr,
         )
         calibration = calibrate(pair, quick_config(pair))
-        keep(known, calibration)
+        keep(known, calibration, weights)
         costs = calibration.costs
     openblas.prefer(costs.threads)
     return costs

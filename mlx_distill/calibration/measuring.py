@@ -5,7 +5,7 @@ them, as it does in decoding.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,8 @@ from mlx_distill.calibration.tasks import PLAN, Decoding, Reading
 from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
 from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.drafters.bound import settle
+from mlx_distill.drafters.mixture import MixedDrafter
+from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.target.context import position_limit
@@ -91,8 +93,27 @@ def calibrate(
     )
     nodes = [decoding.nodes for decoding in whole.values()]
     costs = _with_overheads(costs, times, nodes, contexts[0])
-    greedy, sampled = (decoding.tokens for decoding in whole.values())
+    greedy, sampled = _promised(pair, whole, contexts[0], clock)
     return Calibration(replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled), times)
+
+
+def _promised(
+    pair: Pair, whole: Mapping[Sampling, Decoding], context: int, clock: Clock
+) -> Sequence[float]:
+    """Return what cycles bring at each of the laws, as far as that says something of other texts.
+
+    Of n-grams it says nothing: what was decoded repeats itself. So of a mixture, it is what its
+    other drafter brings alone.
+    """
+    drafter = pair.drafter
+    if isinstance(drafter, NGramDrafter):
+        return [0.0 for _ in whole]
+    if isinstance(drafter, MixedDrafter):
+        other = replace(pair, drafter=drafter.drafter)
+        whole = {law: Decoding(other, PLAN, law, context, one.cycles) for law, one in whole.items()}
+        for decoding in whole.values():
+            decoding(clock)
+    return [decoding.tokens for decoding in whole.values()]
 
 
 def quick_config(pair: Pair, clock: Clock = time.perf_counter) -> CalibrationConfig:

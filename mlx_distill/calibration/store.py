@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from mlx_distill.calibration.measuring import Calibration, summary
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.timing import LOADED
 from mlx_distill.drafters.fingerprint import fingerprint
+from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import cache_folder, read_json, write_whole
+from mlx_distill.hashes import weights_hash
 from mlx_distill.speculation.costs import Costs
 
 FORMAT = 5
@@ -45,6 +48,13 @@ def identity(pair: Pair) -> dict[str, Any]:
     }
 
 
+def drafter_hash(drafter: Drafter) -> str:
+    """Return what tells a drafter's weights from others of its shape; empty if it has none."""
+    own = getattr(drafter, "drafter", drafter)
+    network = getattr(own, "network", getattr(own, "model", None))
+    return weights_hash(network) if isinstance(network, nn.Module) else ""
+
+
 def _precision(model: nn.Module) -> dict[str, Any]:
     """Return how large a model is and in which types its weights are."""
     named: dict[str, mx.array] = dict(tree_flatten(model.parameters()))  # pyright: ignore
@@ -62,8 +72,15 @@ def file_of(known: Mapping[str, Any]) -> Path:
     return cache_folder("calibration") / f"{known['target']['model_type']}-{digest}.json"
 
 
-def find(known: Mapping[str, Any]) -> Costs | None:
-    """Return the costs that are kept, or None; a file that cannot be used is named on stderr."""
+def find(known: Mapping[str, Any], weights: str = "") -> Costs | None:
+    """Return the costs that are kept, or None; a file that cannot be used is named on stderr.
+
+    What a cycle takes does not depend on the drafter's weights, what it brings does.
+
+    Args:
+        known: What the costs have to hold for.
+        weights: The drafter's, see ``drafter_hash``; what others brought is not taken over.
+    """
     file = file_of(known)
     try:
         if not file.exists():
@@ -74,20 +91,23 @@ def find(known: Mapping[str, Any]) -> Costs | None:
         costs = values.get("costs")
         if not isinstance(costs, dict):
             raise InputError("it holds no costs")
-        return Costs.from_dict(costs)
+        found = Costs.from_dict(costs)
+        if values.get("drafter_weights") != weights:
+            return replace(found, cycle_tokens=0.0, sampled_cycle_tokens=0.0)
+        return found
     except (InputError, OSError) as error:
-        _say(f"the calibration {file} is ignored and measured again: {one_line(error)}")
+        say(f"the calibration {file} is ignored and measured again: {one_line(error)}")
         return None
 
 
-def keep(known: Mapping[str, Any], calibration: Calibration) -> bool:
+def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") -> bool:
     """Keep a calibration for the next run, and return whether it was.
 
     What was measured beside other programs is not kept.
     """
     spread = calibration.costs.spread
     if spread > LOADED:
-        _say(
+        say(
             f"the machine is busy: times of the same work differ by {spread:.0%}, so what was "
             "measured is used with caution and not kept"
         )
@@ -95,6 +115,7 @@ def keep(known: Mapping[str, Any], calibration: Calibration) -> bool:
     file = file_of(known)
     values = {
         "identity": known,
+        "drafter_weights": weights,
         "costs": calibration.costs.to_dict(),
         "times": summary(calibration),
         "versions": machine.versions(),
@@ -103,10 +124,11 @@ def keep(known: Mapping[str, Any], calibration: Calibration) -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(values, indent=1) + "\n")
     except OSError as error:
-        _say(f"the calibration cannot be kept in {file.parent}: {error.strerror or error}")
+        say(f"the calibration cannot be kept in {file.parent}: {error.strerror or error}")
         return False
     return True
 
 
-def _say(sentence: str) -> None:
+def say(sentence: str) -> None:
+    """Print a sentence on stderr."""
     print(f"mlx_distill: {sentence}", file=sys.stderr)

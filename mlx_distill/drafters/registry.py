@@ -13,6 +13,7 @@ from mlx import nn
 
 from mlx_distill.checkpoint import bundled_folders, local_folder
 from mlx_distill.drafters import medusa_folder, recurrent_folder
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import Fingerprint, check_fingerprint, fingerprint
 from mlx_distill.drafters.medusa import MedusaConfig
@@ -36,6 +37,8 @@ LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, Fingerprint], Drafter
 TrainedDrafter = BoundDrafter | MedusaDrafter
 # The kind that needs no folder; before another drafter's name and a plus, both draft.
 NGRAM = "ngram"
+# The bundled drafter that fits, n-grams, both or neither: whichever is fastest.
+AUTO = "auto"
 
 
 def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> Drafter:
@@ -43,8 +46,10 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
 
     Args:
         path_or_repo: A folder, or a name on the hub; "ngram" for what followed the last tokens in
-            the text, which needs no folder; "ngram+" and a folder for both in one tree. N-grams
-            by name store no texts, ``NGramDrafter`` does.
+            the text, which needs no folder; "ngram+" and a folder for both in one tree; "auto"
+            for whichever of a bundled drafter, n-grams, both and neither is fastest, which the
+            first texts tell; "auto+" and a folder for the same with that drafter. N-grams by name
+            store no texts, ``NGramDrafter`` does.
         model: The target; the drafter uses its embedding.
         tokenizer: The target's; with it the drafter's tokenizer hash is checked too.
 
@@ -55,6 +60,8 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
     if name == NGRAM:
         target.require_drafting()
         return NGramDrafter(store_tokens=0)
+    if name == AUTO or name.startswith(f"{AUTO}+"):
+        return _auto_drafter(name.removeprefix(AUTO)[1:], model, tokenizer)
     if name.startswith(f"{NGRAM}+"):
         return with_ngrams(load_drafter(name.removeprefix(f"{NGRAM}+"), model, tokenizer))
     path = local_folder(path_or_repo)
@@ -73,6 +80,18 @@ def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = No
 def with_ngrams(drafter: Drafter) -> MixedDrafter:
     """Return a drafter whose nodes are merged with those of n-grams; no text is stored."""
     return MixedDrafter(drafter, NGramDrafter(shortest=PAIR, store_tokens=0))
+
+
+def _auto_drafter(name: str, model: nn.Module, tokenizer: Any) -> AutoDrafter:
+    """Return what drafts in the way that is fastest, with a drafter or the bundled one that fits.
+
+    Raises:
+        InputError: If the drafter cannot be used.
+    """
+    if name:
+        return AutoDrafter(load_drafter(name, model, tokenizer), Path(name).name)
+    found = bundled_drafter(model, tokenizer)
+    return AutoDrafter(None) if found is None else AutoDrafter(found[1], found[0].name)
 
 
 def bundled_drafter(model: nn.Module, tokenizer: Any) -> tuple[Path, Drafter] | None:

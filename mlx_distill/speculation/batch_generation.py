@@ -13,6 +13,9 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlx_distill.calibration.choosing import choice
+from mlx_distill.calibration.pair import Pair
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.batch_writing import Failed
@@ -104,8 +107,12 @@ def stream_answers(
     """
     if each is not None and len(each) != len(prompts):
         raise InputError(f"each must have an entry per prompt: {len(prompts)}, got {len(each)}")
-    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, batch)
     cache = cache or CacheConfig()
+    if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
+        sampled = options.get("temperature", 0) > 0
+        pair = Pair(model, tokenizer, drafter, cache)
+        drafter = choice(pair, drafter, sampled, plan, alone=False).drafter
+    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, batch)
     left = iter(enumerate(prompts))
     writing: dict[int, Answer] = {}
     try:

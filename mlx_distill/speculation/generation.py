@@ -14,9 +14,11 @@ from jaxtyping import Int
 from mlx import nn
 
 from mlx_distill.calibration.automatic import planner_of
+from mlx_distill.calibration.choosing import choice
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
@@ -55,7 +57,7 @@ def stream_generate(
         model: Any mlx-lm model.
         tokenizer: Its tokenizer.
         prompt: A text, or token ids.
-        drafter: From ``load_drafter``; None decodes plainly.
+        drafter: From ``load_drafter``, whose "auto" is whichever is fastest; None decodes plainly.
         draft_model: A small model of the same tokenizer that drafts instead; ``prompt_cache`` then
             holds the caches of both, as in mlx-lm.
         num_draft_tokens: Tokens that it drafts at a time, in a chain; a ``plan`` says otherwise.
@@ -82,12 +84,17 @@ def stream_generate(
         InputError: If a value is out of its range, the prompt is empty or longer than the model's
             context, or the drafter was made for another model.
     """
+    cache, sampled = cache or CacheConfig(), temperature > 0
+    chosen = None
+    if isinstance(drafter, AutoDrafter):
+        pair = Pair(model, tokenizer, drafter, cache, exact_rows)
+        chosen = choice(pair, drafter, sampled, plan, alone=not logits_processors)
+        drafter = chosen.drafter
     engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, exact_rows=exact_rows)
-    cache = cache or CacheConfig()
     request = text_request(
         engine,
         prompt,
-        planner=planner_for(engine, plan, cache, sampled=temperature > 0),
+        planner=planner_for(engine, chosen.plan if chosen else plan, cache, sampled),
         cache=cache,
         max_tokens=max_tokens,
         temperature=temperature,
@@ -100,7 +107,8 @@ def stream_generate(
         prompt_cache=prompt_cache,
     )
     # Whatever can be refused is refused now, not when the first token is asked for.
-    return _stream(engine, engine.submit(request))
+    responses = _stream(engine, engine.submit(request))
+    return responses if chosen is None else chosen.listen(responses)
 
 
 def text_request(
@@ -138,7 +146,10 @@ def text_request(
 
 
 def planner_for(
-    engine: Engine, plan: DraftPlan | Planner | None, cache: CacheConfig, sampled: bool
+    engine: Engine,
+    plan: DraftPlan | Planner | Callable[[], Planner] | None,
+    cache: CacheConfig,
+    sampled: bool,
 ) -> Planner | Callable[[], Planner]:
     """Return who says how much an engine drafts: what was asked for, else the measured costs."""
     if plan is None and engine.drafter is not None:
@@ -147,7 +158,7 @@ def planner_for(
         return partial(planner_of, pair, sampled=sampled)
     if plan is None and engine.draft_model is not None:
         plan = chain_of(engine.num_draft_tokens)
-    return plan if isinstance(plan, Planner) else FixedPlanner(plan or DraftPlan())
+    return FixedPlanner(plan or DraftPlan()) if isinstance(plan, DraftPlan | None) else plan
 
 
 def chain_of(num_tokens: int) -> DraftPlan:

@@ -1,0 +1,184 @@
+"""Which way to draft is fastest for a target, tried on the texts that its user has written anyway.
+
+    both, both, both ... | plain, plain ... | drafter, drafter ... | n-grams ... | both ...
+
+The ways take turns of some tokens within a text, so that all of them have the same text to write,
+the same context and the same machine. None changes what is written, so a trial costs at most some
+speed, and nobody waits for it. What counts is what a turn brought per second.
+"""
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_distill.calibration.timing import Clock, Times
+from mlx_distill.drafters.auto import NOTHING, ArmPlan, AutoDrafter
+from mlx_distill.drafters.protocol import DraftPlan, Outcome, Planner
+from mlx_distill.errors import InputError
+
+# Tokens of a turn, and those that are to be counted of every way.
+TURN, COUNTED = 32, 64
+# A turn begins with so many plain steps, so that no draft is under way that another has made; what
+# it brings is counted from a later call on, when one that it made itself has been read.
+PLAIN_STEPS, STEADY = 2, 4
+# Another way than the one that suits most texts has to be so much faster, and any so much faster
+# than plain decoding.
+CLEARLY = 1.03
+# What takes longer than so many median cycles was not of the cycle: a compiler, or a caller.
+LONGEST = 3.0
+# Quartiles of steps that are all alike lie further apart than this where other programs run.
+BUSY = 0.5
+
+_numbers = itertools.count()
+
+
+@dataclass
+class Trial:
+    """What was found so far.
+
+    Args:
+        arms: What is tried, the one that suits most texts first, plain decoding last.
+        cycles: Of each the seconds and the tokens of every cycle that counts.
+        chosen: The best; None while that is not known.
+    """
+
+    arms: tuple[str, ...]
+    cycles: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    chosen: str | None = None
+
+    def __post_init__(self) -> None:
+        self.cycles = {arm: self.cycles.get(arm, []) for arm in self.arms}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], arms: Sequence[str]) -> "Trial":
+        """Return what ``to_dict`` made a dictionary of.
+
+        Raises:
+            InputError: If it is of other arms, or holds no times.
+        """
+        cycles, chosen = values.get("cycles"), values.get("chosen")
+        if not isinstance(cycles, dict) or tuple(cycles) != tuple(arms):
+            raise InputError("it holds a trial of something else")
+        known = [one for arm in arms for one in _list(cycles[arm])]
+        if not all(_is_cycle(one) for one in known) or chosen not in (None, *arms):
+            raise InputError("it holds no trial")
+        found = {arm: [(float(s), n) for s, n in cycles[arm]] for arm in arms}
+        trial = cls(tuple(arms), found, chosen)
+        if chosen is not None and not trial.is_over:
+            raise InputError("it holds no trial")
+        return trial
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the trial as JSON holds it."""
+        return {"cycles": self.cycles, "chosen": self.chosen}
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted."""
+        return sum(map(self.tokens_of, self.arms))
+
+    def tokens_of(self, arm: str) -> int:
+        """Return how many tokens were counted of an arm."""
+        return sum(tokens for _, tokens in self.cycles[arm])
+
+    @property
+    def is_over(self) -> bool:
+        """Whether enough is known."""
+        return all(self.tokens_of(arm) >= COUNTED for arm in self.arms)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether steps that are all alike took so different times that other programs ran."""
+        return Times.of([seconds for seconds, _ in self.cycles[NOTHING]]).spread > BUSY
+
+    def following(self) -> str:
+        """Return the arm whose turn it is: the one that least is known of."""
+        return min(self.arms, key=self.tokens_of)
+
+    def speed(self, arm: str) -> float:
+        """Return the tokens per second of an arm."""
+        seconds = [one for one, _ in self.cycles[arm]]
+        most = LONGEST * statistics.median(seconds)
+        return self.tokens_of(arm) / sum(min(one, most) for one in seconds)
+
+    def speedup(self, arm: str) -> float:
+        """Return an arm's share of plain decoding's speed."""
+        return self.speed(arm) / self.speed(NOTHING)
+
+    def decide(self) -> str:
+        """Choose the best arm."""
+        best = self.arms[0]
+        for arm in self.arms[1:]:
+            if arm != NOTHING and self.speed(arm) > CLEARLY * self.speed(best):
+                best = arm
+        self.chosen = best if self.speedup(best) >= CLEARLY else NOTHING
+        return self.chosen
+
+    def sentence(self, auto: AutoDrafter) -> str:
+        """Return what was chosen and why."""
+        assert self.chosen is not None
+        drafting = [arm for arm in self.arms if arm != NOTHING]
+        parts = [f"{auto.title(arm)} {self.speedup(arm):.2f}" for arm in drafting]
+        trial = f"in a trial of {self.tokens} tokens"
+        if self.chosen == NOTHING:
+            return f"nothing drafts here: of plain decoding's speed, {trial}, {', '.join(parts)}"
+        rest = [part for arm, part in zip(drafting, parts, strict=True) if arm != self.chosen]
+        found = f"{self.speedup(self.chosen):.2f} of plain decoding's speed {trial}"
+        return f"drafting with {auto.title(self.chosen)}: {'; '.join([found, *rest])}"
+
+
+class TrialPlanner:
+    """A ``Planner`` of one text that lets the arms of a trial take turns.
+
+    Args:
+        trial: What is found is noted there.
+        planners: Of the arms that draft.
+        clock: Returns the seconds since some time.
+    """
+
+    def __init__(
+        self, trial: Trial, planners: Mapping[str, Planner], clock: Clock = time.perf_counter
+    ):
+        self.trial, self.clock = trial, clock
+        self._planners = {arm: (planners[arm], next(_numbers)) for arm in planners}
+        self._arm = trial.following()
+        self._calls = self._tokens = 0  # in this turn
+        self._seen: Outcome | None = None
+        self._then = 0.0
+
+    def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
+        """Return the next draft's shape and the arm that makes it."""
+        now = self.clock()
+        if outcome is not None and outcome is not self._seen:
+            self._count(now - self._then, outcome.num_accepted + 1)
+        self._then, self._seen = now, outcome
+        if self._tokens >= TURN:
+            self._arm = self.trial.following()
+            self._calls = self._tokens = 0
+        self._calls += 1
+        if self._calls <= PLAIN_STEPS or self._arm == NOTHING:
+            return None
+        planner, number = self._planners[self._arm]
+        plan = planner.shape(number, outcome)
+        return None if plan is None else ArmPlan.of(plan, self._arm)
+
+    def _count(self, seconds: float, tokens: int) -> None:
+        self._tokens += tokens
+        if self._calls >= STEADY:
+            self.trial.cycles[self._arm].append((seconds, tokens))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [None]
+
+
+def _is_cycle(value: Any) -> bool:
+    """Return whether this is a time and a number of tokens."""
+    if not isinstance(value, list) or len(value) != 2:
+        return False
+    seconds, tokens = value
+    number = isinstance(seconds, float | int) and not isinstance(seconds, bool)
+    return number and 0 < seconds < float("inf") and type(tokens) is int and tokens > 0
