@@ -136,7 +136,12 @@ def _no_model(path: Path, error: Exception, what: str = "") -> InputError:
     """Return what a loader's error means for its user."""
     if "trust_remote_code" in str(error):
         return InputError(f"{what}{path} {OWN_CODE}")
-    return InputError(f"{what}{path} cannot be loaded: {one_line(error)}")
+    said = one_line(error)
+    if not what and isinstance(error, KeyError):
+        said = f"its config.json lacks {said}"
+    elif not what and isinstance(error, TypeError | AttributeError | ZeroDivisionError):
+        said = f"its config.json holds a value that no such model has ({said})"
+    return InputError(f"{what}{path} cannot be loaded: {said}")
 
 
 def _check_arrays(model: nn.Module) -> None:

@@ -30,6 +30,10 @@ WIDTHS = re.compile(r"(\w+_)?(size|dim|dims|heads?|rank|experts|embd|model|group
 NO_WIDTHS = re.compile(r"window|chunk|block|image|patch|kernel|batch|tile|seq|step|context|buffer")
 # Other parts of a model than the one that reads text; mlx-lm leaves them out.
 OTHER_PARTS = re.compile(r"vision|audio|speech|image|video|quant|talker|tts")
+# Settings of the positions, and their numbers; no context is as long as the last of these.
+ROPE = ("rope_scaling", "rope_parameters")
+ROPE_NUMBERS = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+ROPE_MOST = 1e15
 BITS_PACKED = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128)
 MOST_PACKED = 32  # values in one: no quantised array is narrower than this share of its width
@@ -78,6 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(kind, str):
         raise InputError(f"{file}: model_type must be a text, got {kind}")
     _check_end_tokens(config.get("eos_token_id"), file)
+    _check_rope(config, file)
     return config
 
 
@@ -107,7 +112,7 @@ def _indexed(index: Path) -> list[str]:
         raise InputError(f"{index} holds no weights: its weight_map is {places}")
     for tensor, name in places.items():
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", name):
-            raise InputError(f"{index}: the place of {tensor} must be a file's name, got {name}")
+            raise InputError(f"{index}: the place of {tensor} must be a file's name, got {name!r}")
     return sorted(set(places.values()))
 
 
@@ -175,6 +180,21 @@ def _check_end_tokens(tokens: Any, place: Path) -> None:
     for token in tokens if isinstance(tokens, list) else [tokens]:
         if token is not None and (type(token) is not int or not 0 <= token < 2**31):
             raise InputError(f"{place}: eos_token_id must be token ids, got {tokens}")
+
+
+def _check_rope(config: dict[str, Any], place: Path, inside: bool = False) -> None:
+    """Raise InputError if positions are scaled by what is no number above 0.
+
+    mlx-lm takes a negative factor without a word; settings may be nested, by the layers' kinds.
+    """
+    for name, value in config.items():
+        if name in ROPE and not isinstance(value, dict | None):
+            raise InputError(f"{place}: {name} must be an object, got {value!r}")
+        if isinstance(value, dict):
+            _check_rope(value, place, inside or name in ROPE)
+        number = type(value) in (int, float) and 0 < value < ROPE_MOST
+        if inside and name in ROPE_NUMBERS and value is not None and not number:
+            raise InputError(f"{place}: {name} must be a number above 0, got {value!r}")
 
 
 def check_quantization(settings: Any, place: Path) -> None:

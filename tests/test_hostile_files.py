@@ -86,7 +86,24 @@ CASES: dict[str, tuple[dict[str, Edit], str]] = {
     "quantization of a text": (config(quantization="yes"), "bits in groups of .* got yes"),
     "base of a text": (config(rope_theta="x"), "cannot be loaded"),
     "no such scaling": (config(rope_scaling={"type": "magic"}), "cannot be loaded: Unsupported"),
-    "scaling of a list": (config(rope_scaling=[1]), "cannot be loaded"),
+    "scaling of a list": (config(rope_scaling=[1]), r"rope_scaling must be an object, got \[1\]"),
+    "scaling by a text": (
+        config(rope_scaling={"type": "yarn", "factor": "4"}),
+        "factor must be a number above 0, got '4'",
+    ),
+    "scaling backwards": (
+        config(rope_scaling={"type": "yarn", "factor": -3.0}),
+        "factor must be a number above 0, got -3.0",
+    ),
+    "scaling by no number": (
+        config(rope_parameters={"full_attention": {"factor": float("nan")}}),
+        "factor must be a number above 0, got nan",
+    ),
+    "scaling by what is not said": (
+        config(rope_scaling={"type": "yarn"}),
+        "cannot be loaded: its config.json lacks .*factor",
+    ),
+    "no heads": (config(num_attention_heads=0), "config.json holds a value that no such model has"),
     "end of a text": (config(eos_token_id="x"), "eos_token_id must be token ids, got x"),
     "kind of a number": (config(model_type=7), "model_type must be a text, got 7"),
     "places of text": (
@@ -104,7 +121,9 @@ CASES: dict[str, tuple[dict[str, Edit], str]] = {
     "shard of a number": (index(1), "the place of a must be a file's name, got 1"),
     "shard of nothing": (index(None), "the place of a must be a file's name, got None"),
     "shard of a list": (index(["a"]), "the place of a must be a file's name"),
-    "shard elsewhere": (index("../x.safetensors"), "must be a file's name, got ../x"),
+    "shard elsewhere": (index("../x.safetensors"), "must be a file's name, got '../x"),
+    "shard of no name": (index(""), "must be a file's name, got ''"),
+    "shard of a whole path": (index("/x.safetensors"), "must be a file's name, got '/x"),
     "its own model": (config(model_file="evil.py"), "only with --trust-remote-code"),
 }
 
