@@ -18,11 +18,12 @@ from mlx_distill import cli, machine
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.distillation.answer_files import read_answers
 from mlx_distill.distillation.answer_writing import origin
-from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.imports import export_published, holds_heads, import_published
+from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.packing import BITS
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.drafters.published import export_drafter, import_drafter, tensorrt_plan
-from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.drafters.published import tensorrt_plan
+from mlx_distill.drafters.registry import TrainedDrafter, load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.converted import Form, convert_and_judge
 from mlx_distill.limits import Count, check_value
@@ -65,15 +66,17 @@ def _other_layout(arguments: argparse.Namespace) -> int:
         raise InputError(f"--to {arguments.to} writes weights as they are; convert them before")
     model, tokenizer = cli.load_model(arguments)
     if arguments.to == "ours":
-        plan = tensorrt_plan(arguments.drafter)
-        import_drafter(arguments.drafter, arguments.output, Target.of(model), tokenizer)
+        heads, plan = holds_heads(arguments.drafter), tensorrt_plan(arguments.drafter)
+        import_published(arguments.drafter, arguments.output, Target.of(model), tokenizer)
     else:
         drafter, plan = load_drafter(arguments.drafter, model, tokenizer), None
-        if not isinstance(drafter, BoundDrafter):
+        if not isinstance(drafter, TrainedDrafter):
             raise InputError(f"{arguments.drafter} has no weights that could be exported")
-        export_drafter(drafter, arguments.output)
+        heads = isinstance(drafter, MedusaDrafter)
+        export_published(drafter, arguments.output)
     print(f"the drafter is in {arguments.output}")
-    print(_lengths(plan))
+    if not heads:
+        print(_lengths(plan))
     if arguments.json:
         print(json.dumps({"config": cli.settings(arguments), **machine.provenance()}))
     return 0
@@ -107,7 +110,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=FORMS,
         default=FORMS[0],
         help="smaller has fewer bits or a narrower head; ours reads the layout published with the "
-        "paper, safetensors of PyTorch or MLX, and published writes it (default: %(default)s)",
+        "papers of recurrent drafters and of Medusa heads, safetensors of PyTorch or MLX, and "
+        "published writes it (default: %(default)s)",
     )
     parser.add_argument(
         "--bits", type=int, choices=BITS, help="of a weight (default: weights stay as they are)"

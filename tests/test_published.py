@@ -26,6 +26,7 @@ from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterCon
 from mlx_distill.target.target import Target
 
 Arrays = dict[str, mx.array]
+WRONG = mx.full((64, 64), mx.nan)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +94,7 @@ def tokenizer(bundled_pair: tuple[Any, Any]) -> Any:
         ("lists", True, 9, 14),
         ("plural", False, 2, 2),
         ("sequence", True, 6, 8),
+        ("current", False, 9, 14),
     ],
 )
 @pytest.mark.parametrize("projected", [True, False])
@@ -121,11 +123,10 @@ def test_what_is_read_drafts_as_published(
 
     plan = DraftPlan(width, beam_length - 1)
     draft = drafter.draft(mx.array(hidden), mx.array([7]), plan)
-    found = {tuple(beam[1:]) for beam in draft.beams()}
+    beams = [tuple(beam[1:]) for beam in draft.beams()]
+    scores = sorted(np.array(draft.scores)[-width:], reverse=True)  # as the beams are
     expected = slow_beam_search(log_probs, width, beam_length - 1)[-1]
-    assert found == expected.keys()
-    scores = np.sort(np.array(draft.scores)[-width:])
-    np.testing.assert_allclose(scores, sorted(expected.values()), atol=1e-3)
+    assert dict(zip(beams, scores, strict=True)) == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_is_written_is_read_again(tmp_path: Path, model: Any, tokenizer: Any) -> None:
@@ -186,6 +187,12 @@ def test_tensorrts_lengths_do_not_count_the_certain_token(tmp_path: Path, model:
         (len, {"exit_dim": -1}, "exit_dim must be at least 1, got -1"),
         (len, {"num_draft_layers": 10**6}, "num_draft_layers must be between 0 and 1,000"),
         (len, {"rnn": "yes"}, "rnn must be"),
+        (lambda x: x.update({"input_projs.0.bias": mx.ones(64)}), {}, "array more than once: in"),
+        (
+            lambda x: x.update({"rnn_u.bias": mx.full(64, mx.inf), "rnn_w.weight": WRONG}),
+            {},
+            "rnn_u.bias, rnn_w.weight holds values that are no finite numbers",
+        ),
     ],
 )
 def test_what_does_not_fit_is_named(

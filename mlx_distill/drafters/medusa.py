@@ -38,7 +38,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, check_fields
 
 Heads = Annotated[int, Between(1, 64)]
-Share = Annotated[float, Between(0, 1)]
+Layers = Annotated[int, Between(0, 64)]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class MedusaConfig(DrafterShape):
     hidden_size: Size
     vocab_size: Size
     num_heads: Heads
-    num_draft_layers: Annotated[int, Between(0, 64)] = 1
+    num_draft_layers: Layers = 1
     shared_head: bool = True
     draft_vocab_size: Size | None = None
     taps: tuple[Tap, ...] = ()

@@ -23,23 +23,28 @@ from typing import Annotated, Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_distill.arrays import to_number
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import check_fingerprint, fingerprint
 from mlx_distill.drafters.folders import save_drafter
+from mlx_distill.drafters.foreign import (
+    Shapes,
+    check_shapes,
+    read_config,
+    read_finite,
+    renamed,
+    shapes_in,
+    weights_file,
+)
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig, Size
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
 from mlx_distill.limits import Between, check_value
-from mlx_distill.safetensors import read_arrays, read_header
 from mlx_distill.target.target import Target
 
 PUBLISHED_TYPE = "recurrent_drafting_drafter"
 FIELDS = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn")
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 Layers = Annotated[int, Between(0, 1000)]
-Shapes = dict[str, tuple[int, ...]]
 
 
 def import_drafter(folder: str | Path, output: str | Path, target: Target, tokenizer: Any) -> None:
@@ -56,22 +61,18 @@ def import_drafter(folder: str | Path, output: str | Path, target: Target, token
             them named; if the checkpoint is pickled, or was made for another target.
     """
     source = usable_path(folder, "the drafter")
-    values, weights = _config(source), _weights_file(source)
+    values, weights = _config(source), weights_file(source)
     made_for = fingerprint(target, tokenizer)
     check_fingerprint(
         {**made_for, **{n: values[n] for n in ("hidden_size", "vocab_size")}}, made_for
     )
-    header = {name: one.shape for name, one in read_header(weights).items()}
+    header = shapes_in(weights)
     names = our_names(header)
     # Nothing is built before it is known that the file holds as much.
-    _check_shapes(weights, {names[n]: s for n, s in header.items() if names[n]}, _shapes(values))
+    check_shapes(weights, renamed(weights, header, names), _shapes(values))
     # As published: paths are weighed by the drafter's own probabilities.
     network = RecurrentDrafter(RecurrentDrafterConfig(**values, sharpness=1.0))
-    arrays = {names[n]: x for n, x in read_arrays(weights).items() if names[n]}
-    for name, array in arrays.items():
-        if not to_number(mx.isfinite(array).all()):
-            raise InputError(f"{weights}: {name} holds values that are no finite numbers")
-    network.load_weights(list(arrays.items()))
+    network.load_weights(list(read_finite(weights, names).items()))
     made_for["vocab_size"] = values["vocab_size"]
     card = f"# {source.name}\nA published recurrent drafter, imported; its licence goes with it.\n"
     save_drafter(usable_path(output, "the output"), network, made_for, {"README.md": card})
@@ -140,9 +141,7 @@ def _our_name(name: str, nested: bool, projected: bool) -> str:
 
 def _config(source: Path) -> dict[str, Any]:
     """Return the fields of a published configuration that we know, checked."""
-    if not (source / "config.json").exists():
-        raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
-    values = read_json(source / "config.json")
+    values = read_config(source)
     missing = [name for name in FIELDS[:-1] if name not in values]
     if missing:
         raise InputError(f"{source}: the drafter's config lacks the fields: {', '.join(missing)}")
@@ -151,20 +150,6 @@ def _config(source: Path) -> dict[str, Any]:
         check_value(name, values[name], Layers if name == "num_draft_layers" else Size)
     check_value("rnn", values["rnn"], bool)
     return values
-
-
-def _weights_file(source: Path) -> Path:
-    """Return the one safetensors file of a folder."""
-    files = sorted(source.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    pickled = sorted(file.name for file in source.iterdir() if file.suffix in PICKLED)
-    if pickled and not files:
-        raise InputError(
-            f"{source} holds {pickled[0]}, which is pickled and could run code when it is read; "
-            "write it with safetensors.torch.save_file where you trust it"
-        )
-    raise InputError(f"{source} must hold one safetensors file, it holds {len(files)}")
 
 
 def _shapes(values: dict[str, Any]) -> Shapes:
@@ -181,17 +166,3 @@ def _shapes(values: dict[str, Any]) -> Shapes:
         shapes |= {"rnn_u.weight": (width, width), "rnn_u.bias": (width,)}
         shapes["rnn_w.weight"] = (width, width)
     return shapes
-
-
-def _check_shapes(weights: Path, found: Shapes, expected: Shapes) -> None:
-    """Raise InputError if arrays are missing, unknown or misshapen; each is named."""
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} is unknown" for name in found if name not in expected]
-    wrong += [
-        f"{name} is of shape {list(found[name])}, not {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-    if wrong:
-        more = f", and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise InputError(f"{weights} does not fit its config: {', '.join(wrong[:8])}{more}")
