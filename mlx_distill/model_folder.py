@@ -192,8 +192,8 @@ def _check_rope(config: dict[str, Any], place: Path, inside: bool = False) -> No
             raise InputError(f"{place}: {name} must be an object, got {value!r}")
         if isinstance(value, dict):
             _check_rope(value, place, inside or name in ROPE)
-        number = type(value) in (int, float) and 0 < value < ROPE_MOST
-        if inside and name in ROPE_NUMBERS and value is not None and not number:
+        fits = isinstance(value, int | float) and type(value) is not bool and 0 < value < ROPE_MOST
+        if inside and name in ROPE_NUMBERS and value is not None and not fits:
             raise InputError(f"{place}: {name} must be a number above 0, got {value!r}")
 
 

@@ -146,6 +146,9 @@ def _chat(row: Mapping[str, Any], messages: Any, place: str, answers: bool = Tru
         messages = before if is_answer else messages
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise InputError(f"{place}: messages must be a list of role and content")
+    for weight in (message.get("weight", 1) for message in messages):
+        if weight not in (0, 1, None):
+            raise InputError(f"{place}: the weight of a message must be 0 or 1, got {weight!r}")
     return _own(row, Chat(messages), place)
 
 
