@@ -180,8 +180,14 @@ BAD_ROWS = [
         {"messages": [{"role": "user", "content": None}, CHAT[-1]]},
         "messages must be a list of role and content",
     ),
-    ({"messages": [CHAT[0], CHAT[-1] | {"weight": 0.5}]}, "must be 0 or 1, got 0.5"),
-    ({"messages": [CHAT[0], CHAT[-1] | {"weight": "no"}]}, "must be 0 or 1, got 'no'"),
+    (
+        {"messages": [CHAT[0], CHAT[-1] | {"weight": 0.5}]},
+        "the weight of a message must be 0 or 1, got 0.5",
+    ),
+    (
+        {"messages": [CHAT[0], CHAT[-1] | {"weight": "no"}]},
+        "the weight of a message must be 0 or 1, got 'no'",
+    ),
     ({"messages": []}, "the last message must be the assistant's, to learn from"),
     ({"messages": CHAT[:-1]}, "the last message must be the assistant's, to learn from"),
     ({"messages": CHAT}, "a chat needs a tokenizer with a chat template; this has none"),
