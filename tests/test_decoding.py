@@ -33,7 +33,7 @@ import mlx_distill
 from mlx_distill import CacheConfig, DraftPlan
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.sampling import Sampling
-from mlx_distill.drafters import bound
+from mlx_distill.drafters import bound, compiling
 from mlx_distill.drafters.protocol import Features, FixedPlanner
 from mlx_distill.speculation import cycle as cycle_module
 from mlx_distill.speculation import decoding as decoding_module
@@ -259,7 +259,8 @@ def test_a_drafter_keeps_few_compiled_searches(
     pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those used last; and threads that draft at once do not take each other's away."""
-    monkeypatch.setattr(bound, "MOST_COMPILED", 2)  # so that many are freed, by any thread
+    monkeypatch.setattr(compiling, "COMPILED_AT", 1)
+    monkeypatch.setattr(compiling, "MOST_COMPILED", 2)  # so that many are freed, by any thread
     drafter = random_drafter(pair[0], 64)
     hidden, root = mx.zeros((64,)), mx.array([5])
     mx.eval(hidden, root)

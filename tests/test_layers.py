@@ -13,7 +13,7 @@ LAYERS = {
     "drafting",
     "uses": "speculation distillation evaluation benchmarking calibration",
     "loops": "speculation.decoding speculation.cycle speculation.drafted_text speculation.caching "
-    "speculation.ledger speculation.statistics speculation.phases training",
+    "speculation.ledger speculation.statistics speculation.phases speculation.stopwatch training",
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses kernels",

@@ -58,10 +58,22 @@ class Text(TracedText):
 
 
 class Run:
-    """A planner at work on a text; it hears of a cycle when the next but one is planned."""
+    """A planner at work on a text; it hears of a cycle when the next but one is planned.
 
-    def __init__(self, text: Text, machine: Costs, planner: AdaptivePlanner, number: int = 0):
+    ``truth`` is what a machine really costs that should cost what ``machine`` says; the planner is
+    then told the seconds.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        machine: Costs,
+        planner: AdaptivePlanner,
+        number: int = 0,
+        truth: Callable[[float, int], float] | None = None,
+    ):
         self.text, self.machine, self.planner, self.number = text, machine, planner, number
+        self.truth = truth
         self.place = 0
         self.time = 0.0
         self.plans: list[DraftPlan | None] = []
@@ -76,8 +88,12 @@ class Run:
             parents, path = ((0,), (0,)) if plan is None else self.text.tree(self.place, plan)
             plain = self.machine.plain(128)
             cycle = plain if plan is None else self.machine.cycle(plan, plan.nodes, 128)
+            seconds = None
+            if self.truth is not None:
+                cycle, plain = (self.truth(x / plain, len(self.plans)) for x in (cycle, plain))
+                seconds = cycle * self.machine.plain(128)
             self.time += cycle / plain
-            self.outcome = Outcome(100, parents, len(path) - 1, path)
+            self.outcome = Outcome(100, parents, len(path) - 1, path, seconds=seconds)
             self.place += len(path)
         return self.place / self.time
 
@@ -122,6 +138,44 @@ def test_a_useless_drafter_costs_at_most_three_percent(curve: str, draft: float)
     for number in range(2):
         run = Run(USELESS, machine, planner, number)
         assert min(run.until(length) for length in range(64, 400)) > 0.97
+
+
+def drifting(more: float, spread: float = 0.1) -> Callable[[float, int], float]:
+    """Return a machine whose speed goes up and down by a third, and whose drafts are dear."""
+    noise = np.random.default_rng(0).lognormal(0, spread, 10_000)
+
+    def seconds(foretold: float, cycle: int) -> float:
+        drift = 1 + 0.3 * np.sin(cycle / 20)
+        chance = noise[cycle] if foretold != 1 else 1.0
+        return float(drift * chance * (1 + more * (foretold - 1)))
+
+    return seconds
+
+
+@pytest.mark.parametrize("more", [0.8, 1.3, 2.0])
+@pytest.mark.parametrize("curve", ["flat", "linear", "two cores"])
+def test_what_cycles_really_take_is_what_may_be_lost(curve: str, more: float) -> None:
+    """Of a drafter that is useless, on a machine whose speed drifts."""
+    planner = AdaptivePlanner(machine := costs(CURVES[curve]))
+    slowest = []
+    for number in range(5):
+        run = Run(USELESS, machine, planner, number, drifting(more))
+        slowest.append(min(run.until(length) for length in range(64, 300)))
+    assert np.median(slowest) > 0.97
+    assert min(slowest) > 0.95
+
+
+def test_drafts_that_are_too_dear_in_truth_are_given_up(texts: dict[str, Text]) -> None:
+    """They would bring 1.4 at the prices foretold, and lose at those that are paid."""
+    foretold = costs(CURVES["two cores"])
+    planner, slowest = AdaptivePlanner(foretold), []
+    for number in range(6):
+        run = Run(texts["drawn"], foretold, planner, number, drifting(4.0))
+        slowest.append(run.until(200))
+    assert min(slowest[1:]) > 0.97
+    assert Run(texts["drawn"], foretold, AdaptivePlanner(foretold)).until(200) > 1.2
+    good = Run(texts["drawn"], foretold, AdaptivePlanner(foretold), 0, drifting(1.0))
+    assert good.until(200) > 1.2
 
 
 def test_a_first_text_is_drafted_for_where_that_paid_when_it_was_measured() -> None:

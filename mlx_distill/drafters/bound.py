@@ -9,19 +9,17 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
-from mlx_distill.arrays import SERIAL
 from mlx_distill.core.beam_search import Listed, beam_search
 from mlx_distill.core.beam_searches import beam_searches
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.attending import AttendingState, ContextReader
+from mlx_distill.drafters.compiling import Arrays, CompiledDrafts
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.shortlist import Shortlist
 from mlx_distill.drafters.stepping import Steps
 
-# Searches that are kept compiled, one for each shape of draft, with noise and without.
-MOST_COMPILED = 16
 # Up to this size each, what tokens add to the state and make of it as roots is tabulated once,
 # after many drafts: the bundled pair's tables cost 0.26 CPU seconds and save 0.5 ms of each draft.
 # A command that writes a few sentences ends sooner without.
@@ -29,8 +27,6 @@ TABLE_BYTES = 64 * 2**20
 DRAFTS_BEFORE_TABLES = 256
 # A shortlist is made sooner: SmolLM2's takes 0.3 s and saves 15 ms of each draft.
 DRAFTS_BEFORE_SHORTLIST = 16
-
-Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
 
 
 class BoundDrafter:
@@ -43,7 +39,7 @@ class BoundDrafter:
 
     Attributes:
         taps: The target's layers that the context is made of, too.
-        searches: Those that are compiled, the one used last behind the others.
+        searches: By shape.
         reader: Reads texts with the context blocks; None without any.
         look_back: How many of a prompt's last tokens it wants to see.
         opened: Takes the state of every new text, with what it was opened with, and returns what
@@ -64,8 +60,8 @@ class BoundDrafter:
             every = mx.arange(embed["weight"].shape[0])
             self._ids = mx.concatenate([self._steps.token_ids.astype(mx.int32), every])
             mx.eval(self._ids)
-        self.searches: dict[tuple[int, int, bool], Callable[..., Arrays]] = {}
-        self._compiling = threading.Lock()
+        self.searches = CompiledDrafts()
+        self._tabulating = threading.Lock()
         # On a CPU nothing is dispatched, and the compiler takes longer than many readings.
         on_gpu = mx.default_device() == mx.Device(mx.gpu)
         blocks = network.config.context_blocks
@@ -108,40 +104,25 @@ class BoundDrafter:
         if self._drafts == DRAFTS_BEFORE_TABLES:
             self.tabulate()
         elif self._drafts == DRAFTS_BEFORE_SHORTLIST:
-            with self._compiling:
+            with self._tabulating:
                 self._list_columns()
         arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
-        search = self._search_of(plan.beam_width, plan.draft_length, noise is not None)
+        shape = plan.beam_width, plan.draft_length
+        search = self.searches.of((*shape, noise is not None), partial(self._search, *shape))
         return Draft(*search(*arrays), plan.draft_length)
 
     def tabulate(self) -> None:
         """Make the tables of the steps now, and the shortlist, which a long run does by itself."""
-        with self._compiling:
+        with self._tabulating:
             self._drafts = DRAFTS_BEFORE_TABLES
             self._steps.tabulate(TABLE_BYTES)
             self._list_columns()
-            self.searches.clear()  # they read no tables
+            self.searches.forget()  # they read no tables
 
     def _list_columns(self) -> None:
         if self._shortlist is None and Shortlist.pays(self.network.head.weight):
             self._shortlist = Shortlist(self.network.head.weight)
-            self.searches.clear()  # they ask the whole head
-
-    def _search_of(self, width: int, length: int, noisy: bool) -> Callable[..., Arrays]:
-        """Return the compiled search of a shape: 200 microseconds less of small operations.
-
-        Nothing of the law of sampling is compiled in, so that another one compiles nothing.
-        """
-        kind = (width, length, noisy)
-        with self._compiling:
-            search = self.searches.pop(kind, None)
-            if search is None:
-                compiled = mx.compile(partial(self._search, width, length))
-                search = partial(compiled, next(SERIAL))
-            self.searches[kind] = search  # behind the others, as the last one used
-            if len(self.searches) > MOST_COMPILED:
-                del self.searches[next(iter(self.searches))]
-        return search
+            self.searches.forget()  # they ask the whole head
 
     def _search(
         self,
@@ -239,6 +220,7 @@ def settle(drafter: Drafter) -> None:
     drafter = getattr(drafter, "drafter", drafter)  # of a mixture
     if isinstance(drafter, BoundDrafter):
         drafter.tabulate()
+        drafter.searches.forget(at_once=True)
 
 
 class RecurrentState:

@@ -6,30 +6,23 @@
 The best tokens of every head are found once, and a path is as likely as their product.
 """
 
-import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int, Integer
 from mlx import nn
 
-from mlx_distill.arrays import SERIAL, log_sum_exp
+from mlx_distill.arrays import log_sum_exp
 from mlx_distill.core.beam_search import Listed, beam_search
 from mlx_distill.core.beam_searches import beam_searches, top_values
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.static_tree import StaticTree
+from mlx_distill.drafters.compiling import Arrays, CompiledDrafts
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
 from mlx_distill.drafters.protocol import NO_STATIC_TREE, DraftPlan, Features
 from mlx_distill.errors import InputError
-
-# Drafts that are kept compiled, one for each shape, with noise and without.
-MOST_COMPILED = 16
-
-Arrays = tuple[mx.array, mx.array, mx.array, mx.array]
-Kind = tuple[str, int, int, bool]
 
 
 class MedusaDrafter:
@@ -51,8 +44,7 @@ class MedusaDrafter:
         self.target = target
         self.taps = network.config.taps
         self._stacks = Stacks(network)
-        self.drafts: dict[Kind, Callable[..., Any]] = {}
-        self._compiling = threading.Lock()
+        self.drafts = CompiledDrafts()
 
     @property
     def has_static_tree(self) -> bool:
@@ -90,9 +82,9 @@ class MedusaDrafter:
         if plan.tree == "static":
             tree = self.static_tree(plan)
             kind = ("static", plan.nodes, length, noise is not None)
-            return tree.draft(self._compiled(kind, partial(self._static_tokens, tree))(*arrays))
+            return tree.draft(self.drafts.of(kind, partial(self._static_tokens, tree))(*arrays))
         kind = ("beams", plan.beam_width, length, noise is not None)
-        made = self._compiled(kind, partial(self._beams, plan.beam_width, length))(*arrays)
+        made = self.drafts.of(kind, partial(self._beams, plan.beam_width, length))(*arrays)
         return Draft(*made, max_depth=length)
 
     def static_tree(self, plan: DraftPlan) -> StaticTree:
@@ -105,17 +97,6 @@ class MedusaDrafter:
         if not rates:
             raise InputError(NO_STATIC_TREE)
         return _static_tree(rates, plan.nodes)
-
-    def _compiled(self, kind: Kind, make: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what makes drafts of a kind, compiled; nothing of the law of sampling is in."""
-        with self._compiling:
-            made = self.drafts.pop(kind, None)
-            if made is None:
-                made = partial(mx.compile(make), next(SERIAL))
-            self.drafts[kind] = made  # behind the others, as the last one used
-            if len(self.drafts) > MOST_COMPILED:
-                del self.drafts[next(iter(self.drafts))]
-        return made
 
     def _static_tokens(
         self,
@@ -239,7 +220,7 @@ class MedusaDrafter:
         return (columns if ids is None else ids[columns]).astype(mx.uint32)
 
 
-@lru_cache(MOST_COMPILED)
+@lru_cache(maxsize=16)
 def _static_tree(rates: tuple[tuple[float, ...], ...], num_nodes: int) -> StaticTree:
     return StaticTree.of(rates, num_nodes)
 

@@ -120,6 +120,7 @@ class Outcome:
         path: The nodes that became text, root first.
         ranks: How many nodes are likelier than each, by its draft; empty where they lie in that
             order.
+        seconds: What the cycle took; None where that is not known.
     """
 
     cached_tokens: int
@@ -127,6 +128,7 @@ class Outcome:
     num_accepted: int
     path: tuple[int, ...] = ()
     ranks: tuple[int, ...] = ()
+    seconds: float | None = None
 
 
 @runtime_checkable

@@ -38,6 +38,7 @@ from mlx_distill.speculation.cycle import (
 )
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
+from mlx_distill.speculation.stopwatch import Stopwatch
 from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.tree_call import TreeCall
 
@@ -75,7 +76,7 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
     Raises:
         InputError: If the target's logits are not numbers.
     """
-    ledger = decoding.ledger
+    ledger, stopwatch = decoding.ledger, Stopwatch()
     try:
         first, root, features = begin(decoding, prompt)
         plan = None if decoding.ends_with(1) else decoding.plan()
@@ -96,14 +97,15 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
             certain = cycle.is_certain
             following = _go_on(decoding, cycle, [0]) if certain else None
             accepted = read(decoding, cycle)
-            count(decoding, cycle, accepted)
+            count(decoding, cycle, accepted, stopwatch.lap())
             if not certain:
                 following = _go_on(decoding, cycle, accepted.path)
             cycle, last = following, len(accepted.tokens)
             for number, token in enumerate(accepted.tokens, start=1):
                 # A drafted token lies in the cache behind the root; the last one does not yet.
                 ledger.hand_out(token, min(number + 1, last), in_cache=number < last)
-                yield DecodedToken(token, *accepted.rows[number - 1], number < last)
+                with stopwatch.away():
+                    yield DecodedToken(token, *accepted.rows[number - 1], number < last)
     finally:
         if isinstance(decoding.state, Closes):
             decoding.state.close()
@@ -197,12 +199,14 @@ def _go_on(decoding: Decoding, cycle: Cycle, path: list[int]) -> Cycle | None:
     return launch(decoding, cycle.root, cycle.draft, cycle.history, num_tokens)
 
 
-def count(decoding: Decoding, cycle: Cycle, accepted: Accepted) -> None:
-    """Take note of what became of a tree."""
+def count(
+    decoding: Decoding, cycle: Cycle, accepted: Accepted, seconds: float | None = None
+) -> None:
+    """Take note of what became of a tree, and of the time since the last one was read."""
     num_accepted = len(accepted.path) - 1
     decoding.counters.add(accepted.parents, num_accepted)
     before = decoding.prompt_tokens + cycle.start - 1
     path = tuple(accepted.path)
     decoding.outcome = Outcome(
-        before, tuple(accepted.parents), num_accepted, path, tuple(accepted.ranks)
+        before, tuple(accepted.parents), num_accepted, path, tuple(accepted.ranks), seconds
     )

@@ -3,8 +3,10 @@
     tokens(shape) / seconds(shape)   against   1 / seconds(plain step)
 
 ``Costs`` knows the seconds, ``Acceptance`` the tokens; both change with the text, so the choice is
-made again every few cycles. Three things keep it calm and safe:
+made again every few cycles. Four things keep it calm and safe:
 
+* What cycles and plain steps take while a text is written corrects what was measured beforehand
+  (``Pace``). Where everything is drafted for, a few steps are made plainly now and then, to know.
 * A shape is left for another only if that promises clearly more, and few shapes are ever used:
   each is compiled at its first use.
 * An account of every text: what drafting gained and lost against plain steps so far. A draft is
@@ -23,13 +25,15 @@ import numpy as np
 from mlx_distill.drafters.protocol import DraftPlan, Outcome
 from mlx_distill.speculation.acceptance import Acceptance
 from mlx_distill.speculation.costs import Costs
+from mlx_distill.speculation.pace import Pace
 
 # In plain steps: what a text may lose by drafts in vain, of every token, counted from the first
 # with so many in advance. One percent is left for the planner's own work and what it cannot see.
-LOSS, IN_ADVANCE = 0.02, 64
-# What a drafter that has proved itself may lose beyond that, and when it has: in the texts so far,
-# or, while they are few, where the costs were measured.
-TRUST, PROVED_CYCLES, PROVED_SPEED = 2.0, 40, 1.1
+LOSS, IN_ADVANCE = 0.015, 64
+# What a drafter that has proved itself may lose beyond that: the more, the more it gains, for even
+# in good texts there are bad passages. It has after so many cycles, in the texts so far; while they
+# are fewer, what it gained on the text that the costs were measured on counts so much.
+TRUST, MOST_TRUST, PROVED_CYCLES, PROMISED = 6.0, 6.0, 40, 0.7
 # A single draft takes no more than this of what may be lost, if one shape is that cheap.
 CAREFUL = 1 / 3
 # What was gained long ago may not all be lost again.
@@ -39,6 +43,9 @@ MOST_CREDIT = 6.0
 CLEARLY, NEW_SHAPE, FURTHER_SHAPE, MANY_SHAPES = 1.015, 1.01, 1.1, 8
 # Cycles between two choices, and those that a trial has.
 CYCLES, TRIAL = 8, 5
+# After so many timed cycles without a plain step some are made, to know what they take: at first,
+# and it is doubled every time. So many are made; the first, behind a draft, tells nothing.
+FIRST_LOOK, LAST_LOOK, LOOKS = 3, 384, 3
 # Tokens until a parked text is tried again, at first and at last; it is doubled every time.
 FIRST_WAIT, LAST_WAIT = 8, 512
 # How long a new text waits at the most, where the one before was parked.
@@ -57,11 +64,13 @@ class Shape:
         plan: It.
         place: Of it in the planner's tables.
         price: Of a cycle, in plain steps.
+        foretold: The same before it was corrected.
     """
 
     plan: DraftPlan
     place: tuple[int, int, int]
     price: float
+    foretold: float
 
 
 @dataclass
@@ -72,6 +81,7 @@ class TextState:
         acceptance: Of its drafts.
         context: How many tokens the target has read.
         tokens: How many were written.
+        trust: Plain steps that it may lose beyond the few percent; None if nobody has asked yet.
         balance: Plain steps that drafting has saved so far, less those it cost.
         shape: In use; None while the text is parked.
         cycles: Until the next choice.
@@ -80,11 +90,14 @@ class TextState:
         waiting: Whether it is parked only until it is known what the draft under way came to.
         asked: The latest two: the next outcome is that of the first.
         seen: The latest outcome.
+        looks: Plain steps that are still to be made to know what they take.
+        parked: How many of the latest outcomes were plain steps.
     """
 
     acceptance: Acceptance
     context: int = 0
     tokens: int = 0
+    trust: float | None = None
     balance: float = 0.0
     shape: Shape | None = None
     cycles: int = 0
@@ -93,6 +106,8 @@ class TextState:
     waiting: bool = False
     asked: deque[Shape | None] = field(default_factory=lambda: deque((None, None), 2))
     seen: Outcome | None = None
+    looks: int = 0
+    parked: int = 0
 
     @property
     def under_way(self) -> float:
@@ -102,7 +117,8 @@ class TextState:
     @property
     def budget(self) -> float:
         """What the next draft may lose, in plain steps, if the one under way comes to nothing."""
-        return LOSS * max(IN_ADVANCE, self.tokens) + self.balance - self.under_way
+        advance = LOSS * max(IN_ADVANCE, self.tokens) + (self.trust or 0.0)
+        return advance + self.balance - self.under_way
 
     def park(self, tokens: int) -> None:
         """Decode plainly for so many tokens."""
@@ -132,6 +148,8 @@ class AdaptivePlanner:
         size = int(max(self.nodes, default=1))
         self._known = Acceptance(costs.lengths, costs.widths, size)
         self._wait = 0  # of the text that chose last, if it is parked
+        self._pace = Pace()
+        self._look_after, self._unseen = FIRST_LOOK, 0  # timed drafts, also since a plain step
         self._texts: OrderedDict[int, TextState] = OrderedDict()
 
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
@@ -162,26 +180,57 @@ class AdaptivePlanner:
         state.seen = outcome
         gained, size = outcome.num_accepted + 1, len(outcome.parents)
         state.tokens += gained
-        state.context = outcome.cached_tokens + gained
+        context = state.context = outcome.cached_tokens + gained
         asked = state.asked[0] or state.asked[1]
         if size == 1 or asked is None:
+            self._learn_plain(state, outcome.seconds)
             return
-        price = asked.price
+        state.parked = 0
+        self._unseen += outcome.seconds is not None
+        foretold = asked.foretold
         if size != asked.plan.nodes:
-            cycle = self.costs.cycle(asked.plan, size, state.context, self.batch)
-            price = cycle / self.costs.plain(state.context, self.batch)
+            cycle = self.costs.cycle(asked.plan, size, context, self.batch)
+            foretold = cycle / self.costs.plain(context, self.batch)
+        price = self._pace.price(foretold)
+        if outcome.seconds is not None:
+            price = self._pace.learn(foretold, self._in_steps(outcome.seconds, context))
         state.balance = min(state.balance + gained - price, MOST_CREDIT)
         state.acceptance.learn(asked.plan, outcome.parents, outcome.path, outcome.ranks)
         self._known = state.acceptance
 
+    def _learn_plain(self, state: TextState, seconds: float | None) -> None:
+        """Take in a plain step; one behind a draft has nothing to overlap with, and takes longer.
+
+        So does one for which the drafter was asked in vain.
+        """
+        alone = state.asked[0] is None
+        state.parked = state.parked + 1 if alone else 0
+        if seconds is None:
+            return
+        took = self._in_steps(seconds, state.context)
+        if state.parked > 1:
+            self._pace.learn(1.0, took)
+            self._unseen = 0
+        elif self._unseen:
+            state.balance += min(0.0, 1 - self._pace.steps(took))
+
+    def _in_steps(self, seconds: float, context: int) -> float:
+        return seconds / self.costs.plain(context, self.batch)
+
     def _choose(self, state: TextState) -> None:
         """Decide what shape the next cycle has."""
+        if self._unseen >= self._look_after:
+            self._unseen, self._look_after = 0, min(2 * self._look_after, LAST_LOOK)
+            state.looks = LOOKS
+        if state.looks:
+            state.looks, state.shape, state.waiting = state.looks - 1, None, True
+            return
         if state.shape is None and not state.waiting:
             if state.tokens >= state.resume:
                 self._try(state)
             return
         state.cycles -= 1
-        if state.shape and state.cycles > 0 and state.shape.price - 1 <= self._allowed(state):
+        if state.shape and state.cycles > 0 and state.shape.price - 1 <= state.budget:
             return
         state.shape = self._best(state, 1 + self._caution)
         # What is dear may be unaffordable just because the draft before it has no outcome yet.
@@ -217,11 +266,14 @@ class AdaptivePlanner:
             state: The text.
             least: What a shape has to promise, in tokens per plain step's time.
         """
-        prices = self._prices(state.context)
+        foretold = self._foretold(state.context)
+        prices = 1 + self._pace.more * (foretold - 1)
         speeds = state.acceptance.tokens()[..., self.nodes - 1] / prices
-        budget = self._allowed(state)
-        if state.acceptance.cycles >= PROVED_CYCLES and speeds.max() >= PROVED_SPEED:
-            budget += TRUST
+        if state.acceptance.cycles >= PROVED_CYCLES:
+            state.trust = _trust(float(speeds.max()))
+        elif state.trust is None:
+            state.trust = PROMISED * _trust(self._promise(state.context))
+        budget = state.budget
         # Some shapes would not pay if every node on their longest path were accepted.
         possible = self._most_tokens > prices * (1 + self._caution)
         possible &= (speeds >= least) & (prices - 1 <= budget)
@@ -232,29 +284,29 @@ class AdaptivePlanner:
         if state.shape is not None:
             worth[state.shape.place] *= CLEARLY
         place = np.unravel_index(worth.argmax(), worth.shape)
-        return self._shape_at(place, prices) if worth[place] > 0 else None
+        return self._shape_at(place, foretold) if worth[place] > 0 else None
 
-    def _allowed(self, state: TextState) -> float:
-        """Return what the next draft may lose, of a drafter of which nothing is proved here."""
-        return state.budget + (TRUST if self._promising(state) else 0.0)
-
-    def _promising(self, state: TextState) -> bool:
-        """Return whether drafting paid where the costs were measured, and little else is known."""
-        if state.acceptance.cycles >= PROVED_CYCLES:
-            return False
-        plan, context = DraftPlan(), state.context
+    def _promise(self, context: int) -> float:
+        """Return the tokens per plain step's time of the text that the costs were measured on."""
+        plan = DraftPlan()
         cycle_s = self.costs.cycle(plan, self.batch * plan.nodes, context)
-        step_s = self.costs.plain(context, self.batch)
-        return self.costs.cycle_tokens * step_s >= PROVED_SPEED * cycle_s
+        price = self._pace.price(cycle_s / self.costs.plain(context, self.batch))
+        return self.costs.cycle_tokens / price
 
-    def _prices(self, context: int) -> np.ndarray:
-        """Return what a cycle of every shape takes, in plain steps."""
+    def _foretold(self, context: int) -> np.ndarray:
+        """Return what a cycle of every shape should take, in plain steps, uncorrected."""
         cycle_s = self.costs.cycles(self._draft_s, self.batch * self.nodes, context)
         return cycle_s / self.costs.plain(context, self.batch)
 
-    def _shape_at(self, place: tuple[np.intp, ...], prices: np.ndarray) -> Shape:
+    def _shape_at(self, place: tuple[np.intp, ...], foretold: np.ndarray) -> Shape:
         self._used[place] = True
         length, width, size = map(int, place)
         costs = self.costs
         plan = DraftPlan(costs.widths[width], costs.lengths[length], int(self.nodes[size]))
-        return Shape(plan, (length, width, size), float(prices[place]))
+        alone = float(foretold[place])
+        return Shape(plan, (length, width, size), self._pace.price(alone), alone)
+
+
+def _trust(speed: float) -> float:
+    """Return what a drafter with such a speed may lose."""
+    return min(MOST_TRUST, TRUST * max(0.0, speed - 1))
