@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Float, UInt32
 
+from mlx_distill.arrays import to_number
 from mlx_distill.core.prefix_tree import ancestors
 from mlx_distill.kernels.choice import Case, Operation
 from mlx_distill.kernels.comparing import largest_difference
@@ -256,9 +257,9 @@ def bits_of(mask: Bool[mx.array, "N N"]) -> UInt32[mx.array, " N"]:
 def _differ(case: Case, found: mx.array, expected: mx.array) -> str:
     """Say where results differ by more than rounding; weights of a sum are at most 1."""
     queries, keys, values, mask, bits, scale = case.args
-    wide = [x.astype(mx.float32) for x in (queries, keys, values)]
-    exact = _twin(*wide, mask, bits, scale)
-    size = max(1.0, float(mx.abs(mx.where(mx.isnan(wide[2]), 0, wide[2])).max().item()))
+    queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
+    exact = _twin(queries, keys, values, mask, bits, scale)
+    size = max(1.0, to_number(mx.abs(values).max()))
     most = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[expected.dtype]
     off = largest_difference(found, exact.astype(found.dtype)) / size
     return "" if off <= most else f"attention is off by {off:.3g} at {case.name}"

@@ -22,6 +22,8 @@ from mlx import nn
 from mlx.utils import tree_map
 from mlx_lm.models.base import scaled_dot_product_attention
 
+from mlx_distill.kernels.choice import chosen
+from mlx_distill.kernels.tree_attention import MOST_NODES, tree_attention
 from mlx_distill.target.tree_cache import TreeCache
 from mlx_distill.target.tree_layout import TreeLayout
 
@@ -79,14 +81,25 @@ def _attend(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Return what mlx-lm's function does."""
-    attend: Attend = functools.partial(
-        scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks
-    )
-    if isinstance(cache, TreeCache) and (paths := cache.layout.exact_paths):
-        if not _is_plain(cache, mask):
+    plainly: Callable[..., mx.array] = scaled_dot_product_attention
+    attend = functools.partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
+    if not isinstance(cache, TreeCache) or cache.layout.num_nodes == 1:
+        return attend(queries, keys, values, mask=mask)
+    layout, plain = cache.layout, _is_plain(cache, mask)
+    if layout.exact_paths:
+        if not plain:
             raise NotExactError
-        return _node_by_node(attend, queries, keys, values, cache.layout, paths)
+        return _node_by_node(attend, queries, keys, values, layout, layout.exact_paths)
+    few = sinks is None and not layout.batched and layout.num_nodes <= MOST_NODES
+    arrays = [x for x in (keys, values, mask) if isinstance(x, mx.array)]
+    if plain and few and len(arrays) == 3 and attends_by_kernel():
+        return tree_attention(queries, *arrays, layout.bits, scale)
     return attend(queries, keys, values, mask=mask)
+
+
+def attends_by_kernel() -> bool:
+    """Return whether nodes attend by a kernel, so that a model's modules have to be taught."""
+    return chosen(tree_attention.name)
 
 
 def _is_plain(cache: TreeCache, mask: object) -> bool:

@@ -51,7 +51,6 @@ class ExactTarget(Target):
     def __init__(self, model: nn.Module):
         super().__init__(model)
         wrap_attentions(model)
-        self.products = Products(model)
         known = model.__dict__.get("_mlx_distill_together")
         if known is None:
             known = self.support == "row" and self._agrees()

@@ -8,6 +8,8 @@ up in a list but found out when it is opened (``opening``).
 import threading
 import weakref
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cached_property
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -16,6 +18,8 @@ from mlx import nn
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
+from mlx_distill.kernels.products import few_rows_chosen
+from mlx_distill.target.attention import attends_by_kernel, wrap_attentions
 from mlx_distill.target.batch.call import RowsCall, call_on_forest, call_on_lines
 from mlx_distill.target.batch.rows import Rows
 from mlx_distill.target.batch.trial import takes_batches
@@ -23,6 +27,7 @@ from mlx_distill.target.context import context_length
 from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.opening import Opened, open_model
+from mlx_distill.target.products import Products
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.restoring import can_restore
 from mlx_distill.target.tree_cache import can_branch
@@ -123,7 +128,15 @@ class Target:
             caches: The prompt cache, which does not hold the root yet.
             taps: Numbers of the layers whose outputs the call has, too.
         """
-        return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
+        if attends_by_kernel():
+            wrap_attentions(self.model)
+        with self.products.of_few_rows(exact=False) if few_rows_chosen() else nullcontext():
+            return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
+
+    @cached_property
+    def products(self) -> Products:
+        """What multiplies by the model's matrices."""
+        return Products(self.model)
 
     @property
     def takes_batches(self) -> bool:

@@ -21,10 +21,13 @@ from dataclasses import dataclass, field
 from typing import TypeGuard
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float
 from mlx import nn
 
 from mlx_distill.arrays import in_memory, to_host
+from mlx_distill.kernels.choice import chosen
+from mlx_distill.kernels.tree_rope import tree_rope
 
 
 @dataclass(frozen=True)
@@ -81,12 +84,16 @@ class _TreeRope:
             return call(x, *args, **kwargs)
         if self.takes_vectors:
             try:
+                alone = len(args) + len(kwargs) == 1
+                if alone and not tree_span.get().exact and chosen(tree_rope.name):
+                    pairs = self._pairs(x.shape[-1])
+                    if pairs is not None:
+                        return tree_rope(x, self._table(offset, x.shape[-1], *pairs), *pairs)
                 by_head = self._lie_by_head(x)
-                exact = tree_span.get().exact
-                if len(args) + len(kwargs) == 1 and _on_cpu() and not exact:
+                if alone and _on_cpu() and not tree_span.get().exact:
                     nodes = self._multiply(x[0].transpose(1, 0, 2), offset)
                     return nodes.transpose(1, 0, 2)[None]
-                if by_head and len(args) + len(kwargs) == 1:
+                if by_head and alone:
                     rows = x.reshape(-1, 1, 1, x.shape[-1])
                     return call(rows, offset=_for_heads(offset, x.shape[1])).reshape(x.shape)
                 nodes = x.transpose(2, 1, 0, 3)
@@ -100,6 +107,48 @@ class _TreeRope:
             here = (offset == position)[:, None, None, None]
             rotated = mx.where(here, call(nodes, offset=position), rotated)
         return rotated.transpose(2, 1, 0, 3)
+
+    def _pairs(self, width: int) -> tuple[int, bool] | None:
+        """Return how many values this rope rotates, and whether neighbours are a pair.
+
+        None if it does something else; it is tried once, which waits for the result.
+        """
+        known = self.__dict__.setdefault("_known_pairs", {})
+        if width not in known:
+            call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+            dims = getattr(self, "dims", width)
+            probe, far = (
+                mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None],
+                mx.array([99]),
+            )
+            expected = call(probe, offset=far)
+            known[width] = None
+            for by_two in (False, True):
+                table = call(_firsts(1, width, dims, by_two), offset=far)[:, 0, 0]
+                found = tree_rope.twin(probe, table, dims, by_two)
+                if mx.allclose(found, expected, rtol=0, atol=1e-5).item():
+                    known[width] = dims, by_two
+        return known[width]
+
+    def _table(
+        self, positions: mx.array, width: int, dims: int, by_two: bool
+    ) -> Float[mx.array, "N D"]:
+        """Return the cosine and sine of the nodes' pairs, which ropes of one kind share."""
+        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        tables, kind = tree_span.get().rotations, ("table", self._kind(width), dims, by_two)
+        if kind not in tables:
+            firsts = _firsts(positions.size, width, dims, by_two)
+            tables[kind] = call(firsts, offset=positions)[:, 0, 0]
+        return tables[kind]
+
+    def _kind(self, width: int) -> int:
+        """Return a number that ropes share which turn the same vector the same way, far out."""
+        kinds = self.__dict__.setdefault("_kinds", {})
+        if width not in kinds:
+            call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+            probe = mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None]
+            kinds[width] = hash((width, *to_host(call(probe, offset=1000).reshape(-1))))
+        return kinds[width]
 
     def _lie_by_head(self, x: Float[mx.array, "1 H N D"]) -> bool:
         """Return whether nodes of so many heads lie head by head; the first ones are looked at.
@@ -136,18 +185,20 @@ class _TreeRope:
         """Rotate the nodes by matrices, which ropes of one kind share."""
         call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
         width = nodes.shape[-1]
-        kinds = self.__dict__.setdefault("_kinds", {})
-        if width not in kinds:
-            # Ropes are of one kind if they turn the same vector the same way, far out.
-            probe = mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None]
-            kinds[width] = hash((width, *to_host(call(probe, offset=1000).reshape(-1))))
         rotations = tree_span.get().rotations
-        kind = kinds[width]
+        kind = self._kind(width)
         if kind not in rotations:
             basis = mx.broadcast_to(mx.eye(width)[:, None], (positions.size, width, 1, width))
             rotations[kind] = call(basis, offset=positions)[:, :, 0]
         # In float32, as a rope computes: sines in half precision would be off by 2e-3 each.
         return (nodes.astype(mx.float32) @ rotations[kind]).astype(nodes.dtype)
+
+
+def _firsts(nodes: int, width: int, dims: int, by_two: bool) -> Float[mx.array, "N 1 1 D"]:
+    """Return vectors with a one where a pair's first value lies."""
+    places = np.arange(width)
+    first = (places < dims) & (places % 2 == 0) if by_two else places < dims // 2
+    return mx.broadcast_to(mx.array(first.astype(np.float32)), (nodes, 1, 1, width))
 
 
 def _on_cpu() -> bool:

@@ -1,0 +1,85 @@
+"""Kernels where they are used: a tree's call with all of them, executed by the harness."""
+
+import itertools
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from half_models import tiny_llama
+from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.kernels.choice import forced, performing
+from mlx_distill.kernels.products import MOST_ROWS, few_rows
+from mlx_distill.kernels.program import launching
+from mlx_distill.kernels.tree_attention import tree_attention
+from mlx_distill.target.target import Target
+from tests.kernels.harness import Harness, no_compiler
+
+pytestmark = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
+
+TREE = PrefixTree.from_beams([[1, 2, 3, 9], [1, 4, 5], [1, 2, 7, 8], [1, 6]])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_trees_call_with_kernels_says_what_it_says_without(packed: bool) -> None:
+    model = tiny_llama(hidden_size=128, intermediate_size=64, vocab_size=96)
+    if packed:
+        nn.quantize(model, group_size=32, bits=4)
+    mx.eval(model.parameters())
+    target, used = Target.of(model), set()
+
+    def noting(operation: Any, *args: Any, **options: Any) -> Any:
+        used.add(operation.name)
+        return operation.kernel(*args, **options)
+
+    expected = target.verify(TREE, _read(model))
+    with forced(), launching(Harness(seed=3)), performing(noting):
+        found = target.verify(TREE, _read(model))
+        mx.eval(found.logits)
+    assert used >= {"few_rows", "tree_rope", "tree_attention"}
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["dense", "affine", "mxfp4"])
+def test_a_product_does_not_depend_on_how_many_rows_there_are(kind: str) -> None:
+    harness = Harness(seed=5)
+    cases = (case for case in few_rows.cases(2) if case.args[0].dtype == mx.float16)
+    chosen = (case for case in cases if _kind(case.args) == kind and case.args[0].shape[0] > 9)
+    for case in itertools.islice(chosen, 1):
+        x, *rest = case.args
+        with launching(harness):
+            whole = few_rows.kernel(x[:MOST_ROWS], *rest)
+            for row in (0, 7, x.shape[0] - 1):
+                alone = few_rows.kernel(x[row : row + 1], *rest)
+                assert mx.array_equal(whole[row], alone[0], equal_nan=True).item()
+
+
+def test_attention_does_not_depend_on_which_nodes_there_are() -> None:
+    """A chain of nodes attends as each of them does when those before it are cached."""
+    mx.random.seed(2)
+    q, k, v = (mx.random.normal((1, heads, 262, 32)) for heads in (4, 2, 2))
+    nodes, past = 4, 254  # the last ones are in the next part
+    mask = mx.tril(mx.ones((nodes, past + nodes), mx.bool_), past)
+    bits = mx.array([1, 3, 7, 15], mx.uint32)
+    chain = q[..., past : past + nodes, :]
+    with launching(Harness(seed=4)):
+        args = k[..., : past + nodes, :], v[..., : past + nodes, :], mask, bits, 0.2
+        whole = tree_attention.kernel(chain, *args)
+        for node in range(nodes):
+            end = past + node + 1
+            seen = k[..., :end, :], v[..., :end, :], mask[:1, :end], bits[:1], 0.2
+            alone = tree_attention.kernel(chain[..., node : node + 1, :], *seen)
+            np.testing.assert_array_equal(whole[..., node : node + 1, :], alone)
+
+
+def _kind(args: tuple[Any, ...]) -> str:
+    return "dense" if args[3] is None else args[3].mode
+
+
+def _read(model: nn.Module) -> list[Any]:
+    caches = make_prompt_cache(model)
+    mx.eval(model(mx.array([[5, 9, 33, 2]]), cache=caches))
+    return caches
