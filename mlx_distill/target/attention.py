@@ -15,7 +15,7 @@ of the same terms in the same order.
 import functools
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 from mlx import nn
@@ -81,8 +81,8 @@ def _attend(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Return what mlx-lm's function does."""
-    plainly: Callable[..., mx.array] = scaled_dot_product_attention
-    attend = functools.partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
+    own = functools.partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
+    attend = cast(Attend, own)  # a mask may be a word, too
     if not isinstance(cache, TreeCache) or cache.layout.num_nodes == 1:
         return attend(queries, keys, values, mask=mask)
     layout, plain = cache.layout, _is_plain(cache, mask)
@@ -91,9 +91,15 @@ def _attend(
             raise NotExactError
         return _node_by_node(attend, queries, keys, values, layout, layout.exact_paths)
     few = sinks is None and not layout.batched and layout.num_nodes <= MOST_NODES
-    arrays = [x for x in (keys, values, mask) if isinstance(x, mx.array)]
-    if plain and few and len(arrays) == 3 and attends_by_kernel():
-        return tree_attention(queries, *arrays, layout.bits, scale)
+    if (
+        plain
+        and few
+        and attends_by_kernel()
+        and isinstance(keys, mx.array)
+        and isinstance(values, mx.array)
+        and isinstance(mask, mx.array)
+    ):
+        return tree_attention(queries, keys, values, mask, layout.bits, scale)
     return attend(queries, keys, values, mask=mask)
 
 
