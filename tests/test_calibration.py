@@ -21,6 +21,8 @@ from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.report import plot, show
 from mlx_distill.calibration.timing import Times, time_in_turn, typical_spread
 from mlx_distill.checkpoint import bundled
+from mlx_distill.drafters.draft_model import DraftModelDrafter
+from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner
 from mlx_distill.errors import InputError
@@ -222,6 +224,29 @@ def test_a_calibration_is_kept_and_found(
     others = (replace(pair, cache=CacheConfig(kv_bits=8)), replace(pair, drafter=NGramDrafter()))
     assert all(store.find(store.identity(other)) is None for other in others)
     assert capsys.readouterr().err == ""
+
+
+def test_what_other_weights_brought_is_not_taken_over(pair: Pair, folder: Path) -> None:
+    """What a cycle takes is: it is the same, and a drafter that learns is not measured anew."""
+    known, costs = store.identity(pair), replace(COSTS, cycle_tokens=2.0, sampled_cycle_tokens=1.5)
+    own = store.drafter_hash(pair.drafter)
+    other = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), pair.model, pair.tokenizer)
+    assert store.drafter_hash(MixedDrafter(other)) == own
+    head = other.network.head  # pyright: ignore[reportAttributeAccessIssue]
+    head.weight = head.weight + 1
+    assert store.drafter_hash(other) != own
+    assert store.identity(replace(pair, drafter=other)) == known
+    store.keep(known, Calibration(costs, {}), own)
+    assert store.find(known, own) == costs
+    assert store.find(known, store.drafter_hash(other)) == COSTS
+
+
+def test_drafters_of_other_sizes_are_told_apart(pair: Pair) -> None:
+    """Two draft models have no settings of their own."""
+    small, _ = mlx_distill.load(bundled("stories-4m"))
+    drafters = [DraftModelDrafter(model, 4096) for model in (small, pair.model)]
+    known = [store.identity(replace(pair, drafter=drafter)) for drafter in drafters]
+    assert known[0] != known[1]
 
 
 def test_precision_and_machine_tell_calibrations_apart(

@@ -12,10 +12,14 @@ import pytest
 from mlx_distill import load_drafter, stream_generate
 from mlx_distill.calibration import choosing as module
 from mlx_distill.calibration.choosing import Choosing, choosing
+from mlx_distill.calibration.config import CalibrationConfig
+from mlx_distill.calibration.measuring import calibrate
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.trial import Trial, TrialPlanner
 from mlx_distill.drafters.auto import BOTH, DRAFTER, NGRAMS, NOTHING, ArmPlan, AutoDrafter
-from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.drafters.mixture import MixedDrafter
+from mlx_distill.drafters.ngram import PAIR, NGramDrafter
+from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Outcome
 from mlx_distill.speculation.costs import Costs
 
@@ -245,13 +249,12 @@ def test_generate_refuses(
     assert sentence in capsys.readouterr().err
 
 
-def test_a_copy_of_texts_promises_nothing(bundled_pair: tuple[Any, Any]) -> None:
-    """The text of a calibration repeats itself."""
-    from mlx_distill.calibration.config import CalibrationConfig
-    from mlx_distill.calibration.measuring import calibrate
-
-    pair = Pair(*bundled_pair, NGramDrafter(store_tokens=0))
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_copy_of_texts_promises_nothing(bundled_pair: tuple[Any, Any], mixed: bool) -> None:
+    """The text of a calibration repeats itself; what counts is what else is in a mixture."""
+    ngrams = NGramDrafter(shortest=PAIR, store_tokens=0)
+    drafter = MixedDrafter(NoDrafter(), ngrams) if mixed else ngrams
+    config = CalibrationConfig((1, 2), (16,), (1,), (1,), 3, cycles=6)
     ticks = iter(range(10**9))
-    config = CalibrationConfig((1, 2), (16,), (1,), (1,), 3, cycles=12)
-    costs = calibrate(pair, config, lambda: float(next(ticks))).costs
-    assert (costs.cycle_tokens, costs.sampled_cycle_tokens) == (0, 0)
+    costs = calibrate(Pair(*bundled_pair, drafter), config, lambda: float(next(ticks))).costs
+    assert (costs.cycle_tokens, costs.sampled_cycle_tokens) == ((1, 1) if mixed else (0, 0))

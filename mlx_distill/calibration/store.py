@@ -35,7 +35,7 @@ ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32")
 
 def identity(pair: Pair) -> dict[str, Any]:
     """Return what a calibration holds for, and for nothing else."""
-    drafter = getattr(pair.drafter, "config", None)
+    drafter, network = getattr(pair.drafter, "config", None), _network(pair.drafter)
     return {
         "format": FORMAT,
         "machine": machine.description(),
@@ -43,6 +43,7 @@ def identity(pair: Pair) -> dict[str, Any]:
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "target": fingerprint(pair.target, pair.tokenizer) | _precision(pair.model),
         "drafter": f"{type(pair.drafter).__name__} {drafter or ''}".strip(),
+        "drafter_weights": {} if network is None else _precision(network),
         "cache": {"kv_bits": pair.cache.kv_bits, "max_kv_size": pair.cache.max_kv_size},
         **({"exact_rows": True} if pair.exact_rows else {}),
     }
@@ -50,9 +51,15 @@ def identity(pair: Pair) -> dict[str, Any]:
 
 def drafter_hash(drafter: Drafter) -> str:
     """Return what tells a drafter's weights from others of its shape; empty if it has none."""
+    network = _network(drafter)
+    return "" if network is None else weights_hash(network)
+
+
+def _network(drafter: Drafter) -> nn.Module | None:
+    """Return what of a drafter, or of the one in a mixture, has weights."""
     own = getattr(drafter, "drafter", drafter)
     network = getattr(own, "network", getattr(own, "model", None))
-    return weights_hash(network) if isinstance(network, nn.Module) else ""
+    return network if isinstance(network, nn.Module) else None
 
 
 def _precision(model: nn.Module) -> dict[str, Any]:
