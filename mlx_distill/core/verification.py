@@ -62,18 +62,7 @@ def follow(tree: PrefixTree, drawn: Int[mx.array, "... N"]) -> Walk:
     """
     if tree.max_depth == 0 and drawn.ndim == 1:
         return Walk(tree.mask[0], tree.parents[0], drawn.reshape(()), 0)
-    return followed(tree.tokens, tree.parents, tree.mask, drawn, tree.max_depth)
-
-
-def followed(
-    tokens: Int[mx.array, " N"],
-    parents: Int[mx.array, " N"],
-    mask: Bool[mx.array, "N N"],
-    drawn: Int[mx.array, "... N"],
-    max_depth: int,
-) -> Walk:
-    """Return what ``follow`` returns, of the fields of a tree."""
-    return Walk(*_followed(tokens, parents, mask, drawn), max_depth)
+    return Walk(*_followed(tree.tokens, tree.parents, tree.mask, drawn), tree.max_depth)
 
 
 def follow_all(forest: Forest, drawn: Int[mx.array, "B N"]) -> Walk:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.verification import Walk
+from mlx_distill.kernels.walk import Walked
 from mlx_distill.limits import Between, OneOf, check_fields
 
 # More than any call of a target can pay for; a slip of the keyboard would fill the memory.
@@ -74,12 +75,14 @@ class Features:
     """
 
     states: Float[mx.array, "N D"]
-    walk: Walk | None = None
+    walk: Walk | Walked | None = None
     taps: tuple[Float[mx.array, "N _"], ...] = ()
 
     @property
     def last(self) -> Float[mx.array, " D"]:
         """What the head saw at the last token, when it chose the next one."""
+        if isinstance(self.walk, Walked):
+            return self.walk.seen
         return self.states[-1] if self.walk is None else self.states[self.walk.last]
 
     @property

@@ -47,7 +47,7 @@ class Drawn(NamedTuple):
         tokens: The draws.
         log_probs: Their log-probabilities under the law that they were drawn from.
         log_sum_exps: Of the logits as they are.
-        failed: Whether the row holds what is no number; the draw then means nothing.
+        greatest: The largest logit; no number where any is none, and the draw then means nothing.
         certain: Whether float32 leaves no doubt which tokens the filters keep; None if there are
             no filters.
     """
@@ -55,7 +55,7 @@ class Drawn(NamedTuple):
     tokens: Int[mx.array, " N"]
     log_probs: Float[mx.array, " N"]
     log_sum_exps: Float[mx.array, " N"]
-    failed: Bool[mx.array, " N"]
+    greatest: Float[mx.array, " N"]
     certain: Bool[mx.array, " N"] | None
 
 
@@ -273,7 +273,7 @@ BODY = """
     float nothing = float_of(0x7fc00000u);
     log_probs[row_number] = none ? nothing : (value - best) * scale - log(mass);
     log_sum_exps[row_number] = wrong > 0 ? nothing : shift;
-    failed[row_number] = wrong > 0;
+    greatests[row_number] = wrong > 0 ? nothing : greatest;
     certain[row_number] = sure;
   }
 """
@@ -281,7 +281,7 @@ BODY = """
 PROGRAM = Program(
     name="sampler",
     inputs=("logits", "noise", "places", "keys", "laws", "settings"),
-    outputs=("tokens", "log_probs", "log_sum_exps", "failed", "certain"),
+    outputs=("tokens", "log_probs", "log_sum_exps", "greatests", "certain"),
     functions=FUNCTIONS,
     body=BODY,
     any_layout=True,
@@ -301,7 +301,7 @@ def _kernel(
     inverse = 1 / sampling.temperature if sampling.temperature else 1.0
     flags = [sampling.top_k, sampling.temperature > 0, filters, keyed]
     threads = min(MOST_THREADS, -(-vocab_size // SIMD_WIDTH) * SIMD_WIDTH)
-    tokens, log_probs, log_sum_exps, failed, certain = PROGRAM(
+    tokens, log_probs, log_sum_exps, greatest, certain = PROGRAM(
         [
             logits,
             mx.zeros((1, 1)) if noise is None or isinstance(noise, Keyed) else noise,
@@ -314,9 +314,9 @@ def _kernel(
         grid=(threads, rows, 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[(rows,)] * 5,
-        output_dtypes=[mx.int32, mx.float32, mx.float32, mx.bool_, mx.bool_],
+        output_dtypes=[mx.int32, mx.float32, mx.float32, mx.float32, mx.bool_],
     )
-    return Drawn(tokens, log_probs, log_sum_exps, failed, certain if filters else None)
+    return Drawn(tokens, log_probs, log_sum_exps, greatest, certain if filters else None)
 
 
 def _twin(
@@ -336,7 +336,7 @@ def _twin(
     shaped = shaped_logits(shaped, sampling) if sampling.temperature else shaped
     log_probs = mx.take_along_axis(arrays.log_probs(shaped), tokens[:, None], axis=-1)[:, 0]
     sums = arrays.log_sum_exp(logits.astype(mx.float32))[:, 0]
-    return Drawn(tokens, log_probs, sums, mx.isnan(logits.max(axis=-1)), certain)
+    return Drawn(tokens, log_probs, sums, logits.max(axis=-1), certain)
 
 
 def _takes(

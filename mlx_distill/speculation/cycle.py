@@ -5,17 +5,19 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
-import numpy as np
 from jaxtyping import Bool, Float, Int
 from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_host, to_number
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.core.sampling import sample, sample_fast
+from mlx_distill.core.sampling import sample
 from mlx_distill.core.verification import Walk, follow
 from mlx_distill.drafters.protocol import Features
 from mlx_distill.errors import InputError, not_numbers
+from mlx_distill.kernels.sampler import draw
+from mlx_distill.kernels.walk import Walked, along
+from mlx_distill.kernels.walk import walk as walk_along
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.phases import phase
 from mlx_distill.target.tree_call import Computed, TreeCall
@@ -78,7 +80,7 @@ class Cycle:
     start: int
     history: Int[mx.array, " T"]
     report: Int[mx.array, "R N"] | Report | None = None
-    walk: Walk | None = None
+    walk: Walk | Walked | None = None
     root: Int[mx.array, " 1"] | None = None
     draft: PrefixTree | Draft | None = None
     in_doubt: bool = False
@@ -140,48 +142,37 @@ def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
         mx.async_eval(call.logits, call.hidden)
         cycle.history = mx.concatenate([cycle.history, cycle.tree.tokens[:1]])
         return cycle
-    noise = _noise(decoding, cycle)
+    noise, places = _noise(decoding, cycle)
     with phase("walk", noise) as made:
         logits = decoding.target.as_drawn(call.logits)
-        _walk(decoding, cycle, *sample_fast(logits, decoding.sampling, noise))
+        drawn = draw(logits, decoding.sampling, noise, places)
+        _walk(cycle, drawn.tokens, drawn.greatest, drawn.certain)
         made(cycle.report, cycle.walk)
     return cycle
 
 
-def _noise(decoding: Decoding, cycle: Cycle) -> Float[mx.array, "N V"] | None:
-    """Return the noise at the nodes: one at depth d draws the text's token ``start`` + d."""
+def _noise(decoding: Decoding, cycle: Cycle) -> tuple[mx.array | None, mx.array | None]:
+    """Return rows of noise, and which of them each node takes; None if each takes its own.
+
+    A node at depth d draws the text's token ``start`` + d.
+    """
     noise = decoding.rows(cycle.start, cycle.tree.max_depth + 1)
-    return noise if noise is None or cycle.is_root else noise[cycle.tree.depths]
+    return noise, None if noise is None or cycle.is_root else cycle.tree.depths
 
 
 def _walk(
-    decoding: Decoding, cycle: Cycle, drawn: mx.array, certain: mx.array | None = None
+    cycle: Cycle, drawn: mx.array, greatest: mx.array, certain: mx.array | None = None
 ) -> None:
     """Follow the draws through a cycle's tree, on the device; the report is on its way then."""
-    cycle.walk = follow(cycle.tree, drawn)
     cycle.in_doubt = certain is not None
-    greatest = cycle.call.logits.max(axis=-1)  # no number where any is none
     if cycle.is_root:
+        cycle.walk = follow(cycle.tree, drawn)
         cycle.report = RootReport(drawn, mx.isnan(greatest), certain)
         mx.async_eval(cycle.report.arrays)
         return
-    rows = [cycle.tree.parents, cycle.walk.accepted, drawn, greatest]
-    cycle.report = _report(*rows, *(x for x in (certain, cycle.tree.ranks) if x is not None))
+    cycle.walk = walk_along(cycle.tree, drawn, greatest, certain, cycle.call.hidden)
+    cycle.report = cycle.walk.report
     mx.async_eval(cycle.report)
-
-
-@mx.compile
-def _report(
-    parents: mx.array, accepted: mx.array, drawn: mx.array, greatest: mx.array, *others: mx.array
-) -> Int[mx.array, "R N"]:
-    """Return rows in one array, by one operation."""
-    rows = [x[None] for x in (parents, accepted, drawn, greatest, *others)]
-    rows[3] = mx.isnan(rows[3])
-    numbers = mx.array(np.arange(len(rows), dtype=np.int32)[:, None])
-    report = rows[0]
-    for number, row in enumerate(rows[1:], start=1):
-        report = mx.where(numbers == number, row.astype(mx.int32), report)
-    return report
 
 
 def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
@@ -191,9 +182,10 @@ def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
         assert decoding.state is not None
         decoding.state.rewind(int(to_number(cycle.walk.accepted.sum())))
     with mx.stream(generation_stream):
-        noise = _noise(decoding, cycle)
+        noise, places = _noise(decoding, cycle)
+        noise = noise if noise is None or places is None else noise[places]
         logits = decoding.target.as_drawn(cycle.call.logits)
-        _walk(decoding, cycle, sample(logits, decoding.sampling, noise))
+        _walk(cycle, sample(logits, decoding.sampling, noise), logits.max(axis=-1))
     draft_next(decoding, cycle)
 
 
@@ -203,19 +195,21 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
     if walk is None:
         return
     assert decoding.state is not None
+    if isinstance(walk, Walked):
+        text, depth = walk.text, walk.depth
+    else:
+        text, depth = along(tree, walk)
 
     def noise(length: int) -> mx.array | None:
         if cycle.is_root:
             return decoding.rows(cycle.start + 1, length)
         rows = decoding.rows(cycle.start, tree.max_depth + 1 + length)
-        depth = tree.depths[walk.last]
         return None if rows is None else rows[depth + mx.arange(1, length + 1)]
 
     with mx.stream(generation_stream):
         tokens, last = tree.tokens, None
         if not cycle.is_root:
-            path = mx.arange(tree.max_depth + 1) <= tree.depths[walk.last]
-            tokens, last = mx.where(path, tokens[walk.path], -1), walk
+            tokens, last = text, walk
         decoding.state.accept(tokens, Features(cycle.call.hidden, last, cycle.call.taps))
         cycle.root = walk.next_token[None]
         cycle.draft = decoding.draft(cycle.root, decoding.plan(), noise)
@@ -285,7 +279,8 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
 def _draw(decoding: Decoding, logits: Float[mx.array, "1 V"], place: int) -> mx.array:
     """Return the token of a place in the text; this may wait for its logits."""
     noise = decoding.rows(place, 1)
-    token, certain = sample_fast(logits, decoding.sampling, noise)
+    drawn = draw(logits, decoding.sampling, noise)
+    token, certain = drawn.tokens, drawn.certain
     if certain is None or to_number(certain.all()):
         return token
     return sample(logits, decoding.sampling, noise)

@@ -11,7 +11,8 @@ from mlx import nn
 from mlx_lm.generate import generate_step
 
 from mlx_distill.arrays import to_number
-from mlx_distill.core.sampling import Sampling, TextNoise, sample, sample_fast
+from mlx_distill.core.sampling import Sampling, TextNoise, sample
+from mlx_distill.kernels.sampler import draw
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import failed_after
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
@@ -106,7 +107,8 @@ class PlainSampler:
         self._place += 1
         log_probs = log_probs.astype(mx.float32)
         if self.fast:
-            token, certain = sample_fast(log_probs, self.sampling, rows)
+            drawn = draw(log_probs, self.sampling, rows)
+            token, certain = drawn.tokens, drawn.certain
         else:
             token, certain = sample(log_probs, self.sampling, rows), None
         mx.async_eval(failed, *(() if certain is None else (certain,)))
