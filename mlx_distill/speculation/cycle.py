@@ -197,6 +197,8 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
     assert decoding.state is not None
     if isinstance(walk, Walked):
         text, depth = walk.text, walk.depth
+    elif cycle.is_root:
+        text, depth = tree.tokens, tree.depths
     else:
         text, depth = along(tree, walk)
 
@@ -207,10 +209,8 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
         return None if rows is None else rows[depth + mx.arange(1, length + 1)]
 
     with mx.stream(generation_stream):
-        tokens, last = tree.tokens, None
-        if not cycle.is_root:
-            tokens, last = text, walk
-        decoding.state.accept(tokens, Features(cycle.call.hidden, last, cycle.call.taps))
+        last = None if cycle.is_root else walk
+        decoding.state.accept(text, Features(cycle.call.hidden, last, cycle.call.taps))
         cycle.root = walk.next_token[None]
         cycle.draft = decoding.draft(cycle.root, decoding.plan(), noise)
 
