@@ -284,8 +284,11 @@ def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, An
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "length", "exit_dim", "blocks"),
-    [(4, 80, None, 0), (2, 24, 2048, 0), (10, 120, None, 1)],
+    ("batch_size", "length", "exit_dim", "blocks", "kind"),
+    [
+        *((4, 80, None, 0, "recurrent"), (2, 24, 2048, 0, "recurrent")),
+        *((10, 120, None, 1, "recurrent"), (4, 80, None, 0, "medusa")),
+    ],
 )
 def test_memory_is_estimated(
     bundled_pair: tuple[Any, Any],
@@ -294,10 +297,12 @@ def test_memory_is_estimated(
     length: int,
     exit_dim: int | None,
     blocks: int,
+    kind: str,
 ) -> None:
-    """Where the batch takes most of it, and where the drafter does, or its blocks."""
+    """Where the batch takes most of it, and where the drafter does, its blocks or heads."""
     target = Target.of(bundled_pair[0])
     config = DrafterTraining(
+        drafter_kind=kind,
         exit_dim=exit_dim,
         context_blocks=blocks,
         held_out=1,

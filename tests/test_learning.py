@@ -223,7 +223,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     [
         ("--learn DIR --no-drafter", "--learn needs a drafter that can learn; leave --no-drafter"),
         ("--learn DIR --draft-model DIR", "leave --draft-model out"),
-        ("--learn DIR --drafter ngram", "a NGramDrafter has no weights that could learn"),
+        ("--learn DIR --drafter ngram", "a NGramDrafter cannot learn from use"),
         ("--reset-learning", "--reset-learning needs --learn"),
         ("--learn DIR --learn-mb 0", "learn_mb must be above 0"),
         ("--learn DIR/full", "holds something else than what was learned"),

@@ -90,7 +90,7 @@ class Learner:
     ):
         self.config = config or LearningConfig()
         if not isinstance(drafter, BoundDrafter):
-            raise InputError(f"a {type(drafter).__name__} has no weights that could learn")
+            raise InputError(f"a {type(drafter).__name__} cannot learn from use")
         self._answers = Answers(Target.of(model).model, texts=True)
         if self._answers.body is None:
             raise InputError("this model's head could not be found, so no drafter learns from it")
