@@ -21,6 +21,8 @@ from mlx_distill.distillation.learning_folder import Learned
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.learning_config import LearningConfig
+from mlx_distill.drafters.mixture import MixedDrafter
+from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.target.target import Target
@@ -98,6 +100,26 @@ def test_the_text_never_changes(
         assert any(one is not None and one.kept for one in rounds)
         assert weights(learner.drafter.network) != before
     assert weights(drafter.network) == before, "the original is never touched"
+
+
+def test_it_learns_beside_ngrams(small: tuple[Any, Any], tmp_path: Path) -> None:
+    """Whose drafts they were, the text tells as much; nothing of it changes."""
+    drafter, prompt, rounds = random_drafter(*small), [1, 5, 9, 1, 5, 9, 1, 5], []
+
+    def answer(learner: Learner | None, seed: int) -> list[int]:
+        ngrams = NGramDrafter(shortest=2, store_tokens=0)
+        mixed = MixedDrafter(learner.drafter if learner else drafter, ngrams)
+        law = {"temperature": 1.0, "seed": seed, "top_k": 2, "max_tokens": 24}
+        responses = stream_generate(*small, prompt, drafter=mixed, plan=DraftPlan(), **law)
+        return [one.token for one in (learner.listen(responses) if learner else responses)]
+
+    with Learner(tmp_path / "learned", drafter, *small, QUICK) as learner:
+        before = weights(learner.drafter.network)
+        for seed in range(6):
+            assert answer(learner, seed) == answer(None, seed)
+            rounds.append(learner.learn())
+        assert any(one is not None and one.kept for one in rounds)
+        assert weights(learner.drafter.network) != before
 
 
 @pytest.mark.parametrize("form", FORMS)
