@@ -12,7 +12,9 @@ def cycles(more: float, speed: float | np.ndarray, count: int, noise: float = 0.
     pace, random = Pace(), np.random.default_rng(0)
     for place, slower in enumerate(np.broadcast_to(speed, count)):
         foretold = 1.5 if place % 16 < 8 else 1.0
-        took = slower * (1 + more * (foretold - 1)) * random.lognormal(0, noise)
+        took = (
+            slower * (1 + more * (foretold - 1) if foretold > 1 else 1) * random.lognormal(0, noise)
+        )
         pace.learn(foretold, took)
     return pace
 
@@ -22,7 +24,14 @@ def cycles(more: float, speed: float | np.ndarray, count: int, noise: float = 0.
 def test_what_drafting_adds_is_told_from_a_slow_machine(more: float, speed: float) -> None:
     pace = cycles(more, speed, 400)
     assert pace.price(1.5) == pytest.approx(1 + more * 0.5, rel=0.06)
-    assert pace.price(1.0) == 1
+    assert pace.prices(np.array([1.5]))[0] == pytest.approx(pace.price(1.5))
+
+
+def test_what_should_have_cost_nothing_may_be_dear() -> None:
+    pace = Pace()
+    for place in range(200):
+        pace.learn(*((1.01, 1.4) if place % 16 < 8 else (1.0, 1.0)))
+    assert pace.price(1.01) == pytest.approx(1.4, rel=0.03)
 
 
 @pytest.mark.parametrize("period", [60, 300])

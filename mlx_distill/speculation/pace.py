@@ -1,8 +1,10 @@
 """What steps and cycles really take while a text is written, beside what a calibration foretold.
 
-    a cycle's seconds / a plain step's, as foretold  =  c + d x
+    a plain step's seconds, as a share of what was foretold   =  c
+    a cycle's seconds in plain steps as they were foretold    =  c (1 - a) + d (x + a)
 
-x is what the cycle was foretold to take beyond a plain step, in plain steps; 0 for a plain step.
+x is what the cycle was foretold to take beyond a plain step, in plain steps, and a a share of one:
+where hardly anything was foretold, there is still something that can grow.
 c says how much slower the machine is now, d the same of what drafting adds. A machine that others
 use, or that is warm, is slower in both; so whatever is seen of one tells of the other, and a long
 stretch of drafts without a plain step, or the other way round, is not taken for a change of what
@@ -15,11 +17,14 @@ Source:
 
 import math
 
+import numpy as np
+
 # Per cycle, as shares: how far both drift together, and what drafting adds by itself.
 DRIFT, OWN_DRIFT = 0.02, 0.003
 # How far one cycle is off by chance; how far c and d are unknown at first, together and apart.
 NOISE, FIRST, FIRST_APART = 0.15, 0.3, 0.3
 OUTLIER = 3.0
+ALWAYS = 0.25  # a
 # However it looks, drafting adds no less and no more than this, compared with what was foretold.
 LEAST, MOST = 0.5, 4.0
 
@@ -39,9 +44,13 @@ class Pace:
         """How many times as much drafting adds to a plain step as was foretold."""
         return min(MOST, max(LEAST, self._more / self._step))
 
+    def prices(self, foretold: np.ndarray) -> np.ndarray:
+        """Return what cycles take, in plain steps of now; ``foretold`` is in those of then."""
+        return np.maximum(1.0, foretold + (self.more - 1) * (foretold - 1 + ALWAYS))
+
     def price(self, foretold: float) -> float:
-        """Return what a cycle takes, in plain steps of now; ``foretold`` is in those of then."""
-        return 1 + self.more * (foretold - 1)
+        """Return the same of one cycle."""
+        return max(1.0, foretold + (self.more - 1) * (foretold - 1 + ALWAYS))
 
     def steps(self, took: float) -> float:
         """Return what something took in plain steps of now, if it took no more than three."""
@@ -50,15 +59,18 @@ class Pace:
     def learn(self, foretold: float, took: float) -> float:
         """Take in a cycle, and return what it took in plain steps of now, outliers cut.
 
+        It is never less than one: the machine was faster then.
+
         Args:
-            foretold: What it should have taken, in plain steps; 1 for a plain step.
+            foretold: What it should have taken, in plain steps; just 1 for a plain step.
             took: What it took, in plain steps as they were foretold.
         """
         self._drift()
-        x = foretold - 1
-        of_step, of_more = self._step_var + x * self._both, self._both + x * self._more_var
-        expected = self._step + x * self._more
-        variance = of_step + x * of_more + (NOISE * expected) ** 2
+        a, x = (1.0, 0.0) if foretold == 1 else (1 - ALWAYS, foretold - 1 + ALWAYS)
+        of_step = a * self._step_var + x * self._both
+        of_more = a * self._both + x * self._more_var
+        expected = a * self._step + x * self._more
+        variance = a * of_step + x * of_more + (NOISE * expected) ** 2
         most = OUTLIER * math.sqrt(variance)
         off = min(most, max(-most, took - expected))
         self._step += off * of_step / variance
@@ -67,7 +79,7 @@ class Pace:
         self._both -= of_step * of_more / variance
         self._more_var -= of_more * of_more / variance
         self._step, self._more = max(self._step, 0.01), max(self._more, 0.0)
-        return max(0.0, expected + off) / self._step
+        return max(1.0, (expected + off) / self._step)
 
     def _drift(self) -> None:
         step, more = DRIFT * self._step, DRIFT * self._more

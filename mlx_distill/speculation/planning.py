@@ -267,7 +267,7 @@ class AdaptivePlanner:
             least: What a shape has to promise, in tokens per plain step's time.
         """
         foretold = self._foretold(state.context)
-        prices = 1 + self._pace.more * (foretold - 1)
+        prices = self._pace.prices(foretold)
         speeds = state.acceptance.tokens()[..., self.nodes - 1] / prices
         if state.acceptance.cycles >= PROVED_CYCLES:
             state.trust = _trust(float(speeds.max()))
