@@ -4,9 +4,13 @@ What begins with an underscore there may go with any release; ``tests/test_compa
 releases have it.
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
+from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.utils import _get_classes
 
@@ -14,6 +18,13 @@ from mlx_lm.utils import _get_classes
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     """Return the class of a configuration's model, and that of its arguments."""
     return _get_classes(config)
+
+
+def wired(
+    model: nn.Module, streams: Sequence[mx.Stream | mx.ThreadLocalStream]
+) -> AbstractContextManager[None]:
+    """Return what keeps a model's weights in memory; the streams are waited for at its end."""
+    return wired_limit(model, list(streams))  # pyright: ignore[reportArgumentType]
 
 
 def ring_index(cache: RotatingKVCache) -> int:

@@ -18,7 +18,7 @@ LAYERS = {
     "data": "data",
     "arrays": "core losses kernels",
     "ground": "errors limits locks parsing safetensors names arrays files machine openblas config "
-    "compat",
+    "compat untyped",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 

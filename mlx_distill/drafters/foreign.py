@@ -5,7 +5,6 @@ does not fit is named.
 """
 
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -13,13 +12,14 @@ from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
 from mlx_distill.safetensors import read_arrays, read_header
+from mlx_distill.untyped import Fields
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MOST_NAMED = 8  # arrays in one sentence
 Shapes = dict[str, tuple[int, ...]]
 
 
-def read_config(source: Path) -> dict[str, Any]:
+def read_config(source: Path) -> Fields:
     """Return a folder's configuration.
 
     Raises:

@@ -14,7 +14,6 @@ Source:
 """
 
 from pathlib import Path
-from typing import Any
 
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.foreign import read_config, shapes_in
@@ -24,13 +23,14 @@ from mlx_distill.drafters.published_medusa import NUM_HEADS, export_heads, impor
 from mlx_distill.errors import InputError
 from mlx_distill.files import usable_path
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Fields, Tokenizer
 
 # Of EAGLE's checkpoints, the first and the third version.
 EAGLE_ARRAYS = ("midlayer.", "fc.", "d2t", "t2d")
 
 
 def import_published(
-    folder: str | Path, output: str | Path, target: Target, tokenizer: Any
+    folder: str | Path, output: str | Path, target: Target, tokenizer: Tokenizer
 ) -> None:
     """Write a published drafter as one of ours.
 
@@ -72,7 +72,7 @@ def export_published(drafter: BoundDrafter | MedusaDrafter, output: str | Path) 
         export_drafter(drafter, output)
 
 
-def _is_eagle(source: Path, values: dict[str, Any]) -> bool:
+def _is_eagle(source: Path, values: Fields) -> bool:
     named = str(values.get("architectures", "")) + str(values.get("model_type", ""))
     if "eagle" in named.lower():
         return True

@@ -8,7 +8,6 @@ loaded as floating-point numbers: its matrices are joined and tabulated for deco
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -16,6 +15,7 @@ from mlx_distill.drafters.networks import SHAPES
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
 from mlx_distill.safetensors import check_safetensors, read_arrays
+from mlx_distill.untyped import Fields
 
 BITS = (4, 5, 6, 8)
 GROUP_SIZE = 64
@@ -41,7 +41,7 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
     write_changed(source, usable_path(output, "the output"), config, _packed(arrays, bits))
 
 
-def read_unquantised(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def read_unquantised(source: Path) -> tuple[Fields, dict[str, mx.array]]:
     """Return the configuration and the arrays of a trained drafter's folder.
 
     Raises:
@@ -60,9 +60,7 @@ def read_unquantised(source: Path) -> tuple[dict[str, Any], dict[str, mx.array]]
     return config, read_arrays(source / "model.safetensors")
 
 
-def write_changed(
-    source: Path, output: Path, config: dict[str, Any], arrays: dict[str, mx.array]
-) -> None:
+def write_changed(source: Path, output: Path, config: Fields, arrays: dict[str, mx.array]) -> None:
     """Write a drafter's folder anew with other arrays, and all text files of the old one.
 
     Raises:
@@ -76,7 +74,7 @@ def write_changed(
         mx.save_safetensors(str(writing / "model.safetensors"), arrays, {"format": "mlx"})
 
 
-def unpacked(arrays: dict[str, mx.array], quantization: dict[str, Any]) -> dict[str, mx.array]:
+def unpacked(arrays: dict[str, mx.array], quantization: Fields) -> dict[str, mx.array]:
     """Return a drafter's arrays as floating-point numbers.
 
     Args:

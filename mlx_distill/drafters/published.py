@@ -18,7 +18,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -41,13 +41,16 @@ from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
 from mlx_distill.limits import Between, check_value
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Fields, Tokenizer
 
 PUBLISHED_TYPE = "recurrent_drafting_drafter"
 FIELDS = ("hidden_size", "vocab_size", "exit_dim", "num_draft_layers", "rnn")
 Layers = Annotated[int, Between(0, 1000)]
 
 
-def import_drafter(folder: str | Path, output: str | Path, target: Target, tokenizer: Any) -> None:
+def import_drafter(
+    folder: str | Path, output: str | Path, target: Target, tokenizer: Tokenizer
+) -> None:
     """Write a published drafter as one of ours.
 
     Args:
@@ -139,7 +142,7 @@ def _our_name(name: str, nested: bool, projected: bool) -> str:
     return f"input_proj.{rest}" if place < 0 else f"lm_head.{place}.{rest}"
 
 
-def _config(source: Path) -> dict[str, Any]:
+def _config(source: Path) -> Fields:
     """Return the fields of a published configuration that we know, checked."""
     values = read_config(source)
     missing = [name for name in FIELDS[:-1] if name not in values]
@@ -152,7 +155,7 @@ def _config(source: Path) -> dict[str, Any]:
     return values
 
 
-def _shapes(values: dict[str, Any]) -> Shapes:
+def _shapes(values: Fields) -> Shapes:
     """Return the arrays of the reference form."""
     width, out = values["hidden_size"], values["exit_dim"]
     shapes: Shapes = {}

@@ -15,7 +15,6 @@ Source:
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
@@ -37,11 +36,14 @@ from mlx_distill.files import usable_path, whole_folder, write_whole
 from mlx_distill.limits import check_value
 from mlx_distill.names import for_markdown
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Tokenizer
 
 NUM_HEADS, NUM_LAYERS, BASE = "medusa_num_heads", "medusa_num_layers", "base_model_name_or_path"
 
 
-def import_heads(folder: str | Path, output: str | Path, target: Target, tokenizer: Any) -> None:
+def import_heads(
+    folder: str | Path, output: str | Path, target: Target, tokenizer: Tokenizer
+) -> None:
     """Write published Medusa heads as a drafter of ours.
 
     Args:

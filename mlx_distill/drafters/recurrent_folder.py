@@ -1,18 +1,18 @@
 """Recurrent drafters out of folders."""
 
 from pathlib import Path
-from typing import Any
 
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.folders import fill, read_shape
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Fields
 
 FREE = ("vocab_size", "context_window")
 
 
-def load(path: Path, fields: dict[str, Any], target: Target, made_for: Fingerprint) -> BoundDrafter:
+def load(path: Path, fields: Fields, target: Target, made_for: Fingerprint) -> BoundDrafter:
     """Return the drafter of a folder, bound to a target.
 
     Args:

@@ -7,7 +7,6 @@ another one.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from mlx import nn
 
@@ -26,10 +25,11 @@ from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
 from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Fields, Tokenizer
 
 # By the model_type of config.json: takes the folder, the fields of its own, the target and the
 # fingerprint; returns the drafter.
-LOADERS: dict[str, Callable[[Path, dict[str, Any], Target, Fingerprint], Drafter]] = {
+LOADERS: dict[str, Callable[[Path, Fields, Target, Fingerprint], Drafter]] = {
     RecurrentDrafterConfig.model_type: recurrent_folder.load,
     MedusaConfig.model_type: medusa_folder.load,
 }
@@ -41,7 +41,9 @@ NGRAM = "ngram"
 AUTO = "auto"
 
 
-def load_drafter(path_or_repo: str | Path, model: nn.Module, tokenizer: Any = None) -> Drafter:
+def load_drafter(
+    path_or_repo: str | Path, model: nn.Module, tokenizer: Tokenizer = None
+) -> Drafter:
     """Return the drafter of a folder or a hub repository, ready to draft for a model.
 
     Args:
@@ -82,7 +84,7 @@ def with_ngrams(drafter: Drafter) -> MixedDrafter:
     return MixedDrafter(drafter, NGramDrafter(shortest=PAIR, store_tokens=0))
 
 
-def _auto_drafter(name: str, model: nn.Module, tokenizer: Any) -> AutoDrafter:
+def _auto_drafter(name: str, model: nn.Module, tokenizer: Tokenizer) -> AutoDrafter:
     """Return what drafts in the way that is fastest, with a drafter or the bundled one that fits.
 
     Raises:
@@ -94,7 +96,7 @@ def _auto_drafter(name: str, model: nn.Module, tokenizer: Any) -> AutoDrafter:
     return AutoDrafter(None) if found is None else AutoDrafter(found[1], found[0].name)
 
 
-def bundled_drafter(model: nn.Module, tokenizer: Any) -> tuple[Path, Drafter] | None:
+def bundled_drafter(model: nn.Module, tokenizer: Tokenizer) -> tuple[Path, Drafter] | None:
     """Return the bundled drafter that fits a model, behind its folder; None if there is none.
 
     Args:
@@ -118,7 +120,7 @@ def bundled_drafter(model: nn.Module, tokenizer: Any) -> tuple[Path, Drafter] | 
     return None
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> Fields:
     if not (path / "config.json").exists():
         raise InputError(f"{path} holds no config.json, so it is not a drafter's folder")
     return read_json(path / "config.json")

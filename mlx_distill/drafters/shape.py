@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between
+from mlx_distill.untyped import Fields
 
 # Of drafters that none was fitted for. The target's best token is likelier to be the drafter's than
 # the drafter's distribution says. The bundled pair takes 3.07 tokens per call at temperature 0 and
@@ -36,7 +37,7 @@ class DrafterShape:
         return dataclasses.replace(self, **{x: getattr(type(self), x) for x in self.fitted})
 
     @classmethod
-    def from_dict(cls: type[S], values: dict[str, Any]) -> S:
+    def from_dict(cls: type[S], values: Fields) -> S:
         """Return the configuration of a checkpoint's ``config.json``.
 
         Raises:

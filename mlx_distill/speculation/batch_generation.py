@@ -6,7 +6,7 @@
 A text that cannot be written fails by itself, and its answer says why; the others go on.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.generation import planner_for, text_request
 from mlx_distill.speculation.responses import GenerationResponse
+from mlx_distill.untyped import Settings, Tokenizer
 
 Prompt = str | Sequence[int] | mx.array
 BATCH = 8
@@ -62,7 +63,7 @@ class Answer:
 
 
 def batch_generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], **options: Any
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
 ) -> list[Answer]:
     """Return the answers to several prompts, in their order; see ``stream_answers``."""
     answers = stream_answers(model, tokenizer, prompts, **options)
@@ -71,10 +72,10 @@ def batch_generate(
 
 def stream_answers(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     *,
-    each: Sequence[Mapping[str, Any]] | None = None,
+    each: Sequence[Settings] | None = None,
     batch: int = BATCH,
     drafter: Drafter | None = None,
     draft_model: nn.Module | None = None,

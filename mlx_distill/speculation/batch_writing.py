@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.generate import generation_stream
 
+from mlx_distill.compat import wired
 from mlx_distill.speculation.batching import BatchedText, TextBatch, Written
 from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
 
@@ -126,4 +127,4 @@ class BatchWriter:
             return
         self._running.close()
         streams = [generation_stream]
-        self._running.enter_context(wired_limit(self.model, streams))  # pyright: ignore[reportArgumentType]
+        self._running.enter_context(wired(self.model, streams))

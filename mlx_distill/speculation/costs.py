@@ -12,15 +12,16 @@ is at the one before takes less: its overhead is then below 0.
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
+from mlx_distill.untyped import Fields, Settings
 
 # What further rows cost grows with the context, faster on some machines than on others. Beyond the
 # longest context that was measured, it is taken to grow by this much with every doubling at least.
@@ -79,7 +80,7 @@ class Costs:
         _check(vars(self))
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Costs":
+    def from_dict(cls, values: Settings) -> "Costs":
         """Return what ``to_dict`` made a dictionary of.
 
         Raises:
@@ -92,7 +93,7 @@ class Costs:
         _check(tables)
         return cls(**tables)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Fields:
         """Return the tables as JSON holds them."""
         return asdict(self)
 
@@ -160,7 +161,7 @@ class Costs:
         return found + max(0.0, slope) * np.maximum(0, np.asarray(rows) - self.rows[-1])
 
 
-def _check(values: Mapping[str, Any]) -> None:
+def _check(values: Settings) -> None:
     """Raise InputError unless the tables fit together and hold times."""
     for name in ("contexts", "rows", "widths", "lengths"):
         _check_axis(name, values[name])
@@ -181,11 +182,11 @@ def _check(values: Mapping[str, Any]) -> None:
         raise InputError("call_s must hold times above 0")
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, float | int) and not isinstance(value, bool)
 
 
-def _is_time(value: Any) -> bool:
+def _is_time(value: object) -> bool:
     return _is_number(value) and 0 <= value < math.inf
 
 

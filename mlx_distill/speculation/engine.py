@@ -16,13 +16,13 @@ each, and a text's call is made when its turn comes.
 import itertools
 import time
 from functools import cached_property
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
-from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_distill.compat import wired
 from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
@@ -45,6 +45,7 @@ from mlx_distill.target.context import position_limit
 from mlx_distill.target.exact import ExactTarget
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Tokenizer
 
 # Of texts: no two in a process have the same, since a planner may serve several engines.
 _numbers = itertools.count()
@@ -70,7 +71,7 @@ class Engine:
     def __init__(
         self,
         model: nn.Module,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         drafter: Drafter | None = None,
         draft_model: nn.Module | None = None,
         num_draft_tokens: int = 3,
@@ -193,7 +194,7 @@ class Engine:
                 self.cancel(number)
 
     def _responses(self, writer: ResponseWriter, tokens: DecodedTokens) -> Responses:
-        with wired_limit(self.model, [generation_stream]):  # pyright: ignore[reportArgumentType]
+        with wired(self.model, [generation_stream]):
             yield from writer.responses(tokens)
 
     def _plain(

@@ -26,11 +26,12 @@ from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 from mlx_distill.speculation.responses import Responses
+from mlx_distill.untyped import Tokenizer
 
 
 def stream_generate(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     prompt: str | Sequence[int] | mx.array,
     *,
     drafter: Drafter | None = None,
@@ -176,7 +177,7 @@ def _stream(engine: Engine, number: int) -> Responses:
 
 
 def generate(
-    model: nn.Module, tokenizer: Any, prompt: str | Sequence[int] | mx.array, **options: Any
+    model: nn.Module, tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array, **options: Any
 ) -> str:
     """Return the text that the model writes after a prompt; see ``stream_generate``."""
     return "".join(
@@ -184,7 +185,9 @@ def generate(
     )
 
 
-def prompt_tokens(tokenizer: Any, prompt: str | Sequence[int] | mx.array) -> Int[mx.array, " T"]:
+def prompt_tokens(
+    tokenizer: Tokenizer, prompt: str | Sequence[int] | mx.array
+) -> Int[mx.array, " T"]:
     """Return the token ids of a prompt.
 
     Raises:

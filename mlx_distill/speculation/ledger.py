@@ -10,7 +10,7 @@ finds the record of before or that of after. Settling is idempotent: interrupted
 """
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
@@ -26,6 +26,10 @@ UNUSABLE = InputError(
     "the prompt cache cannot be used any more: its last text was interrupted while the model read; "
     "make a new one"
 )
+
+
+# Keys or values of a layer's cache; quantised ones are packed, with scales and perhaps biases.
+Rows: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
 
 
 class Unusable:
@@ -188,14 +192,15 @@ def _even_out(cache: LayerCache) -> None:
             cache.keys, cache.values = (_cut(x, rows) for x in (cache.keys, cache.values))
 
 
-def _length(x: Any) -> int:
+def _length(x: Rows | None) -> int:
     parts = x if isinstance(x, tuple | list) else [x]
     return min(0 if part is None else part.shape[-2] for part in parts)
 
 
-def _cut(x: Any, rows: slice) -> Any:
-    quantised = isinstance(x, tuple | list)
-    return tuple(part[..., rows, :] for part in x) if quantised else x[..., rows, :]
+def _cut(x: Rows, rows: slice) -> Rows:
+    if isinstance(x, mx.array):
+        return x[..., rows, :]
+    return tuple(part[..., rows, :] for part in x)
 
 
 def _state_at(cache: LayerCache, offset: int) -> object:

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -20,6 +19,7 @@ from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.ledger import PlainLedger
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.tree_cache import can_trim
+from mlx_distill.untyped import Fields
 
 
 @dataclass
@@ -46,7 +46,7 @@ class PlainDecoding:
     keep_caches: bool
     counters: DraftCounters
 
-    def options(self, sampler: Callable[[mx.array], mx.array]) -> dict[str, Any]:
+    def options(self, sampler: Callable[[mx.array], mx.array]) -> Fields:
         """Return the arguments of mlx-lm's loop."""
         return {
             "max_tokens": self.max_tokens,

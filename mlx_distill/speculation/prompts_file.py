@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +27,27 @@ from mlx_distill.limits import check_value, hints
 from mlx_distill.locks import locked
 from mlx_distill.speculation.batch_generation import BATCH, Answer, stream_answers
 from mlx_distill.speculation.requests import Request
+from mlx_distill.untyped import Fields, Settings, Tokenizer
 
 __all__ = ["BATCH", "answer_file"]
 
 FORMAT_VERSION = 1
 # What a row may say of its own answer.
 OWN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
-Rows = Sequence[tuple[Mapping[str, Any], list[int] | InputError]]
-Numbered = tuple[int, dict[str, Any]]
+Rows = Sequence[tuple[Settings, list[int] | InputError]]
+Numbered = tuple[int, Fields]
 # Of files beside the output: what was written so far, who writes, and what is about to be it.
 ENDINGS = (".writing", ".lock", ".whole")
 
 
 def answer_file(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     source: str,
     output: Path | None,
-    settings: Mapping[str, Any],
-    options: Mapping[str, Any],
-    reading: Mapping[str, Any],
+    settings: Settings,
+    options: Settings,
+    reading: Settings,
 ) -> int:
     """Answer a file of prompts, and say on stderr how that went; return an exit status.
 
@@ -86,13 +87,13 @@ def _printed(records: Iterable[Numbered]) -> Iterator[Numbered]:
 
 def _kept(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Rows,
     output: Path,
-    settings: Mapping[str, Any],
-    options: Mapping[str, Any],
+    settings: Settings,
+    options: Settings,
     bar: Any,
-) -> dict[int, dict[str, Any]]:
+) -> dict[int, Fields]:
     """Write the answers that are not kept yet; return all when the file of them is whole."""
     writing, lock, whole = (output.with_name(output.name + end) for end in ENDINGS)
     header = json.dumps({"format_version": FORMAT_VERSION, "prompts": _hash(rows), **settings})
@@ -120,10 +121,10 @@ def _kept(
 
 def answered(
     model: nn.Module,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     rows: Rows,
     left: Sequence[int],
-    options: Mapping[str, Any],
+    options: Settings,
 ) -> Iterator[Numbered]:
     """Yield the records of some rows, as they are ready, with the rows' numbers."""
     usable, each = [], []
@@ -148,7 +149,7 @@ def answered(
         yield index, _record(index, answer)
 
 
-def _own(row: Mapping[str, Any]) -> dict[str, Any]:
+def _own(row: Settings) -> Fields:
     """Return what a row says of its own answer.
 
     Raises:
@@ -163,7 +164,7 @@ def _own(row: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _record(index: int, answer: Answer) -> dict[str, Any]:
+def _record(index: int, answer: Answer) -> Fields:
     """Return what is kept of an answer."""
     if answer.error is not None:
         return {"index": index, "error": one_line(answer.error)}
@@ -177,7 +178,7 @@ def _record(index: int, answer: Answer) -> dict[str, Any]:
     }
 
 
-def _resume(writing: Path, header: str) -> dict[int, dict[str, Any]]:
+def _resume(writing: Path, header: str) -> dict[int, Fields]:
     """Return what was kept, by index; a line that a kill has cut is dropped.
 
     Raises:

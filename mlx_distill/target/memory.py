@@ -10,7 +10,6 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -22,6 +21,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.files import cache_folder, read_json, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.target.target import Target
+from mlx_distill.untyped import Fields
 
 # With these the same operations round otherwise.
 ENVIRONMENT = ("MLX_ENABLE_TF32", "MLX_DISABLE_COMPILE")
@@ -60,7 +60,7 @@ def _file_of(model: nn.Module) -> Path | None:
     return cache_folder("opened") / f"{getattr(model, 'model_type', 'model')}-{digest}.json"
 
 
-def _code(model: nn.Module) -> dict[str, Any] | None:
+def _code(model: nn.Module) -> Fields | None:
     """Return hashes of the code that runs when a model is opened, by file."""
     try:
         files = {inspect.getfile(type(module)) for module in model.modules()}

@@ -28,6 +28,7 @@ from mlx import nn
 from mlx_distill.arrays import in_memory, to_host
 from mlx_distill.kernels.choice import chosen
 from mlx_distill.kernels.tree_rope import tree_rope
+from mlx_distill.untyped import Called
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ def _is_rope(module: nn.Module) -> bool:
     return "rope" in name or "rotary" in name
 
 
-class _TreeRope:
+class _TreeRope(Called):
     """Mixed in before a rope class."""
 
     takes_vectors = True
 
     def __call__(self, x: mx.array, *args: object, **kwargs: object) -> mx.array:
         offset = kwargs.get("offset", args[0] if args else 0)
-        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        call = super().__call__
         if _is_batch(offset, x):
             return self._rotate_batch(x, offset, len(args) + len(kwargs) == 1)
         if not _is_tree(offset, x):
@@ -115,7 +116,7 @@ class _TreeRope:
         """
         known = self.__dict__.setdefault("_known_pairs", {})
         if width not in known:
-            call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+            call = super().__call__
             dims = getattr(self, "dims", width)
             probe, far = (
                 mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None],
@@ -134,7 +135,7 @@ class _TreeRope:
         self, positions: mx.array, width: int, dims: int, by_two: bool
     ) -> Float[mx.array, "N D"]:
         """Return the cosine and sine of the nodes' pairs, which ropes of one kind share."""
-        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        call = super().__call__
         tables, kind = tree_span.get().rotations, ("table", self._kind(width), dims, by_two)
         if kind not in tables:
             firsts = _firsts(positions.size, width, dims, by_two)
@@ -145,7 +146,7 @@ class _TreeRope:
         """Return a number that ropes share which turn the same vector the same way, far out."""
         kinds = self.__dict__.setdefault("_kinds", {})
         if width not in kinds:
-            call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+            call = super().__call__
             probe = mx.sin(mx.arange(width, dtype=mx.float32))[None, None, None]
             kinds[width] = hash((width, *to_host(call(probe, offset=1000).reshape(-1))))
         return kinds[width]
@@ -175,7 +176,7 @@ class _TreeRope:
         if _on_cpu():
             rotated = self._multiply(tokens.flatten(0, 1), positions)
         else:
-            call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+            call = super().__call__
             rotated = call(tokens.reshape(-1, x.shape[1], 1, x.shape[3]), offset=positions)
         return rotated.reshape(tokens.shape).swapaxes(1, 2)
 
@@ -183,7 +184,7 @@ class _TreeRope:
         self, nodes: Float[mx.array, "N H D"], positions: mx.array
     ) -> Float[mx.array, "N H D"]:
         """Rotate the nodes by matrices, which ropes of one kind share."""
-        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        call = super().__call__
         width = nodes.shape[-1]
         rotations = tree_span.get().rotations
         kind = self._kind(width)

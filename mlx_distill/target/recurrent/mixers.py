@@ -23,6 +23,7 @@ from mlx_distill.target.recurrent.apart import ApartCall, Scan, named_scans, sca
 from mlx_distill.target.recurrent.rows import RowsCall
 from mlx_distill.target.recurrent.view import MixerCall, RecurrentTreeCache
 from mlx_distill.target.watching import Call, Heard, listening_once
+from mlx_distill.untyped import Called
 
 
 def wrap_mixers(model: nn.Module) -> None:
@@ -77,7 +78,7 @@ def _taught(kind: type[nn.Module]) -> type:
     return type(kind.__name__, (TreeMixer, scanning(kind)), {"scans": named_scans(kind)})
 
 
-class TreeMixer:
+class TreeMixer(Called):
     """Mixed in before a mixer's class.
 
     Attributes:
@@ -92,7 +93,7 @@ class TreeMixer:
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the mixer says; with the view of a tree, of all of its nodes."""
-        call = super().__call__  # pyright: ignore[reportAttributeAccessIssue]
+        call = super().__call__
         views = (x for x in (*args, *kwargs.values()) if isinstance(x, RecurrentTreeCache))
         view = next(views, None)
         if view is None:
