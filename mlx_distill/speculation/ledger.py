@@ -189,7 +189,8 @@ def _even_out(cache: LayerCache) -> None:
             cache.keys = cache.values = None
         elif _length(cache.keys) != _length(cache.values):
             rows = slice(cache.offset)
-            cache.keys, cache.values = (_cut(x, rows) for x in (cache.keys, cache.values))
+            held = [x for x in (cache.keys, cache.values) if x is not None]
+            cache.keys, cache.values = (_cut(x, rows) for x in held)
 
 
 def _length(x: Rows | None) -> int:
