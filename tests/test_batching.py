@@ -11,6 +11,7 @@ import mlx_distill
 from mlx_distill import DraftPlan
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.protocol import FixedPlanner, Outcome
+from mlx_distill.speculation.batch_planning import BatchPlanner
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 
@@ -175,3 +176,48 @@ def test_an_interrupt_leaves_nothing_broken(
         assert {cache.offset for cache in caches[place]} == {handed_out}
     following = request(bundled_pair, 3, max_tokens=3)
     assert write(engine, [following]) == write(Engine(*bundled_pair, None), [following])
+
+
+class Clock:
+    """What calls take by the shape of their trees, and what they add to a text."""
+
+    def __init__(self, plain_s: float, drafted_s: float, tokens: float):
+        self.plain_s, self.drafted_s, self.tokens = plain_s, drafted_s, tokens
+
+    def run(self, planner: BatchPlanner, cycles: int, texts: int = 4) -> tuple[float, float, float]:
+        """Return the tokens and seconds of a run, and the share of its later cycles that drafted.
+
+        A call that is taken in was planned two choices before, as in the loop.
+        """
+        shapes: list[DraftPlan | None] = [None, None]
+        written, elapsed, drafted = 0.0, 0.0, 0
+        for cycle in range(cycles):
+            shape = shapes[0]
+            tokens = 1.0 if shape is None else self.tokens
+            seconds = self.plain_s if shape is None else self.drafted_s
+            planner.observe(texts, round(tokens * texts), seconds)
+            shapes = [shapes[1], planner.shape(0, None)]
+            written, elapsed = written + tokens, elapsed + seconds
+            drafted += shape is not None and cycle >= cycles // 2
+        return written, elapsed, drafted / (cycles - cycles // 2)
+
+
+def test_batches_are_drafted_for_where_that_pays() -> None:
+    written, elapsed, share = Clock(0.01, 0.015, 2.5).run(BatchPlanner(), 800)
+    assert share > 0.8
+    assert written / elapsed > 1.3 / 0.01
+
+
+@pytest.mark.parametrize("cycles", [100, 400, 4000])
+def test_batches_lose_little_where_it_does_not(cycles: int) -> None:
+    for clock in (Clock(0.01, 0.04, 2.0), Clock(0.01, 0.0125, 1.0), Clock(0.01, 0.02, 1.9)):
+        written, elapsed, share = clock.run(BatchPlanner(), cycles)
+        assert share < 0.1
+        assert written / elapsed > 0.97 / 0.01
+
+
+def test_what_was_learned_of_a_batch_serves_the_next() -> None:
+    planner = BatchPlanner()
+    Clock(0.01, 0.015, 2.5).run(planner, 400)
+    written, elapsed, _ = Clock(0.01, 0.015, 2.5).run(planner, 60)
+    assert written / elapsed > 1.4 / 0.01

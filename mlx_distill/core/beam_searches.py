@@ -24,7 +24,9 @@ Step = Callable[[Int[mx.array, " R"], Any], tuple[Float[mx.array, "R V"], Any]]
 PART = 128
 
 
-def beam_searches(step: Step, roots: Int[mx.array, " S"], width: int, length: int) -> Draft:
+def beam_searches(
+    step: Step, roots: Int[mx.array, " S"], width: int, length: int, lazily: bool = False
+) -> Draft:
     """Return the drafts of many roots, as ``beam_search`` makes them one by one.
 
     The fields of the draft have an axis in front, of the roots; its tokens, but for the roots, are
@@ -35,6 +37,7 @@ def beam_searches(step: Step, roots: Int[mx.array, " S"], width: int, length: in
         roots: The tokens that are certain.
         width: Number of beams of each root, at least 1; capped at the number of columns.
         length: Number of drafted tokens per beam, at least 1.
+        lazily: Whether nothing is computed yet, as a few texts' decoding wants it.
     """
     logits, state = step(roots, None)
     num_roots, num_columns = logits.shape
@@ -51,7 +54,8 @@ def beam_searches(step: Step, roots: Int[mx.array, " S"], width: int, length: in
         rows = (mx.arange(num_roots)[:, None] * width + above).reshape(-1)
         state = tree_map(partial(mx.take, indices=rows, axis=0), state)
         levels.append((best % num_columns, above + 1 + width * (depth - 1), scores))
-        mx.eval(state, levels[-1])  # a level's logits are many
+        if not lazily:
+            mx.eval(state, levels[-1])  # a level's logits are many
     tokens, parents, found = (
         mx.concatenate([x.astype(kind) for x in part], axis=1)
         for part, kind in zip(

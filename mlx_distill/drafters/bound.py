@@ -168,27 +168,93 @@ class BoundDrafter:
         earlier: int = 0,
     ) -> Draft:
         """Return the drafts of many roots; see ``DraftsEverywhere``."""
-        steps, ids = self._steps, self._steps.token_ids
         joined = self.network.joined(features.states, features.taps)
         if self.reader is not None:
             joined = self.reader.everywhere(joined, roots)
-        context, roots = steps.context(joined[earlier:]), roots[earlier:]
-        width = min(plan.beam_width, self.network.head.weight.shape[0])
+        joined, roots = joined[earlier:], roots[earlier:]
+        known = self._of_columns(noise)
+
+        def seen(depth: int) -> mx.array | None:
+            return None if known is None else known[depth : depth + roots.size]
+
+        return self._searches(joined, roots, plan.beam_width, plan.draft_length, seen)
+
+    def draft_together(
+        self,
+        contexts: Sequence[tuple[mx.array, ...]],
+        roots: Int[mx.array, " B"],
+        plan: DraftPlan,
+        noise: Float[mx.array, "B L V"] | None,
+    ) -> Draft:
+        """Return the drafts of several texts; see ``DraftsTogether``."""
+        self._drafts += 1
+        if self._drafts == DRAFTS_BEFORE_TABLES:
+            self.tabulate()
+        hidden, *taps = (mx.stack(list(x)) for x in zip(*contexts, strict=True))
+        arrays = (hidden, taps, roots) if noise is None else (hidden, taps, roots, noise)
+        search: Callable[..., Arrays] = partial(self._together, plan.beam_width, plan.draft_length)
+        # On a CPU the compiler takes longer than many drafts, for every number of texts.
+        if mx.default_device() == mx.Device(mx.gpu):
+            kind = ("together", plan.beam_width, plan.draft_length, noise is not None)
+            found: Arrays = self.searches.of(kind, search)(*arrays)
+        else:
+            found = search(0, *arrays)
+        return Draft(*found, plan.draft_length)
+
+    def _together(
+        self,
+        width: int,
+        length: int,
+        serial: int,
+        hidden: mx.array,
+        taps: list[mx.array],
+        roots: mx.array,
+        noise: mx.array | None = None,
+    ) -> Arrays:
+        joined = self.network.joined(hidden, taps) if self.reader is None else hidden
+
+        def seen(depth: int) -> mx.array | None:
+            return None if noise is None else self._of_columns(noise[:, depth])
+
+        draft = self._searches(joined, roots, width, length, seen, lazily=True)
+        return draft.tokens, draft.parents, draft.depths, draft.scores
+
+    def _searches(
+        self,
+        joined: Float[mx.array, "S D"],
+        roots: Int[mx.array, " S"],
+        width: int,
+        length: int,
+        noise: Callable[[int], mx.array | None],
+        lazily: bool = False,
+    ) -> Draft:
+        """Return the drafts of many roots.
+
+        Args:
+            joined: The context of each.
+            roots: The tokens that are certain.
+            width: Beams of each.
+            length: Tokens of a beam.
+            noise: Returns that of all roots at a depth.
+            lazily: As ``beam_searches`` takes it.
+        """
+        steps, ids = self._steps, self._steps.token_ids
+        context = steps.context(joined)
+        width = min(width, self.network.head.weight.shape[0])
         hidden, shares = (mx.repeat(x, width, axis=0) for x in context)
-        noise = self._of_columns(noise)
-        rows = iter(range(plan.draft_length))  # of noise, in the search's order
+        rows = iter(range(length))  # of noise, in the search's order
 
         def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array, mx.array]:
             if carried is None:
                 x, carried = steps.first(columns, context)
             else:
                 x, carried = steps.next(columns, carried, (hidden, shares))
-            row, seen = next(rows), noise
+            seen = noise(next(rows))
             if seen is not None:
-                seen = mx.repeat(seen[row : row + roots.size], x.shape[0] // roots.size, axis=0)
+                seen = mx.repeat(seen, x.shape[0] // roots.size, axis=0)
             return self._logits(x, seen), carried
 
-        draft = beam_searches(step, roots, width, plan.draft_length)
+        draft = beam_searches(step, roots, width, length, lazily)
         if ids is None:
             return draft
         tokens = mx.concatenate([roots[:, None], ids[draft.tokens[:, 1:]]], axis=1)
@@ -241,6 +307,10 @@ class RecurrentState:
         """Return the beams that follow a root."""
         seen = self.features
         return self.drafter.draft(seen.last, root, plan, noise, seen.last_taps)
+
+    def context(self, root: Int[mx.array, " 1"]) -> tuple[mx.array, ...]:
+        """Return what the target computed when it chose the root."""
+        return self.features.last, *self.features.last_taps
 
     def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
         """Look at the last of the accepted tokens."""

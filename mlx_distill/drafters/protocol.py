@@ -8,6 +8,7 @@ others. ``ngram`` is one without weights.
     state.accept(tokens, features)                         what the call made text
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Protocol, runtime_checkable
 
@@ -213,6 +214,44 @@ class DraftsEverywhere(Protocol):
             earlier: So many of the roots, the first ones, are not drafted for, and have no noise:
                 they are what a drafter that ``LooksBack`` sees of the text before.
         """
+        ...
+
+
+@runtime_checkable
+class DraftsTogether(Protocol):
+    """A drafter that drafts for several texts at once, in wide products."""
+
+    def draft_together(
+        self,
+        contexts: Sequence[tuple[mx.array, ...]],
+        roots: Int[mx.array, " B"],
+        plan: DraftPlan,
+        noise: Float[mx.array, "B L V"] | None,
+    ) -> Draft:
+        """Return the drafts of all roots, in fields with an axis for them in front.
+
+        Args:
+            contexts: What the texts' states say of themselves (``SharesDrafts``).
+            roots: The tokens that are certain.
+            plan: The shape of every draft.
+            noise: What will be added to the target's logits behind each root, depth by depth; None
+                at temperature 0.
+        """
+        ...
+
+
+@runtime_checkable
+class SharesDrafts(Protocol):
+    """A state whose drafts can be made together with those of other texts.
+
+    Attributes:
+        drafter: Makes them.
+    """
+
+    drafter: DraftsTogether
+
+    def context(self, root: Int[mx.array, " 1"]) -> tuple[mx.array, ...]:
+        """Return what the drafter has to know of the text, whose next token is ``root``."""
         ...
 
 

@@ -6,6 +6,7 @@
 A text that cannot be written fails by itself, and its answer says why; the others go on.
 """
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +14,13 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
+from mlx_distill.calibration.automatic import is_on
 from mlx_distill.calibration.choosing import choice
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
 from mlx_distill.errors import InputError
+from mlx_distill.speculation.batch_planning import BatchPlanner
 from mlx_distill.speculation.batch_writing import Failed
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.engine import Engine
@@ -60,6 +63,25 @@ class Answer:
         """Take in what ended it."""
         self.error, self.finish_reason = error, "error"
         return self
+
+
+def batch_planner_of(model: nn.Module, drafter: Drafter) -> BatchPlanner | None:
+    """Return the planner of all batches of a pair; None where nothing is to be measured."""
+    if not is_on():
+        return None
+    try:
+        known = _planners.setdefault(drafter, {})
+    except TypeError:  # a drafter that cannot be a key
+        return BatchPlanner()
+    of, planner = known.get(id(model), (None, None))
+    if of is None or of() is not model or planner is None:
+        planner = BatchPlanner()
+        known[id(model)] = weakref.ref(model), planner
+    return planner
+
+
+_Known = dict[int, tuple[weakref.ref[nn.Module], BatchPlanner]]
+_planners: weakref.WeakKeyDictionary[Drafter, _Known] = weakref.WeakKeyDictionary()
 
 
 def batch_generate(
@@ -114,6 +136,7 @@ def stream_answers(
         pair = Pair(model, tokenizer, drafter, cache)
         drafter = choice(pair, drafter, sampled, plan, alone=False).drafter
     engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, batch)
+    shared = batch_planner_of(model, drafter) if plan is None and drafter is not None else None
     left = iter(enumerate(prompts))
     writing: dict[int, Answer] = {}
     try:
@@ -125,7 +148,8 @@ def stream_answers(
                 sampled = own.get("temperature") not in (None, 0)
                 try:
                     planner = planner_for(engine, plan, cache, sampled)
-                    request = text_request(engine, prompt, planner=planner, cache=cache, **own)
+                    own |= {"planner": planner, "cache": cache, "batch_planner": shared}
+                    request = text_request(engine, prompt, **own)
                     writing[engine.submit(request)] = answer
                 except InputError as error:
                     yield answer.fail(error)

@@ -9,7 +9,8 @@ from mlx import nn
 from mlx_lm.generate import generation_stream
 
 from mlx_distill.compat import wired
-from mlx_distill.speculation.batching import BatchedText, TextBatch, Written
+from mlx_distill.speculation.batched_text import BatchedText, Written
+from mlx_distill.speculation.batching import TextBatch
 from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
 
 # Tokens of all texts after which memory that nobody uses is given back.

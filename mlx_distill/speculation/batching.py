@@ -14,104 +14,24 @@ What goes wrong with one text ends that text alone. What breaks off a call of al
 example, leaves every row as long as it was, which is what its text was handed out.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import mlx.core as mx
-from jaxtyping import Int
 from mlx_lm.generate import generation_stream
 
-from mlx_distill.core.draft import Draft
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.protocol import Closes
-from mlx_distill.speculation.cycle import Accepted, Cycle, draft_next, read
+from mlx_distill.speculation.batch_planning import BatchPlanner
+from mlx_distill.speculation.batched_text import BatchedText, Flight, Held, Written
+from mlx_distill.speculation.cycle import Accepted, Cycle, read
 from mlx_distill.speculation.decoding import DecodedToken, begin, count
-from mlx_distill.speculation.drafted_text import Decoding
+from mlx_distill.speculation.drafting import draft_all, next_draft
 from mlx_distill.speculation.ledger import give_up
 from mlx_distill.speculation.phases import phase
 from mlx_distill.speculation.walking import walk_all
-from mlx_distill.target.batch.call import RowsCall
 from mlx_distill.target.batch.rows import Rows
-
-
-class Held(NamedTuple):
-    """What a text's cache has to hold.
-
-    Args:
-        rows: So many tokens of its row.
-        missing: The token behind them, which the target has not read; None for none.
-    """
-
-    rows: int
-    missing: int | None
-
-
-@dataclass(eq=False)
-class BatchedText:
-    """A text of a batch.
-
-    Args:
-        number: Of it, for whoever asked for it.
-        decoding: What it needs.
-        prompt: What it goes on with.
-
-    Attributes:
-        root: The token that is certain and not in the cache.
-        draft: What may follow it.
-        history: The text up to the root, for processors.
-        num_tokens: Of its answer, the root included.
-        held: What was handed out; None while the prompt is not read.
-        start: Tokens that the target had read before the cycle that is handed out.
-        own: Its row, once it shares no calls any more.
-        ended: Whether nothing more is asked for.
-    """
-
-    number: int
-    decoding: Decoding
-    prompt: Int[mx.array, " T"]
-    root: mx.array | None = None
-    draft: PrefixTree | Draft | None = None
-    history: mx.array | None = None
-    num_tokens: int = 0
-    held: Held | None = None
-    start: int = 0
-    own: Rows | None = None
-    ended: bool = False
-
-    def hand_out(self, number: int, path: int, token: int) -> None:
-        """Take note that a token is handed out: of ``path`` accepted nodes the ``number``-th's."""
-        last = number == path
-        self.held = Held(self.start + min(number + 1, path), token if last else None)
-
-
-@dataclass(frozen=True)
-class Written:
-    """What a step added to a text.
-
-    Args:
-        text: It.
-        tokens: In order.
-        error: What ended the text instead; None if nothing did.
-    """
-
-    text: BatchedText
-    tokens: Sequence[DecodedToken] = ()
-    error: Exception | None = None
-
-
-@dataclass
-class Flight:
-    """A call that is on its way.
-
-    Args:
-        call: The target's.
-        cycles: The texts that take part, a row each, and their parts of it.
-    """
-
-    call: RowsCall
-    cycles: list[tuple[BatchedText, Cycle]] = field(default_factory=list)
 
 
 class TextBatch:
@@ -157,6 +77,20 @@ class TextBatch:
         Raises:
             BaseException: What broke off the call of all; ``abandon`` what is left then.
         """
+        start, flight, waiting = time.perf_counter(), self.flight, len(self.waiting)
+        written = self._step()
+        if flight is not None and waiting == len(self.waiting):
+            self._observe(flight, written, time.perf_counter() - start)
+        return written
+
+    def _observe(self, flight: Flight, written: Sequence[Written], seconds: float) -> None:
+        """Tell who plans for all texts what their call took."""
+        planner = flight.cycles[0][0].decoding.planner
+        if isinstance(planner, BatchPlanner):
+            tokens = sum(len(one.tokens) for one in written)
+            planner.observe(len(flight.cycles), tokens, seconds)
+
+    def _step(self) -> list[Written]:
         with mx.stream(generation_stream):
             if self._goes_on():
                 return self._go_on()
@@ -187,8 +121,8 @@ class TextBatch:
         """Launch the next call before what was drawn is read: the device need not wait."""
         flight = self.flight
         assert flight is not None
+        draft_all([next_draft(text.decoding, cycle) for text, cycle in flight.cycles])
         for text, cycle in flight.cycles:
-            draft_next(text.decoding, cycle)
             _follow(text, cycle, 1)
         flight.call.commit([[0]] * len(flight.cycles))
         self._launch()
@@ -209,8 +143,9 @@ class TextBatch:
         if flight is None:
             return []
         written, paths = [], []
+        errors = self._draft(flight)
         for text, cycle in flight.cycles:
-            one, path = self._accepted(text, cycle)
+            one, path = self._accepted(text, cycle, errors.get(text.number))
             written += one
             paths.append(path)
         with phase("commit", paths) as made:
@@ -219,14 +154,29 @@ class TextBatch:
         self.flight = None
         return written
 
-    def _accepted(self, text: BatchedText, cycle: Cycle) -> tuple[list[Written], list[int]]:
+    def _draft(self, flight: Flight) -> dict[int, Exception]:
+        """Send the next drafts after a call; return what went wrong, by the texts' numbers."""
+        wanted, errors = [], {}
+        for text, cycle in flight.cycles:
+            if text.ended or cycle.walk is None or text.decoding.ends_with(cycle.start + 1):
+                continue
+            try:
+                wanted.append(next_draft(text.decoding, cycle))
+            except Exception as error:
+                errors[text.number] = error
+        draft_all(wanted)
+        return errors
+
+    def _accepted(
+        self, text: BatchedText, cycle: Cycle, error: Exception | None
+    ) -> tuple[list[Written], list[int]]:
         """Return what a cycle adds to a text, and the path that is kept."""
         decoding = text.decoding
         if text.ended:
             return [], []
         try:
-            if not decoding.ends_with(cycle.start + 1):
-                draft_next(decoding, cycle)
+            if error is not None:
+                raise error
             accepted = read(decoding, cycle)
         except Exception as error:
             return [Written(text, error=error)], []

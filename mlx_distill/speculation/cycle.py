@@ -1,6 +1,6 @@
 """One cycle of the decoding loop: launch a tree, draft what follows it, read what it came to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -191,9 +191,21 @@ def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
 
 def draft_next(decoding: Decoding, cycle: Cycle) -> None:
     """Send the draft that follows a cycle after it; where the host walks, that drafts."""
-    walk, tree = cycle.walk, cycle.tree
-    if walk is None:
+    if cycle.walk is None:
         return
+    with mx.stream(generation_stream):
+        noise = accept_next(decoding, cycle)
+        assert cycle.root is not None
+        cycle.draft = decoding.draft(cycle.root, decoding.plan(), noise)
+
+
+def accept_next(decoding: Decoding, cycle: Cycle) -> Callable[[int], mx.array | None]:
+    """Let a drafter know what a cycle makes text, and the cycle what the next one's root is.
+
+    Return the noise of the first so many tokens behind that root.
+    """
+    walk, tree = cycle.walk, cycle.tree
+    assert walk is not None
     assert decoding.state is not None
     if isinstance(walk, Walked):
         text, depth = walk.text, walk.depth
@@ -208,11 +220,10 @@ def draft_next(decoding: Decoding, cycle: Cycle) -> None:
         rows = decoding.rows(cycle.start, tree.max_depth + 1 + length)
         return None if rows is None else rows[depth + mx.arange(1, length + 1)]
 
-    with mx.stream(generation_stream):
-        last = None if cycle.is_root else walk
-        decoding.state.accept(text, Features(cycle.call.hidden, last, cycle.call.taps))
-        cycle.root = walk.next_token[None]
-        cycle.draft = decoding.draft(cycle.root, decoding.plan(), noise)
+    last = None if cycle.is_root else walk
+    decoding.state.accept(text, Features(cycle.call.hidden, last, cycle.call.taps))
+    cycle.root = walk.next_token[None]
+    return noise
 
 
 def read(decoding: Decoding, cycle: Cycle) -> Accepted:

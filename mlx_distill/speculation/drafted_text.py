@@ -106,7 +106,7 @@ class Decoding:
         if plan is None:
             return None
         assert self.state is not None
-        in_sight = self._in_sight(noise(plan.draft_length))
+        in_sight = self.in_sight(noise(plan.draft_length))
         with phase("draft", root, in_sight) as made:
             draft = self.state.draft(root, plan, in_sight)
             made(draft)
@@ -122,7 +122,7 @@ class Decoding:
         mx.async_eval(tree.tokens, tree.parents, tree.mask, tree.depths)
         return tree
 
-    def _in_sight(self, noise: mx.array | None) -> mx.array | None:
+    def in_sight(self, noise: mx.array | None) -> mx.array | None:
         """Return what is added to the logits themselves, before the temperature divides them."""
         temperature = self.sampling.temperature
         return noise if noise is None or temperature == 1 else temperature * noise

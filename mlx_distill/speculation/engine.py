@@ -31,7 +31,7 @@ from mlx_distill.limits import check_value
 from mlx_distill.openblas import drafting_threads, let_draft
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
-from mlx_distill.speculation.batching import BatchedText
+from mlx_distill.speculation.batched_text import BatchedText
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
 from mlx_distill.speculation.drafted_text import Decoding
@@ -265,7 +265,7 @@ class Engine:
             drafts = NoDrafter(), NoPlanner()
         else:
             checks.check_drafter(drafter, target, self.tokenizer, request.planner)
-            planner = request.planner
+            planner = request.batch_planner or request.planner
             drafts = drafter, planner if isinstance(planner, Planner) else planner()
         return self._decoding(request, number, caches, drafts, max_tokens, counters)
 

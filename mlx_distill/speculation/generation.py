@@ -127,6 +127,7 @@ def text_request(
     stop: Sequence[str] = (),
     logits_processors: Sequence[LogitsProcessor] | None = None,
     prompt_cache: PromptCache | None = None,
+    batch_planner: Planner | None = None,
 ) -> Request:
     """Return what an engine is asked for; the options are ``stream_generate``'s.
 
@@ -143,6 +144,7 @@ def text_request(
         prompt_cache=prompt_cache,
         planner=planner,
         cache=cache,
+        batch_planner=batch_planner,
     )
 
 

@@ -34,6 +34,7 @@ class Request:
         planner: Says how much to draft; or a function that returns who says it, and is asked for it
             when nothing can be refused any more.
         cache: How keys and values are kept.
+        batch_planner: Says it instead while texts share their calls; None asks ``planner``.
 
     Raises:
         InputError: If a value is out of its range.
@@ -50,6 +51,7 @@ class Request:
         default_factory=lambda: FixedPlanner(DraftPlan())
     )
     cache: CacheConfig = field(default_factory=CacheConfig)
+    batch_planner: Planner | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
