@@ -19,8 +19,15 @@ from mlx_distill import cli, machine
 from mlx_distill.calibration.config import CalibrationConfig
 from mlx_distill.calibration.measuring import calibrate, quick_config, summary
 from mlx_distill.calibration.pair import Pair
-from mlx_distill.calibration.report import plot, show
-from mlx_distill.calibration.store import drafter_hash, file_of, identity, keep
+from mlx_distill.calibration.report import plot, show, show_kernels
+from mlx_distill.calibration.store import (
+    drafter_hash,
+    file_of,
+    find,
+    find_kernels,
+    identity,
+    keep,
+)
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
@@ -37,11 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if picture and picture.suffix != ".png":
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     pair = _pair(arguments, cache)
+    if arguments.show:
+        return _show(pair)
     if arguments.quick:
         config = quick_config(pair)
     calibration = calibrate(pair, config, progress=_bar)
     known = identity(pair)
     show(calibration.costs)
+    show_kernels(calibration.kernels)
     if keep(known, calibration, drafter_hash(pair.drafter)):
         print(f"Kept in {file_of(known)}", file=sys.stderr)
     if output:
@@ -54,6 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_whole(output, json.dumps(result, indent=1) + "\n")
     if picture:
         plot(calibration.costs, str(machine.description()["processor"]), picture)
+    return 0
+
+
+def _show(pair: Pair) -> int:
+    """Print what is kept for a pair; return the exit status."""
+    known = identity(pair)
+    costs = find(known, drafter_hash(pair.drafter))
+    if costs is None:
+        raise InputError("nothing is kept for this pair and machine; calibrate without --show")
+    show(costs)
+    show_kernels(find_kernels(known))
     return 0
 
 
@@ -74,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     cli.add_model_flags(parser)
     cli.add_drafter_flag(parser)
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print what is kept for this pair and machine, the kernels among it, and measure "
+        "nothing",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="measure only what the first use of a pair does"
     )

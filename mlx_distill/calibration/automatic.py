@@ -7,8 +7,10 @@ import weakref
 from mlx_distill import openblas
 from mlx_distill.calibration.measuring import calibrate, quick_config
 from mlx_distill.calibration.pair import Pair
-from mlx_distill.calibration.store import drafter_hash, find, identity, keep
+from mlx_distill.calibration.store import drafter_hash, find, find_kernels, identity, keep
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
+from mlx_distill.kernels.choice import trust
+from mlx_distill.kernels.probe import trusted
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
@@ -35,6 +37,8 @@ def known_costs(pair: Pair) -> Costs:
         calibration = calibrate(pair, quick_config(pair))
         keep(known, calibration, weights)
         costs = calibration.costs
+    else:
+        trust(trusted(find_kernels(known)))
     openblas.prefer(costs.threads)
     return costs
 

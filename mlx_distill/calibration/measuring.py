@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_distill import openblas
 from mlx_distill.calibration.config import COARSE, QUICK, SLOW_STEP_S, CalibrationConfig
+from mlx_distill.calibration.kernels import probe_kernels
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.tasks import PLAN, Decoding, Reading
 from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
@@ -19,6 +20,7 @@ from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.kernels.probe import Verdict
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.target.context import position_limit
 
@@ -37,10 +39,13 @@ class Calibration:
         times: Of every task, by what it was: ("call", context, rows), ("draft", width, length),
             ("plain", temperature) for a step of mlx-lm's loop, ("cycle", temperature) for one of
             the loop that drafts.
+        kernels: What was found of the kernels, with which all of this was measured; empty where
+            none can be used.
     """
 
     costs: Costs
     times: dict[tuple[Any, ...], Times]
+    kernels: Sequence[Verdict] = ()
 
 
 def calibrate(
@@ -63,6 +68,7 @@ def calibrate(
     pair.target.require_drafting()
     settle(pair.drafter)
     contexts = usable_contexts(pair, config)
+    kernels = probe_kernels(pair, contexts[0], clock)
     threads = _choose_threads(pair, config, contexts[0], clock)
     widths = (1,) if pair.target.support == "chain" else config.widths
     readings = {context: Reading.of(pair, context) for context in contexts}
@@ -94,7 +100,8 @@ def calibrate(
     nodes = [decoding.nodes for decoding in whole.values()]
     costs = _with_overheads(costs, times, nodes, contexts[0])
     greedy, sampled = _promised(pair, whole, contexts[0], clock)
-    return Calibration(replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled), times)
+    costs = replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled)
+    return Calibration(costs, times, kernels)
 
 
 def _promised(

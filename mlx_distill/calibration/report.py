@@ -1,10 +1,12 @@
 """A calibration as a table and as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from mlx_distill.kernels.probe import Verdict
 from mlx_distill.names import for_plot
 from mlx_distill.speculation.costs import Costs
 
@@ -37,6 +39,23 @@ def show(costs: Costs) -> None:
     if costs.threads:
         console.print(f"Drafting is fastest here with {costs.threads} threads of OpenBLAS")
     console.print(f"Times of the same work differ by {costs.spread:.0%}")
+
+
+def show_kernels(verdicts: Sequence[Verdict]) -> None:
+    """Print which kernels are used, and why the others are not."""
+    console = Console()
+    if not verdicts:
+        console.print("Kernels: none can be used here, or none was tried (MLX_DISTILL_KERNELS)")
+        return
+    table = Table(title="Kernels, in microseconds a call")
+    for name in ("kernel", "used", "kernel takes", "MLX takes", "why"):
+        table.add_column(name, justify="right" if "takes" in name else "left")
+    for one in verdicts:
+        untried = "no draft here asks for it" if not one.kernel_s else ""
+        slower = "" if one.used else "it is not faster"
+        times = (f"{1e6 * s:.1f}" if s else "" for s in (one.kernel_s, one.twin_s))
+        table.add_row(one.name, "yes" if one.used else "no", *times, one.fault or untried or slower)
+    console.print(table)
 
 
 def plot(costs: Costs, title: str, path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,13 @@ from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import cache_folder, read_json, write_whole
 from mlx_distill.hashes import weights_hash
+from mlx_distill.kernels.choice import VARIABLE
+from mlx_distill.kernels.probe import Verdict
 from mlx_distill.speculation.costs import Costs
 
 FORMAT = 5
 # What changes how fast a processor works through the same operations.
-ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32")
+ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32", VARIABLE)
 
 
 def identity(pair: Pair) -> dict[str, Any]:
@@ -107,6 +109,15 @@ def find(known: Mapping[str, Any], weights: str = "") -> Costs | None:
         return None
 
 
+def find_kernels(known: Mapping[str, Any]) -> list[Verdict]:
+    """Return what was found of the kernels with a calibration; nothing where it cannot be read."""
+    try:
+        rows = read_json(file_of(known)).get("kernels", [])
+        return [Verdict(**row) for row in rows]
+    except (InputError, OSError, TypeError):
+        return []
+
+
 def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") -> bool:
     """Keep a calibration for the next run, and return whether it was.
 
@@ -125,6 +136,7 @@ def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") 
         "drafter_weights": weights,
         "costs": calibration.costs.to_dict(),
         "times": summary(calibration),
+        "kernels": [asdict(verdict) for verdict in calibration.kernels],
         "versions": machine.versions(),
     }
     try:

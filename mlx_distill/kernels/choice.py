@@ -90,9 +90,9 @@ def chosen(name: str) -> bool:
     """Return whether an operation's kernel is taken."""
     if _forced:
         return _forced[-1]
+    how = mode()
     if not has_gpu():
         return False
-    how = mode()
     return how == "force" or (how == "probe" and _verdicts.get(name, False))
 
 
