@@ -40,7 +40,8 @@ def probe_kernels(pair: Pair, context: int, clock: Clock = time.perf_counter) ->
         if verdict.fault:
             print(
                 f"mlx_distill: the kernel {verdict.name} is not right here and is not used: "
-                f"{verdict.fault}; please report this with what python -m mlx_distill.calibrate --show prints",
+                f"{verdict.fault}; please report this, with what "
+                "python -m mlx_distill.calibrate --show prints",
                 file=sys.stderr,
             )
     trust(trusted(verdicts))
