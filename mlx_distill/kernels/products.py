@@ -10,6 +10,7 @@ a row's result does not depend on how many rows there are: not to the last bit.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -153,13 +154,21 @@ def _kernel(
     groups = -(-columns // COLUMNS)
     program = PROGRAMS[packed.mode if packed is not None else "dense"]
     return program(
-        [*inputs, mx.zeros(1, x.dtype) if bias is None else bias],
+        [*inputs, _nothing(x.dtype) if bias is None else bias],
         template=template,
         grid=(groups * split * SIMD_WIDTH, 1, 1),
         threadgroup=(split * SIMD_WIDTH, 1, 1),
         output_shapes=[(x.shape[0], columns)],
         output_dtypes=[x.dtype],
     )[0]
+
+
+@cache
+def _nothing(dtype: mx.Dtype) -> Float[mx.array, " 1"]:
+    """Return what is given where there is no bias; made once, since making it is a dispatch."""
+    made = mx.zeros(1, dtype)
+    mx.eval(made)
+    return made
 
 
 def _twin(

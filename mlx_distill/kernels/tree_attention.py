@@ -134,7 +134,8 @@ BODY = """
   for (int i = 0; i < ROWS; i++) {
     int row = part + i * SIMDGROUPS;
     if (row < rows) {
-      long at = group * rows + row;
+      // Token by token, as models go on with it: head by head they would copy it.
+      long at = row % nodes * long(heads) + group * share + row / nodes;
       KEEP
     }
   }
@@ -206,8 +207,10 @@ def _kernel(
     threads = SIMDGROUPS * SIMD_WIDTH
     launch: dict[str, Any] = {"template": template, "threadgroup": (threads, 1, 1)}
     launch |= {"grid": (groups * threads, parts, 1)}
+    written = (1, nodes, heads, width)
     if parts == 1:
-        return ALONE(inputs, **launch, output_shapes=[queries.shape], output_dtypes=[dtype])[0]
+        made = ALONE(inputs, **launch, output_shapes=[written], output_dtypes=[dtype])[0]
+        return made.swapaxes(1, 2)
     shapes = [(parts, heads * nodes, width), (parts, heads * nodes, 2)]
     found = PARTS(inputs, **launch, output_shapes=shapes, output_dtypes=[mx.float32] * 2)
     return JOIN(
@@ -215,9 +218,9 @@ def _kernel(
         template=[("T", dtype)],
         grid=(heads * nodes * width, 1, 1),
         threadgroup=(width, 1, 1),
-        output_shapes=[queries.shape],
+        output_shapes=[written],
         output_dtypes=[dtype],
-    )[0]
+    )[0].swapaxes(1, 2)
 
 
 def _twin(
