@@ -10,6 +10,7 @@ is at the one before takes less: its overhead is then below 0.
 ``calibration`` measures them; the planner asks what a shape of draft would take.
 """
 
+import bisect
 import itertools
 import math
 from collections.abc import Sequence
@@ -99,26 +100,12 @@ class Costs:
 
     def calls(self, rows: Sequence[int] | np.ndarray, context: int) -> np.ndarray:
         """Return the seconds of calls of so many rows each, at one context."""
-        last = self.contexts[-1]
-        tables = self._calls
-        if context <= last:
-            curve = [np.interp(context, self.contexts, column) for column in tables.T]
-            return self._between(rows, np.array(curve))
-        # What the rows beyond the first cost is never taken to shrink; the first row's may.
-        doublings = math.log2(context / last)
-        extra = tables[-1] - tables[-1, 0]
-        grown = extra * (1 + GROWTH * doublings)
-        first = tables[-1, 0]
-        if len(tables) > 1:
-            steps = (context - last) / (last - self.contexts[-2])
-            before = tables[-2] - tables[-2, 0]
-            grown = np.maximum(grown, extra + steps * (extra - before))
-            first += steps * max(0.0, first - tables[-2, 0])
-        return self._between(rows, first + grown)
+        return self._between(rows, self._curve(context))
 
     def plain(self, context: int, batch: int = 1) -> float:
         """Return the seconds of a plain step of so many texts."""
-        call_s = float(self.calls([batch], context)[0])
+        curve = self._curve(context)  # a planner asks at every step of one text
+        call_s = float(curve[0] if batch == 1 else self._between([batch], curve)[0])
         return max(call_s + self.plain_overhead_s, LEAST * call_s)
 
     def cycle(self, plan: DraftPlan, num_nodes: int, context: int, batch: int = 1) -> float:
@@ -151,6 +138,28 @@ class Costs:
     @cached_property
     def _calls(self) -> np.ndarray:
         return np.array(self.call_s)
+
+    def _curve(self, context: int) -> np.ndarray:
+        """Return the seconds of calls of the measured numbers of rows, at any context."""
+        last, tables = self.contexts[-1], self._calls
+        if context < last:
+            place = bisect.bisect_right(self.contexts, context)
+            if place == 0:
+                return tables[0]
+            before, after = self.contexts[place - 1 : place + 1]
+            share = (context - before) / (after - before)
+            return tables[place - 1] + share * (tables[place] - tables[place - 1])
+        # What the rows beyond the first cost is never taken to shrink; the first row's may.
+        doublings = math.log2(context / last)
+        extra = tables[-1] - tables[-1, 0]
+        grown = extra * (1 + GROWTH * doublings)
+        first = tables[-1, 0]
+        if len(tables) > 1:
+            steps = (context - last) / (last - self.contexts[-2])
+            before = tables[-2] - tables[-2, 0]
+            grown = np.maximum(grown, extra + steps * (extra - before))
+            first += steps * max(0.0, first - tables[-2, 0])
+        return first + grown
 
     def _between(self, rows: Sequence[int] | np.ndarray, curve: np.ndarray) -> np.ndarray:
         """Return a curve at other numbers of rows; beyond the last one it goes on as it went."""

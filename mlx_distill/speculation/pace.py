@@ -53,8 +53,8 @@ class Pace:
         return max(1.0, foretold + (self.more - 1) * (foretold - 1 + ALWAYS))
 
     def steps(self, took: float) -> float:
-        """Return what something took in plain steps of now, if it took no more than three."""
-        return min(OUTLIER, took / self._step)
+        """Return what something took in plain steps of now; two if it took longer."""
+        return min(2.0, took / self._step)
 
     def learn(self, foretold: float, took: float) -> float:
         """Take in a cycle, and return what it took in plain steps of now, outliers cut.

@@ -212,7 +212,7 @@ class AdaptivePlanner:
             self._pace.learn(1.0, took)
             self._unseen = 0
         elif self._unseen:
-            state.balance += min(0.0, 1 - self._pace.steps(took))
+            state.balance += 1 - self._pace.steps(took)
 
     def _in_steps(self, seconds: float, context: int) -> float:
         return seconds / self.costs.plain(context, self.batch)
