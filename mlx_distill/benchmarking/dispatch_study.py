@@ -20,9 +20,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu, in_graph
+from mlx_distill.benchmarking.kernel_regions import standing_in
 from mlx_distill.compat import model_classes
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
+from mlx_distill.kernels.choice import forced, performing
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.speculation.phases import Made, arrays_in, watching
@@ -33,6 +35,7 @@ from mlx_distill.target.target import Target
 evaluate = mx.eval  # also while the name means to note what is launched
 
 NODES = (2, 4, 8, 16)
+LAWS = {"greedy": 0.0, "sampled": 1.0}
 # Off a GPU these are many operations each.
 FAST = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
 CONTEXT = 128
@@ -96,10 +99,14 @@ def study(
     name, layers = getattr(model, "model_type", type(model).__name__), len(numbered_layers(model))
     cycles = {
         law: of_cycle(model, tokenizer, drafter, prompt, plan, temperature)
-        for law, temperature in (("greedy", 0.0), ("sampled", 1.0))
+        for law, temperature in LAWS.items()
     }
     pair = {"model": f"the pair, {name}", "layers": layers, **of_target(model)}
-    return {"targets": [pair, *(shapes() if others else ())], "cycles": cycles}
+    found = {"targets": [pair, *(shapes() if others else ())], "cycles": cycles}
+    with forced(), performing(standing_in):
+        law = {law: of_cycle(model, tokenizer, drafter, prompt, plan, t) for law, t in LAWS.items()}
+        call = of_tree_call(model, plan.nodes)
+    return {**found, "with_kernels": {"target_call": call, "cycles": law}}
 
 
 def shapes() -> list[dict[str, Any]]:

@@ -27,13 +27,13 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_distill.arrays import in_memory
+from mlx_distill.benchmarking.kernel_regions import Node, within_kernels
 
 VIEWS = frozenset(
     (
@@ -44,8 +44,6 @@ VIEWS = frozenset(
 )
 SEVERAL = {"Pad": 2, "DynamicSlice": 2, "DynamicSliceUpdate": 2}
 WRITES = frozenset(("SliceUpdate", "DynamicSliceUpdate", "Scatter", "ScatterAxis", "MaskedScatter"))
-# What stands for a ``mx.fast`` call: models accumulate nothing like that.
-STAND_IN = "CumLogAddExp"
 # Up to so many queries, Metal's attention writes its output head by head; beyond, token by token.
 FEW_QUERIES = 8
 
@@ -113,29 +111,15 @@ def in_graph(arrays: Iterable[mx.array]) -> Counter[str]:
         owner for node in nodes for owner in {_owner(name, sources) for name in node.inputs}
     )
     found: Counter[str] = Counter()
+    within = within_kernels(nodes)
     for node in nodes:
-        if node.primitive in VIEWS:
+        if node.primitive in VIEWS or node in within:
             continue
         joined = node.primitive == "Concatenate"
         found[node.kind] += len(node.inputs) if joined else SEVERAL.get(node.primitive, 1)
         if node.primitive in WRITES and readers[_owner(node.inputs[0], sources)] > 1:
             found["copies"] += 1
     return found
-
-
-class Node(NamedTuple):
-    """One operation of a graph."""
-
-    primitive: str
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-    @property
-    def kind(self) -> str:
-        """What it is counted as."""
-        if self.primitive.startswith("Compiled"):
-            return "compiled"
-        return "fast" if self.primitive == STAND_IN else self.primitive
 
 
 def _owner(name: str, sources: dict[str, Node]) -> str:

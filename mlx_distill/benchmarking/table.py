@@ -132,6 +132,10 @@ def show_dispatches(result: dict[str, Any]) -> None:
     for law, parts in result["cycles"].items():
         shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
         console.print(f"The pair's cycle beside the target's call, {law}: {shown}")
+    for law, parts in result["with_kernels"]["cycles"].items():
+        shown = ", ".join(f"{part} {value:.1f}" for part, value in parts.items())
+        call = result["with_kernels"]["target_call"]
+        console.print(f"With all kernels, {law}: target's call {call}, {shown}")
 
 
 def _range(values: dict[str, float], form: str) -> str:

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int, Integer
 from mlx.utils import tree_map
 
 from mlx_distill.core.draft import WORST_SCORE, Draft
+from mlx_distill.kernels.beam_step import Best, beam_step, top
 
 
 class Listed(NamedTuple):
@@ -68,30 +69,46 @@ def beam_search(
     vocab_size = logits.shape[-1]
     width = min(width, vocab_size)
     state = tree_map(lambda x: mx.broadcast_to(x, (width, *x.shape[1:])), state)
-    flat, shift = logits.reshape(-1), total.reshape(-1)
-    best = [_top(flat, width)]
-    scores = [flat[best[0]]]  # the first ones are to be shifted, wherever they are used
+    first = _best(logits, None, total, width)
+    best, scores, shift = [first.places], [first.scores], first.shift
     names = [] if listed is None else [listed.reshape(-1)[best[0]]]
     for depth in range(1, length):
         columns = best[-1] % vocab_size if depth > 1 else best[-1]
         columns = names[-1] if names else columns
         found, state = step(columns if token_ids is None else token_ids[columns], state)
         logits, listed, total = _parts(found)
-        above = scores[-1][:, None] - shift if depth == 1 else scores[-1][:, None]
-        flat = (logits - total + above).reshape(-1)
-        best.append(_top(flat, width))
-        scores.append(flat[best[-1]])
+        above = _shifted(scores[0], shift) if depth == 1 else scores[-1]
+        found = _best(logits, above, total, width)
+        best.append(found.places)
+        scores.append(found.scores)
         names += [] if listed is None else [listed.reshape(-1)[best[-1]]]
         state = tree_map(partial(_chosen, best[-1], vocab_size), state)
     return _draft(root, best, names, scores, shift, vocab_size, token_ids)
 
 
-def _parts(found: mx.array | Listed) -> tuple[mx.array, mx.array | None, mx.array]:
-    """Return logits, the columns that they are of (None for all), and their total."""
-    logits, columns, total = found if isinstance(found, Listed) else (found, None, None)
+def _parts(
+    found: mx.array | Listed,
+) -> tuple[mx.array, mx.array | None, mx.array | None]:
+    """Return logits, the columns that they are of (None for all), and their total, if given."""
+    return found if isinstance(found, Listed) else (found, None, None)
+
+
+def _best(
+    logits: Float[mx.array, "W V"],
+    above: Float[mx.array, " W"] | None,
+    total: Float[mx.array, "W 1"] | None,
+    width: int,
+) -> Best:
+    """Return the best continuations of beams with such scores; None for the root."""
     if total is None:
-        total = mx.logsumexp(logits, axis=-1, keepdims=True)
-    return logits, columns, total
+        return beam_step(logits, above, width)
+    flat = (logits if above is None else logits - total + above[:, None]).reshape(-1)
+    places = top(flat, width)
+    return Best(places, flat[places], total.reshape(-1) if above is None else None)
+
+
+def _shifted(scores: Float[mx.array, " W"], shift: mx.array | None) -> Float[mx.array, " W"]:
+    return scores if shift is None else scores - shift
 
 
 def _draft(
@@ -99,7 +116,7 @@ def _draft(
     best: Sequence[Integer[mx.array, " W"]],
     names: Sequence[Integer[mx.array, " W"]],
     scores: Sequence[Float[mx.array, " W"]],
-    shift: Float[mx.array, " 1"],
+    shift: Float[mx.array, " 1"] | None,
     vocab_size: int,
     token_ids: Int[mx.array, " V"] | None,
 ) -> Draft:
@@ -121,7 +138,7 @@ def _draft(
     tokens, parents = (x.reshape(-1)[width - 1 :] for x in (both[:1], both[1:]))
     if token_ids is not None:
         tokens = mx.where(mx.arange(tokens.size) == 0, root, token_ids[tokens])
-    shifted = [scores[0][None] - shift, *(x[None] for x in scores[1:])]
+    shifted = [_shifted(scores[0], shift)[None], *(x[None] for x in scores[1:])]
     levels = mx.maximum(_levels(shifted, mx.array(0.0)), WORST_SCORE)
     depths = mx.array([0] + [depth for depth in range(1, length + 1) for _ in range(width)])
     return Draft(tokens.astype(mx.int32), parents, depths, levels.reshape(-1)[width - 1 :], length)
@@ -148,11 +165,3 @@ def _chosen(best: Integer[mx.array, " W"], vocab_size: int, x: mx.array) -> mx.a
     for row in range(1, x.shape[0]):
         chosen = mx.where(parents == row, x[row : row + 1], chosen)
     return mx.broadcast_to(chosen, x.shape)
-
-
-def _top(scores: Float[mx.array, " V"], count: int) -> Integer[mx.array, " K"]:
-    """Return the indices of the ``count`` largest scores, in no order."""
-    if count == scores.size:
-        return mx.arange(count).astype(mx.uint32)
-    order = mx.argpartition(scores, kth=scores.size - count)
-    return order[scores.size - count :]

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.arrays import SERIAL
+from mlx_distill.kernels.choice import chosen
 
 # Of shapes that are kept compiled, the ones used last; with noise and without, each is two.
 MOST_COMPILED = 32
@@ -46,6 +47,7 @@ class CompiledDrafts:
             kind: What tells it from the others.
             draft: It, of a number that it has no use for and of arrays.
         """
+        kind = (kind, chosen("beam_step"))  # what is compiled holds one or the other
         with self._lock:
             self._uses[kind] += 1
             if self._uses[kind] < COMPILED_AT and not self._at_once:

@@ -27,10 +27,13 @@ class Best(NamedTuple):
     Args:
         places: Which they are, beam times columns plus column; the twin's are in no order.
         scores: Of the paths that end with them.
+        shift: What is still to be taken from the scores, wherever they are used; None for nothing.
+            One beam's scores differ by that alone, and where they are used it costs nothing.
     """
 
     places: Integer[mx.array, " K"]
     scores: Float[mx.array, " K"]
+    shift: Float[mx.array, " 1"] | None = None
 
 
 OF_A_BEAM = Program(
@@ -120,7 +123,10 @@ OF_ALL = Program(
 )
 
 
-def _kernel(logits: Float[mx.array, "W V"], above: Float[mx.array, " W"], width: int) -> Best:
+def _kernel(
+    logits: Float[mx.array, "W V"], above: Float[mx.array, " W"] | None, width: int
+) -> Best:
+    above = mx.zeros(logits.shape[:1]) if above is None else above
     beams, vocab_size = logits.shape
     threads = min(MOST_THREADS, -(-vocab_size // SIMD_WIDTH) * SIMD_WIDTH)
     template = [("WIDTH", width)]
@@ -146,8 +152,12 @@ def _kernel(logits: Float[mx.array, "W V"], above: Float[mx.array, " W"], width:
     return Best(places, scores)
 
 
-def _twin(logits: Float[mx.array, "W V"], above: Float[mx.array, " W"], width: int) -> Best:
+def _twin(logits: Float[mx.array, "W V"], above: Float[mx.array, " W"] | None, width: int) -> Best:
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    if above is None:
+        flat = logits.reshape(-1)
+        places = top(flat, width)
+        return Best(places, flat[places], total.reshape(-1))
     flat = (logits - total + above[:, None]).reshape(-1)
     places = top(flat, width)
     return Best(places, flat[places])
@@ -161,7 +171,7 @@ def top(scores: Float[mx.array, " V"], count: int) -> Integer[mx.array, " K"]:
     return order[scores.size - count :]
 
 
-def _takes(logits: mx.array, above: mx.array, width: int) -> bool:
+def _takes(logits: mx.array, above: mx.array | None, width: int) -> bool:
     return max(width, logits.shape[0]) <= WIDEST and width <= logits.shape[1]
 
 
@@ -191,7 +201,8 @@ def _cases(seed: int) -> Iterator[Case]:
             logits[np.arange(beams), random.integers(0, size, beams)] = 0
         above = random.choice([0, -1, -2.5, -30], beams).astype(np.float32)
         name = f"{kind}, {beams} x {size}, the best {width}"
-        yield Case(name, (mx.array(logits), mx.array(above), width), {})
+        scores = None if beams == 1 and random.random() < 0.5 else mx.array(above)
+        yield Case(name, (mx.array(logits), scores, width), {})
 
 
 def _differ(case: Case, found: Best, expected: Best) -> str:
@@ -199,6 +210,7 @@ def _differ(case: Case, found: Best, expected: Best) -> str:
     logits, above, width = case.args
     places, scores = np.array(found.places).astype(np.int64), np.array(found.scores)
     # On a CPU the twin's sums of wide rows are off by more than that.
+    above = mx.zeros(1) if above is None else above
     flat = (logits - log_sum_exp(logits) + above[:, None]).reshape(-1)
     ranked = mx.sort(mx.where(mx.isnan(flat), mx.inf, -flat))[:width]
     off = largest_difference(-found.scores, ranked)
@@ -226,6 +238,6 @@ beam_step = Operation("beam_step", _kernel, _twin, _cases, _differ, _takes)
 
 Args:
     logits: Of each beam, not normalised, in float32.
-    above: The scores of the beams.
+    above: The scores of the beams; None for one beam, which has none yet.
     width: How many to take.
 """

@@ -147,7 +147,8 @@ def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
         logits = decoding.target.as_drawn(call.logits)
         drawn = draw(logits, decoding.sampling, noise, places)
         _walk(cycle, drawn.tokens, drawn.greatest, drawn.certain)
-        made(cycle.report, cycle.walk)
+        assert cycle.walk is not None
+        made(cycle.report, cycle.walk.accepted, cycle.walk.last, cycle.walk.next_token)
     return cycle
 
 
