@@ -29,12 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from mlx_distill.benchmarking.arms import PLAIN, Sample, measure
+from mlx_distill.benchmarking.arms import PLAIN, Sample, measure, settled
 from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
-from mlx_distill.calibration.choosing import choosing
-from mlx_distill.calibration.pair import Pair
 from mlx_distill.checkpoint import bundled
+from mlx_distill.core.sampling import GREEDY
 from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.responses import Response
@@ -132,23 +131,15 @@ def _write(
         decode = plain if arm.drafter is None else partial(drafted, arm.drafter)
         measure(decode, asked[0].ids, 0)
         if isinstance(arm.drafter, AutoDrafter):
-            _settle(model, tokenizer, arm.drafter, decode, asked)
+            prompts = [one.ids for one in asked]
+            law = arm.drafter, GREEDY, prompts, config.max_tokens
+            print(settled(model, tokenizer, *law).sentence(), file=sys.stderr)
     order = list(arms)
     for one in tqdm(asked, unit="prompt", leave=False):
         order.append(order.pop(0))
         for arm in order:
             decode = plain if arm.drafter is None else partial(drafted, arm.drafter)
             arm.samples.append(measure(decode, one.ids, 0))
-
-
-def _settle(model: Any, tokenizer: Any, auto: AutoDrafter, decode: Any, asked: list[Asked]) -> None:
-    """Let a trial come to its end, on the prompts from the last on."""
-    found = choosing(Pair(model, tokenizer, auto), auto, sampled=False)
-    for one in reversed(asked):
-        if found.trial.chosen is not None:
-            break
-        measure(decode, one.ids, 0)
-    print(found.sentence(), file=sys.stderr)
 
 
 def _judge(arm: Arm, target: Target, answers: list[Response], asked: list[Asked]) -> None:

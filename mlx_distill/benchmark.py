@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill import cli, machine
-from mlx_distill.benchmarking.arms import Bench
+from mlx_distill.benchmarking.arms import Bench, settled
 from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, for_page, run, usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.dispatch_study import study
@@ -40,6 +40,7 @@ from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.loss_memory import loss_memory
+from mlx_distill.drafters.auto import NOTHING, AutoDrafter
 from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
@@ -175,6 +176,12 @@ def _open(
     if report.dropped:
         print("\n".join(report.lines()), file=sys.stderr)
     sampling.check_vocabulary(Target.of(model).vocab_size)
+    if isinstance(drafter, AutoDrafter):
+        ids = [one.ids for one in prompts]
+        found = settled(model, tokenizer, drafter, sampling, ids, config.max_tokens)
+        print(found.sentence(), file=sys.stderr)
+        # What loses is measured all the same: there is nothing else to be told.
+        drafter = drafter.arms[found.trial.chosen or NOTHING] or drafter.first
     return Bench(model, tokenizer, drafter, draft_model, sampling, config), prompts, report
 
 

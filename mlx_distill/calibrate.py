@@ -29,6 +29,7 @@ from mlx_distill.calibration.store import (
     keep,
 )
 from mlx_distill.config import add_flags, from_flags
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
 from mlx_distill.speculation.caching import CacheConfig
@@ -85,7 +86,9 @@ def _bar(rounds: Iterable[int]) -> Iterable[int]:
 def _pair(arguments: argparse.Namespace, cache: CacheConfig) -> Pair:
     """Return the model and the drafter that the flags ask for."""
     model, tokenizer = cli.load_model(arguments)
-    return Pair(model, tokenizer, cli.need_drafter(arguments, model, tokenizer), cache)
+    drafter = cli.need_drafter(arguments, model, tokenizer)
+    drafter = drafter.first if isinstance(drafter, AutoDrafter) else drafter
+    return Pair(model, tokenizer, drafter, cache)
 
 
 def _parser() -> argparse.ArgumentParser:

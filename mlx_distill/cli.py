@@ -55,7 +55,8 @@ def add_drafter_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drafter",
         type=path,
-        help="the drafter's folder or hub repository (default: a bundled one that fits the model)",
+        help="the drafter's folder or hub repository, ngram, ngram+FOLDER, or auto for whichever "
+        "is fastest (default: a bundled one that fits the model)",
     )
 
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 from mlx_distill import load_drafter, stream_generate
+from mlx_distill.benchmarking.arms import settled
 from mlx_distill.calibration import choosing as module
 from mlx_distill.calibration.choosing import Choosing, choosing
 from mlx_distill.calibration.config import CalibrationConfig
 from mlx_distill.calibration.measuring import calibrate
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.trial import Trial, TrialPlanner
+from mlx_distill.core.sampling import GREEDY
 from mlx_distill.drafters.auto import BOTH, DRAFTER, NGRAMS, NOTHING, ArmPlan, AutoDrafter
 from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import PAIR, NGramDrafter
@@ -203,6 +205,16 @@ def test_the_text_does_not_depend_on_the_turns(
     assert all(trial.cycles[arm] for arm in ARMS)
     (file,) = measured.iterdir()
     assert json.loads(file.read_text())["cycles"][DRAFTER]
+
+
+def test_a_benchmark_lets_the_trial_come_to_its_end(
+    bundled_pair: tuple[Any, Any], measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_distill.calibration.trial.TURN", 8)
+    monkeypatch.setattr("mlx_distill.calibration.trial.COUNTED", 8)
+    auto = AutoDrafter(None)
+    found = settled(*bundled_pair, auto, GREEDY, [[1, 5, 9], [1, 7]], 24)
+    assert found.trial.chosen in auto.arms
 
 
 def test_a_shape_that_is_asked_for_is_kept(

@@ -5,6 +5,7 @@ does not decide.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,13 +16,18 @@ from mlx import nn
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.calibration.choosing import Choosing, choosing
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.core.sampling import Sampling
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.target.target import Target
 
 PLAIN, DRAFT_MODEL, OURS = "mlx-lm", "mlx-lm with draft model", "mlx_distill"
+# So often prompts are answered to find out which way to draft is fastest.
+MOST_REPEATS = 8
 
 
 @dataclass
@@ -134,6 +140,33 @@ class Bench:
             for name in names:
                 samples[name].append(measure(arms[name], prompt, self.config.seed + number))
         return samples
+
+
+def settled(
+    model: nn.Module,
+    tokenizer: Any,
+    auto: AutoDrafter,
+    sampling: Sampling,
+    prompts: Sequence[list[int]],
+    max_tokens: int,
+) -> Choosing:
+    """Return what has chosen among ways to draft, for which prompts are answered if need be.
+
+    Args:
+        model: The target.
+        tokenizer: Its tokenizer.
+        auto: The ways.
+        sampling: How tokens are drawn.
+        prompts: The last of them are answered first.
+        max_tokens: The longest answer.
+    """
+    found = choosing(Pair(model, tokenizer, auto), auto, sampling.temperature > 0)
+    for number, prompt in enumerate(list(reversed(prompts)) * MOST_REPEATS):
+        if found.trial.chosen is not None:
+            break
+        options = {"max_tokens": max_tokens, "seed": number, **asdict(sampling)}
+        deque(stream_generate(model, tokenizer, prompt, drafter=auto, **options), maxlen=0)
+    return found
 
 
 def measure(
