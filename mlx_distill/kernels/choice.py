@@ -68,7 +68,7 @@ class Operation(Generic[P, R]):
     kernel: Callable[P, R]
     twin: Callable[P, R]
     cases: Cases
-    differ: Callable[[Case, R, R], str]
+    differ: Callable[[Case, Any, Any], str]
     takes: Callable[P, bool] = lambda *args, **options: True
     tried: Callable[[Callable[..., Any], Case], Any] = _once
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_distill.arrays import to_number
 from mlx_distill.kernels.choice import Case
 
 # Roundings of a type, relative, that two orders of the same sum may differ by.
@@ -24,7 +25,9 @@ def differs(absolute: Mapping[str, float]) -> Callable[[Case, Any, Any], str]:
     def difference(case: Case, found: Any, expected: Any) -> str:
         for name in expected._fields:
             a, b = getattr(found, name), getattr(expected, name)
-            if a is None and b is None:
+            if a is None or b is None:
+                if a is not b:
+                    return f"{name} is missing in one, at {case.name}"
                 continue
             if a.shape != b.shape:
                 return f"{name} has shape {a.shape}, not {b.shape}"
@@ -50,4 +53,4 @@ def largest_difference(found: mx.array, expected: mx.array) -> float:
     same = (a == b) | (mx.isnan(a) & mx.isnan(b))
     off = mx.abs(a - b) / mx.maximum(1, mx.abs(b))
     off = mx.where(mx.isnan(off), mx.inf, off)
-    return float(mx.where(same, 0, off).max().item())
+    return float(to_number(mx.where(same, 0, off).max()))

@@ -201,7 +201,7 @@ def _cases(seed: int) -> Iterator[Case]:
         )
         if random.random() < 0.5:
             tree = replace(tree, ranks=mx.array(random.permutation(nodes).astype(np.int32)))
-        certain = mx.array(random.random(nodes) < 0.9) if random.random() < 0.5 else None
+        certain = mx.array((random.random(nodes) < 0.9).tolist()) if random.random() < 0.5 else None
         args = (tree, mx.array(drawn, mx.int32), mx.array(greatest), certain, hidden)
         yield Case(f"{shape} of {nodes}, {width} wide, {dtype}", args, {})
 
