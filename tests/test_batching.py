@@ -12,6 +12,7 @@ from mlx_distill import DraftPlan
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.protocol import FixedPlanner, Outcome
 from mlx_distill.speculation.batch_planning import BatchPlanner
+from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 
@@ -221,3 +222,15 @@ def test_what_was_learned_of_a_batch_serves_the_next() -> None:
     Clock(0.01, 0.015, 2.5).run(planner, 400)
     written, elapsed, _ = Clock(0.01, 0.015, 2.5).run(planner, 60)
     assert written / elapsed > 1.4 / 0.01
+
+
+def test_texts_that_cannot_share_a_call_are_written_one_by_one(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"drafter": bundled_drafter, "plan": DraftPlan(), "max_tokens": 4}
+    options["cache"] = CacheConfig(max_kv_size=32)
+    found = mlx_distill.batch_generate(*bundled_pair, PROMPTS[:2], **options)
+    said = capsys.readouterr().err
+    assert said.count("one by one: its cache (RotatingKVCache) holds no rows of a batch") == 1
+    for answer, prompt in zip(found, PROMPTS[:2], strict=True):
+        assert answer.text == mlx_distill.generate(*bundled_pair, prompt, **options)

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -106,6 +107,7 @@ class BoundDrafter:
         elif self._drafts == DRAFTS_BEFORE_SHORTLIST:
             with self._tabulating:
                 self._list_columns()
+        arrays: tuple[Any, ...]
         arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
         shape = plan.beam_width, plan.draft_length
         search = self.searches.of((*shape, noise is not None), partial(self._search, *shape))
@@ -191,6 +193,7 @@ class BoundDrafter:
         if self._drafts == DRAFTS_BEFORE_TABLES:
             self.tabulate()
         hidden, *taps = (mx.stack(list(x)) for x in zip(*contexts, strict=True))
+        arrays: tuple[Any, ...]
         arrays = (hidden, taps, roots) if noise is None else (hidden, taps, roots, noise)
         search: Callable[..., Arrays] = partial(self._together, plan.beam_width, plan.draft_length)
         # On a CPU the compiler takes longer than many drafts, for every number of texts.

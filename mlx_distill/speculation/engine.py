@@ -14,6 +14,7 @@ each, and a text's call is made when its turn comes.
 """
 
 import itertools
+import sys
 import time
 from functools import cached_property
 
@@ -91,6 +92,7 @@ class Engine:
         self.exact_rows = exact_rows
         self._texts: dict[int, Responses] = {}
         self._together = BatchWriter(model, batch)
+        self._said = False
         self._ready: list[Emitted] = []
         self._failed: list[Failed] = []
 
@@ -134,6 +136,7 @@ class Engine:
             if decoding is not None:
                 self._together.submit(BatchedText(number, decoding, request.prompt), writer)
                 return number
+            self._say_one_by_one(caches)
         plainly = self.drafter is None and self.draft_model is None
         decode = self._plain if plainly else self._drafted
         tokens = decode(request, number, caches, max_tokens, counters)
@@ -268,6 +271,18 @@ class Engine:
             planner = request.batch_planner or request.planner
             drafts = drafter, planner if isinstance(planner, Planner) else planner()
         return self._decoding(request, number, caches, drafts, max_tokens, counters)
+
+    def _say_one_by_one(self, caches: PromptCache) -> None:
+        """Say once that texts take turns, and why."""
+        kinds = sorted({type(cache).__name__ for cache in caches if not can_be_rows([cache])})
+        why = (
+            f"its cache ({', '.join(kinds)}) holds no rows of a batch"
+            if kinds
+            else ("the model, or what was asked for, takes no batches")
+        )
+        if not self._said:
+            print(f"mlx_distill: texts are written one by one: {why}", file=sys.stderr)
+        self._said = True
 
     def _decoding(
         self,
