@@ -89,8 +89,10 @@ FUNCTION void group_sums(PRIVATE_ARG(float) sums, SHARED_ARG(float) table, Place
   }
   barrier();
   for (uint guess = 0; guess < GUESSES; guess++) {
-    float part = at.lane < at.simdgroups ? float(table[at.lane * GUESSES + guess]) : 0.0f;
-    sums[guess] = simd_sum(part);
+    sums[guess] = 0.0f;  // in one order for all, who go on by these sums
+    for (uint other = 0; other < at.simdgroups; other++) {
+      sums[guess] += float(table[other * GUESSES + guess]);
+    }
   }
 }
 

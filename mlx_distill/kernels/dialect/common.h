@@ -9,7 +9,12 @@ FUNCTION float group_sum(
     scratch[simdgroup] = part;
   }
   barrier();
-  return simd_sum(lane < simdgroups ? float(scratch[lane]) : 0.0f);
+  // In one order for all: threads that branch on a sum must have the same bits.
+  float sum = 0.0f;
+  for (uint other = 0; other < simdgroups; other++) {
+    sum += float(scratch[other]);
+  }
+  return sum;
 }
 
 FUNCTION float group_max(
