@@ -138,7 +138,8 @@ class MedusaDrafter:
             here = slice(here, here + 1)
             count = tokens.size
             logits, columns = (mx.broadcast_to(x[here], (count, width)) for x in (scores, best))
-            return Listed(logits, columns, totals[here]), tokens
+            total = mx.broadcast_to(totals[here], (count, 1))
+            return Listed(logits, columns, total), tokens
 
         draft = beam_search(step, root, None, width, length)
         return draft.tokens, draft.parents, draft.depths, draft.scores
