@@ -111,7 +111,8 @@ class BoundDrafter:
         arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
         shape = plan.beam_width, plan.draft_length
         search = self.searches.of((*shape, noise is not None), partial(self._search, *shape))
-        return Draft(*search(*arrays), plan.draft_length)
+        tokens, parents, depths, scores = search(*arrays)
+        return Draft(tokens, parents, depths, scores, plan.draft_length)
 
     def tabulate(self) -> None:
         """Make the tables of the steps now, and the shortlist, which a long run does by itself."""
