@@ -58,13 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.prompts_file:
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
         return _answer_file(arguments, model, tokenizer, template_config, options)
-    prompt = encode_prompt(
-        tokenizer,
-        text,
-        system_prompt=arguments.system_prompt,
-        chat_template=not arguments.ignore_chat_template,
-        template_config=template_config,
-    )
+    prompt = _encoded(arguments, text, tokenizer, template_config)
     with _learner(arguments, drafter, model, tokenizer) as learner:
         drafter = learner.drafter if learner else drafter
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
@@ -89,6 +83,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if learner and not run.interrupted and (learned := learner.learn()) and arguments.verbose:
             print(learned, file=sys.stderr)
     return 130 if run.interrupted else 0
+
+
+def _encoded(
+    arguments: argparse.Namespace, text: str, tokenizer: Any, template_config: dict[str, Any]
+) -> list[int]:
+    """Return the prompt's token ids."""
+    return encode_prompt(
+        tokenizer,
+        text,
+        system_prompt=arguments.system_prompt,
+        chat_template=not arguments.ignore_chat_template,
+        template_config=template_config,
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
