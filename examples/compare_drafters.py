@@ -32,6 +32,7 @@ from tqdm import tqdm
 from mlx_distill.benchmarking.arms import PLAIN, Sample, measure, settled
 from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import GREEDY
 from mlx_distill.data.prompts import Asked, in_turn, read_asked
@@ -132,8 +133,8 @@ def _write(
         measure(decode, asked[0].ids, 0)
         if isinstance(arm.drafter, AutoDrafter):
             prompts = [one.ids for one in asked]
-            law = arm.drafter, GREEDY, prompts, config.max_tokens
-            print(settled(model, tokenizer, *law).sentence(), file=sys.stderr)
+            pair = Pair(model, tokenizer, arm.drafter)
+            print(settled(pair, GREEDY, prompts, config.max_tokens).sentence(), file=sys.stderr)
     order = list(arms)
     for one in tqdm(asked, unit="prompt", leave=False):
         order.append(order.pop(0))

@@ -34,6 +34,7 @@ from mlx_distill.benchmarking.table import (
     show_samplers,
 )
 from mlx_distill.benchmarking.trace import trace
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import Asked, in_turn, read_asked
@@ -178,7 +179,7 @@ def _open(
     sampling.check_vocabulary(Target.of(model).vocab_size)
     if isinstance(drafter, AutoDrafter):
         ids = [one.ids for one in prompts]
-        found = settled(model, tokenizer, drafter, sampling, ids, config.max_tokens)
+        found = settled(Pair(model, tokenizer, drafter), sampling, ids, config.max_tokens)
         print(found.sentence(), file=sys.stderr)
         # What loses is measured all the same: there is nothing else to be told.
         drafter = drafter.arms[found.trial.chosen or NOTHING] or drafter.first

@@ -21,9 +21,11 @@ from rich.console import Console
 
 from mlx_distill import cli, drafting, flags, machine
 from mlx_distill.benchmarking.comparison import Comparison, compare, plain
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.learning_config import LearningConfig
 from mlx_distill.drafters.protocol import DraftLength
 from mlx_distill.errors import InputError
@@ -34,6 +36,9 @@ from mlx_distill.speculation.showing import Run, print_statistics, show
 
 if TYPE_CHECKING:
     from mlx_distill.distillation.learning import Learner
+
+# Tokens of the texts that a trial is made of before --compare.
+TRIAL_TEXT = 128
 
 
 @cli.command
@@ -62,10 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with _learner(arguments, drafter, model, tokenizer) as learner:
         drafter = learner.drafter if learner else drafter
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
-        if arguments.compare:  # both arms warm: what is compiled and cached is so for both
-            list(stream_generate(model, tokenizer, prompt, max_tokens=16, **options))
-            list(plain(model, tokenizer, prompt, sampling, cache, 16))
-            mx.reset_peak_memory()
+        if arguments.compare:
+            _warm_up(model, tokenizer, prompt, sampling, options)
         start, most = time.perf_counter(), arguments.max_tokens
         responses = stream_generate(model, tokenizer, prompt, max_tokens=most, **options)
         responses = learner.listen(responses) if learner else responses
@@ -83,6 +86,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         if learner and not run.interrupted and (learned := learner.learn()) and arguments.verbose:
             print(learned, file=sys.stderr)
     return 130 if run.interrupted else 0
+
+
+def _warm_up(
+    model: nn.Module, tokenizer: Any, prompt: list[int], sampling: Sampling, options: dict[str, Any]
+) -> None:
+    """Let a trial come to its end, and both that are compared compile and cache what they need."""
+    auto, cache = options["drafter"], options["cache"]
+    if isinstance(auto, AutoDrafter):
+        from mlx_distill.benchmarking.arms import settled
+
+        pair = Pair(model, tokenizer, auto, cache, options["exact_rows"])
+        settled(pair, sampling, [prompt], TRIAL_TEXT)
+    list(stream_generate(model, tokenizer, prompt, max_tokens=16, **options))
+    list(plain(model, tokenizer, prompt, sampling, cache, 16))
+    mx.reset_peak_memory()
 
 
 def _encoded(

@@ -213,7 +213,7 @@ def test_a_benchmark_lets_the_trial_come_to_its_end(
     monkeypatch.setattr("mlx_distill.calibration.trial.TURN", 8)
     monkeypatch.setattr("mlx_distill.calibration.trial.COUNTED", 8)
     auto = AutoDrafter(None)
-    found = settled(*bundled_pair, auto, GREEDY, [[1, 5, 9], [1, 7]], 24)
+    found = settled(Pair(*bundled_pair, auto), GREEDY, [[1, 5, 9], [1, 7]], 24)
     assert found.trial.chosen in auto.arms
 
 

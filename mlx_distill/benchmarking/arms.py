@@ -143,29 +143,24 @@ class Bench:
 
 
 def settled(
-    model: nn.Module,
-    tokenizer: Any,
-    auto: AutoDrafter,
-    sampling: Sampling,
-    prompts: Sequence[list[int]],
-    max_tokens: int,
+    pair: Pair, sampling: Sampling, prompts: Sequence[list[int]], max_tokens: int
 ) -> Choosing:
     """Return what has chosen among ways to draft, for which prompts are answered if need be.
 
     Args:
-        model: The target.
-        tokenizer: Its tokenizer.
-        auto: The ways.
+        pair: The target and an ``AutoDrafter``.
         sampling: How tokens are drawn.
         prompts: The last of them are answered first.
         max_tokens: The longest answer.
     """
-    found = choosing(Pair(model, tokenizer, auto), auto, sampling.temperature > 0)
+    assert isinstance(pair.drafter, AutoDrafter)
+    found = choosing(pair, pair.drafter, sampling.temperature > 0)
+    drafting = {"drafter": pair.drafter, "cache": pair.cache, "exact_rows": pair.exact_rows}
     for number, prompt in enumerate(list(reversed(prompts)) * MOST_REPEATS):
         if found.trial.chosen is not None:
             break
-        options = {"max_tokens": max_tokens, "seed": number, **asdict(sampling)}
-        deque(stream_generate(model, tokenizer, prompt, drafter=auto, **options), maxlen=0)
+        options = {"max_tokens": max_tokens, "seed": number, **asdict(sampling), **drafting}
+        deque(stream_generate(pair.model, pair.tokenizer, prompt, **options), maxlen=0)
     return found
 
 

@@ -6,7 +6,7 @@ One file per machine, MLX version, target and drafter, beside the calibrations.
 import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from mlx_distill.calibration.automatic import is_on, known_costs
@@ -103,10 +103,14 @@ class Choosing:
         if self.auto.drafter is None and self.trial.chosen is None:
             return FixedPlanner(UNMEASURED)
         if arm not in self._planners:
-            costs = known_costs(replace(self.pair, drafter=self.auto.first))
-            costs = _of_ngrams(costs) if arm == NGRAMS else costs
+            costs = _of_ngrams(self._costs) if arm == NGRAMS else self._costs
             self._planners[arm] = AdaptivePlanner(costs.sampled() if self.sampled else costs)
         return self._planners[arm]
+
+    @cached_property
+    def _costs(self) -> Costs:
+        """What decoding costs, measured once even where a busy machine's times are not kept."""
+        return known_costs(replace(self.pair, drafter=self.auto.first))
 
     def _ended(self) -> None:
         """Take note of what a text brought; choose, if that is enough."""

@@ -104,6 +104,7 @@ def stream_answers(
     num_draft_tokens: int = 3,
     plan: DraftPlan | Planner | None = None,
     cache: CacheConfig | None = None,
+    exact_rows: bool = False,
     **options: Any,
 ) -> Iterator[Answer]:
     """Yield the answers to several prompts, as they are ready.
@@ -122,6 +123,7 @@ def stream_answers(
         num_draft_tokens: Tokens that it drafts at a time.
         plan: As ``stream_generate``'s.
         cache: As ``stream_generate``'s.
+        exact_rows: As ``stream_generate``'s; such texts are written one by one.
         options: Of all texts, as ``stream_generate``'s: ``max_tokens``, ``temperature``, ``top_p``,
             ``top_k``, ``min_p``, ``seed``, ``stop``, ``logits_processors``, ``prompt_cache``.
 
@@ -133,9 +135,10 @@ def stream_answers(
     cache = cache or CacheConfig()
     if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
         sampled = options.get("temperature", 0) > 0
-        pair = Pair(model, tokenizer, drafter, cache)
+        pair = Pair(model, tokenizer, drafter, cache, exact_rows)
         drafter = choice(pair, drafter, sampled, plan, alone=False).drafter
-    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, batch)
+    drafts = (drafter, draft_model, num_draft_tokens)
+    engine = Engine(model, tokenizer, *drafts, batch, exact_rows=exact_rows)
     shared = batch_planner_of(model, drafter) if plan is None and drafter is not None else None
     left = iter(enumerate(prompts))
     writing: dict[int, Answer] = {}
