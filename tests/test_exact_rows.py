@@ -11,7 +11,7 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
-from mlx_distill import CacheConfig, stream_generate
+from mlx_distill import CacheConfig, batch_generate, stream_generate
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.kernels.products import MOST_ROWS, Packed, one_by_one
 from mlx_distill.target.exact import ExactTarget
@@ -116,3 +116,17 @@ def _read(model: nn.Module) -> list[Any]:
     caches = make_prompt_cache(model)
     mx.eval(model(mx.array([PROMPT]), cache=caches))
     return caches
+
+
+def test_several_exact_texts_take_turns(
+    bundled_pair: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, prompts = bundled_pair[1], [PROMPT, PROMPT[:3]]
+    model = tiny_llama(hidden_size=128, vocab_size=512)
+    model.set_dtype(mx.float16)
+    options: dict[str, Any] = {"draft_model": model, "exact_rows": True, "max_tokens": 8}
+    found = batch_generate(model, tokenizer, prompts, batch=2, **options)
+    for answer, prompt in zip(found, prompts, strict=True):
+        theirs = mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=8)
+        assert answer.tokens == [one.token for one in theirs]
+    assert "one by one: exact rows" in capsys.readouterr().err

@@ -131,8 +131,10 @@ class Engine:
         max_tokens = checks.check_request(self.model, self.positions, request, caches)
         size = request.prompt.size
         writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
-        if self.batch > 1 and not self.exact_rows:
-            decoding = self._shared(request, number, caches, max_tokens, counters)
+        if self.batch > 1:
+            decoding = None
+            if not self.exact_rows:
+                decoding = self._shared(request, number, caches, max_tokens, counters)
             if decoding is not None:
                 self._together.submit(BatchedText(number, decoding, request.prompt), writer)
                 return number
@@ -275,11 +277,11 @@ class Engine:
     def _say_one_by_one(self, caches: PromptCache) -> None:
         """Say once that texts take turns, and why."""
         kinds = sorted({type(cache).__name__ for cache in caches if not can_be_rows([cache])})
-        why = (
-            f"its cache ({', '.join(kinds)}) holds no rows of a batch"
-            if kinds
-            else ("the model, or what was asked for, takes no batches")
-        )
+        why = "the model, or what was asked for, takes no batches"
+        if self.exact_rows:
+            why = "exact rows are those of a text alone"
+        elif kinds:
+            why = f"its cache ({', '.join(kinds)}) holds no rows of a batch"
         if not self._said:
             print(f"mlx_distill: texts are written one by one: {why}", file=sys.stderr)
         self._said = True
