@@ -15,18 +15,20 @@ example, leaves every row as long as it was, which is what its text was handed o
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.drafters.protocol import Closes
+from mlx_distill.drafters.protocol import Closes, Features
 from mlx_distill.speculation.batch_planning import BatchPlanner
+from mlx_distill.speculation.batch_prompts import PromptsRead, groups, read_prompts
 from mlx_distill.speculation.batched_text import BatchedText, Flight, Held, Written
 from mlx_distill.speculation.cycle import Accepted, Cycle, read
-from mlx_distill.speculation.decoding import DecodedToken, begin, count
+from mlx_distill.speculation.decoding import DecodedToken, FirstDraw, count, draw_first
 from mlx_distill.speculation.drafting import draft_all, next_draft
 from mlx_distill.speculation.ledger import give_up
 from mlx_distill.speculation.phases import phase
@@ -201,42 +203,61 @@ class TextBatch:
 
     def _read_prompts(self) -> list[Written]:
         """Let the waiting texts join; return their first tokens."""
-        written = []
+        written: list[Written] = []
         while self.waiting and len(self.texts) < self.size:
-            text = self.waiting[0]
-            try:
-                first = self._read_prompt(text)
-            except Exception as error:
-                if text.decoding.keep_caches:
-                    text.decoding.ledger.settle()
-                written.append(Written(text, error=error))
-            else:
-                written.append(Written(text, [first]))
-            self.waiting.pop(0)
+            for group in groups(self.waiting[: self.size - len(self.texts)]):
+                try:
+                    read = read_prompts(group)
+                except Exception as error:
+                    written += [self._refuse(text, error) for text in group]
+                    continue
+                self._seat(group, read.rows)
+                written += self._begin(group, read)
+            self._part()
         return written
 
-    def _read_prompt(self, text: BatchedText) -> DecodedToken:
-        """Read a text's prompt and give it a row; return its first token."""
-        decoding = text.decoding
-        first, root, features = begin(decoding, text.prompt)
-        text.held = Held(decoding.prompt_tokens, None)
-        text.start = decoding.prompt_tokens - 1
-        text.root, text.history, text.num_tokens = root, text.prompt, 1
-        if decoding.ends_with(1):
-            text.own = Rows.of(decoding.caches) if decoding.keep_caches else None
-            return first
-        decoding.state = decoding.drafter.open(text.prompt, features)
-        plan = decoding.plan()
-        text.draft = decoding.draft(root, plan, lambda length: decoding.rows(1, length))
-        row = Rows.of(decoding.caches)
-        if not decoding.keep_caches:
-            decoding.caches.clear()
+    def _refuse(self, text: BatchedText, error: Exception) -> Written:
+        """End a text whose prompt could not be read."""
+        if text.decoding.keep_caches:
+            text.decoding.ledger.settle()
+        self.waiting.remove(text)
+        return Written(text, error=error)
+
+    def _seat(self, group: Sequence[BatchedText], rows: Rows) -> None:
+        """Give rows to texts whose prompts are read."""
+        for text in group:
+            text.held = Held(text.decoding.prompt_tokens, None)
+            text.start = text.decoding.prompt_tokens - 1
+            text.history, text.num_tokens = text.prompt, 1
+            if not text.decoding.keep_caches:
+                text.decoding.caches.clear()
         if self.rows is None:
-            self.rows = row
+            self.rows = rows
         else:
-            self.rows.join(row)
-        self.texts.append(text)
-        return first
+            self.rows.join(rows)
+        self.texts += group
+        self.waiting = [text for text in self.waiting if text not in group]
+
+    def _begin(self, group: Sequence[BatchedText], read: PromptsRead) -> list[Written]:
+        """Return the first tokens of texts, and send the first drafts after them."""
+        draws = [
+            _attempt(draw_first, text.decoding, text.prompt, logits)
+            for text, logits in zip(group, read.logits, strict=True)
+        ]
+        written = []
+        for text, draw, features in zip(group, draws, read.features, strict=True):
+            first = draw
+            if isinstance(draw, FirstDraw):
+                first = _attempt(_open, text, draw, features)
+            if isinstance(first, DecodedToken):
+                written.append(Written(text, [first]))
+                continue
+            assert isinstance(first, Exception)
+            if text.decoding.keep_caches and self.rows is not None:
+                text.own = self.rows.take([self.texts.index(text)])
+            text.ended = True
+            written.append(Written(text, error=first))
+        return written
 
     def _launch(self) -> None:
         """Send the trees of all texts to the target, and walk each."""
@@ -284,6 +305,28 @@ def _follow(text: BatchedText, cycle: Cycle, path: int) -> None:
     text.root, text.draft, text.history = cycle.root, cycle.draft, cycle.history
     text.num_tokens = cycle.start + path
     text.start = text.decoding.prompt_tokens + cycle.start - 1
+
+
+_Result = TypeVar("_Result")
+
+
+def _attempt(function: Callable[..., _Result], *arguments: object) -> _Result | Exception:
+    """Return what a function does, or what went wrong: that of one text is not that of all."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        return error
+
+
+def _open(text: BatchedText, draw: FirstDraw, features: Features) -> DecodedToken:
+    """Return a text's first token, and send its first draft after it."""
+    first, decoding = draw.read(), text.decoding
+    text.root = draw.root
+    if not decoding.ends_with(1):
+        decoding.state = decoding.drafter.open(text.prompt, features)
+        plan = decoding.plan()
+        text.draft = decoding.draft(draw.root, plan, lambda length: decoding.rows(1, length))
+    return first
 
 
 def _tree(text: BatchedText) -> PrefixTree:

@@ -123,18 +123,54 @@ def begin(
     """
     with mx.stream(generation_stream):
         logits, features = prefill(decoding, prompt)
-        decoding.ledger.prompt_is_read()
-        # Recurrent layers do not say how many they have read.
-        decoding.prompt_tokens = max(cached_tokens(decoding.caches), prompt.size)
-        failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
-        logits = decoding.process(prompt, logits)
-        root = sample(logits, decoding.sampling, decoding.rows(0, 1))
-        report = mx.concatenate([root, failed])
-        mx.async_eval(report)
-    token, failed = to_host(report)
-    if failed:
-        raise failed_after(0)
-    return DecodedToken(token, logits, 0, False), root, features
+        note_prompt(decoding, prompt)
+        first = draw_first(decoding, prompt, logits)
+    return first.read(), first.root, features
+
+
+def note_prompt(decoding: Decoding, prompt: Int[mx.array, " T"]) -> None:
+    """Take note that a prompt is read."""
+    decoding.ledger.prompt_is_read()
+    # Recurrent layers do not say how many they have read.
+    decoding.prompt_tokens = max(cached_tokens(decoding.caches), prompt.size)
+
+
+@dataclass(frozen=True)
+class FirstDraw:
+    """The first token of an answer, on its way.
+
+    Args:
+        logits: What it is drawn from.
+        root: It.
+        report: It, and whether the logits are no numbers.
+    """
+
+    logits: Float[mx.array, "1 V"]
+    root: Int[mx.array, " 1"]
+    report: Int[mx.array, " 2"]
+
+    def read(self) -> DecodedToken:
+        """Wait for the token.
+
+        Raises:
+            InputError: If the target's logits are not numbers.
+        """
+        token, failed = to_host(self.report)
+        if failed:
+            raise failed_after(0)
+        return DecodedToken(token, self.logits, 0, False)
+
+
+def draw_first(
+    decoding: Decoding, prompt: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
+) -> FirstDraw:
+    """Draw the first token of an answer."""
+    failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
+    logits = decoding.process(prompt, logits)
+    root = sample(logits, decoding.sampling, decoding.rows(0, 1))
+    report = mx.concatenate([root, failed])
+    mx.async_eval(report)
+    return FirstDraw(logits, root, report)
 
 
 def _first_cycle(
@@ -157,7 +193,7 @@ def prefill(
     Return the last token's logits, and the features of the last tokens.
     """
     size, rest = decoding.cache.prefill_step_size, prompt.size - 1
-    features, wanted = None, _look_back(decoding.drafter)
+    features, wanted = None, look_back(decoding.drafter)
     for start in range(0, rest, size):
         _, chunk = _read(decoding, prompt[start : min(start + size, rest)])
         if wanted > 1:
@@ -169,7 +205,7 @@ def prefill(
     return logits, last if features is None else features.then(last, wanted)
 
 
-def _look_back(drafter: Drafter) -> int:
+def look_back(drafter: Drafter) -> int:
     """Return how many of a prompt's last tokens a drafter is shown the features of."""
     if isinstance(drafter, LooksBack):
         return drafter.look_back

@@ -31,7 +31,14 @@ from mlx_distill.target.products import Products
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.restoring import can_restore
 from mlx_distill.target.tree_cache import can_branch
-from mlx_distill.target.tree_call import Computed, Support, TreeCall, call_on_text, call_on_tree
+from mlx_distill.target.tree_call import (
+    Computed,
+    Support,
+    TreeCall,
+    call_on_text,
+    call_on_tree,
+    called,
+)
 
 _opening = threading.Lock()
 
@@ -109,6 +116,14 @@ class Target:
     ) -> Computed:
         """Return the same, and what some layers return, by their numbers."""
         return call_on_text(self.model, self.head, tokens, caches, taps)
+
+    def observe_all(
+        self, tokens: Int[mx.array, "B T"], caches: list[LayerCache], taps: Sequence[int] = ()
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """Return the same of several texts, (B, T, ...); the caches hold a row for each."""
+        logits, hidden, tapped = called(self.model, self.head, tokens, caches, taps)
+        logits, hidden, *rest = (x.reshape(*tokens.shape, -1) for x in (logits, hidden, *tapped))
+        return logits, hidden, rest
 
     def read(
         self, texts: Int[mx.array, "B T"]

@@ -109,6 +109,11 @@ class Rows:
         """Return the rows of one text, of its caches; see ``can_be_rows``."""
         return cls([KeyRows.of(cache) for cache in caches], [caches[0].offset])
 
+    @classmethod
+    def read(cls, caches: Sequence[LayerCache], lengths: Sequence[int]) -> "Rows":
+        """Return the rows of caches that have read several texts, padded behind."""
+        return cls([KeyRows(cache.keys, cache.values) for cache in caches], lengths)
+
     def join(self, other: "Rows") -> None:
         """Add the rows of other texts below."""
         for layer, more in zip(self.layers, other.layers, strict=True):
