@@ -16,28 +16,8 @@ from mlx_distill.core.filters import ROUNDING
 from mlx_distill.core.sampling import Sampling, normalised, sample_fast, shaped_logits
 from mlx_distill.kernels.choice import Operation
 from mlx_distill.kernels.comparing_draws import cases, draws_differ
+from mlx_distill.kernels.noise import Keyed, Noise
 from mlx_distill.kernels.program import MOST_THREADS, SIMD_WIDTH, Program
-
-
-class Keyed(NamedTuple):
-    """Gumbel noise that is made where it is used: of a key and a place in the text.
-
-    Args:
-        key: Of the random numbers, as ``mx.random.key`` makes it.
-        start: The place of row 0.
-    """
-
-    key: mx.array
-    start: int
-
-    def rows(self, places: Int[mx.array, " N"], vocab_size: int) -> Float[mx.array, "N V"]:
-        """Return the noise at places, counted from the start."""
-        second = self.key[1] + (places + self.start).astype(mx.uint32)
-        keys = mx.stack([mx.broadcast_to(self.key[0], second.shape), second], axis=-1)
-        return mx.vmap(lambda key: mx.random.gumbel((vocab_size,), key=key))(keys)
-
-
-Noise = Float[mx.array, "M V"] | Keyed
 
 
 class Drawn(NamedTuple):
@@ -352,7 +332,7 @@ def _takes(
     return known and logits.shape[-1] < 2**24
 
 
-draw = Operation("sampler", _kernel, _twin, cases(Keyed), draws_differ, _takes)
+draw = Operation("sampler", _kernel, _twin, cases, draws_differ, _takes)
 """Return a token per row of logits, as ``core.sampling.sample_fast`` draws it: see ``Drawn``.
 
 Args:
