@@ -4,15 +4,17 @@ What begins with an underscore there may go with any release; ``tests/test_compa
 releases have it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.generate import wired_limit
 from mlx_lm.models.cache import RotatingKVCache
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes, can_run_metal
+
+Divergence: TypeAlias = Callable[[mx.array, mx.array], mx.array]
 
 
 def model_classes(config: dict[str, Any]) -> tuple[type, type]:
@@ -40,3 +42,17 @@ def set_ring(cache: RotatingKVCache, keys: mx.array | None, values: mx.array | N
     """Give a rotating cache its content, in the order of the text."""
     cache.keys, cache.values = keys, values
     cache._idx = 0 if keys is None else keys.shape[2]
+
+
+def divergence_kernels() -> tuple[Divergence, Divergence] | None:
+    """Return mlx-lm's own kernels of the KL and the JS divergence, where they can run.
+
+    Both take logits of a student and of a teacher. mlx-lm makes the kernels when its module is
+    imported, and only if Metal is in use then.
+    """
+    if not can_run_metal():
+        return None
+    from mlx_lm.tuner import losses  # and with it all that trains, which nobody else needs
+
+    made = losses._kl_forward_kernel is not None and losses._js_forward_kernel is not None
+    return (losses.kl_div_loss, losses.js_div_loss) if made else None

@@ -9,6 +9,7 @@ from importlib.metadata import requires, version
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.tuner import losses
 from packaging.requirements import Requirement
 
 import mlx_distill  # noqa: F401  (the BLAS comes first)
@@ -55,3 +56,8 @@ def test_a_ring_is_given_its_content_in_the_order_of_the_text() -> None:
     compat.set_ring(cache, None, None)
     assert cache.keys is cache.values is None
     assert compat.ring_index(cache) == 0
+
+
+def test_kernels_of_divergences_are_known_by_their_names() -> None:
+    assert compat.divergence_kernels() is None  # without Metal
+    assert losses._kl_forward_kernel is losses._js_forward_kernel is None

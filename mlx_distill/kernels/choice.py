@@ -96,6 +96,11 @@ def chosen(name: str) -> bool:
     return how == "force" or (how == "probe" and _verdicts.get(name, False))
 
 
+def trusted() -> bool:
+    """Return whether kernels may be taken that others have proved, and no probe has tried."""
+    return _forced[-1] if _forced else mode() != "off"
+
+
 def mode() -> str:
     """Return how kernels are chosen.
 

@@ -11,6 +11,7 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 
 from mlx_distill.arrays import log_probs, log_sum_exp, row_sum, softmax
+from mlx_distill.kernels import divergences
 
 
 def entropy(log_p: Float[mx.array, "... V"]) -> Float[mx.array, "..."]:
@@ -36,7 +37,12 @@ def forward_kl(
     Source:
         Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
-    teacher = mx.stop_gradient(teacher_logits).astype(mx.float32)
+    teacher = mx.stop_gradient(teacher_logits)
+    if teacher_probs is None:
+        fused = divergences.forward_kl(student_logits, teacher)
+        if fused is not None:
+            return fused
+    teacher = teacher.astype(mx.float32)
     probs = softmax(teacher) if teacher_probs is None else teacher_probs
     student = student_logits.astype(mx.float32)
     values, _ = _forward_kl(student, teacher, probs)  # pyright: ignore[reportGeneralTypeIssues]
@@ -99,6 +105,9 @@ def jensen_shannon(
             "forward_kl and reverse_kl"
         )
     student, teacher = student_log_probs, mx.stop_gradient(teacher_log_probs)
+    fused = divergences.jensen_shannon(student, teacher) if beta == 0.5 else None
+    if fused is not None:
+        return fused
     middle = _mixture(teacher, student, beta)
     return beta * _kl(teacher, middle) + (1 - beta) * _kl(student, middle)
 
