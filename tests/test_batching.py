@@ -5,6 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from drafting import random_drafter
+from half_models import TYPES
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_distill
@@ -224,13 +226,44 @@ def test_what_was_learned_of_a_batch_serves_the_next() -> None:
     assert written / elapsed > 1.4 / 0.01
 
 
+@pytest.mark.parametrize(
+    ("cache", "reason"),
+    [
+        (CacheConfig(max_kv_size=32), "its cache (RotatingKVCache) holds no rows of a batch"),
+        (CacheConfig(kv_bits=8, kv_group_size=32), "quantised keys and values are no rows"),
+    ],
+)
 def test_texts_that_cannot_share_a_call_are_written_one_by_one(
-    bundled_pair: tuple[Any, Any], bundled_drafter: Any, capsys: pytest.CaptureFixture[str]
+    bundled_pair: tuple[Any, Any],
+    bundled_drafter: Any,
+    capsys: pytest.CaptureFixture[str],
+    cache: CacheConfig,
+    reason: str,
 ) -> None:
     options = {"drafter": bundled_drafter, "plan": DraftPlan(), "max_tokens": 4}
-    options["cache"] = CacheConfig(max_kv_size=32)
+    options["cache"] = cache
     found = mlx_distill.batch_generate(*bundled_pair, PROMPTS[:2], **options)
     said = capsys.readouterr().err
-    assert said.count("one by one: its cache (RotatingKVCache) holds no rows of a batch") == 1
+    assert said.count(f"one by one: {reason}") == 1
     for answer, prompt in zip(found, PROMPTS[:2], strict=True):
         assert answer.text == mlx_distill.generate(*bundled_pair, prompt, **options)
+
+
+@pytest.mark.parametrize("weights", TYPES)
+def test_texts_share_calls_in_the_types_that_models_come_in(
+    as_on_a_gpu: None, model_in: Any, weights: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each token is a likeliest one of the model's own word on its text, as far as that rounds."""
+    model, tokenizer = mlx_distill.checkpoint.load(model_in("tiny", weights))
+    drafter = random_drafter(model, 512)
+    for drafts in ({}, {"drafter": drafter, "plan": DraftPlan(3, 4, 6)}):
+        found = mlx_distill.batch_generate(
+            model, tokenizer, PROMPTS, batch=3, max_tokens=12, **drafts
+        )
+        for answer, prompt in zip(found, PROMPTS, strict=True):
+            text = tokenizer.encode(prompt)
+            said = model(mx.array([text + answer.tokens]))[0, len(text) - 1 : -1].astype(mx.float32)
+            short = said.max(axis=-1) - said[mx.arange(len(answer.tokens)), mx.array(answer.tokens)]
+            assert answer.tokens
+            assert short.max().item() < 0.02 * (said.max() - said.min()).item()
+    assert "one by one" not in capsys.readouterr().err

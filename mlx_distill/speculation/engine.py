@@ -138,7 +138,7 @@ class Engine:
             if decoding is not None:
                 self._together.submit(BatchedText(number, decoding, request.prompt), writer)
                 return number
-            self._say_one_by_one(caches)
+            self._say_one_by_one(request, caches)
         plainly = self.drafter is None and self.draft_model is None
         decode = self._plain if plainly else self._drafted
         tokens = decode(request, number, caches, max_tokens, counters)
@@ -274,12 +274,16 @@ class Engine:
             drafts = drafter, planner if isinstance(planner, Planner) else planner()
         return self._decoding(request, number, caches, drafts, max_tokens, counters)
 
-    def _say_one_by_one(self, caches: PromptCache) -> None:
+    def _say_one_by_one(self, request: Request, caches: PromptCache) -> None:
         """Say once that texts take turns, and why."""
         kinds = sorted({type(cache).__name__ for cache in caches if not can_be_rows([cache])})
-        why = "the model, or what was asked for, takes no batches"
+        why = "the model takes no texts of different lengths in one call"
         if self.exact_rows:
             why = "exact rows are those of a text alone"
+        elif request.cache.kv_bits is not None:
+            why = "quantised keys and values are no rows of a batch"
+        elif self.draft_model is not None and request.prompt_cache is not None:
+            why = "their prompt caches are those of a model and of its draft model"
         elif kinds:
             why = f"its cache ({', '.join(kinds)}) holds no rows of a batch"
         if not self._said:
