@@ -1,6 +1,6 @@
 """Attention of a tree's nodes over a cache and their ancestors, each cached key read once.
 
-    cached keys  k k k k k   nodes  A B C D     bits of D   A, B and D
+    cached keys  k k k k k   nodes  A B C D     inside, of D   A, B and D
     positions    0 1 2 3 4          5 6 6 7
 
 A group of threads has the rows of one head of keys (all nodes, and all heads of queries that share
@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, UInt32
+from jaxtyping import Bool, Float
 
 from mlx_distill.arrays import to_number
 from mlx_distill.core.prefix_tree import ancestors
@@ -63,7 +63,11 @@ BODY = """
     row = row < rows ? row : rows - 1;  // beyond the last, what nobody keeps
     query[i] = (group * share + row / nodes) * long(q_strides[1])
         + row % nodes * long(q_strides[2]);
-    own[i] = bits[row % nodes];
+    own[i] = 0;
+    for (int j = 0; j < nodes; j++) {
+      bool above = inside[row % nodes * long(inside_strides[0]) + j * long(inside_strides[1])];
+      own[i] |= above ? 1u << j : 0u;
+    }
     best[i] = -infinity();
     size[i] = 0.0f;
     for (int j = 0; j < COLUMNS; j++) {
@@ -155,7 +159,7 @@ IN_PARTS = """
         state[2 * at + 1] = size[i];
       }
 """
-INPUTS = ("q", "k", "v", "bits", "scale")
+INPUTS = ("q", "k", "v", "inside", "scale")
 ALONE = Program(
     "tree_attention", INPUTS, ("out",), BODY.replace("KEEP", WHOLE), FUNCTIONS, any_layout=True
 )
@@ -194,7 +198,7 @@ def _kernel(
     keys: Float[mx.array, "1 G S D"],
     values: Float[mx.array, "1 G S D"],
     mask: Bool[mx.array, "N S"],
-    bits: UInt32[mx.array, " N"],
+    inside: Bool[mx.array, "N N"],
     scale: float,
 ) -> Float[mx.array, "1 H N D"]:
     heads, nodes, width = queries.shape[1:]
@@ -203,7 +207,7 @@ def _kernel(
     template: list[tuple[str, Any]] = [("T", dtype), ("WIDTH", width), ("PART", PART)]
     template += [("COLUMNS", width // SIMD_WIDTH), ("SIMDGROUPS", SIMDGROUPS)]
     template += [("ROWS", -(-rows // SIMDGROUPS))]
-    inputs = [queries, keys, values, bits, mx.array([scale], mx.float32)]
+    inputs = [queries, keys, values, inside, mx.array([scale], mx.float32)]
     threads = SIMDGROUPS * SIMD_WIDTH
     launch: dict[str, Any] = {"template": template, "threadgroup": (threads, 1, 1)}
     launch |= {"grid": (groups * threads, parts, 1)}
@@ -228,7 +232,7 @@ def _twin(
     keys: Float[mx.array, "1 G S D"],
     values: Float[mx.array, "1 G S D"],
     mask: Bool[mx.array, "N S"],
-    bits: UInt32[mx.array, " N"],
+    inside: Bool[mx.array, "N N"],
     scale: float,
 ) -> Float[mx.array, "1 H N D"]:
     attend = mx.fast.scaled_dot_product_attention
@@ -240,7 +244,7 @@ def _takes(
     keys: mx.array,
     values: mx.array,
     mask: mx.array,
-    bits: mx.array,
+    inside: mx.array,
     scale: float,
 ) -> bool:
     _, heads, nodes, width = queries.shape
@@ -251,17 +255,11 @@ def _takes(
     return same and few and fits and heads % keys.shape[1] == 0
 
 
-def bits_of(mask: Bool[mx.array, "N N"]) -> UInt32[mx.array, " N"]:
-    """Return the ancestor mask of at most 32 nodes, a row of it in one number."""
-    places = mx.array(2 ** np.arange(mask.shape[0], dtype=np.uint32))
-    return mx.where(mask, places, mx.array(0, mx.uint32)).sum(axis=1).astype(mx.uint32)
-
-
 def _differ(case: Case, found: mx.array, expected: mx.array) -> str:
     """Say where results differ by more than rounding; weights of a sum are at most 1."""
-    queries, keys, values, mask, bits, scale = case.args
+    queries, keys, values, mask, inside, scale = case.args
     queries, keys, values = (x.astype(mx.float32) for x in (queries, keys, values))
-    exact = _twin(queries, keys, values, mask, bits, scale)
+    exact = _twin(queries, keys, values, mask, inside, scale)
     size = max(1.0, to_number(mx.abs(values).max()))
     most = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1.6e-2}[expected.dtype]
     off = largest_difference(found, exact.astype(found.dtype)) / size
@@ -287,7 +285,7 @@ def _cases(seed: int) -> Iterator[Case]:
         q = _normal(random, (1, nodes, heads, width), dtype).swapaxes(1, 2) * size
         # Keys lie in a longer buffer, as a cache's do.
         k, v = (_normal(random, (1, groups, total + 9, width), dtype) for _ in range(2))
-        args = (q, k[..., :total, :], v[..., :total, :], mask, bits_of(inside), width**-0.5)
+        args = (q, k[..., :total, :], v[..., :total, :], mask, inside, width**-0.5)
         name = f"{kind}, {heads} heads of {width} by {groups}, {nodes} after {past}, {dtype}"
         yield Case(name, args, {})
 
@@ -304,6 +302,6 @@ Args:
     keys: Cached ones, then those of the nodes.
     values: Likewise.
     mask: Which of them each node attends to: all that are cached, and its ancestors.
-    bits: The ancestors of each node and the node itself, from ``bits_of``.
+    inside: The same of the nodes alone: the ancestors of each, and the node itself.
     scale: Of the scores.
 """

@@ -99,7 +99,7 @@ def _attend(
         and isinstance(values, mx.array)
         and isinstance(mask, mx.array)
     ):
-        return tree_attention(queries, keys, values, mask, layout.bits, scale)
+        return tree_attention(queries, keys, values, mask, layout.mask, scale)
     return attend(queries, keys, values, mask=mask)
 
 

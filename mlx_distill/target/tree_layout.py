@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import mlx.core as mx
-from jaxtyping import Bool, Float, Int, UInt32
-
-from mlx_distill.kernels.tree_attention import bits_of
+from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class TreeLayout:
     def positions(self) -> Int[mx.array, " N"]:
         """Position of every node in the text."""
         return self.depths + self.start
-
-    @cached_property
-    def bits(self) -> UInt32[mx.array, " N"]:
-        """The mask of few nodes, a row of it in one number."""
-        return bits_of(self.mask)
 
     @cached_property
     def reach(self) -> Float[mx.array, "N N"]:

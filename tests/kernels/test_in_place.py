@@ -63,14 +63,14 @@ def test_attention_does_not_depend_on_which_nodes_there_are() -> None:
     q, k, v = (mx.random.normal((1, heads, 262, 32)) for heads in (4, 2, 2))
     nodes, past = 4, 254  # the last ones are in the next part
     mask = mx.tril(mx.ones((nodes, past + nodes), mx.bool_), past)
-    bits = mx.array([1, 3, 7, 15], mx.uint32)
+    inside = mask[:, past:]
     chain = q[..., past : past + nodes, :]
     with launching(Harness(seed=4)):
-        args = k[..., : past + nodes, :], v[..., : past + nodes, :], mask, bits, 0.2
+        args = k[..., : past + nodes, :], v[..., : past + nodes, :], mask, inside, 0.2
         whole = tree_attention.kernel(chain, *args)
         for node in range(nodes):
             end = past + node + 1
-            seen = k[..., :end, :], v[..., :end, :], mask[:1, :end], bits[:1], 0.2
+            seen = k[..., :end, :], v[..., :end, :], mask[:1, :end], inside[:1, :1], 0.2
             alone = tree_attention.kernel(chain[..., node : node + 1, :], *seen)
             np.testing.assert_array_equal(whole[..., node : node + 1, :], alone)
 
