@@ -65,7 +65,7 @@ def test_prompt_beyond_the_context(refused: Run, flags: list[str]) -> None:
         ("--beam-width 0", "beam_width must be .*, got 0"),
         ("--draft-length 0", "draft_length must be .*, got 0"),
         ("--nodes 0", "nodes must be .*, got 0"),
-        ("--tree oak", "tree must be best-first or beam, got oak"),
+        ("--tree oak", "tree must be best-first, beam or static, got oak"),
         ("--max-kv-size 0", "max_kv_size must be .*, got 0"),
         ("--kv-bits 7", "kv_bits must be .*, got 7"),
         ("--kv-bits 4 --kv-group-size 48", "kv_group_size must be .*, got 48"),

@@ -402,7 +402,7 @@ def test_a_planned_text_is_the_plain_one(pair: Pair, law: dict[str, Any]) -> Non
             )
         )
         assert "".join(response.text for response in responses) == expected
-        assert (responses[-1].tokens_per_call > 2) == (calls[-1] == 1)
+        assert responses[-1].drafted_tokens > 0 or calls[-1] > 1
 
 
 def test_a_text_without_a_plan_is_planned_by_what_was_measured(

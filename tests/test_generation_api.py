@@ -332,7 +332,7 @@ def test_plan_refuses_what_cannot_be_drafted(field: str, value: int) -> None:
 
 
 def test_plan_refuses_unknown_trees() -> None:
-    with pytest.raises(InputError, match="tree must be best-first or beam, got oak"):
+    with pytest.raises(InputError, match="tree must be best-first, beam or static, got oak"):
         DraftPlan(tree="oak")
 
 
