@@ -17,7 +17,7 @@ mx.eval(LOGITS)
 
 def test_a_kernel_counts_as_its_dispatches() -> None:
     """A step of a beam search is two, a draw is one; what is before and behind counts as ever."""
-    above = mx.zeros((3,))
+    above = mx.zeros((3, 1))
     mx.eval(above)
     plain = beam_step(LOGITS * 2, above, 4)
     with forced(), performing(standing_in):

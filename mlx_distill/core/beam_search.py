@@ -77,7 +77,9 @@ def beam_search(
         columns = names[-1] if names else columns
         found, state = step(columns if token_ids is None else token_ids[columns], state)
         logits, listed, total = _parts(found)
-        above = _shifted(scores[0], shift) if depth == 1 else scores[-1]
+        # A view comes before what is computed, not behind it: so it all fuses.
+        above = scores[-1][:, None]
+        above = _shifted(above, shift) if depth == 1 else above
         found = _best(logits, above, total, width)
         best.append(found.places)
         scores.append(found.scores)
@@ -95,19 +97,19 @@ def _parts(
 
 def _best(
     logits: Float[mx.array, "W V"],
-    above: Float[mx.array, " W"] | None,
+    above: Float[mx.array, "W 1"] | None,
     total: Float[mx.array, "W 1"] | None,
     width: int,
 ) -> Best:
     """Return the best continuations of beams with such scores; None for the root."""
     if total is None:
         return beam_step(logits, above, width)
-    flat = (logits if above is None else logits - total + above[:, None]).reshape(-1)
+    flat = (logits if above is None else logits - total + above).reshape(-1)
     places = top(flat, width)
     return Best(places, flat[places], total.reshape(-1) if above is None else None)
 
 
-def _shifted(scores: Float[mx.array, " W"], shift: mx.array | None) -> Float[mx.array, " W"]:
+def _shifted(scores: mx.array, shift: mx.array | None) -> mx.array:
     return scores if shift is None else scores - shift
 
 
@@ -138,7 +140,7 @@ def _draft(
     tokens, parents = (x.reshape(-1)[width - 1 :] for x in (both[:1], both[1:]))
     if token_ids is not None:
         tokens = mx.where(mx.arange(tokens.size) == 0, root, token_ids[tokens])
-    shifted = [_shifted(scores[0], shift)[None], *(x[None] for x in scores[1:])]
+    shifted = [_shifted(scores[0][None], shift), *(x[None] for x in scores[1:])]
     levels = mx.maximum(_levels(shifted, mx.array(0.0)), WORST_SCORE)
     depths = mx.array([0] + [depth for depth in range(1, length + 1) for _ in range(width)])
     return Draft(tokens.astype(mx.int32), parents, depths, levels.reshape(-1)[width - 1 :], length)

@@ -124,9 +124,9 @@ OF_ALL = Program(
 
 
 def _kernel(
-    logits: Float[mx.array, "W V"], above: Float[mx.array, " W"] | None, width: int
+    logits: Float[mx.array, "W V"], above: Float[mx.array, "W 1"] | None, width: int
 ) -> Best:
-    above = mx.zeros(logits.shape[:1]) if above is None else above
+    above = mx.zeros((logits.shape[0], 1)) if above is None else above
     beams, vocab_size = logits.shape
     threads = min(MOST_THREADS, -(-vocab_size // SIMD_WIDTH) * SIMD_WIDTH)
     template = [("WIDTH", width)]
@@ -152,13 +152,13 @@ def _kernel(
     return Best(places, scores)
 
 
-def _twin(logits: Float[mx.array, "W V"], above: Float[mx.array, " W"] | None, width: int) -> Best:
+def _twin(logits: Float[mx.array, "W V"], above: Float[mx.array, "W 1"] | None, width: int) -> Best:
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     if above is None:
         flat = logits.reshape(-1)
         places = top(flat, width)
         return Best(places, flat[places], total.reshape(-1))
-    flat = (logits - total + above[:, None]).reshape(-1)
+    flat = (logits - total + above).reshape(-1)
     places = top(flat, width)
     return Best(places, flat[places])
 
@@ -199,7 +199,7 @@ def _cases(seed: int) -> Iterator[Case]:
         elif kind == "one-hot":
             logits[:] = -np.inf
             logits[np.arange(beams), random.integers(0, size, beams)] = 0
-        above = random.choice([0, -1, -2.5, -30], beams).astype(np.float32)
+        above = random.choice([0, -1, -2.5, -30], (beams, 1)).astype(np.float32)
         name = f"{kind}, {beams} x {size}, the best {width}"
         scores = None if beams == 1 and random.random() < 0.5 else mx.array(above)
         yield Case(name, (mx.array(logits), scores, width), {})
@@ -211,7 +211,7 @@ def _differ(case: Case, found: Best, expected: Best) -> str:
     places, scores = np.array(found.places).astype(np.int64), np.array(found.scores)
     # On a CPU the twin's sums of wide rows are off by more than that.
     above = mx.zeros(1) if above is None else above
-    flat = (logits - log_sum_exp(logits) + above[:, None]).reshape(-1)
+    flat = (logits - log_sum_exp(logits) + above).reshape(-1)
     ranked = mx.sort(mx.where(mx.isnan(flat), mx.inf, -flat))[:width]
     off = largest_difference(-found.scores, ranked)
     if expected.places.size != width or expected.scores.size != width:
@@ -238,6 +238,6 @@ beam_step = Operation("beam_step", _kernel, _twin, _cases, _differ, _takes)
 
 Args:
     logits: Of each beam, not normalised, in float32.
-    above: The scores of the beams; None for one beam, which has none yet.
+    above: The scores of the beams, (W, 1); None for one beam, which has none yet.
     width: How many to take.
 """
