@@ -16,6 +16,8 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.attending import AttendingState, ContextReader
 from mlx_distill.drafters.compiling import Arrays, CompiledDrafts
 from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.last_seen import LastSeen
+from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.shortlist import Shortlist
@@ -290,11 +292,12 @@ def settle(drafter: Drafter) -> None:
     drafter = getattr(drafter, "drafter", drafter)  # of a mixture
     if isinstance(drafter, BoundDrafter):
         drafter.tabulate()
+    if isinstance(drafter, BoundDrafter | MedusaDrafter):
         drafter.searches.forget(at_once=True)
 
 
-class RecurrentState:
-    """One text's state; the context of a draft is the latest thing that the target's head saw.
+class RecurrentState(LastSeen):
+    """One text's state, whose drafts can be made together with those of other texts.
 
     Args:
         drafter: Searches.
@@ -302,23 +305,9 @@ class RecurrentState:
     """
 
     def __init__(self, drafter: BoundDrafter, features: Features):
+        super().__init__(drafter.draft, features)
         self.drafter = drafter
-        self.features = features
-
-    def draft(
-        self, root: Int[mx.array, " 1"], plan: DraftPlan, noise: Float[mx.array, "L V"] | None
-    ) -> Draft:
-        """Return the beams that follow a root."""
-        seen = self.features
-        return self.drafter.draft(seen.last, root, plan, noise, seen.last_taps)
 
     def context(self, root: Int[mx.array, " 1"]) -> tuple[mx.array, ...]:
         """Return what the target computed when it chose the root."""
         return self.features.last, *self.features.last_taps
-
-    def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
-        """Look at the last of the accepted tokens."""
-        self.features = features
-
-    def rewind(self, num_tokens: int) -> None:
-        """Nothing is remembered, so nothing is forgotten; what is accepted next replaces it."""

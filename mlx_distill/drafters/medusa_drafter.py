@@ -20,6 +20,7 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.static_tree import StaticTree
 from mlx_distill.drafters.compiling import Arrays, CompiledDrafts
 from mlx_distill.drafters.fingerprint import Fingerprint
+from mlx_distill.drafters.last_seen import LastSeen
 from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
 from mlx_distill.drafters.protocol import NO_STATIC_TREE, DraftPlan, Features
 from mlx_distill.errors import InputError
@@ -44,7 +45,7 @@ class MedusaDrafter:
         self.target = target
         self.taps = network.config.taps
         self._stacks = Stacks(network)
-        self.drafts = CompiledDrafts()
+        self.searches = CompiledDrafts()
 
     @property
     def has_static_tree(self) -> bool:
@@ -56,9 +57,9 @@ class MedusaDrafter:
         """The network's shape."""
         return self.network.config
 
-    def open(self, prompt: Int[mx.array, " T"], features: Features) -> "MedusaState":
+    def open(self, prompt: Int[mx.array, " T"], features: Features) -> LastSeen:
         """Return the state of a text: what the target's head saw last."""
-        return MedusaState(self, features)
+        return LastSeen(self.draft, features)
 
     def draft(
         self,
@@ -82,9 +83,9 @@ class MedusaDrafter:
         if plan.tree == "static":
             tree = self.static_tree(plan)
             kind = ("static", plan.nodes, length, noise is not None)
-            return tree.draft(self.drafts.of(kind, partial(self._static_tokens, tree))(*arrays))
+            return tree.draft(self.searches.of(kind, partial(self._static_tokens, tree))(*arrays))
         kind = ("beams", plan.beam_width, length, noise is not None)
-        made = self.drafts.of(kind, partial(self._beams, plan.beam_width, length))(*arrays)
+        made = self.searches.of(kind, partial(self._beams, plan.beam_width, length))(*arrays)
         return Draft(*made, max_depth=length)
 
     def static_tree(self, plan: DraftPlan) -> StaticTree:
@@ -224,33 +225,6 @@ class MedusaDrafter:
 @lru_cache(maxsize=16)
 def _static_tree(rates: tuple[tuple[float, ...], ...], num_nodes: int) -> StaticTree:
     return StaticTree.of(rates, num_nodes)
-
-
-class MedusaState:
-    """One text's state: the latest thing that the target's head saw.
-
-    Args:
-        drafter: The heads.
-        features: The last of them is what the target computed when it chose the root.
-    """
-
-    def __init__(self, drafter: MedusaDrafter, features: Features):
-        self.drafter = drafter
-        self.features = features
-
-    def draft(
-        self, root: Int[mx.array, " 1"], plan: DraftPlan, noise: Float[mx.array, "L V"] | None
-    ) -> Draft:
-        """Return continuations of the root."""
-        seen = self.features
-        return self.drafter.draft(seen.last, root, plan, noise, seen.last_taps)
-
-    def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
-        """Look at the last of the accepted tokens."""
-        self.features = features
-
-    def rewind(self, num_tokens: int) -> None:
-        """Nothing is remembered, so nothing is forgotten; what is accepted next replaces it."""
 
 
 class Stacks:
