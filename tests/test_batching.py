@@ -72,6 +72,24 @@ def test_texts_and_caches_are_those_alone(
                 assert mx.allclose(a, b, atol=1e-4).item()
 
 
+def test_drafts_of_several_texts_are_one_search(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    together = type(bundled_drafter).draft_together
+
+    def noted(drafter: Any, contexts: Any, *others: Any) -> Any:
+        sizes.append(len(contexts))
+        return together(drafter, contexts, *others)
+
+    monkeypatch.setattr(type(bundled_drafter), "draft_together", noted)
+    alike = [
+        replace(request(bundled_pair, 0), prompt=request(bundled_pair, n).prompt) for n in (0, 2)
+    ]
+    write(Engine(*bundled_pair, bundled_drafter, batch=2), alike)
+    assert 2 in sizes
+
+
 @pytest.mark.parametrize("law", [Sampling(), Sampling(1.0)], ids=["greedy", "sampled"])
 def test_texts_join_and_leave_at_any_cycle(
     bundled_pair: tuple[Any, Any], bundled_drafter: Any, law: Sampling

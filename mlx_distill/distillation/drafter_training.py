@@ -97,14 +97,13 @@ def train_drafter(
     target = Target.of(model)
     _check_target(target)
     known = fingerprint(target, tokenizer)
-    stored = {"features": True} if features else {}
-    settings = {"config": asdict(config), "target": known, **stored, **(about or {})}
+    settings = {"config": asdict(config), "target": known, **(about or {})}
+    settings |= {"features": True} if features else {}
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
         check_settings(work / SETTINGS, settings)
     data = _data(target, tokenizer, prompts, config, template_config, report)
     _check_start(start, config.network(target))
-    kept = Path(features) if features else None
-    _check_room(target, config, data, kept)
+    _check_room(target, config, data, kept := Path(features) if features else None)
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")

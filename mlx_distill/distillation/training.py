@@ -105,8 +105,7 @@ def distill(
         InputError: If the parts do not fit each other, the loss is not a number, or ``folder``
             holds a run with other settings.
     """
-    folder = Path(folder)
-    terms = _terms(losses)
+    folder, terms = Path(folder), _terms(losses)
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     teacher = _teacher(teachers, texts, weights, mean)

@@ -134,9 +134,8 @@ def stream_answers(
         raise InputError(f"each must have an entry per prompt: {len(prompts)}, got {len(each)}")
     cache = cache or CacheConfig()
     if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
-        sampled = options.get("temperature", 0) > 0
         pair = Pair(model, tokenizer, drafter, cache, exact_rows)
-        drafter = choice(pair, drafter, sampled, plan, alone=False).drafter
+        drafter = choice(pair, drafter, _is_sampled(options), plan, alone=False).drafter
     drafts = (drafter, draft_model, num_draft_tokens)
     engine = Engine(model, tokenizer, *drafts, batch, exact_rows=exact_rows)
     shared = batch_planner_of(model, drafter) if plan is None and drafter is not None else None
@@ -146,14 +145,11 @@ def stream_answers(
         while True:
             while len(writing) < batch and (following := next(left, None)) is not None:
                 index, prompt = following
-                answer = Answer(index)
-                own = {**options, **(each[index] if each else {})}
-                sampled = own.get("temperature") not in (None, 0)
+                answer, own = Answer(index), {**options, **(each[index] if each else {})}
                 try:
-                    planner = planner_for(engine, plan, cache, sampled)
+                    planner = planner_for(engine, plan, cache, _is_sampled(own))
                     own |= {"planner": planner, "cache": cache, "batch_planner": shared}
-                    request = text_request(engine, prompt, **own)
-                    writing[engine.submit(request)] = answer
+                    writing[engine.submit(text_request(engine, prompt, **own))] = answer
                 except InputError as error:
                     yield answer.fail(error)
             if not writing:
@@ -168,3 +164,8 @@ def stream_answers(
                     yield writing.pop(one.request)
     finally:
         engine.close()
+
+
+def _is_sampled(options: Settings) -> bool:
+    """Return whether tokens are drawn, and not the likeliest."""
+    return options.get("temperature") not in (None, 0)
