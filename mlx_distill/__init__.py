@@ -7,8 +7,10 @@ wait for what trains.
 import importlib
 from typing import TYPE_CHECKING
 
+from mlx_distill import interrupts
 from mlx_distill.openblas import load_openblas
 
+interrupts.begin()
 load_openblas()  # has to come before the first import of mlx.core
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from transformers.utils import logging as transformers_logging
 
+from mlx_distill import interrupts
 from mlx_distill.config import add_flags
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import SENTENCE, InputError, printable, shorten
@@ -104,6 +105,7 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(function)
     def run(argv: Sequence[str] | None = None) -> int:
+        interrupts.end()
         # Tokenizers warn of long texts, which the commands refuse in their own words.
         transformers_logging.set_verbosity_error()
         try:

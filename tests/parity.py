@@ -39,13 +39,18 @@ class Way:
     caches: Callable[[Any], Any] = lambda model: None
 
 
+def packed() -> dict[str, Any]:
+    # Rounding of several rows at once would be other codes in the cache.
+    return {"cache": CacheConfig(**QUANTISED), "exact_rows": True}
+
+
 def penalties() -> dict[str, Any]:
     return {"logits_processors": make_logits_processors(repetition_penalty=1.2)}
 
 
 WAYS = {
     "plain": Way(),
-    "8-bit KV": Way(lambda: {"cache": CacheConfig(**QUANTISED)}, lambda: dict(QUANTISED)),
+    "8-bit KV": Way(packed, lambda: dict(QUANTISED)),
     "penalties": Way(penalties, penalties),
     "stop texts": Way(lambda: {"stop": ["the", "."]}),
     "window": Way(caches=lambda model: [RotatingKVCache(48, 4) for _ in model.layers]),

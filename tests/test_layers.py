@@ -17,8 +17,8 @@ LAYERS = {
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses kernels",
-    "ground": "errors limits locks parsing safetensors names arrays files machine openblas config "
-    "compat untyped",
+    "ground": "errors interrupts limits locks parsing safetensors names arrays files machine "
+    "openblas config compat untyped",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 

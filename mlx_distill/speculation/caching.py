@@ -20,7 +20,8 @@ class CacheConfig:
     Args:
         max_kv_size: Longest context that is kept, in tokens; older ones are dropped. Without it,
             all are kept.
-        kv_bits: Quantise the cache to so many bits. Without it, it is not.
+        kv_bits: Quantise the cache to so many bits. Without it, it is not. Exact rows keep a
+            drafted text the plainly decoded one; else rounding may become another code.
         kv_group_size: Group size of that quantisation.
         quantized_kv_start: Quantise from so many tokens on.
         prefill_step_size: Tokens of the prompt that are read at once.
