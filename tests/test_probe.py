@@ -95,6 +95,14 @@ def test_shapes_in_use_are_those_of_a_trees_call(pair: Pair) -> None:
         assert 1 < case.args[0].shape[0] <= 16
 
 
+def test_what_is_asked_for_can_be_compared(pair: Pair) -> None:
+    for name, cases in kernels.in_use(pair, 32).items():
+        operation = OPERATIONS[name]
+        for case in cases:
+            twin = operation.tried(operation.twin, case)
+            assert operation.differ(case, twin, twin) == ""
+
+
 def test_a_wrong_kernel_is_named_in_one_line_and_not_used(
     pair: Pair, clock: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -68,11 +68,14 @@ def draws_differ(case: Case, found: Any, expected: Any) -> str:
 
 
 def _noise(case: Case) -> mx.array | None:
-    """Return the noise of every row."""
-    if len(case.args) < 3:
+    """Return the noise of every row; a caller may leave out what it does not need."""
+    logits, _, noise, places, *_ = (*case.args, None, None)
+    if noise is None:
         return None
-    logits, _, noise, places = case.args
-    return noise[places] if isinstance(noise, mx.array) else noise.rows(places, logits.shape[-1])
+    if isinstance(noise, mx.array):
+        return noise if places is None else noise[places]
+    where = mx.arange(logits.shape[0]) if places is None else places
+    return noise.rows(where, logits.shape[-1])
 
 
 def _log_prob_wrong(case: Case, row: int, found: Any, expected: Any) -> str:

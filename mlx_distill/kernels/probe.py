@@ -70,7 +70,7 @@ def probe(
             return Verdict(operation.name, fault)
     if not in_use:
         return Verdict(operation.name, "")
-    times = [_times(operation, case, clock) for case in in_use]
+    times = [timed(operation, case, clock) for case in in_use]
     kernel_s, twin_s = (sum(pair[which] for pair in times) for which in range(2))
     return Verdict(operation.name, "", kernel_s, twin_s)
 
@@ -86,7 +86,9 @@ def _fault(operation: Operation[..., Any], case: Case) -> str:
     return operation.differ(case, found, operation.tried(operation.twin, case))
 
 
-def _times(operation: Operation[..., Any], case: Case, clock: Clock) -> tuple[float, float]:
+def timed(
+    operation: Operation[..., Any], case: Case, clock: Clock = time.perf_counter
+) -> tuple[float, float]:
     """Return the seconds of a call of the kernel and of the twin, in turn, each of cold arrays."""
     size = max(1, num_bytes([case.args, dict(case.options)]))
     copies = [_copy(case) for _ in range(min(MOST_COPIES, -(-COLD_BYTES // size)))]

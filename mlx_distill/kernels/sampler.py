@@ -17,7 +17,9 @@ from mlx_distill.core.sampling import Sampling, normalised, sample_fast, shaped_
 from mlx_distill.kernels.choice import Operation
 from mlx_distill.kernels.comparing_draws import cases, draws_differ
 from mlx_distill.kernels.noise import Keyed, Noise
-from mlx_distill.kernels.program import MOST_THREADS, SIMD_WIDTH, Program
+from mlx_distill.kernels.program import SIMD_WIDTH, Program
+
+MOST = 512  # threads: each holds so many numbers that a GPU has no room for more of them
 
 
 class Drawn(NamedTuple):
@@ -282,7 +284,7 @@ def _kernel(
     min_p = math.log(sampling.min_p) if sampling.min_p else -math.inf
     inverse = 1 / sampling.temperature if sampling.temperature else 1.0
     flags = [sampling.top_k, sampling.temperature > 0, filters, keyed]
-    threads = min(MOST_THREADS, -(-vocab_size // SIMD_WIDTH) * SIMD_WIDTH)
+    threads = min(MOST, -(-vocab_size // SIMD_WIDTH) * SIMD_WIDTH)
     tokens, log_probs, log_sum_exps, greatest, certain = PROGRAM(
         [
             logits,
