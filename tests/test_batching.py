@@ -245,25 +245,27 @@ def test_what_was_learned_of_a_batch_serves_the_next() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache", "reason"),
+    ("options", "reason"),
     [
-        (CacheConfig(max_kv_size=32), "its cache (RotatingKVCache) holds no rows of a batch"),
-        (CacheConfig(kv_bits=8, kv_group_size=32), "quantised keys and values are no rows"),
+        ({"exact_rows": True}, "exact rows are those of a text alone"),
+        (
+            {"cache": CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=6)},
+            "its keys and values are quantised while it is written",
+        ),
     ],
 )
 def test_texts_that_cannot_share_a_call_are_written_one_by_one(
     bundled_pair: tuple[Any, Any],
     bundled_drafter: Any,
     capsys: pytest.CaptureFixture[str],
-    cache: CacheConfig,
+    options: dict[str, Any],
     reason: str,
 ) -> None:
-    options = {"drafter": bundled_drafter, "plan": DraftPlan(), "max_tokens": 4}
-    options["cache"] = cache
-    found = mlx_distill.batch_generate(*bundled_pair, PROMPTS[:2], **options)
+    options |= {"drafter": bundled_drafter, "plan": DraftPlan(), "max_tokens": 4}
+    found = mlx_distill.batch_generate(*bundled_pair, PROMPTS[:3], **options)
     said = capsys.readouterr().err
     assert said.count(f"one by one: {reason}") == 1
-    for answer, prompt in zip(found, PROMPTS[:2], strict=True):
+    for answer, prompt in zip(found, PROMPTS[:3], strict=True):
         assert answer.text == mlx_distill.generate(*bundled_pair, prompt, **options)
 
 

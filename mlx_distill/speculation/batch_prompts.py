@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from jaxtyping import Float, Int
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_distill.drafters.protocol import Features
 from mlx_distill.speculation.batched_text import BatchedText
 from mlx_distill.speculation.decoding import look_back, note_prompt, prefill
 from mlx_distill.target.batch.rows import Rows
-from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
+from mlx_distill.target.prompt_cache import prompt_caches
 
 # Texts are read together if the longest is at the most twice the shortest, or so much longer: what
 # is padded is computed.
@@ -66,10 +67,10 @@ def read_prompts(texts: Sequence[BatchedText]) -> PromptsRead:
         return PromptsRead(Rows.of(decoding.caches), [logits], [features])
     decoding, lengths = texts[0].decoding, [text.prompt.size - 1 for text in texts]
     target, taps = decoding.target, decoding.drafter.taps
-    caches = make_prompt_cache(target.model)
+    caches = prompt_caches(target.model, decoding.cache.max_kv_size)
     features = _beginnings(texts, lengths, caches)
     rows = Rows.read(caches, lengths)
-    call = target.read_rows(mx.stack([text.prompt[-1:] for text in texts]), rows, taps)
+    call = target.read_rows(mx.concatenate([text.prompt[-1:] for text in texts]), rows, taps)
     call.commit([[0]] * len(texts))
     last_logits = []
     for place, text in enumerate(texts):
@@ -84,10 +85,15 @@ def read_prompts(texts: Sequence[BatchedText]) -> PromptsRead:
 
 def _kind(text: BatchedText) -> tuple[object, ...] | None:
     """Return what texts have in common that are read together; None by itself."""
-    decoding = text.decoding
-    if text.prompt.size == 1 or cached_tokens(decoding.caches):
+    decoding, size = text.decoding, text.prompt.size
+    cache, caches = decoding.cache, decoding.caches
+    if size == 1 or cached_tokens(caches) or cache.kv_bits is not None:
         return None
-    return decoding.cache.prefill_step_size, decoding.drafter.taps
+    # Of what is read later, padding would drive the text out of a window.
+    windows = any(isinstance(one, RotatingKVCache) for one in leaves(caches))
+    if windows and size - 1 > cache.prefill_step_size:
+        return None
+    return text.kind, cache.prefill_step_size, decoding.drafter.taps
 
 
 def _beginnings(

@@ -1,6 +1,6 @@
 """The texts of a batch as responses: what the engine hands out of them."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -52,8 +52,8 @@ class BatchWriter:
     """
 
     def __init__(self, model: nn.Module, size: int):
-        self.model = model
-        self.batch = TextBatch(size)
+        self.model, self.size = model, size
+        self.batches: dict[Hashable, TextBatch] = {}
         self._texts: dict[int, tuple[BatchedText, ResponseWriter]] = {}
         self._running = ExitStack()
         self._tokens = 0
@@ -67,10 +67,12 @@ class BatchWriter:
         """Write a text from the next step on."""
         writer.begin()
         self._texts[text.number] = text, writer
-        self.batch.join(text)
+        self.batches.setdefault(text.kind, TextBatch(self.size)).join(text)
 
     def step(self) -> Iterator[Emitted | Failed]:
-        """Yield what one call adds to each of the texts; those that end have ended then.
+        """Yield what one call of each kind of rows adds to its texts.
+
+        Those that end have ended then.
 
         Raises:
             BaseException: What broke off the call of all; none of the texts goes on then.
@@ -79,7 +81,7 @@ class BatchWriter:
             return
         try:
             self._start()
-            written = self.batch.step()
+            written = [one for batch in self.batches.values() for one in batch.step()]
         except BaseException:
             self.close()
             raise
@@ -92,13 +94,15 @@ class BatchWriter:
         """End a text; a prompt cache then holds what was handed out."""
         found = self._texts.pop(number, None)
         if found is not None:
-            self.batch.leave(found[0])
+            self.batches[found[0].kind].leave(found[0])
 
     def close(self) -> None:
         """End all texts."""
         self._texts = {}
         self._running.close()
-        self.batch.abandon()
+        for batch in self.batches.values():
+            batch.abandon()
+        self.batches = {}
 
     def _responses(self, one: Written) -> Iterator[Emitted | Failed]:
         text = one.text
@@ -124,7 +128,7 @@ class BatchWriter:
 
     def _start(self) -> None:
         """Set what holds as long as there are texts."""
-        if self.batch.texts or self.batch.flight:
+        if any(batch.texts or batch.flight for batch in self.batches.values()):
             return
         self._running.close()
         streams = [generation_stream]

@@ -1,6 +1,6 @@
 """One text of a batch, and what a call of the batch adds to it."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class BatchedText:
         number: Of it, for whoever asked for it.
         decoding: What it needs.
         prompt: What it goes on with.
+        kind: Of its rows; it shares calls with texts of the same kind.
 
     Attributes:
         root: The token that is certain and not in the cache.
@@ -51,6 +52,7 @@ class BatchedText:
     number: int
     decoding: Decoding
     prompt: Int[mx.array, " T"]
+    kind: Hashable
     root: mx.array | None = None
     draft: PrefixTree | Draft | None = None
     history: mx.array | None = None

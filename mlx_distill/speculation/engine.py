@@ -16,6 +16,7 @@ each, and a text's call is made when its turn comes.
 import itertools
 import sys
 import time
+from collections.abc import Hashable
 from functools import cached_property
 
 import mlx.core as mx
@@ -39,9 +40,9 @@ from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly
 from mlx_distill.speculation.requests import BatchSize, Request
 from mlx_distill.speculation.responses import Responses, ResponseWriter
+from mlx_distill.speculation.sharing import Alone, sharing
 from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.speculation.two_caches import TwoCaches
-from mlx_distill.target.batch.rows import can_be_rows
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.exact import ExactTarget
 from mlx_distill.target.prompt_cache import prompt_caches
@@ -132,13 +133,15 @@ class Engine:
         size = request.prompt.size
         writer = ResponseWriter(self.tokenizer, size, max_tokens, request.stop, counters)
         if self.batch > 1:
-            decoding = None
-            if not self.exact_rows:
+            kind = self._kind(request, caches, max_tokens)
+            if not isinstance(kind, Alone):
                 decoding = self._shared(request, number, caches, max_tokens, counters)
-            if decoding is not None:
-                self._together.submit(BatchedText(number, decoding, request.prompt), writer)
+                text = BatchedText(number, decoding, request.prompt, kind)
+                self._together.submit(text, writer)
                 return number
-            self._say_one_by_one(request, caches)
+            if not self._said:
+                print(f"mlx_distill: texts are written one by one: {kind.why}", file=sys.stderr)
+            self._said = True
         plainly = self.drafter is None and self.draft_model is None
         decode = self._plain if plainly else self._drafted
         tokens = decode(request, number, caches, max_tokens, counters)
@@ -248,6 +251,14 @@ class Engine:
         tokens = _with_drafting_threads(decoding, request.prompt)
         return tokens if two is None else two.kept(tokens)
 
+    def _kind(self, request: Request, caches: PromptCache, max_tokens: int) -> Hashable | Alone:
+        """Return which texts a text shares calls with, or why it shares none."""
+        if self.exact_rows:
+            return Alone("exact rows are those of a text alone")
+        if self.draft_model is not None and request.prompt_cache is not None:
+            return Alone("their prompt caches are those of a model and of its draft model")
+        return sharing(Target.of(self.model), request, caches, max_tokens)
+
     def _shared(
         self,
         request: Request,
@@ -255,15 +266,9 @@ class Engine:
         caches: PromptCache,
         max_tokens: int,
         counters: DraftCounters,
-    ) -> Decoding | None:
-        """Return a text that shares calls with others; None if it has to be written by itself."""
-        if request.cache.kv_bits is not None or not can_be_rows(caches):
-            return None
-        if self.draft_model is not None and request.prompt_cache is not None:
-            return None
+    ) -> Decoding:
+        """Return a text that shares calls with others."""
         target, drafter = Target.of(self.model), self.drafter
-        if not target.takes_batches:
-            return None
         if self.draft_model is not None:
             drafter = self._draft_model_drafter(target, request)
         if drafter is None:
@@ -273,22 +278,6 @@ class Engine:
             planner = request.batch_planner or request.planner
             drafts = drafter, planner if isinstance(planner, Planner) else planner()
         return self._decoding(request, number, caches, drafts, max_tokens, counters)
-
-    def _say_one_by_one(self, request: Request, caches: PromptCache) -> None:
-        """Say once that texts take turns, and why."""
-        kinds = sorted({type(cache).__name__ for cache in caches if not can_be_rows([cache])})
-        why = "the model takes no texts of different lengths in one call"
-        if self.exact_rows:
-            why = "exact rows are those of a text alone"
-        elif request.cache.kv_bits is not None:
-            why = "quantised keys and values are no rows of a batch"
-        elif self.draft_model is not None and request.prompt_cache is not None:
-            why = "their prompt caches are those of a model and of its draft model"
-        elif kinds:
-            why = f"its cache ({', '.join(kinds)}) holds no rows of a batch"
-        if not self._said:
-            print(f"mlx_distill: texts are written one by one: {why}", file=sys.stderr)
-        self._said = True
 
     def _decoding(
         self,

@@ -20,7 +20,7 @@ from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
 from mlx_distill.kernels.products import few_rows_chosen
 from mlx_distill.target.attention import attends_by_kernel, wrap_attentions
-from mlx_distill.target.batch.call import RowsCall, call_on_forest, call_on_lines
+from mlx_distill.target.batch.call import RowsCall, call_on_forest, call_on_tokens
 from mlx_distill.target.batch.rows import Rows
 from mlx_distill.target.batch.trial import takes_batches
 from mlx_distill.target.context import context_length
@@ -169,10 +169,10 @@ class Target:
         return call_on_forest(self.model, self.head, forest, rows, taps)
 
     def read_rows(
-        self, tokens: Int[mx.array, "B T"], rows: Rows, taps: Sequence[int] = ()
+        self, tokens: Int[mx.array, " B"], rows: Rows, taps: Sequence[int] = ()
     ) -> RowsCall:
-        """Return the target's word on consecutive tokens of several texts, padded behind."""
-        return call_on_lines(self.model, self.head, tokens, rows, taps)
+        """Return the target's word on the next token of several texts."""
+        return call_on_tokens(self.model, self.head, tokens, rows, taps)
 
     def as_drawn(self, logits: Float[mx.array, "N V"]) -> Float[mx.array, "N V"]:
         """Return what tokens are drawn from: the logits, or what plain decoding makes of them."""

@@ -60,16 +60,16 @@ def call_on_forest(
     return _called(model, head, forest.tokens, layout, rows, taps)
 
 
-def call_on_lines(
+def call_on_tokens(
     model: nn.Module,
     head: Head,
-    tokens: Int[mx.array, "B T"],
+    tokens: Int[mx.array, " B"],
     rows: Rows,
     taps: Sequence[int] = (),
 ) -> RowsCall:
-    """Return a model's word on consecutive tokens of several texts, padded behind."""
-    depths = mx.broadcast_to(mx.arange(tokens.shape[1]), tokens.shape)
-    return _called(model, head, tokens, RowsLayout(None, depths, rows.lengths), rows, taps)
+    """Return a model's word on the next token of several texts."""
+    layout = RowsLayout(None, mx.zeros((tokens.size, 1), mx.int32), rows.lengths)
+    return _called(model, head, tokens[:, None], layout, rows, taps)
 
 
 def _called(

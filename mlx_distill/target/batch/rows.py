@@ -1,4 +1,4 @@
-"""Keys and values of several texts: a row each, left-aligned, each as long as its text.
+"""The rows of all layers: what several texts have before the next call.
 
     text 1   a b c d e . . .      length 5      what lies behind a row's length is nothing:
     text 2   x y . . . . . .      length 2      whoever writes there may be interrupted
@@ -9,88 +9,14 @@ another would move all of them. Here a text grows by itself, whatever the others
 behind, leaving takes rows, and a row is a text's own cache whenever that is asked for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import mlx.core as mx
-import numpy as np
-from jaxtyping import Float, Int, Integer
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
+from mlx_distill.target.batch.key_rows import KeyRows
 from mlx_distill.target.layer_cache import LayerCache
-
-STEP = 256  # slots that are made at once
-
-Keys = Float[mx.array, "B H S D"]
-
-
-class KeyRows:
-    """The rows of one layer.
-
-    Args:
-        keys: Of all texts.
-        values: Of all texts.
-    """
-
-    def __init__(self, keys: Keys, values: Keys):
-        self.keys, self.values = keys, values
-
-    @classmethod
-    def of(cls, cache: KVCache) -> "KeyRows":
-        """Return a row that holds what a text's cache does."""
-        assert cache.keys is not None
-        assert cache.values is not None
-        return cls(cache.keys[..., : cache.offset, :], cache.values[..., : cache.offset, :])
-
-    @property
-    def num_slots(self) -> int:
-        """How many tokens a row can hold."""
-        return self.keys.shape[2]
-
-    def reserve(self, num_slots: int) -> None:
-        """Have room for rows of so many tokens."""
-        more = -(-num_slots // STEP) * STEP - self.num_slots
-        if more > 0:
-            self.keys, self.values = (_longer(x, more) for x in (self.keys, self.values))
-
-    def write(self, rows: Sequence[mx.array], slots: Integer[mx.array, " R"]) -> None:
-        """Write tokens, (T, H, D), where ``slots_of`` says."""
-        self.keys = _written(self.keys, rows[0], slots)
-        self.values = _written(self.values, rows[1], slots)
-
-    def place(self, rows: Sequence[mx.array], slot: int) -> None:
-        """Write tokens side by side from one slot on, the same for all texts."""
-        here = slice(slot, slot + rows[0].shape[2])
-        self.keys[..., here, :] = rows[0]
-        self.values[..., here, :] = rows[1]
-
-    def upto(self, slot: int) -> tuple[Keys, Keys]:
-        """Return the keys and values before a slot."""
-        return self.keys[..., :slot, :], self.values[..., :slot, :]
-
-    def join(self, other: "KeyRows") -> None:
-        """Add the rows of other texts below."""
-        size = max(self.num_slots, other.num_slots)
-        both = ((self.keys, other.keys), (self.values, other.values))
-        self.keys, self.values = (
-            mx.concatenate([_longer(x, size - x.shape[2]) for x in pair]) for pair in both
-        )
-
-    def take(self, texts: Int[mx.array, " B"]) -> "KeyRows":
-        """Return the rows of some texts."""
-        return KeyRows(self.keys[texts], self.values[texts])
-
-    def give(self, text: int, length: int, cache: KVCache) -> None:
-        """Let a text's cache hold the first tokens of its row."""
-        row = slice(text, text + 1)
-        cache.keys, cache.values = (
-            mx.contiguous(x[row, :, :length]) for x in (self.keys, self.values)
-        )
-        cache.offset = length
-
-    @property
-    def arrays(self) -> list[mx.array]:
-        """What has to be computed."""
-        return [self.keys, self.values]
+from mlx_distill.target.window import InTreeLayout
 
 
 class Rows:
@@ -106,17 +32,19 @@ class Rows:
 
     @classmethod
     def of(cls, caches: Sequence[LayerCache]) -> "Rows":
-        """Return the rows of one text, of its caches; see ``can_be_rows``."""
+        """Return the rows of one text, of its caches; see ``kind_of``."""
         return cls([KeyRows.of(cache) for cache in caches], [caches[0].offset])
 
     @classmethod
     def read(cls, caches: Sequence[LayerCache], lengths: Sequence[int]) -> "Rows":
         """Return the rows of caches that have read several texts, padded behind."""
-        return cls([KeyRows(cache.keys, cache.values) for cache in caches], lengths)
+        return cls([KeyRows.read(cache, lengths) for cache in caches], lengths)
 
     def join(self, other: "Rows") -> None:
         """Add the rows of other texts below."""
         for layer, more in zip(self.layers, other.layers, strict=True):
+            layer.make_room(more.ring.room, self.lengths)
+            more.make_room(layer.ring.room, other.lengths)
             layer.join(more)
         self.lengths += other.lengths
 
@@ -132,32 +60,23 @@ class Rows:
             layer.give(text, length, cache)
 
 
-def can_be_rows(caches: Sequence[LayerCache]) -> bool:
-    """Return whether the caches of a model can be rows of a batch."""
-    return all(type(cache) is KVCache for cache in caches)
+def kind_of(caches: Sequence[LayerCache]) -> Hashable | None:
+    """Return what the caches of texts have in common that share calls; None if they cannot."""
+    kinds = [_kind(cache) for cache in caches]
+    return None if None in kinds else tuple(kinds)
 
 
-def slots_of(
-    places: Sequence[tuple[int, int]], num_heads: int, num_slots: int
-) -> Integer[mx.array, " R"]:
-    """Return where tokens lie in the rows of a layer, head by head, that are one axis.
-
-    Args:
-        places: Of each token its text and its slot.
-        num_heads: Of the layer.
-        num_slots: Of a row.
-    """
-    texts, slots = np.array(places, np.int64).T
-    rows = (texts[:, None] * num_heads + np.arange(num_heads)) * num_slots + slots[:, None]
-    return mx.array(rows.reshape(-1).astype(np.uint32))
+def packed_kind(kind: Hashable, group_size: int, bits: int) -> Hashable:
+    """Return the kind of rows whose keys and values have been quantised."""
+    assert isinstance(kind, tuple)
+    return tuple(("packed", group_size, bits) if one == "keys" else one for one in kind)
 
 
-def _longer(x: Keys, more: int) -> Float[mx.array, "B H _ D"]:
-    return mx.pad(x, [(0, 0), (0, 0), (0, more), (0, 0)]) if more else x
-
-
-def _written(x: Keys, tokens: Float[mx.array, "T H D"], slots: Integer[mx.array, " R"]) -> Keys:
-    """Return rows with tokens written; where nobody else has a hold on them, nothing is copied."""
-    flat = x.reshape(-1, x.shape[-1])
-    flat[slots] = tokens.reshape(-1, x.shape[-1])
-    return flat.reshape(x.shape)
+def _kind(cache: LayerCache) -> Hashable | None:
+    if type(cache) is KVCache:
+        return "keys"
+    if type(cache) in (RotatingKVCache, InTreeLayout):
+        return "window", cache.keep, cache.max_size
+    if type(cache) is QuantizedKVCache:
+        return "packed", cache.group_size, cache.bits
+    return None

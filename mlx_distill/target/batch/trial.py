@@ -13,8 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.target.batch.call import call_on_forest, call_on_lines
-from mlx_distill.target.batch.rows import Rows, can_be_rows
+from mlx_distill.target.batch.call import call_on_forest, call_on_tokens
+from mlx_distill.target.batch.rows import Rows, kind_of
 from mlx_distill.target.head import Head
 from mlx_distill.target.opening import FLOOR, ROOM, rms_difference
 from mlx_distill.target.tree_call import call_on_text
@@ -39,7 +39,7 @@ def takes_batches(model: nn.Module, head: Head) -> bool:
 
 def _agrees(model: nn.Module, head: Head) -> bool:
     caches = [make_prompt_cache(model) for _ in _TEXTS]
-    if not can_be_rows(caches[0]):
+    if kind_of(caches[0]) is None:
         return False
     size = call_on_text(model, head, mx.array([1]), make_prompt_cache(model)).logits.shape[-1]
     texts, nodes = (_tokens(shares, size) for shares in (_TEXTS, _NODES))
@@ -47,7 +47,7 @@ def _agrees(model: nn.Module, head: Head) -> bool:
         mx.eval(call_on_text(model, head, mx.array(text[:-1]), cache))
     rows = Rows.of(caches[0])
     rows.join(Rows.of(caches[1]))
-    found = call_on_lines(model, head, mx.array([[text[-1]] for text in texts]), rows)
+    found = call_on_tokens(model, head, mx.array([text[-1] for text in texts]), rows)
     found.commit([[0], [0]])
     trees = [
         PrefixTree.from_parents(mx.array(tokens), mx.array(parents), 2)
@@ -55,7 +55,7 @@ def _agrees(model: nn.Module, head: Head) -> bool:
     ]
     tree_call = call_on_forest(model, head, Forest.of(trees), rows)
     tree_call.commit([[0, 1, 3], [0, 2]])
-    after = call_on_lines(model, head, mx.array([[text[0]] for text in texts]), rows)
+    after = call_on_tokens(model, head, mx.array([text[0] for text in texts]), rows)
     together = [*found.logits[:, 0], tree_call.logits[0, 3], tree_call.logits[1, 2]]
     together += [*after.logits[:, 0]]
     (first, second), (ones, others) = texts, nodes

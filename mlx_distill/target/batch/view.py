@@ -1,8 +1,8 @@
 """One layer's rows of several texts, seen by the nodes of their trees during one call.
 
-Where every text reads tokens in a line (a step, a prompt), they are written where they stay. The
-nodes of trees are written behind the longest row first, side by side, which is one copy for all
-texts; what is accepted of them is then written once more, where each text needs it:
+Where every text reads one token, it is written where it stays. The nodes of trees are written
+behind the longest row first, side by side, which is one copy for all texts; what is accepted of
+them is then written once more, where each text needs it:
 
     length 3   a b c . . | N N N        accepted N0, N2        a b c N0 N2
     length 5   p q r s t | M M M                 M0            p q r s t M0
@@ -15,7 +15,7 @@ from functools import cached_property
 import mlx.core as mx
 from jaxtyping import Bool, Int, Integer
 
-from mlx_distill.target.batch.rows import KeyRows, slots_of
+from mlx_distill.target.batch.key_rows import Fetched, KeyRows
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class RowsLayout:
     """What every layer of one call shares.
 
     Args:
-        mask: The trees' masks; None where the tokens of every text are in a line.
+        mask: The trees' masks; None where every text reads one token.
         depths: Of the nodes.
         lengths: How many tokens each text has before them.
     """
@@ -58,16 +58,11 @@ class RowsLayout:
         """The positions as the models' ropes take them: of single tokens, one per text."""
         return self.starts if self.num_nodes == 1 else self.positions
 
-    def moved(self, num_heads: int, num_slots: int) -> Integer[mx.array, " R"]:
-        """Return where nodes in a line lie in the rows of a layer."""
-        key = ("moved", num_heads, num_slots)
+    def slots(self, rows: KeyRows) -> Integer[mx.array, " R"]:
+        """Return where single tokens lie in the rows of a layer."""
+        key = ("slots", rows.parts[0].shape[1], rows.num_slots, rows.ring)
         if key not in self.masks:
-            places = [
-                (text, start + node)
-                for text, start in enumerate(self.lengths)
-                for node in range(self.num_nodes)
-            ]
-            self.masks[key] = slots_of(places, num_heads, num_slots)
+            self.masks[key] = rows.slots_of(list(enumerate(self.lengths)))
         return self.masks[key]
 
 
@@ -82,7 +77,7 @@ class Paths:
 
     lengths: tuple[int, ...]
     paths: Sequence[Sequence[int]]
-    slots: dict[tuple[int, int], mx.array] = field(default_factory=dict)
+    known: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def nodes(self) -> tuple[Int[mx.array, " T"], Int[mx.array, " T"]]:
@@ -91,17 +86,17 @@ class Paths:
         texts, numbers = (mx.array(list(x)) for x in zip(*nodes, strict=True))
         return texts, numbers
 
-    def moved(self, num_heads: int, num_slots: int) -> Integer[mx.array, " R"]:
+    def slots(self, rows: KeyRows) -> Integer[mx.array, " R"]:
         """Return where they belong in the rows of a layer."""
-        key = num_heads, num_slots
-        if key not in self.slots:
+        key = rows.parts[0].shape[1], rows.num_slots, rows.ring
+        if key not in self.known:
             places = [
                 (text, length + step)
                 for text, (length, path) in enumerate(zip(self.lengths, self.paths, strict=True))
                 for step in range(len(path))
             ]
-            self.slots[key] = slots_of(places, num_heads, num_slots)
-        return self.slots[key]
+            self.known[key] = rows.slots_of(places)
+        return self.known[key]
 
 
 class KeyRowsView:
@@ -114,7 +109,20 @@ class KeyRowsView:
 
     def __init__(self, base: KeyRows, layout: RowsLayout):
         self.base, self.layout = base, layout
-        self.base.reserve(layout.longest + layout.num_nodes)
+        num_nodes, ring = layout.num_nodes, base.ring
+        if not ring.is_endless:  # for two trees: the last path may be taken back
+            base.make_room(2 * num_nodes, layout.lengths)
+            ring = base.ring
+        # Single tokens have their slots; nodes lie behind all slots that hold a text.
+        self.behind = ring.used(layout.longest)
+        self.end = self.behind + num_nodes if num_nodes > 1 else ring.used(layout.longest + 1)
+        base.reserve(self.end)
+
+    def __getattr__(self, name: str) -> object:
+        # Whether a cache has bits tells attention that its keys are packed.
+        if name in ("bits", "group_size") and self.base.packing is not None:
+            return getattr(self.base.packing, name)
+        raise AttributeError(name)
 
     @property
     def offset(self) -> Int[mx.array, "..."]:
@@ -125,49 +133,47 @@ class KeyRowsView:
         self, num_tokens: int, window_size: int | None = None, return_array: bool = False
     ) -> Bool[mx.array, "B 1 N S"]:
         """Return which slots of its row every node attends to."""
-        masks = self.layout.masks
-        if window_size not in masks:
-            masks[window_size] = self._mask(window_size)[:, None]
-        return masks[window_size]
+        masks, key = self.layout.masks, (window_size, self.base.ring)
+        if key not in masks:
+            masks[key] = self._mask(window_size)[:, None]
+        return masks[key]
 
     def _mask(self, window: int | None) -> Bool[mx.array, "B N S"]:
-        layout = self.layout
-        at = layout.positions[..., None]
+        layout, ring = self.layout, self.base.ring
+        single = layout.mask is None
+        at, reach = layout.positions[..., None], ring.reach(window)
+        read = int(single)  # a single token has its slot already
+        num_slots = self.end if single else self.behind
+        held, seen = ring.held(num_slots, layout.starts + read, layout.longest + read)
+        seen, held = (x[:, None] if x.ndim > 1 else x for x in (seen, held))
+        if reach is not None:
+            seen = seen & ((held > at - reach) | (held < ring.keep))
         if layout.mask is None:
-            slots = mx.arange(layout.longest + layout.num_nodes)
-            seen = slots <= at
-            return seen if window is None else seen & (slots > at - window)
-        slots, inside = mx.arange(layout.longest), layout.mask
-        seen = slots < layout.starts[:, None, None]
-        if window is not None:
-            seen = seen & (slots > at - window)
-            inside = inside & (layout.positions[:, None] > at - window)
-        before = (*inside.shape[:2], layout.longest)
+            return seen
+        inside = layout.mask
+        if reach is not None:
+            nodes = layout.positions[:, None]
+            inside = inside & ((nodes > at - reach) | (nodes < ring.keep))
+        before = (*inside.shape[:2], num_slots)
         return mx.concatenate([mx.broadcast_to(seen, before), inside], axis=-1)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Write the nodes' keys and values; return them behind the cached ones."""
-        self.nodes = keys, values
+        self.nodes = self.base.packed(keys, values)
         if self.layout.mask is None:
-            slots = self.layout.moved(keys.shape[1], self.base.num_slots)
-            self.base.write([_by_token(x).flatten(0, 1) for x in self.nodes], slots)
+            self.base.write([x.squeeze(2) for x in self.nodes], self.layout.slots(self.base))
         else:
-            self.base.place(self.nodes, self.layout.longest)
+            self.base.place(self.nodes, self.behind)
         return self.keys_and_values()
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+    def keys_and_values(self) -> Fetched:
         """Return what ``update_and_fetch`` returned; layers that borrow keys ask for it."""
-        return self.base.upto(self.layout.longest + self.layout.num_nodes)
+        return self.base.upto(self.end)
 
     def commit(self, paths: Paths) -> None:
         """Write the accepted nodes where they belong."""
         if self.layout.mask is None:
             return
         texts, numbers = paths.nodes
-        slots = paths.moved(self.nodes[0].shape[1], self.base.num_slots)
-        self.base.write([_by_token(x)[texts, numbers] for x in self.nodes], slots)
-
-
-def _by_token(x: mx.array) -> mx.array:
-    """Turn (B, H, N, D) into (B, N, H, D)."""
-    return x.swapaxes(1, 2)
+        tokens = [x.swapaxes(1, 2)[texts, numbers] for x in self.nodes]
+        self.base.write(tokens, paths.slots(self.base))

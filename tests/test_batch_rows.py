@@ -1,0 +1,126 @@
+"""Texts that share calls are those alone, whatever their caches keep."""
+
+import copy
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from drafting import KnowingDrafter, with_eos
+from test_architectures import assert_same_caches
+from tiny_models import tiny_model
+
+from mlx_distill import DraftPlan
+from mlx_distill.core.sampling import Sampling
+from mlx_distill.drafters.protocol import FixedPlanner
+from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.engine import Engine
+from mlx_distill.speculation.requests import Request
+from mlx_distill.target.prompt_cache import prompt_caches
+
+# Some windows are full before the answer, some are later, and one never.
+PROMPTS = [
+    [int(token) for token in np.random.default_rng(4).integers(3, 96, size)]
+    for size in (5, 19, 12, 1, 19)
+]
+LAWS = (Sampling(), Sampling(), Sampling(1.0), Sampling(0.8, top_p=0.9), Sampling())
+CASES = {
+    "windows": ("mistral", CacheConfig()),
+    "windows beside all keys": ("gemma3", CacheConfig()),
+    "a bounded context": ("llama", CacheConfig(max_kv_size=16)),
+    "packed keys": ("llama", CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=1)),
+}
+
+
+@functools.cache
+def model_of(name: str) -> Any:
+    width = {} if name == "gemma3" else {"head_dim": 32}
+    return tiny_model(name, **width)
+
+
+def knowing(model: Any) -> KnowingDrafter:
+    """Return a drafter that knows, and hides, what the model writes greedily after the prompts."""
+    several = [KnowingDrafter(model, prompt, 14, hide=True) for prompt in PROMPTS]
+    one = copy.copy(several[0])
+    one.tokens = mx.concatenate([other.tokens for other in several])
+    one.states = mx.concatenate([other.states for other in several])
+    return one
+
+
+def requests(cache: CacheConfig, model: Any, count: int) -> list[Request]:
+    """Return texts with laws, lengths, trees and prompt caches of their own."""
+    return [
+        Request(
+            mx.array(prompt),
+            max_tokens=4 + 2 * place,
+            sampling=LAWS[place],
+            seed=place,
+            prompt_cache=prompt_caches(model, cache.max_kv_size),
+            planner=FixedPlanner(DraftPlan(3, 4, 8 - place % 3)),
+            cache=cache,
+        )
+        for place, prompt in enumerate(PROMPTS[:count])
+    ]
+
+
+def write(engine: Engine, texts: Sequence[Request]) -> list[list[int]]:
+    """Return the tokens of texts that begin together."""
+    numbers = [engine.submit(one) for one in texts]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.busy:
+        for one in engine.step():
+            found[one.request].append(one.response.token)
+    return [found[number] for number in numbers]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_texts_and_caches_are_those_alone(
+    pair: tuple[Any, Any], case: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, cache = CASES[case]
+    model, tokenizer = model_of(name), with_eos(pair[1], set())
+    alone = requests(cache, model, 5)
+    expected = [write(Engine(model, tokenizer), [one])[0] for one in alone]
+    drafter = knowing(model)
+    for drafts, count in ((drafter, 1), (drafter, 2), (drafter, 5), (None, 5)):
+        together = requests(cache, model, count)
+        assert write(Engine(model, tokenizer, drafts, batch=5), together) == expected[:count]
+        for one, other in zip(together, alone, strict=False):
+            assert_same_caches(one.prompt_cache or [], other.prompt_cache or [])
+    assert not capsys.readouterr().err
+
+
+def test_a_window_gets_room_for_larger_trees(pair: tuple[Any, Any]) -> None:
+    """Of another text, and in the middle of a text."""
+    model, tokenizer = model_of("mistral"), with_eos(pair[1], set())
+    plans = DraftPlan(3, 3, 6), DraftPlan(6, 4, 20), DraftPlan(9, 5, 40), DraftPlan(2, 2, 4)
+    shapes = iter(plans)
+
+    class Growing:
+        def shape(self, text: int, outcome: object) -> DraftPlan:
+            return next(shapes, DraftPlan(3, 3, 6))
+
+    drafter = knowing(model)
+    alone = requests(CacheConfig(), model, 2)
+    expected = [write(Engine(model, tokenizer), [one])[0] for one in alone]
+    texts = requests(CacheConfig(), model, 2)
+    texts[1] = replace(texts[1], planner=Growing())
+    assert write(Engine(model, tokenizer, drafter, batch=2), texts) == expected
+
+
+@pytest.mark.parametrize("case", ["windows", "packed keys"])
+def test_in_half_precision(pair: tuple[Any, Any], case: str) -> None:
+    """Each token is a likeliest one of the model's own word on its text, as far as that rounds."""
+    name, cache = CASES[case]
+    model = tiny_model(name, head_dim=32)
+    model.set_dtype(mx.bfloat16)
+    texts = [replace(one, sampling=Sampling()) for one in requests(cache, model, 5)]
+    engine = Engine(model, with_eos(pair[1], set()), knowing(model), batch=5)
+    for one, tokens in zip(texts, write(engine, texts), strict=True):
+        text = mx.concatenate([one.prompt, mx.array(tokens)])
+        said = model(text[None])[0, one.prompt.size - 1 : -1].astype(mx.float32)
+        short = said.max(axis=-1) - said[mx.arange(len(tokens)), mx.array(tokens)]
+        assert short.max().item() < 0.02 * (said.max() - said.min()).item()
