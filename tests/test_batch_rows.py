@@ -31,14 +31,16 @@ CASES = {
     "windows": ("mistral", CacheConfig()),
     "windows beside all keys": ("gemma3", CacheConfig()),
     "a bounded context": ("llama", CacheConfig(max_kv_size=16)),
+    "states beside keys": ("qwen3_next", CacheConfig()),
+    "both in one layer": ("falcon_h1", CacheConfig()),
     "packed keys": ("llama", CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=1)),
 }
 
 
 @functools.cache
 def model_of(name: str) -> Any:
-    width = {} if name == "gemma3" else {"head_dim": 32}
-    return tiny_model(name, **width)
+    packed = {"head_dim": 32} if name == "llama" else {}
+    return tiny_model(name, **packed)
 
 
 def knowing(model: Any) -> KnowingDrafter:
@@ -111,11 +113,11 @@ def test_a_window_gets_room_for_larger_trees(pair: tuple[Any, Any]) -> None:
     assert write(Engine(model, tokenizer, drafter, batch=2), texts) == expected
 
 
-@pytest.mark.parametrize("case", ["windows", "packed keys"])
+@pytest.mark.parametrize("case", ["windows", "packed keys", "both in one layer"])
 def test_in_half_precision(pair: tuple[Any, Any], case: str) -> None:
     """Each token is a likeliest one of the model's own word on its text, as far as that rounds."""
     name, cache = CASES[case]
-    model = tiny_model(name, head_dim=32)
+    model = copy.deepcopy(model_of(name))
     model.set_dtype(mx.bfloat16)
     texts = [replace(one, sampling=Sampling()) for one in requests(cache, model, 5)]
     engine = Engine(model, with_eos(pair[1], set()), knowing(model), batch=5)

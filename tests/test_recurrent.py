@@ -156,7 +156,7 @@ def as_a_line(self: ApartCall, scan: object, own: Any, arguments: dict[str, Any]
 
 def replayed_short(kind: Any) -> Callable[..., None]:
     replay = kind.replay
-    return lambda self, path, states: replay(self, path[:-1], states)
+    return lambda self, paths, states: replay(self, [paths[0][:-1]], states)
 
 
 # Every node is taken for a successor of the one before it, or a commit forgets the last node.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from jaxtyping import Float, Int
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
 from mlx_distill.drafters.protocol import Features
 from mlx_distill.speculation.batched_text import BatchedText
@@ -64,7 +64,7 @@ def read_prompts(texts: Sequence[BatchedText]) -> PromptsRead:
         decoding = texts[0].decoding
         logits, features = prefill(decoding, texts[0].prompt)
         note_prompt(decoding, texts[0].prompt)
-        return PromptsRead(Rows.of(decoding.caches), [logits], [features])
+        return PromptsRead(Rows.of(decoding.caches, decoding.prompt_tokens), [logits], [features])
     decoding, lengths = texts[0].decoding, [text.prompt.size - 1 for text in texts]
     target, taps = decoding.target, decoding.drafter.taps
     caches = prompt_caches(target.model, decoding.cache.max_kv_size)
@@ -93,7 +93,9 @@ def _kind(text: BatchedText) -> tuple[object, ...] | None:
     windows = any(isinstance(one, RotatingKVCache) for one in leaves(caches))
     if windows and size - 1 > cache.prefill_step_size:
         return None
-    return text.kind, cache.prefill_step_size, decoding.drafter.taps
+    # A state cannot tell padding from text.
+    states = any(isinstance(one, ArraysCache) for one in leaves(caches))
+    return text.kind, cache.prefill_step_size, decoding.drafter.taps, size if states else None
 
 
 def _beginnings(

@@ -3,6 +3,7 @@
 All of it is made on the device, once per call, by the first layer that asks.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -36,6 +37,8 @@ class TreeLayout:
     exact_paths: list[list[int]] | None = None
     masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
 
+    num_texts = 1
+
     @property
     def num_nodes(self) -> int:
         """Number of nodes."""
@@ -61,6 +64,10 @@ class TreeLayout:
         """The nodes from the root to each node; behind it, any."""
         here = self.depths[None] == mx.arange(self.max_depth + 1)[:, None]
         return mx.argmax(self.mask[:, None] & here[None], axis=-1).astype(mx.int32)
+
+    def starts_of(self, nodes: Sequence[int] | None = None) -> int:
+        """Return where the text begins that nodes belong to."""
+        return self.start
 
     def windows(self, size: int) -> Int[mx.array, "N W"]:
         """Return the latest ``size`` tokens up to each node.

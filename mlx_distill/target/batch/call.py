@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from mlx import nn
 
 from mlx_distill.core.forest import Forest
+from mlx_distill.target.batch.layout import Paths, RowsLayout
 from mlx_distill.target.batch.rows import Rows
-from mlx_distill.target.batch.view import KeyRowsView, Paths, RowsLayout
+from mlx_distill.target.batch.view import RowsView, view_of
 from mlx_distill.target.head import Head
 from mlx_distill.target.tree_call import Computed, called
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
@@ -31,7 +32,7 @@ class RowsCall:
     hidden: Float[mx.array, "B N D"]
     taps: tuple[Float[mx.array, "B N _"], ...]
     rows: Rows
-    views: list[KeyRowsView]
+    views: list[RowsView]
 
     def of(self, text: int, num_nodes: int) -> Computed:
         """Return what was computed at the first nodes of one text."""
@@ -43,12 +44,11 @@ class RowsCall:
 
         A text with an empty path stays as it was. The rows are longer when all of it is written.
         """
+        moves = Paths(self.rows.lengths, paths)
         if any(paths):
-            moves = Paths(self.rows.lengths, paths)
             for view in self.views:
                 view.commit(moves)
-        lengths = zip(self.rows.lengths, paths, strict=True)
-        self.rows.lengths = tuple(length + len(path) for length, path in lengths)
+        self.rows.lengths = moves.lengths_after
 
 
 def call_on_forest(
@@ -56,7 +56,7 @@ def call_on_forest(
 ) -> RowsCall:
     """Return a model's word on every node of several texts' trees."""
     mask = None if forest.num_nodes == 1 else forest.mask
-    layout = RowsLayout(mask, forest.depths, rows.lengths)
+    layout = RowsLayout(mask, forest.depths, rows.lengths, forest.max_depth)
     return _called(model, head, forest.tokens, layout, rows, taps)
 
 
@@ -80,7 +80,7 @@ def _called(
     rows: Rows,
     taps: Sequence[int],
 ) -> RowsCall:
-    views = [KeyRowsView(layer, layout) for layer in rows.layers]
+    views = [view_of(layer, layout) for layer in rows.layers]
     tokens = mx.maximum(tokens, 0)  # padding is not a token
     span = tree_span.set(TreeSpan(0, 0, batched=True))
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Int, Integer
+from jaxtyping import Integer
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache
 
 from mlx_distill.compat import set_ring
@@ -162,17 +162,20 @@ class KeyRows:
             self.parts = self.laid_out(ring, lengths).parts
             self.ring = ring
 
-    def join(self, other: "KeyRows") -> None:
-        """Add the rows of other texts below; around rings of the same room."""
+    def join(self, other: "KeyRows", lengths: Sequence[int], others: Sequence[int]) -> None:
+        """Add the rows of other texts below; both have lengths."""
+        self.make_room(other.ring.room, lengths)
+        other.make_room(self.ring.room, others)
         size = max(self.num_slots, other.num_slots)
         self.parts = [
             mx.concatenate([_longer(x, size - x.shape[2]) for x in pair])
             for pair in zip(self.parts, other.parts, strict=True)
         ]
 
-    def take(self, texts: Int[mx.array, " B"]) -> "KeyRows":
+    def take(self, texts: Sequence[int]) -> "KeyRows":
         """Return the rows of some texts."""
-        return KeyRows([x[texts] for x in self.parts], self.ring, self.packing)
+        places = mx.array(list(texts))
+        return KeyRows([x[places] for x in self.parts], self.ring, self.packing)
 
     def give(self, text: int, length: int, cache: LayerCache) -> None:
         """Let a text's cache hold the first tokens of its row, or their window."""

@@ -45,8 +45,8 @@ def _agrees(model: nn.Module, head: Head) -> bool:
     texts, nodes = (_tokens(shares, size) for shares in (_TEXTS, _NODES))
     for text, cache in zip(texts, caches, strict=True):
         mx.eval(call_on_text(model, head, mx.array(text[:-1]), cache))
-    rows = Rows.of(caches[0])
-    rows.join(Rows.of(caches[1]))
+    rows, more = (Rows.of(c, len(text) - 1) for c, text in zip(caches, texts, strict=True))
+    rows.join(more)
     found = call_on_tokens(model, head, mx.array([text[-1] for text in texts]), rows)
     found.commit([[0], [0]])
     trees = [

@@ -9,94 +9,14 @@ them is then written once more, where each text needs it:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import mlx.core as mx
-from jaxtyping import Bool, Int, Integer
+from jaxtyping import Bool, Int
 
 from mlx_distill.target.batch.key_rows import Fetched, KeyRows
-
-
-@dataclass(frozen=True)
-class RowsLayout:
-    """What every layer of one call shares.
-
-    Args:
-        mask: The trees' masks; None where every text reads one token.
-        depths: Of the nodes.
-        lengths: How many tokens each text has before them.
-    """
-
-    mask: Bool[mx.array, "B N N"] | None
-    depths: Int[mx.array, "B N"]
-    lengths: tuple[int, ...]
-    masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes of a text, padding included."""
-        return self.depths.shape[1]
-
-    @property
-    def longest(self) -> int:
-        """The longest text before the call."""
-        return max(self.lengths)
-
-    @cached_property
-    def starts(self) -> Int[mx.array, " B"]:
-        """Where each text's first node is."""
-        return mx.array(self.lengths, mx.int32)
-
-    @cached_property
-    def positions(self) -> Int[mx.array, "B N"]:
-        """Position of every node in its text."""
-        return self.depths + self.starts[:, None]
-
-    @property
-    def offset(self) -> Int[mx.array, "..."]:
-        """The positions as the models' ropes take them: of single tokens, one per text."""
-        return self.starts if self.num_nodes == 1 else self.positions
-
-    def slots(self, rows: KeyRows) -> Integer[mx.array, " R"]:
-        """Return where single tokens lie in the rows of a layer."""
-        key = ("slots", rows.parts[0].shape[1], rows.num_slots, rows.ring)
-        if key not in self.masks:
-            self.masks[key] = rows.slots_of(list(enumerate(self.lengths)))
-        return self.masks[key]
-
-
-@dataclass(frozen=True)
-class Paths:
-    """What becomes text of a call, and where it lies then.
-
-    Args:
-        lengths: Of the texts before the call.
-        paths: The accepted nodes of each text, root first.
-    """
-
-    lengths: tuple[int, ...]
-    paths: Sequence[Sequence[int]]
-    known: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
-
-    @cached_property
-    def nodes(self) -> tuple[Int[mx.array, " T"], Int[mx.array, " T"]]:
-        """The text and the number of every accepted node."""
-        nodes = [(text, node) for text, path in enumerate(self.paths) for node in path]
-        texts, numbers = (mx.array(list(x)) for x in zip(*nodes, strict=True))
-        return texts, numbers
-
-    def slots(self, rows: KeyRows) -> Integer[mx.array, " R"]:
-        """Return where they belong in the rows of a layer."""
-        key = rows.parts[0].shape[1], rows.num_slots, rows.ring
-        if key not in self.known:
-            places = [
-                (text, length + step)
-                for text, (length, path) in enumerate(zip(self.lengths, self.paths, strict=True))
-                for step in range(len(path))
-            ]
-            self.known[key] = rows.slots_of(places)
-        return self.known[key]
+from mlx_distill.target.batch.layout import Paths, RowsLayout
+from mlx_distill.target.batch.rows import LayerRows, ListRows
+from mlx_distill.target.batch.state_rows import StateRows, StateRowsView
 
 
 class KeyRowsView:
@@ -177,3 +97,34 @@ class KeyRowsView:
         texts, numbers = paths.nodes
         tokens = [x.swapaxes(1, 2)[texts, numbers] for x in self.nodes]
         self.base.write(tokens, paths.slots(self.base))
+
+
+class ListView:
+    """Stands in for a layer with several caches during a call.
+
+    Args:
+        views: Stand in for each of them.
+    """
+
+    def __init__(self, views: Sequence["RowsView"]):
+        self.views = views
+
+    def __getitem__(self, index: int) -> "RowsView":
+        return self.views[index]
+
+    def commit(self, paths: Paths) -> None:
+        """Commit all of them."""
+        for view in self.views:
+            view.commit(paths)
+
+
+RowsView = KeyRowsView | StateRowsView | ListView
+
+
+def view_of(rows: LayerRows, layout: RowsLayout) -> RowsView:
+    """Return what stands in for the cache of a layer during a call."""
+    if isinstance(rows, ListRows):
+        return ListView([view_of(part, layout) for part in rows.parts])
+    if isinstance(rows, StateRows):
+        return StateRowsView(rows, layout)
+    return KeyRowsView(rows, layout)

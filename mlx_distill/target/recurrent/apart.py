@@ -24,7 +24,8 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_distill.target.recurrent.gated_delta import gated_delta_on_tree
 from mlx_distill.target.recurrent.linear_attention import linear_attention_on_tree
 from mlx_distill.target.recurrent.mamba2 import mamba2_on_tree
-from mlx_distill.target.recurrent.view import Arguments, Named, RecurrentTreeCache, replaced
+from mlx_distill.target.recurrent.view import Arguments, Named, StatesView, replaced
+from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.watching import Call, Heard, listening
 
 StateAt = Callable[[int], mx.array]
@@ -75,12 +76,13 @@ class ApartCall:
 
     Args:
         view: The states.
+        layout: The tree.
         convolutions: The mixer's.
     """
 
-    def __init__(self, view: RecurrentTreeCache, convolutions: Sequence[nn.Module]):
+    def __init__(self, view: StatesView, layout: TreeLayout, convolutions: Sequence[nn.Module]):
         self.view = view
-        self.layout = view.layout
+        self.layout = layout
         self.convolutions = convolutions
         self.steps: list[Step] = []
 
@@ -88,8 +90,6 @@ class ApartCall:
         """Return what the mixer says of every node."""
         states = self.view.line if self.layout.in_line else self.view.fresh()
         args, kwargs = replaced(args, kwargs, self.view, states)
-        if self.layout.num_nodes == 1:
-            return call(*args, **kwargs)
         heard = [Heard(x, functools.partial(self._convolve, x)) for x in self.convolutions]
         token = _running.set(self)
         try:
@@ -117,9 +117,10 @@ class ApartCall:
         self.steps.append(TreeScan(state_at))
         return outputs, None
 
-    def replay(self, path: list[int], states: ArraysCache) -> None:
+    def replay(self, paths: Sequence[Sequence[int]], states: ArraysCache) -> None:
         """Let the states be those after a path of nodes."""
-        states.cache = [step.after(path) for step in self.steps]
+        (path,) = paths
+        states.cache = [step.after(list(path)) for step in self.steps]
 
 
 @dataclass(frozen=True)

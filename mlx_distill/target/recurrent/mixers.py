@@ -21,7 +21,8 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from mlx_distill.target.layer_cache import LayerCache, leaves
 from mlx_distill.target.recurrent.apart import ApartCall, Scan, named_scans, scanning
 from mlx_distill.target.recurrent.rows import RowsCall
-from mlx_distill.target.recurrent.view import MixerCall, RecurrentTreeCache
+from mlx_distill.target.recurrent.view import StatesView, replaced
+from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.watching import Call, Heard, listening_once
 from mlx_distill.untyped import Called
 
@@ -94,13 +95,18 @@ class TreeMixer(Called):
     def __call__(self, *args: object, **kwargs: object) -> object:
         """Return what the mixer says; with the view of a tree, of all of its nodes."""
         call = super().__call__
-        views = (x for x in (*args, *kwargs.values()) if isinstance(x, RecurrentTreeCache))
+        views = (x for x in (*args, *kwargs.values()) if isinstance(x, StatesView))
         view = next(views, None)
         if view is None:
             return call(*args, **kwargs)
+        if view.layout.num_nodes == 1:  # a token like any other
+            args, kwargs = replaced(args, kwargs, view, view.line)
+            return call(*args, **kwargs)
         known = len(self.convolutions) + len(self.scans) == len(view.before)
-        made: MixerCall = (
-            ApartCall(view, self.convolutions) if known else RowsCall(view, self.projections)
-        )
+        layout, made = view.layout, None
+        if known and isinstance(layout, TreeLayout):
+            made = ApartCall(view, layout, self.convolutions)
+        else:
+            made = RowsCall(view, self.projections)
         view.calls.append(made)
         return made.run(call, args, kwargs)

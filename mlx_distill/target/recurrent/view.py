@@ -6,11 +6,13 @@ module that is handed the states, says what every node sees (``mixers``), and af
 are remade of the accepted nodes, by what the mixer computed for them already.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache
 
+from mlx_distill.target.batch.layout import RowsLayout
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.watching import Call
 
@@ -25,12 +27,46 @@ class MixerCall(Protocol):
         """Return what the mixer says of every node; ``call`` is its own code."""
         ...
 
-    def replay(self, path: list[int], states: ArraysCache) -> None:
-        """Let the states, which are those before the call, be those after a path of nodes."""
+    def replay(self, paths: Sequence[Sequence[int]], states: ArraysCache) -> None:
+        """Let the states, which are those before the call, be those after paths of nodes.
+
+        There is a row of states for each of the paths, which are equally long. The nodes of several
+        texts are numbered through.
+        """
         ...
 
 
-class RecurrentTreeCache:
+MixedLayout = TreeLayout | RowsLayout
+
+
+class StatesView:
+    """Stands in for a cache of states during a call, until it is told what is kept.
+
+    Args:
+        states: Those before the call.
+        layout: Where the nodes lie.
+    """
+
+    # No text is padded.
+    lengths = left_padding = None
+
+    def __init__(self, states: Sequence[mx.array | None], layout: MixedLayout):
+        self.before = list(states)
+        self.layout = layout
+        self.line = self.fresh()  # what nodes in a line are read into
+        self.calls: list[MixerCall] = []
+
+    def fresh(self) -> ArraysCache:
+        """Return a cache with the states before the call, for a mixer to change."""
+        states = ArraysCache(len(self.before))
+        states.cache = list(self.before)
+        return states
+
+    def make_mask(self, num_tokens: int) -> None:
+        """Return no mask: it would tell padding from text."""
+
+
+class RecurrentTreeCache(StatesView):
     """A cache of recurrent states, for one tree call.
 
     Args:
@@ -38,25 +74,10 @@ class RecurrentTreeCache:
         layout: The tree.
     """
 
-    # There is one text, and it is not padded.
-    lengths = left_padding = None
-
     def __init__(self, base: ArraysCache, layout: TreeLayout):
+        super().__init__(base.cache, layout)
         self.base = base
-        self.layout = layout
-        self.before: list[mx.array | None] = list(base.cache)
-        self.line = self.fresh()  # what nodes in a line are read into
-        self.calls: list[MixerCall] = []
         self.path: list[int] = []
-
-    def fresh(self) -> ArraysCache:
-        """Return a cache with the states before the tree, for a mixer to change."""
-        states = ArraysCache(len(self.before))
-        states.cache = list(self.before)
-        return states
-
-    def make_mask(self, num_tokens: int) -> None:
-        """Return no mask: it would tell padding from text."""
 
     def commit(self, path: list[int]) -> bool:
         """Let the states be those after the accepted path."""
@@ -70,7 +91,7 @@ class RecurrentTreeCache:
             states.cache = list(self.line.cache)
         elif path:
             for call in self.calls:
-                call.replay(path, states)
+                call.replay([path], states)
         self.base.cache = states.cache
         return True
 
