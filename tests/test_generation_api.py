@@ -259,10 +259,43 @@ def test_raw_tokenizer_is_wrapped(pair: tuple[Any, Any], drafter: Any) -> None:
         assert text.strip() == expected.strip()
 
 
-@pytest.mark.parametrize("prompt", ["", [], mx.array([], dtype=mx.int32), mx.zeros((1, 3))])
+@pytest.mark.parametrize("prompt", ["", [], mx.array([], dtype=mx.int32)])
 def test_empty_prompt_is_refused(pair: tuple[Any, Any], prompt: Any) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
         mlx_distill.stream_generate(*pair, prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[2**31], [2**70], mx.zeros((3,)), mx.array([[1, 2]]), mx.array([2**32], dtype=mx.int64)],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused(pair: tuple[Any, Any], prompt: Any) -> None:
+    with pytest.raises(InputError, match="a prompt is a text or token ids, got"):
+        mlx_distill.generate(*pair, prompt)
+
+
+@pytest.mark.parametrize("drafted", [True, False])
+@pytest.mark.parametrize("value", [-mx.inf, mx.nan, mx.inf])
+@pytest.mark.parametrize("after", [0, 2])
+def test_processors_that_leave_no_token_are_refused(
+    pair: tuple[Any, Any], drafter: Any, drafted: bool, value: float, after: int
+) -> None:
+    ids = pair[1].encode(PROMPT)
+
+    def spoil(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size < len(ids) + after:
+            return logits
+        spoiled = mx.arange(logits.shape[-1]) >= (0 if value == -mx.inf else 4000)
+        return mx.where(spoiled, value, logits)
+
+    options: dict[str, Any] = {"drafter": drafter if drafted else None, "plan": DraftPlan()}
+    stream = mlx_distill.stream_generate(*pair, ids, logits_processors=[spoil], **options)
+    found = [next(stream).token for _ in range(after)]
+    with pytest.raises(InputError, match=f"drawn after {after} tokens of the answer: the logits p"):
+        next(stream)
+    theirs = mlx_lm.stream_generate(*pair, ids, max_tokens=2)
+    assert found == [response.token for response in theirs][:after]
 
 
 def test_prompt_beyond_the_context_is_refused(pair: tuple[Any, Any], drafter: Any) -> None:

@@ -78,7 +78,7 @@ def test_a_parked_cycle_is_plain_decoding(
     monkeypatch.setattr(mx, "async_eval", lambda *arrays: None)
     cycle = launch(Decoding(*arguments), root, None, root, 1)
     assert isinstance(cycle.report, RootReport)
-    sampler = PlainSampler(law, key, fast=True)
+    sampler = PlainSampler(law, key, fast=True, processed=False)
     logits = model(root[None], cache=read(model))[:, -1, :]
     token = sampler(logits - mx.logsumexp(logits, keepdims=True))
     draw = sampler.draws[0]

@@ -266,9 +266,9 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
     with mx.stream(generation_stream):
         while True:
             logits = call.logits[path[-1]][None]
-            if to_number(mx.isnan(logits).any()):
-                raise failed_after(start + len(drawn))
             rows.append(decoding.process(cycle.history, logits))
+            if to_number(no_numbers(rows[-1])):
+                raise failed_after(start + len(drawn), processed=True)
             token = _draw(decoding, rows[-1], start + len(drawn))
             drawn.append(int(to_number(token)))
             child = children.get((path[-1], drawn[-1]))
@@ -298,6 +298,21 @@ def _draw(decoding: Decoding, logits: Float[mx.array, "1 V"], place: int) -> mx.
     return sample(logits, decoding.sampling, noise)
 
 
-def failed_after(num_tokens: int) -> InputError:
-    """Return the error of logits that are NaN after so many tokens of the answer."""
+def no_numbers(logits: Float[mx.array, "... V"]) -> Bool[mx.array, ""]:
+    """Return whether no token can be drawn: one is NaN or infinitely likely, or all are barred."""
+    return ~mx.isfinite(logits.max())
+
+
+def failed_after(num_tokens: int, processed: bool = False) -> InputError:
+    """Return the error of logits that no token can be drawn from.
+
+    Args:
+        num_tokens: Of the answer, before that.
+        processed: Whether logits processors have been at them.
+    """
+    if processed:
+        return InputError(
+            f"no token can be drawn after {num_tokens} tokens of the answer: the logits processors "
+            "bar all of them, or make of the model's logits what are not numbers"
+        )
     return not_numbers(f"after {num_tokens} tokens of its answer")

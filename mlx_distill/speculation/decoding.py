@@ -34,6 +34,7 @@ from mlx_distill.speculation.cycle import (
     draft_next,
     failed_after,
     launch,
+    no_numbers,
     read,
 )
 from mlx_distill.speculation.drafted_text import Decoding
@@ -143,11 +144,13 @@ class FirstDraw:
         logits: What it is drawn from.
         root: It.
         report: It, and whether the logits are no numbers.
+        processed: Whether logits processors have been at the logits.
     """
 
     logits: Float[mx.array, "1 V"]
     root: Int[mx.array, " 1"]
     report: Int[mx.array, " 2"]
+    processed: bool
 
     def read(self) -> DecodedToken:
         """Wait for the token.
@@ -157,7 +160,7 @@ class FirstDraw:
         """
         token, failed = to_host(self.report)
         if failed:
-            raise failed_after(0)
+            raise failed_after(0, self.processed)
         return DecodedToken(token, self.logits, 0, False)
 
 
@@ -165,12 +168,12 @@ def draw_first(
     decoding: Decoding, prompt: Int[mx.array, " T"], logits: Float[mx.array, "1 V"]
 ) -> FirstDraw:
     """Draw the first token of an answer."""
-    failed = mx.isnan(logits).any(keepdims=True)[0].astype(mx.int32)
     logits = decoding.process(prompt, logits)
+    failed = no_numbers(logits)[None].astype(mx.int32)
     root = sample(logits, decoding.sampling, decoding.rows(0, 1))
     report = mx.concatenate([root, failed])
     mx.async_eval(report)
-    return FirstDraw(logits, root, report)
+    return FirstDraw(logits, root, report, bool(decoding.logits_processors))
 
 
 def _first_cycle(

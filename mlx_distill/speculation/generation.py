@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Int
 from mlx import nn
 
@@ -139,7 +140,7 @@ def text_request(
         max_tokens=max_tokens,
         sampling=Sampling(temperature, top_p, top_k, min_p),
         seed=seed,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
         logits_processors=tuple(logits_processors or ()),
         prompt_cache=prompt_cache,
         planner=planner,
@@ -193,11 +194,20 @@ def prompt_tokens(
     """Return the token ids of a prompt.
 
     Raises:
-        InputError: If there are none.
+        InputError: If there are none, or it is neither.
     """
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt, chat_template=False)
-    tokens = prompt if isinstance(prompt, mx.array) else mx.array(list(prompt), dtype=mx.int32)
-    if tokens.ndim != 1 or tokens.size == 0:
+    refused = InputError(f"a prompt is a text or token ids, got {prompt!r:.60}")
+    try:
+        given = prompt if isinstance(prompt, mx.array) else mx.array(np.array(list(prompt)))
+    except (TypeError, ValueError, RuntimeError):
+        raise refused from None
+    if given.size == 0:
         raise InputError("the prompt is empty; give at least one token")
-    return tokens.astype(mx.int32)
+    if given.ndim != 1 or not mx.issubdtype(given.dtype, mx.integer):
+        raise refused
+    tokens = given.astype(mx.int32)
+    if given.dtype != mx.int32 and (tokens != given).any().item():
+        raise refused
+    return tokens

@@ -13,7 +13,7 @@ from mlx_distill.arrays import to_number
 from mlx_distill.core.sampling import Sampling, TextNoise, sample
 from mlx_distill.kernels.sampler import draw
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
-from mlx_distill.speculation.cycle import failed_after
+from mlx_distill.speculation.cycle import failed_after, no_numbers
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
 from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.ledger import PlainLedger
@@ -87,10 +87,12 @@ class PlainSampler:
         sampling: How tokens are drawn.
         key: Of the text's random numbers.
         fast: Whether filters may leave a doubt, so that ``checked`` has to be asked.
+        processed: Whether logits processors have been at what is drawn from.
     """
 
-    def __init__(self, sampling: Sampling, key: mx.array, fast: bool):
+    def __init__(self, sampling: Sampling, key: mx.array, fast: bool, processed: bool):
         self.sampling = sampling
+        self.processed = processed
         self.fast = fast
         self.draws: deque[Draw] = deque()
         self._key = key
@@ -99,8 +101,9 @@ class PlainSampler:
 
     def __call__(self, log_probs: mx.array) -> mx.array:
         """Return a token per row of log-probabilities."""
-        # One entry tells: mlx-lm has normalised them.
-        failed = mx.isnan(log_probs.reshape(-1)[:1])
+        # mlx-lm has normalised them, so one entry tells of the model's.
+        one = log_probs.reshape(-1)[:1]
+        failed = no_numbers(log_probs) if self.processed else mx.isnan(one)
         if self.sampling.temperature and self._noise is None:
             self._noise = TextNoise(self._key, log_probs.shape[-1])
         rows = None if self._noise is None else self._noise.rows(self._place, 1)
@@ -163,14 +166,16 @@ def decode_plainly(decoding: PlainDecoding, tokens: mx.array, key: mx.array) -> 
         InputError: If the model's logits are not numbers.
     """
     # A step can be taken back where nobody else has seen it.
-    alone = not decoding.keep_caches and not decoding.logits_processors
-    sampler = PlainSampler(decoding.sampling, key, alone and all(map(can_trim, decoding.caches)))
+    processed = bool(decoding.logits_processors)
+    alone = not decoding.keep_caches and not processed
+    fast = alone and all(map(can_trim, decoding.caches))
+    sampler = PlainSampler(decoding.sampling, key, fast, processed)
     ledger = PlainLedger(decoding.caches, tokens.size) if decoding.keep_caches else None
     try:
         with closing(_steps(decoding, sampler, tokens)) as steps:
             for number, (draw, token, logits) in enumerate(steps):
                 if draw.failed.item():
-                    raise failed_after(number)
+                    raise failed_after(number, processed)
                 if number:
                     decoding.counters.add([0], 0)
                 if ledger:
