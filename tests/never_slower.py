@@ -9,9 +9,9 @@
               classes, each of them
     long      own and useless after --context tokens, or as many as the model has room for
 
-Not collected by pytest: it measures time, so nothing else may run meanwhile. It takes about two
-minutes with the bundled pair and three with a model of 135M. Arms take turns prompt by prompt; what
-counts is the median over the prompts of the ratio on the same prompt.
+Not collected by pytest: it measures time, so nothing else may run meanwhile. It takes about four
+minutes with the bundled pair and six with a model of 135M. Arms take turns prompt by prompt, all of
+them --repeats times; what counts is the median of the ratios on the same prompt.
 """
 
 import argparse
@@ -118,10 +118,11 @@ def cases(short: list[Asked], arguments: argparse.Namespace, room: int) -> Itera
 def measured(pair: tuple[Any, Any, Any], case: Case, arguments: argparse.Namespace) -> Row:
     """Return the figures of a case: its ratio with quartiles, tokens and nodes per call."""
     model, tokenizer, drafter = pair
-    config = BenchmarkConfig(len(case.prompts), max_tokens=arguments.max_tokens)
+    config = BenchmarkConfig(len(case.prompts) * arguments.repeats, max_tokens=arguments.max_tokens)
     with hostile(Target.of(model)) if case.is_hostile else nullcontext():
         bench = Bench(model, tokenizer, drafter, None, Sampling(arguments.temp), config)
-        row = summary(bench.run([one.ids for one in case.prompts], None, case.name))[-1]
+        prompts = [one.ids for one in case.prompts] * arguments.repeats
+        row = summary(bench.run(prompts, None, case.name))[-1]
     names = ("prompts", "speedup", "tokens_per_call", "nodes_per_call")
     return {"case": case.name, **{name: row[name] for name in names}}
 
@@ -146,6 +147,7 @@ def main() -> int:
     parser.add_argument("--num-prompts", type=int, default=6)
     parser.add_argument("--per-class", type=int, default=3, help="prompts of each class")
     parser.add_argument("--num-long", type=int, default=2, help="prompts with a long context")
+    parser.add_argument("--repeats", type=int, default=3, help="answers to every prompt")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--temp", type=float, default=0.0)
     parser.add_argument("--only", default="", help="leave out cases whose names lack this")

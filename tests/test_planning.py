@@ -1,118 +1,33 @@
-"""The planner, simulated: curves of many kinds, drafts of the bundled pair that were recorded.
-
-A simulated text knows for each of its places what any shape of draft would have come to, so the
-best fixed shape is known in hindsight. Time is a sum of costs; nothing is timed.
-"""
+"""The planner, simulated: curves of many kinds, drafts of the bundled pair that were recorded."""
 
 import itertools
-import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated import (
+    CURVES,
+    LENGTHS,
+    ROWS,
+    USELESS,
+    WIDTHS,
+    Early,
+    Run,
+    Text,
+    costs,
+    drifting,
+    recorded,
+    recorded_texts,
+)
 
-from mlx_distill.benchmarking.traces import TracedText
-from mlx_distill.drafters.protocol import DraftPlan, Outcome
-from mlx_distill.speculation.acceptance import Acceptance, model_rates
+from mlx_distill.drafters.protocol import Outcome
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
-
-ROWS = (*range(1, 18), 24, 32, 33)
-WIDTHS, LENGTHS = (1, 2, 4, 8), (1, 2, 3, 4, 6, 8)
-CURVES: dict[str, Callable[[int], float]] = {
-    "flat": lambda rows: 1 + 0.003 * rows,
-    "linear": lambda rows: 1 + 0.08 * (rows - 1),
-    "steep": lambda rows: 1 + 0.3 * (rows - 1),
-    "a cliff behind 8": lambda rows: 1 + 0.01 * rows + 1.0 * (rows > 8) + 1.5 * (rows > 16),
-    "steps of 4": lambda rows: 1 + 0.02 * rows + 0.8 * ((rows - 1) // 4),
-    "two cores": lambda rows: float(
-        np.interp(rows, [1, 2, 4, 8, 12, 16, 33], [1, 1.08, 1.31, 1.48, 1.91, 1.96, 3.6])
-    ),
-}
-
-
-def costs(curve: Callable[[int], float], draft: float = 0.03, overhead: float = 0.05) -> Costs:
-    """Return a machine's costs; a draft costs something for every token, more with wide beams."""
-    drafts = tuple(tuple(0.02 + draft * n * (1 + 0.1 * w) for n in LENGTHS) for w in WIDTHS)
-    calls = tuple(float(curve(rows)) for rows in ROWS)
-    return Costs((128,), ROWS, (calls,), WIDTHS, LENGTHS, drafts, overhead)
-
-
-class Text(TracedText):
-    """A traced text on a simulated machine."""
-
-    def fixed(self, machine: Costs, plan: DraftPlan, num_tokens: int) -> float:
-        """Return the tokens per plain step's time with one shape throughout."""
-        place = cycles = 0
-        while place < num_tokens:
-            place += len(self.tree(place, plan)[1])
-            cycles += 1
-        return place / (cycles * machine.cycle(plan, plan.nodes, 128) / machine.plain(128))
-
-    def best(self, machine: Costs, num_tokens: int) -> float:
-        """Return the same of the best fixed shape, which may be none at all."""
-        shapes = itertools.product((1, 2, 4, 8), (1, 2, 3, 4, 6), (2, 3, 4, 5, 6, 7, 8, 12, 16, 32))
-        return max(1.0, *(self.fixed(machine, DraftPlan(*one), num_tokens) for one in shapes))
-
-
-class Run:
-    """A planner at work on a text; it hears of a cycle when the next but one is planned.
-
-    ``truth`` is what a machine really costs that should cost what ``machine`` says; the planner is
-    then told the seconds.
-    """
-
-    def __init__(
-        self,
-        text: Text,
-        machine: Costs,
-        planner: AdaptivePlanner,
-        number: int = 0,
-        truth: Callable[[float, int], float] | None = None,
-    ):
-        self.text, self.machine, self.planner, self.number = text, machine, planner, number
-        self.truth = truth
-        self.place = 0
-        self.time = 0.0
-        self.plans: list[DraftPlan | None] = []
-        self.outcome: Outcome | None = None
-        self.next = planner.shape(number, None)
-
-    def until(self, num_tokens: int) -> float:
-        """Go on to a number of tokens; return the tokens per plain step's time so far."""
-        while self.place < num_tokens:
-            plan, self.next = self.next, self.planner.shape(self.number, self.outcome)
-            self.plans.append(plan)
-            parents, path = ((0,), (0,)) if plan is None else self.text.tree(self.place, plan)
-            plain = self.machine.plain(128)
-            cycle = plain if plan is None else self.machine.cycle(plan, plan.nodes, 128)
-            seconds = None
-            if self.truth is not None:
-                cycle, plain = (self.truth(x / plain, len(self.plans)) for x in (cycle, plain))
-                seconds = cycle * self.machine.plain(128)
-            self.time += cycle / plain
-            self.outcome = Outcome(100, parents, len(path) - 1, path, seconds=seconds)
-            self.place += len(path)
-        return self.place / self.time
-
-
-def recorded() -> list[dict[str, list]]:
-    file = Path(__file__).parent / "draft_traces.json"
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, Text]:
-    traces = recorded()
-    greedy, drawn = traces[:3], traces[3:]
-    mixed = [trace for pair in zip(greedy, drawn, strict=True) for trace in pair]
-    kinds = {"greedy": greedy, "drawn": drawn, "mixed": mixed}
-    return {name: Text([one for t in some for one in t["places"]]) for name, some in kinds.items()}
-
-
-USELESS = Text([((0, 0, 0, 1, 1, 3, 5, 2, *range(25)), ())])
+    return recorded_texts()
 
 
 def test_within_three_percent_of_the_best_fixed_shape(texts: dict[str, Text]) -> None:
@@ -140,18 +55,6 @@ def test_a_useless_drafter_costs_at_most_three_percent(curve: str, draft: float)
         assert min(run.until(length) for length in range(64, 400)) > 0.97
 
 
-def drifting(more: float, spread: float = 0.1) -> Callable[[float, int], float]:
-    """Return a machine whose speed goes up and down by a third, and whose drafts are dear."""
-    noise = np.random.default_rng(0).lognormal(0, spread, 10_000)
-
-    def seconds(foretold: float, cycle: int) -> float:
-        drift = 1 + 0.3 * np.sin(cycle / 20)
-        chance = noise[cycle] if foretold != 1 else 1.0
-        return float(drift * chance * (1 + more * (foretold - 1)))
-
-    return seconds
-
-
 @pytest.mark.parametrize("more", [0.8, 1.3, 2.0])
 @pytest.mark.parametrize("curve", ["flat", "linear", "two cores"])
 def test_what_cycles_really_take_is_what_may_be_lost(curve: str, more: float) -> None:
@@ -163,6 +66,54 @@ def test_what_cycles_really_take_is_what_may_be_lost(curve: str, more: float) ->
         slowest.append(min(run.until(length) for length in range(64, 300)))
     assert np.median(slowest) > 0.97
     assert min(slowest) > 0.95
+
+
+def drafted(run: Run, num_tokens: int) -> int:
+    run.until(num_tokens)
+    return sum(plan is not None for plan in run.plans)
+
+
+def test_the_more_texts_are_parked_the_later_the_next_one_is_tried(texts: dict[str, Text]) -> None:
+    """Never so late that a text that is good would be missed."""
+    planner = AdaptivePlanner(machine := costs(CURVES["two cores"]))
+    tried = [drafted(Run(USELESS, machine, planner, number), 100) for number in range(6)]
+    assert tried[0] > 0
+    assert tried == sorted(tried, reverse=True)
+    assert tried[-2:] == [0, 0]
+    assert drafted(Run(texts["greedy"], machine, planner, 6), 300) > 30
+    assert Run(texts["greedy"], machine, planner, 7).next is not None
+
+
+def test_a_drafter_that_was_useless_when_it_was_measured_is_tried_late() -> None:
+    machine = costs(CURVES["two cores"])
+    known, unknown = (replace(machine, cycle_tokens=tokens) for tokens in (1.0, 0.0))
+    assert drafted(Run(USELESS, known, AdaptivePlanner(known)), 30) == 0
+    assert drafted(Run(USELESS, unknown, AdaptivePlanner(unknown)), 30) > 0
+
+
+def test_a_trial_of_a_drafter_that_never_proved_itself_is_over_soon() -> None:
+    """Two outcomes decide, and a third draft is under way by then."""
+    planner = AdaptivePlanner(machine := costs(CURVES["flat"], draft=0.0, overhead=0.0))
+    run = Run(USELESS, machine, planner)
+    run.until(300)
+    trials = [len(list(some)) for plan, some in itertools.groupby(run.plans, bool) if plan]
+    assert len(trials) > 2
+    assert max(trials) == 3
+
+
+@pytest.mark.parametrize("curve", ["linear", "two cores"])
+def test_a_first_draft_may_be_made_in_the_time_of_the_step_before(
+    texts: dict[str, Text], curve: str
+) -> None:
+    """Its own time then tells nothing of what drafts take: neither 0 nor that step's."""
+    machine = costs(CURVES[curve])
+    for number in range(3):
+        planner = AdaptivePlanner(machine)
+        run = Early(USELESS, machine, planner, number)
+        assert min(run.until(length) for length in range(64, 300)) > 0.97
+    useful = Text([*USELESS.places * 60, *texts["greedy"].places])
+    paced, timed = (kind(useful, machine, AdaptivePlanner(machine)) for kind in (Run, Early))
+    assert timed.until(500) > 0.95 * paced.until(500)
 
 
 def test_drafts_that_are_too_dear_in_truth_are_given_up(texts: dict[str, Text]) -> None:
@@ -189,7 +140,7 @@ def test_a_first_text_is_drafted_for_where_that_paid_when_it_was_measured() -> N
         return min(Run(text, machine, AdaptivePlanner(machine)).until(150) for text in begun)
 
     assert slowest(3.3) > 1.5
-    assert slowest(1.0) < 1.3
+    assert slowest(1.0) < slowest(3.3) - 0.2
     fooled = replace(dear, cycle_tokens=3.3)
     run = Run(USELESS, fooled, AdaptivePlanner(fooled))
     assert min(run.until(length) for length in range(64, 400)) > 0.94
@@ -294,51 +245,3 @@ def test_a_machine_under_load_is_drafted_on_only_for_clear_gains() -> None:
 def test_a_machine_without_measured_trees_is_decoded_on_plainly() -> None:
     machine = Costs((128,), (1,), ((1.0,),), (1,), (1,), ((0.1,),))
     assert AdaptivePlanner(machine).shape(0, None) is None
-
-
-# ----------------------------------------------------------------------------- acceptance
-
-
-def accepted_of(tree: Acceptance, plan: DraftPlan, num_cycles: int, texts: Text) -> None:
-    for place in range(num_cycles):
-        tree.learn(plan, *texts.tree(place, plan))
-
-
-@pytest.mark.parametrize("shape", [(1, 4, 5), (2, 4, 8), (4, 3, 8), (4, 6, 17), (8, 8, 33)])
-def test_a_large_tree_tells_what_smaller_ones_would_come_to(
-    texts: dict[str, Text], shape: tuple[int, int, int]
-) -> None:
-    text, cycles = texts["greedy"], 440
-    known = Acceptance(LENGTHS, WIDTHS, 33)
-    accepted_of(known, DraftPlan(8, 8, 33), cycles, text)
-    plan = DraftPlan(*shape)
-    weights = 0.995 ** np.arange(cycles)[::-1]
-    truth = [len(text.tree(place, plan)[1]) for place in range(cycles)]
-    found = known.tokens()[LENGTHS.index(shape[1]), WIDTHS.index(shape[0]), shape[2] - 1]
-    assert found == pytest.approx((weights * truth).sum() / weights.sum(), rel=0.04)
-
-
-def test_ranks_say_which_nodes_are_likely() -> None:
-    """Nodes may lie in any order that puts parents first."""
-    plain, ranked = (Acceptance((1, 2), (1, 2), 4) for _ in range(2))
-    plain.learn(DraftPlan(2, 2, 4), (0, 0, 0, 1), (0, 1, 3))
-    ranked.learn(DraftPlan(2, 2, 4), (0, 0, 1, 0), (0, 1, 2), (0, 1, 3, 2))
-    assert np.array_equal(plain.tokens(), ranked.tokens())
-    assert not np.array_equal(plain.tokens(), Acceptance((1, 2), (1, 2), 4).tokens())
-
-
-@pytest.mark.parametrize("acceptance", [0.5, 0.9])
-def test_the_model_is_the_best_tree_of_its_probabilities(acceptance: float) -> None:
-    """Against every path of children, enumerated."""
-    lengths, widths, size = (1, 3), (2, 8), 12
-    found = model_rates(acceptance, lengths, widths, size)
-    first = acceptance * 0.73
-    for row, length in enumerate(lengths):
-        values = [
-            np.prod([first * 0.27**child for child in path])
-            for depth in range(1, length + 1)
-            for path in itertools.product(range(8), repeat=depth)
-        ]
-        best = sorted(values, reverse=True)[: size - 1]
-        assert found[row, 1, 1 : 1 + len(best)] == pytest.approx(best, abs=2e-3)
-    assert (found[:, 0] <= found[:, 1] + 1e-12).all()

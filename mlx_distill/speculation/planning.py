@@ -14,7 +14,8 @@ made again every few cycles. Four things keep it calm and safe:
   be accepted. So a useless drafter costs at most those few percent.
 * Where nothing pays, the text is parked: decoded plainly. It is tried again now and then, more and
   more rarely, for acceptance changes within a text. A text that follows a parked one waits, too,
-  before it is first tried.
+  before it is first tried, and the longer, the more of them came to nothing. A trial of a drafter
+  that has never proved itself is over as soon as its first drafts come to nothing.
 """
 
 from collections import OrderedDict, deque
@@ -47,9 +48,14 @@ CYCLES, TRIAL = 8, 5
 # and it is doubled every time. So many are made; the first, behind a draft, tells nothing.
 FIRST_LOOK, LAST_LOOK, LOOKS = 3, 384, 3
 # Tokens until a parked text is tried again, at first and at last; it is doubled every time.
-FIRST_WAIT, LAST_WAIT = 8, 512
-# How long a new text waits at the most, where the one before was parked.
-MOST_AT_FIRST = 32
+FIRST_WAIT, LAST_WAIT = 8, 128
+# A text that follows a parked one waits as long as that one would have, but no longer than the
+# first of these; with every further text that is parked the wait is doubled, up to the second. So
+# does the first text, where next to nothing of the default shape's drafts was accepted while the
+# costs were measured: a cycle brought less than so many tokens.
+AT_FIRST, MOST_AT_FIRST, NEXT_TO_NOTHING = 32, 128, 1.1
+# A trial of a drafter that has not proved itself is over after so many drafts in vain.
+IN_VAIN = 2
 # What a trial finds weighs against so many cycles of what was known before; a new text begins with
 # so many of the others'.
 OLD_CYCLES, OTHERS_CYCLES = 6.0, 80.0
@@ -85,6 +91,7 @@ class TextState:
         balance: Plain steps that drafting has saved so far, less those it cost.
         shape: In use; None while the text is parked.
         cycles: Until the next choice.
+        at_first: Tokens that it waited before anything was drafted.
         wait: Tokens of the next pause.
         resume: When the parked text is tried again, in tokens.
         waiting: Whether it is parked only until it is known what the draft under way came to.
@@ -92,6 +99,7 @@ class TextState:
         seen: The latest outcome.
         looks: Plain steps that are still to be made to know what they take.
         parked: How many of the latest outcomes were plain steps.
+        in_vain: Drafts of which nothing was accepted, since it is tried; None once something was.
     """
 
     acceptance: Acceptance
@@ -101,6 +109,7 @@ class TextState:
     balance: float = 0.0
     shape: Shape | None = None
     cycles: int = 0
+    at_first: int = 0
     wait: int = FIRST_WAIT
     resume: int = 0
     waiting: bool = False
@@ -108,6 +117,7 @@ class TextState:
     seen: Outcome | None = None
     looks: int = 0
     parked: int = 0
+    in_vain: int | None = 0
 
     @property
     def under_way(self) -> float:
@@ -122,7 +132,7 @@ class TextState:
 
     def park(self, tokens: int) -> None:
         """Decode plainly for so many tokens."""
-        self.shape, self.resume = None, self.tokens + tokens
+        self.shape, self.waiting, self.resume = None, False, self.tokens + tokens
 
 
 class AdaptivePlanner:
@@ -147,7 +157,8 @@ class AdaptivePlanner:
         self._used = np.zeros(self._most_tokens.shape, np.bool_)
         size = int(max(self.nodes, default=1))
         self._known = Acceptance(costs.lengths, costs.widths, size)
-        self._wait = 0  # of the text that chose last, if it is parked
+        # Tokens that a new text waits: none, if the text that chose last is drafted for.
+        self._wait = AT_FIRST if 0 < costs.cycle_tokens < NEXT_TO_NOTHING else 0
         self._pace = Pace()
         self._look_after, self._unseen = FIRST_LOOK, 0  # timed drafts, also since a plain step
         self._texts: OrderedDict[int, TextState] = OrderedDict()
@@ -169,8 +180,9 @@ class AdaptivePlanner:
         """
         state = self._texts.get(text)
         if state is None or (outcome is None and state.seen is not None):
-            known, wait = self._known.copy(OTHERS_CYCLES), min(self._wait, MOST_AT_FIRST)
-            state = self._texts[text] = TextState(known, resume=wait)
+            known, wait = self._known.copy(OTHERS_CYCLES), self._wait
+            state = TextState(known, at_first=wait, wait=max(FIRST_WAIT, wait), resume=wait)
+            self._texts[text] = state
             if len(self._texts) > TEXTS:
                 self._texts.popitem(last=False)
         return state
@@ -180,38 +192,51 @@ class AdaptivePlanner:
         state.seen = outcome
         gained, size = outcome.num_accepted + 1, len(outcome.parents)
         state.tokens += gained
-        context = state.context = outcome.cached_tokens + gained
+        state.context = outcome.cached_tokens + gained
         asked = state.asked[0] or state.asked[1]
         if size == 1 or asked is None:
             self._learn_plain(state, outcome.seconds)
             return
-        state.parked = 0
-        self._unseen += outcome.seconds is not None
-        foretold = asked.foretold
-        if size != asked.plan.nodes:
-            cycle = self.costs.cycle(asked.plan, size, context, self.batch)
-            foretold = cycle / self.costs.plain(context, self.batch)
-        price = self._pace.price(foretold)
-        if outcome.seconds is not None:
-            price = self._pace.learn(foretold, self._in_steps(outcome.seconds, context))
+        price = self._price(state, asked, size, outcome.seconds)
         state.balance = min(state.balance + gained - price, MOST_CREDIT)
         state.acceptance.learn(asked.plan, outcome.parents, outcome.path, outcome.ranks)
         self._known = state.acceptance
+        if outcome.num_accepted:
+            state.in_vain = None
+        elif state.in_vain is not None:
+            state.in_vain += 1
+
+    def _price(self, state: TextState, asked: Shape, size: int, seconds: float | None) -> float:
+        """Return what a cycle took, in plain steps.
+
+        Much of the first one behind plain steps may have been done in the time of the last of
+        those, for they are launched ahead.
+        """
+        foretold, first = asked.foretold, state.parked > 0
+        state.parked = 0
+        if size != asked.plan.nodes:
+            cycle = self.costs.cycle(asked.plan, size, state.context, self.batch)
+            foretold = cycle / self.costs.plain(state.context, self.batch)
+        if seconds is None:
+            return self._pace.price(foretold)
+        self._unseen += 1
+        took = self._in_steps(seconds, state.context)
+        return self._pace.steps(took) if first else self._pace.learn(foretold, took)
 
     def _learn_plain(self, state: TextState, seconds: float | None) -> None:
         """Take in a plain step; one behind a draft has nothing to overlap with, and takes longer.
 
-        So does one for which the drafter was asked in vain.
+        So does one for which the drafter was asked in vain, and one before a draft.
         """
         alone = state.asked[0] is None
         state.parked = state.parked + 1 if alone else 0
         if seconds is None:
             return
         took = self._in_steps(seconds, state.context)
-        if state.parked > 1:
+        if state.parked > 1 and state.asked[1] is None:
             self._pace.learn(1.0, took)
             self._unseen = 0
-        elif self._unseen:
+        elif self._unseen or state.asked[1] is not None:
             state.balance += 1 - self._pace.steps(took)
 
     def _in_steps(self, seconds: float, context: int) -> float:
@@ -229,6 +254,9 @@ class AdaptivePlanner:
             if state.tokens >= state.resume:
                 self._try(state)
             return
+        if state.in_vain is not None and state.in_vain >= IN_VAIN and not state.trust:
+            self._park(state)
+            return
         state.cycles -= 1
         if state.shape and state.cycles > 0 and state.shape.price - 1 <= state.budget:
             return
@@ -238,17 +266,23 @@ class AdaptivePlanner:
         if state.waiting:
             return
         if state.shape is None:
-            state.park(state.wait)
-            self._wait = state.wait
-            state.wait = min(2 * state.wait, LAST_WAIT)
+            self._park(state)
             return
         self._wait, state.wait = 0, FIRST_WAIT
         state.cycles = CYCLES
+
+    def _park(self, state: TextState) -> None:
+        """Decode plainly for a while, in the texts that follow, too."""
+        state.park(state.wait)
+        others = max(2 * state.at_first, min(state.wait, AT_FIRST))
+        self._wait = min(others, MOST_AT_FIRST)
+        state.wait = min(2 * state.wait, LAST_WAIT)
 
     def _try(self, state: TextState) -> None:
         """Draft again, whatever is known: what a trial finds weighs more than what was before."""
         if state.resume:
             state.acceptance = state.acceptance.copy(OLD_CYCLES)
+        state.in_vain = 0
         state.shape = self._best(state, 0.0)
         if state.shape is None:
             state.park(FIRST_WAIT)
