@@ -13,7 +13,8 @@ from tiny_models import tiny_model
 
 from mlx_distill import CacheConfig, batch_generate, stream_generate
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.kernels.products import MOST_ROWS, Packed, one_by_one
+from mlx_distill.kernels.product_source import MOST_ROWS, Packed
+from mlx_distill.kernels.products import one_by_one
 from mlx_distill.target.exact import ExactTarget
 
 PROMPT = [5, 9, 33, 2, 7, 11, 5]

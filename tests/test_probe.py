@@ -14,6 +14,7 @@ from mlx_distill.calibration.pair import Pair
 from mlx_distill.kernels.choice import OPERATIONS, VARIABLE, Case, Operation, chosen, trust
 from mlx_distill.kernels.probe import COMPARED, Verdict, probe, trusted
 from mlx_distill.speculation.costs import Costs
+from mlx_distill.target.joined_layers import NAMES
 
 COSTS = Costs((128,), (1, 2), ((0.01, 0.02),), (1,), (1,), ((0.001,),))
 SHAPE = Case("in use", (mx.array([1.0, 2.0]),), {})
@@ -90,7 +91,7 @@ def pair(bundled_pair: tuple[Any, Any]) -> Pair:
 
 def test_shapes_in_use_are_those_of_a_trees_call(pair: Pair) -> None:
     found = kernels.in_use(pair, 32)
-    assert {"few_rows", "tree_rope", "tree_attention"} <= set(found)
+    assert {"few_rows", "tree_rope", "tree_attention", *NAMES} <= set(found)
     for case in found["few_rows"]:
         assert 1 < case.args[0].shape[0] <= 16
 

@@ -22,6 +22,7 @@ from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.kernels.choice import OPERATIONS, Case, Operation, forced, mode, performing, trust
 from mlx_distill.kernels.probe import Verdict, probe, trusted
 from mlx_distill.kernels.program import has_gpu
+from mlx_distill.target import joined_layers
 
 CYCLES = 3
 MOST_CASES = 3  # of an operation that are timed: those with most bytes
@@ -66,8 +67,10 @@ def in_use(pair: Pair, context: int) -> dict[str, list[Case]]:
         cases.setdefault(shapes, Case("a shape in use", args, options))
         return operation.twin(*args, **options)
 
-    with forced(), performing(note):
-        for law in (GREEDY, Sampling(temperature=1.0)):
+    # Once more without joined layers: of what they are made where those kernels are not taken.
+    runs = (GREEDY, ()), (GREEDY, joined_layers.NAMES), (Sampling(temperature=1.0), ())
+    for law, but in runs:
+        with forced(but=but), performing(note):
             Decoding(pair, PLAN, law, context, CYCLES)(time.perf_counter)
     return {name: _largest(list(cases.values())) for name, cases in found.items()}
 

@@ -5,7 +5,7 @@ that were found right and faster on this machine, ``force`` takes all. Without a
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -83,13 +83,14 @@ class Operation(Generic[P, R]):
 
 
 _verdicts: dict[str, bool] = {}
-_forced: list[bool] = []
+_forced: list[tuple[bool, Collection[str]]] = []
 
 
 def chosen(name: str) -> bool:
     """Return whether an operation's kernel is taken."""
     if _forced:
-        return _forced[-1]
+        kernels, but = _forced[-1]
+        return kernels and name not in but
     how = mode()
     if not has_gpu():
         return False
@@ -98,7 +99,7 @@ def chosen(name: str) -> bool:
 
 def trusted() -> bool:
     """Return whether kernels may be taken that others have proved, and no probe has tried."""
-    return _forced[-1] if _forced else mode() != "off"
+    return _forced[-1][0] if _forced else mode() != "off"
 
 
 def mode() -> str:
@@ -120,9 +121,14 @@ def trust(verdicts: Mapping[str, bool]) -> None:
 
 
 @contextmanager
-def forced(kernels: bool = True) -> Iterator[None]:
-    """Take all kernels meanwhile, or none, whatever was found of them, and without a GPU, too."""
-    _forced.append(kernels)
+def forced(kernels: bool = True, but: Collection[str] = ()) -> Iterator[None]:
+    """Take all kernels meanwhile, or none, whatever was found of them, and without a GPU, too.
+
+    Args:
+        kernels: Whether to take them.
+        but: Names of operations whose twins are taken all the same.
+    """
+    _forced.append((kernels, but))
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from mlx_distill.kernels.choice import chosen
 from mlx_distill.kernels.tree_attention import MOST_NODES, tree_attention
 from mlx_distill.target.tree_cache import TreeCache
 from mlx_distill.target.tree_layout import TreeLayout
+from mlx_distill.target.watching import own_call
 
 NAME = scaled_dot_product_attention.__name__
 Attend: TypeAlias = Callable[..., mx.array]
@@ -49,29 +50,24 @@ def wrap_attentions(model: nn.Module) -> None:
 
 
 def _calls_attention(kind: type[nn.Module]) -> bool:
-    call = _call(kind)
+    call = own_call(kind)
     if not isinstance(call, FunctionType) or NAME not in call.__code__.co_names:
         return False
     return call.__globals__.get(NAME) is scaled_dot_product_attention
 
 
-def _call(kind: type[nn.Module]) -> object:
-    kinds = getattr(kind, "watched_class", kind).__mro__
-    return next((vars(one)["__call__"] for one in kinds if "__call__" in vars(one)), None)
-
-
 @functools.cache
 def _taught(kind: type[nn.Module]) -> type[nn.Module]:
     kind = getattr(kind, "watched_class", kind)
-    call = _call(kind)
+    call = own_call(kind)
     assert isinstance(call, FunctionType)
-    names = {**call.__globals__, NAME: _attend}
+    names = {**call.__globals__, NAME: attend_nodes}
     own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     own.__kwdefaults__ = call.__kwdefaults__
     return type(kind.__name__, (kind,), {"__call__": own, "attends_to_trees": True})
 
 
-def _attend(
+def attend_nodes(
     queries: mx.array,
     keys: Kept,
     values: Kept,
@@ -80,7 +76,7 @@ def _attend(
     mask: mx.array | str | None,
     sinks: mx.array | None = None,
 ) -> mx.array:
-    """Return what mlx-lm's function does."""
+    """Return what mlx-lm's function does; of the nodes of a tree, in the way that was chosen."""
     own = functools.partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
     attend = cast(Attend, own)  # a mask may be a word, too
     if not isinstance(cache, TreeCache) or cache.layout.num_nodes == 1:

@@ -24,7 +24,8 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_distill.core.prefix_tree import PrefixTree
-from mlx_distill.kernels.products import MOST_ROWS, few_rows_chosen
+from mlx_distill.kernels.product_source import MOST_ROWS
+from mlx_distill.kernels.products import few_rows_chosen
 from mlx_distill.target.attention import NotExactError, wrap_attentions
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.products import Products

@@ -14,13 +14,8 @@ import mlx.core as mx
 from jaxtyping import Float
 from mlx import nn
 
-from mlx_distill.kernels.products import (
-    MOST_ROWS,
-    Packed,
-    few_rows,
-    few_rows_chosen,
-    one_by_one,
-)
+from mlx_distill.kernels.product_source import MOST_ROWS, Matrix, Packed
+from mlx_distill.kernels.products import few_rows, few_rows_chosen, one_by_one
 from mlx_distill.target.watching import Call, Heard, listening
 
 _METHODS = {
@@ -90,6 +85,13 @@ def _product(
     rows = x.reshape(count, x.shape[-1])
     product = multiply(rows, module["weight"], module.get("bias"), _packed(module))
     return product.reshape(*x.shape[:-1], -1)
+
+
+def matrix_of(module: nn.Module) -> Matrix | None:
+    """Return what a linear layer multiplies by; None where it is not known to do just that."""
+    if _method(module) != "__call__":
+        return None
+    return Matrix(module["weight"], module.get("bias"), _packed(module))
 
 
 def _packed(module: nn.Module) -> Packed | None:

@@ -25,6 +25,7 @@ from mlx_distill.target.batch.rows import Rows
 from mlx_distill.target.batch.trial import takes_batches
 from mlx_distill.target.context import context_length
 from mlx_distill.target.head import Head
+from mlx_distill.target.joined_layers import JoinedLayers, layers_chosen
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.opening import Opened, open_model
 from mlx_distill.target.products import Products
@@ -145,13 +146,18 @@ class Target:
         """
         if attends_by_kernel():
             wrap_attentions(self.model)
-        with self.products.of_few_rows(exact=False) if few_rows_chosen() else nullcontext():
+        products = self.products.of_few_rows(exact=False) if few_rows_chosen() else nullcontext()
+        with products, self._layers.of_few_rows() if layers_chosen() else nullcontext():
             return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
 
     @cached_property
     def products(self) -> Products:
         """What multiplies by the model's matrices."""
         return Products(self.model)
+
+    @cached_property
+    def _layers(self) -> JoinedLayers:
+        return JoinedLayers(self.model)
 
     @property
     def takes_batches(self) -> bool:

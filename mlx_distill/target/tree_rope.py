@@ -18,7 +18,7 @@ layers with the same rope multiply by it: 12 instead of 53 microseconds for 8 no
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TypeGuard
+from typing import NamedTuple, TypeGuard
 
 import mlx.core as mx
 import numpy as np
@@ -54,6 +54,30 @@ class TreeSpan:
 tree_span: ContextVar[TreeSpan] = ContextVar("tree_span")
 
 
+class Turning(NamedTuple):
+    """How nodes are rotated, as the kernels are told.
+
+    Args:
+        table: Cosine and sine of every node's pairs.
+        dims: The first so many values of a head are rotated.
+        by_two: Whether neighbours are a pair, and not the values of two halves.
+    """
+
+    table: Float[mx.array, "N D"]
+    dims: int
+    by_two: bool
+
+
+def turning_of(rope: nn.Module, positions: mx.array, width: int) -> Turning | None:
+    """Return how a rope rotates the nodes of the tree that is verified, if it can be told."""
+    if not isinstance(rope, _TreeRope) or not rope.takes_vectors:
+        return None
+    try:
+        return rope.turning(positions, width)
+    except ValueError:  # the rope asks whether the offset is above a limit
+        return None
+
+
 def wrap_ropes(model: nn.Module) -> None:
     """Teach every rope module of a model to take the positions of a tree's nodes.
 
@@ -87,9 +111,9 @@ class _TreeRope(Called):
             try:
                 alone = len(args) + len(kwargs) == 1
                 if alone and not tree_span.get().exact and chosen(tree_rope.name):
-                    pairs = self._pairs(x.shape[-1])
-                    if pairs is not None:
-                        return tree_rope(x, self._table(offset, x.shape[-1], *pairs), *pairs)
+                    found = self.turning(offset, x.shape[-1])
+                    if found is not None:
+                        return tree_rope(x, *found)
                 by_head = self._lie_by_head(x)
                 if alone and _on_cpu() and not tree_span.get().exact:
                     nodes = self._multiply(x[0].transpose(1, 0, 2), offset)
@@ -108,6 +132,11 @@ class _TreeRope(Called):
             here = (offset == position)[:, None, None, None]
             rotated = mx.where(here, call(nodes, offset=position), rotated)
         return rotated.transpose(2, 1, 0, 3)
+
+    def turning(self, positions: mx.array, width: int) -> Turning | None:
+        """Return how nodes are rotated; None if this rope does something else."""
+        pairs = self._pairs(width)
+        return None if pairs is None else Turning(self._table(positions, width, *pairs), *pairs)
 
     def _pairs(self, width: int) -> tuple[int, bool] | None:
         """Return how many values this rope rotates, and whether neighbours are a pair.

@@ -9,7 +9,7 @@ from mlx_distill.core.prefix_tree import PrefixTree, ancestors
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.kernels.choice import Case
 from mlx_distill.kernels.noise import Keyed
-from mlx_distill.kernels.products import Packed
+from mlx_distill.kernels.product_source import Matrix, Norm, Packed
 
 VOCABULARY, WIDTH, INNER = 128_256, 4096, 14_336
 HEADS, KEY_HEADS, HEAD_WIDTH = 32, 8, 128
@@ -28,10 +28,35 @@ def _products() -> list[Case]:
 
 
 def _product(columns: int, depth: int) -> Case:
-    weight = mx.random.normal((columns, depth)).astype(DTYPE)
-    packed, scales, biases = mx.quantize(weight, group_size=64, bits=4)
-    args = (_normal(NODES, depth), packed, None, Packed(scales, biases, 64, 4, "affine"))
+    args = (_normal(NODES, depth), *_matrix(columns, depth))
     return Case(f"4 bits, {NODES} x {depth} by {columns}", args, {})
+
+
+def _joined() -> list[Case]:
+    into = tuple(_matrix(heads * HEAD_WIDTH, WIDTH) for heads in (HEADS, KEY_HEADS, KEY_HEADS))
+    return [Case("queries, keys, values", (_normal(NODES, WIDTH), _norm(), into), {})]
+
+
+def _gated() -> list[Case]:
+    pair = _matrix(INNER, WIDTH), _matrix(INNER, WIDTH)
+    return [Case("gate and up", (_normal(NODES, WIDTH), _norm(), *pair), {})]
+
+
+def _added() -> list[Case]:
+    shapes = {"after attention": WIDTH, "down": INNER}
+    return [
+        Case(name, (_normal(NODES, depth), _matrix(WIDTH, depth), _normal(NODES, WIDTH)), {})
+        for name, depth in shapes.items()
+    ]
+
+
+def _matrix(columns: int, depth: int) -> Matrix:
+    packed, scales, biases = mx.quantize(_normal(columns, depth), group_size=64, bits=4)
+    return Matrix(packed, None, Packed(scales, biases, 64, 4, "affine"))
+
+
+def _norm() -> Norm:
+    return Norm(_normal(WIDTH), 1e-5)
 
 
 def _draws() -> list[Case]:
@@ -56,6 +81,12 @@ def _walks() -> list[Case]:
 def _ropes() -> list[Case]:
     x = _normal(1, NODES, HEADS, HEAD_WIDTH).swapaxes(1, 2)
     return [Case("queries", (x, mx.random.normal((NODES, HEAD_WIDTH)), HEAD_WIDTH, False), {})]
+
+
+def _turns() -> list[Case]:
+    pair = (_normal(1, NODES, heads, HEAD_WIDTH).swapaxes(1, 2) for heads in (HEADS, KEY_HEADS))
+    args = (*pair, mx.random.normal((NODES, HEAD_WIDTH)), HEAD_WIDTH, False, None)
+    return [Case("queries and keys", args, {})]
 
 
 def _attentions() -> list[Case]:
@@ -83,6 +114,10 @@ def _normal(*shape: int) -> mx.array:
 _keys = itertools.count()
 MADE: dict[str, Callable[[], list[Case]]] = {
     "few_rows": _products,
+    "joined_products": _joined,
+    "gated_product": _gated,
+    "added_product": _added,
+    "tree_turns": _turns,
     "sampler": _draws,
     "beam_step": _steps,
     "walk": _walks,

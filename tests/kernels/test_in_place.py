@@ -1,6 +1,7 @@
 """Kernels where they are used: a tree's call with all of them, executed by the harness."""
 
 import itertools
+from collections.abc import Collection
 from typing import Any
 
 import mlx.core as mx
@@ -9,12 +10,15 @@ import pytest
 from half_models import tiny_llama
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
+from tiny_models import tiny_model
 
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.kernels.choice import forced, performing
-from mlx_distill.kernels.products import MOST_ROWS, few_rows
+from mlx_distill.kernels.product_source import MOST_ROWS
+from mlx_distill.kernels.products import few_rows
 from mlx_distill.kernels.program import launching
 from mlx_distill.kernels.tree_attention import tree_attention
+from mlx_distill.target.joined_layers import NAMES
 from mlx_distill.target.target import Target
 from tests.kernels.harness import Harness, no_compiler
 
@@ -23,9 +27,17 @@ pytestmark = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
 TREE = PrefixTree.from_beams([[1, 2, 3, 9], [1, 4, 5], [1, 2, 7, 8], [1, 6]])
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_trees_call_with_kernels_says_what_it_says_without(packed: bool) -> None:
-    model = tiny_llama(hidden_size=128, intermediate_size=64, vocab_size=96)
+WIDTHS = {"hidden_size": 128, "intermediate_size": 64, "vocab_size": 96, "head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "packed", "apart"),
+    [("llama", False, ()), ("llama", True, ()), ("llama", True, NAMES), ("qwen3", False, ())],
+)
+def test_a_trees_call_with_kernels_says_what_it_says_without(
+    kind: str, packed: bool, apart: Collection[str]
+) -> None:
+    model = tiny_llama(**WIDTHS) if kind == "llama" else tiny_model(kind, **WIDTHS)
     if packed:
         nn.quantize(model, group_size=32, bits=4)
     mx.eval(model.parameters())
@@ -36,10 +48,10 @@ def test_a_trees_call_with_kernels_says_what_it_says_without(packed: bool) -> No
         return operation.kernel(*args, **options)
 
     expected = target.verify(TREE, _read(model))
-    with forced(), launching(Harness(seed=3)), performing(noting):
+    with forced(but=apart), launching(Harness(seed=3)), performing(noting):
         found = target.verify(TREE, _read(model))
         mx.eval(found.logits)
-    assert used >= {"few_rows", "tree_rope", "tree_attention"}
+    assert used == {"few_rows", "tree_attention", *({"tree_rope"} if apart else NAMES)}
     np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 

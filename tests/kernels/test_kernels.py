@@ -10,7 +10,7 @@ from tests.kernels.run import load_all, wrong
 pytestmark = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
 
 OPERATIONS = load_all()
-SAMPLE = 8
+SAMPLE = 6
 
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
