@@ -3,7 +3,6 @@
 One file per machine, MLX version, target and drafter, beside the calibrations.
 """
 
-import json
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -11,12 +10,10 @@ from typing import Any, TypeVar
 
 from mlx_distill.calibration.automatic import is_on, known_costs
 from mlx_distill.calibration.pair import Pair
-from mlx_distill.calibration.store import drafter_hash, file_of, identity, say
+from mlx_distill.calibration.store import drafter_hash, identity, recall, remember, say
 from mlx_distill.calibration.trial import Trial, TrialPlanner
 from mlx_distill.drafters.auto import NGRAMS, NOTHING, AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
-from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import read_json, write_whole
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
@@ -127,26 +124,11 @@ class Choosing:
             self._keep()
 
     def _read(self) -> Trial | None:
-        file = file_of(self._known)
-        try:
-            if not file.exists():
-                return None
-            values = read_json(file)
-            if values.get("identity") != json.loads(json.dumps(self._known)):
-                raise InputError("it was measured elsewhere")
-            return Trial.from_dict(values, tuple(self.auto.arms))
-        except (InputError, OSError) as error:
-            say(f"the trial {file} is ignored and made again: {one_line(error)}")
-            return None
+        arms = tuple(self.auto.arms)
+        return recall(self._known, "trial", lambda values: Trial.from_dict(values, arms))
 
     def _keep(self) -> None:
-        file = file_of(self._known)
-        values = {"identity": self._known, **self.trial.to_dict()}
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(values) + "\n")
-        except OSError as error:
-            say(f"the trial cannot be kept in {file.parent}: {error.strerror or error}")
+        remember(self._known, "trial", self.trial.to_dict())
 
 
 def choosing(pair: Pair, auto: AutoDrafter, sampled: bool) -> Choosing:

@@ -8,10 +8,10 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 from mlx import nn
@@ -31,6 +31,7 @@ from mlx_distill.kernels.probe import Verdict
 from mlx_distill.speculation.costs import Costs
 
 FORMAT = 5
+Made = TypeVar("Made")
 # What changes how fast a processor works through the same operations.
 ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32", VARIABLE)
 
@@ -146,6 +147,37 @@ def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") 
         say(f"the calibration cannot be kept in {file.parent}: {error.strerror or error}")
         return False
     return True
+
+
+def recall(known: Mapping[str, Any], noun: str, make: Callable[[Any], Made]) -> Made | None:
+    """Return what is made of the values that ``remember`` has kept; None if there are none.
+
+    Args:
+        known: What they have to hold for.
+        noun: What they are, for the sentence about a file that cannot be used.
+        make: Raises InputError, KeyError or TypeError of values that it cannot use.
+    """
+    file = file_of(known)
+    try:
+        if not file.exists():
+            return None
+        values = read_json(file)
+        if values.get("identity") != json.loads(json.dumps(known)):
+            raise InputError("it was measured elsewhere")
+        return make(values)
+    except (InputError, KeyError, TypeError, OSError) as error:
+        say(f"the {noun} {file} is ignored and made again: {one_line(error)}")
+        return None
+
+
+def remember(known: Mapping[str, Any], noun: str, values: Mapping[str, Any]) -> None:
+    """Keep values for the next run, or say that this cannot be done."""
+    file = file_of(known)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps({"identity": known, **values}) + "\n")
+    except OSError as error:
+        say(f"the {noun} cannot be kept in {file.parent}: {error.strerror or error}")
 
 
 def say(sentence: str) -> None:

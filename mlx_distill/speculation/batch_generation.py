@@ -15,9 +15,11 @@ import mlx.core as mx
 from mlx import nn
 
 from mlx_distill.calibration.automatic import is_on
+from mlx_distill.calibration.batches import batch_choice
 from mlx_distill.calibration.choosing import choice
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.drafters.auto import AutoDrafter
+from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.batch_planning import BatchPlanner
@@ -136,34 +138,62 @@ def stream_answers(
     if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
         pair = Pair(model, tokenizer, drafter, cache, exact_rows)
         drafter = choice(pair, drafter, _is_sampled(options), plan, alone=False).drafter
-    drafts = (drafter, draft_model, num_draft_tokens)
-    engine = Engine(model, tokenizer, *drafts, batch, exact_rows=exact_rows)
+    pair = Pair(model, tokenizer, drafter or NoDrafter(), cache, exact_rows)
+    measured = plan is None and draft_model is None
+    ways = batch_choice(pair, min(batch, len(prompts))) if measured else None
+    way = "rows" if ways is None else ways.way(pair)
+    engine = Engine(
+        model,
+        tokenizer,
+        drafter,
+        draft_model,
+        num_draft_tokens,
+        batch=1 if way == "alone" else batch,
+        exact_rows=exact_rows,
+        plain_batches=way == "mlx-lm",
+    )
     shared = batch_planner_of(model, drafter) if plan is None and drafter is not None else None
-    left = iter(enumerate(prompts))
-    writing: dict[int, Answer] = {}
     try:
-        while True:
-            while len(writing) < batch and (following := next(left, None)) is not None:
-                index, prompt = following
-                answer, own = Answer(index), {**options, **(each[index] if each else {})}
-                try:
-                    planner = planner_for(engine, plan, cache, _is_sampled(own))
-                    own |= {"planner": planner, "cache": cache, "batch_planner": shared}
-                    writing[engine.submit(text_request(engine, prompt, **own))] = answer
-                except InputError as error:
-                    yield answer.fail(error)
-            if not writing:
-                return
-            for one in engine.advance():
-                answer = writing[one.request]
-                if isinstance(one, Failed):
-                    yield writing.pop(one.request).fail(one.error)
-                    continue
-                answer.add(one.response)
-                if answer.finish_reason:
-                    yield writing.pop(one.request)
+        yield from _answers(engine, prompts, each, cache, plan, shared, options, batch)
     finally:
         engine.close()
+        if ways is not None and shared is not None:
+            ways.learn(shared.gain(min(batch, len(prompts))))
+
+
+def _answers(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    each: Sequence[Settings] | None,
+    cache: CacheConfig,
+    plan: DraftPlan | Planner | None,
+    shared: BatchPlanner | None,
+    options: Settings,
+    batch: int,
+) -> Iterator[Answer]:
+    """Yield the answers of an engine, which is asked for ``batch`` of them at a time."""
+    left = iter(enumerate(prompts))
+    writing: dict[int, Answer] = {}
+    while True:
+        while len(writing) < batch and (following := next(left, None)) is not None:
+            index, prompt = following
+            answer, own = Answer(index), {**options, **(each[index] if each else {})}
+            try:
+                planner = planner_for(engine, plan, cache, _is_sampled(own))
+                own |= {"planner": planner, "cache": cache, "batch_planner": shared}
+                writing[engine.submit(text_request(engine, prompt, **own))] = answer
+            except InputError as error:
+                yield answer.fail(error)
+        if not writing:
+            return
+        for one in engine.advance():
+            answer = writing[one.request]
+            if isinstance(one, Failed):
+                yield writing.pop(one.request).fail(one.error)
+                continue
+            answer.add(one.response)
+            if answer.finish_reason:
+                yield writing.pop(one.request)
 
 
 def _is_sampled(options: Settings) -> bool:

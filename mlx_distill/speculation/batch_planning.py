@@ -109,6 +109,15 @@ class BatchPlanner:
         if self._left <= 0 or self._overdrawn():
             self._choose()
 
+    def gain(self, num_texts: int) -> float | None:
+        """Return how many times as fast as plain steps the best shape is; None while not known."""
+        plain = self._known.get((num_texts, None))
+        if plain is None or len(plain.seconds) < MEMORY:
+            return None
+        tried = [self._known.get((num_texts, shape)) for shape in self.shapes]
+        speeds = [timed.speed for timed in tried if timed is not None and timed.seconds]
+        return max([plain.speed, *speeds]) / plain.speed
+
     def _account(self, tokens: float, seconds: float) -> None:
         """Take note of what a draft saved against plain steps, or cost."""
         plain = self._timed(None)

@@ -11,6 +11,7 @@ from mlx_lm.generate import generation_stream
 from mlx_distill.compat import wired
 from mlx_distill.speculation.batched_text import BatchedText, Written
 from mlx_distill.speculation.batching import TextBatch
+from mlx_distill.speculation.plain_batch import KIND, PlainBatch
 from mlx_distill.speculation.responses import GenerationResponse, ResponseWriter
 
 # Tokens of all texts after which memory that nobody uses is given back.
@@ -53,7 +54,7 @@ class BatchWriter:
 
     def __init__(self, model: nn.Module, size: int):
         self.model, self.size = model, size
-        self.batches: dict[Hashable, TextBatch] = {}
+        self.batches: dict[Hashable, TextBatch | PlainBatch] = {}
         self._texts: dict[int, tuple[BatchedText, ResponseWriter]] = {}
         self._running = ExitStack()
         self._tokens = 0
@@ -67,7 +68,11 @@ class BatchWriter:
         """Write a text from the next step on."""
         writer.begin()
         self._texts[text.number] = text, writer
-        self.batches.setdefault(text.kind, TextBatch(self.size)).join(text)
+        if text.kind not in self.batches:
+            plain = text.kind == KIND
+            batch = PlainBatch(self.model, self.size) if plain else TextBatch(self.size)
+            self.batches[text.kind] = batch
+        self.batches[text.kind].join(text)
 
     def step(self) -> Iterator[Emitted | Failed]:
         """Yield what one call of each kind of rows adds to its texts.
@@ -128,7 +133,7 @@ class BatchWriter:
 
     def _start(self) -> None:
         """Set what holds as long as there are texts."""
-        if any(batch.texts or batch.flight for batch in self.batches.values()):
+        if any(batch.is_busy for batch in self.batches.values()):
             return
         self._running.close()
         streams = [generation_stream]

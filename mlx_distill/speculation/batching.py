@@ -54,6 +54,11 @@ class TextBatch:
         self.rows: Rows | None = None
         self.flight: Flight | None = None
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is on its way, or is to be made."""
+        return bool(self.texts or self.flight)
+
     def join(self, text: BatchedText) -> None:
         """Let a text take part from the next step on."""
         self.waiting.append(text)

@@ -38,6 +38,7 @@ from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly
+from mlx_distill.speculation.plain_batch import KIND, can_write
 from mlx_distill.speculation.requests import BatchSize, Request
 from mlx_distill.speculation.responses import Responses, ResponseWriter
 from mlx_distill.speculation.sharing import Alone, sharing
@@ -65,6 +66,8 @@ class Engine:
         batch: So many texts share a call of the target at the most.
         exact_rows: Whether a drafted text has to be the plainly decoded one in every precision,
             to the last bit; such texts share no calls.
+        plain_batches: Whether mlx-lm's own generator of batches writes the texts that need nothing
+            else; without drafts.
 
     Raises:
         InputError: If the drafter was made for another model, or the model cannot be drafted for.
@@ -79,6 +82,7 @@ class Engine:
         num_draft_tokens: int = 3,
         batch: int = 1,
         exact_rows: bool = False,
+        plain_batches: bool = False,
     ):
         wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.model = model
@@ -91,6 +95,7 @@ class Engine:
         check_value("batch", batch, BatchSize)
         self.batch = batch
         self.exact_rows = exact_rows
+        self.plain_batches = plain_batches
         self._texts: dict[int, Responses] = {}
         self._together = BatchWriter(model, batch)
         self._said = False
@@ -135,7 +140,8 @@ class Engine:
         if self.batch > 1:
             kind = self._kind(request, caches, max_tokens)
             if not isinstance(kind, Alone):
-                decoding = self._shared(request, number, caches, max_tokens, counters)
+                plain = kind == KIND
+                decoding = self._shared(request, number, caches, max_tokens, counters, plain)
                 text = BatchedText(number, decoding, request.prompt, kind)
                 self._together.submit(text, writer)
                 return number
@@ -253,6 +259,8 @@ class Engine:
 
     def _kind(self, request: Request, caches: PromptCache, max_tokens: int) -> Hashable | Alone:
         """Return which texts a text shares calls with, or why it shares none."""
+        if self.plain_batches and can_write(request) and not self.exact_rows:
+            return KIND
         if self.exact_rows:
             return Alone("exact rows are those of a text alone")
         if self.draft_model is not None and request.prompt_cache is not None:
@@ -266,10 +274,11 @@ class Engine:
         caches: PromptCache,
         max_tokens: int,
         counters: DraftCounters,
+        plain: bool,
     ) -> Decoding:
-        """Return a text that shares calls with others."""
-        target, drafter = Target.of(self.model), self.drafter
-        if self.draft_model is not None:
+        """Return a text that shares calls with others; nothing is drafted for a ``plain`` one."""
+        target, drafter = Target.of(self.model), None if plain else self.drafter
+        if self.draft_model is not None and not plain:
             drafter = self._draft_model_drafter(target, request)
         if drafter is None:
             drafts = NoDrafter(), NoPlanner()

@@ -1,0 +1,97 @@
+"""How texts are written together is whatever is fastest, and that is remembered."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mlx_distill
+from mlx_distill.calibration import automatic, batches
+from mlx_distill.calibration.batches import BatchChoice, Found
+from mlx_distill.calibration.pair import Pair
+from mlx_distill.core.sampling import Sampling
+from mlx_distill.drafters.nothing import NoDrafter
+from mlx_distill.speculation.engine import Engine
+from mlx_distill.speculation.plain_batch import PlainBatch
+from mlx_distill.speculation.requests import Request
+
+PROMPTS = ("Once upon a time", "Ben had a red kite.", "One", "The old baker forgot his hat on")
+
+
+@pytest.mark.parametrize(
+    ("found", "drafts", "way"),
+    [
+        (Found(1.0, 0.98, 3.0), False, "rows"),  # a little is no reason
+        (Found(1.0, 0.9, 3.0), False, "mlx-lm"),
+        (Found(1.0, 0.9, 0.8), False, "alone"),
+        (Found(1.0, 0.5, 3.0), True, "rows"),  # what drafts bring is to be found out
+        (Found(1.0, 0.9, 3.0, gain=1.2), True, "rows"),
+        (Found(1.0, 0.9, 3.0, gain=1.0), True, "mlx-lm"),
+        (Found(1.0, 0.9, 3.0, gain=1.2), False, "mlx-lm"),
+    ],
+)
+def test_the_fastest_way(found: Found, drafts: bool, way: str) -> None:
+    assert found.way(drafts) == way
+
+
+def tokens_of(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """Return the tokens of texts of which two join late, and the third is cancelled."""
+    numbers, found = [], dict[int, list[int]]()
+    waiting = list(requests)
+    while waiting or engine.busy:
+        for one in waiting[:2]:
+            numbers.append(engine.submit(one))
+            found[numbers[-1]] = []
+        waiting = waiting[2:]
+        for _ in range(4):
+            for one in engine.step():
+                found[one.request].append(one.response.token)
+                if len(numbers) > 2 and one.request == numbers[2] and len(found[numbers[2]]) == 3:
+                    engine.cancel(numbers[2])
+    return [found[number] for number in numbers]
+
+
+def test_texts_of_mlx_lm_are_those_alone(bundled_pair: tuple[Any, Any]) -> None:
+    laws = Sampling(), Sampling(), Sampling(), Sampling(1.0)  # the last one goes by rows
+    texts = [
+        Request(
+            mx.array(bundled_pair[1].encode(prompt)), 5 + 3 * place, law, place, stop=("kite.",)
+        )
+        for place, (prompt, law) in enumerate(zip(PROMPTS, laws, strict=True))
+    ]
+    expected = [tokens_of(Engine(*bundled_pair), [text])[0] for text in texts]
+    expected[2] = expected[2][:3]
+    engine = Engine(*bundled_pair, batch=2, plain_batches=True)
+    assert tokens_of(engine, texts) == expected
+    assert not engine.texts
+
+
+def test_a_choice_is_made_once_and_followed(
+    bundled_pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(automatic.SWITCH, "1")
+    spreads, written = [0.9, 0.1], []
+    monkeypatch.setattr(batches, "timed", lambda *_: (Found(1.0, 0.5, 4.0), spreads.pop(0)))
+    join = PlainBatch.join
+    monkeypatch.setattr(
+        PlainBatch, "join", lambda self, text: written.append(text.number) or join(self, text)
+    )
+    pair = Pair(*bundled_pair, NoDrafter())
+    assert BatchChoice(pair, 2).way(pair) == "rows"  # the machine was busy, so nothing is kept
+    for _ in range(2):
+        answers = mlx_distill.batch_generate(*bundled_pair, PROMPTS[:2], max_tokens=4)
+        for answer, prompt in zip(answers, PROMPTS, strict=False):
+            assert answer.text == mlx_distill.generate(*bundled_pair, prompt, max_tokens=4)
+    assert len(written) == 4
+    assert BatchChoice(pair, 2).way(pair) == "mlx-lm"
+    assert not spreads
+
+
+def test_ways_are_timed(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "ROUNDS", 1)
+    ticks = iter(range(10**6))
+    found, _ = batches.timed(Pair(*pair, NoDrafter()), 2, lambda: float(next(ticks)))
+    assert found == Found(1.0, 1.0, 2.0)
