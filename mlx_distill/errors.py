@@ -25,11 +25,17 @@ def not_numbers(where: str) -> InputError:
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's first line of text, or its name if it has none."""
+    """Return an error's first line of text, or its name if it has none.
+
+    A line that ends with a colon says nothing without the next.
+    """
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
-    lines = str(error).strip().splitlines()
-    return shorten(lines[0], QUOTE) if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return shorten(said, QUOTE)
 
 
 def printable(text: str) -> str:

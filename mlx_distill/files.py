@@ -97,8 +97,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a kill leaves the old one or the new one, never a half."""
     writing = path.with_name(path.name + ".writing")
-    writing.write_text(text, encoding="utf-8")
-    os.replace(writing, path)
+    try:
+        writing.write_text(text, encoding="utf-8")
+        os.replace(writing, path)
+    finally:
+        writing.unlink(missing_ok=True)
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
@@ -154,7 +157,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the objects of a JSONL file in order, each behind its place; blank lines are skipped.
 
     The place is "FILE, line NUMBER", counted from 1, for complaints about what the object holds.
-    A file whose name ends in .gz is unpacked on the way; a byte order mark is no part of the text.
+    A file whose name ends in .gz is unpacked on the way; byte order marks are no part of the text.
 
     Raises:
         InputError: If the file cannot be read or a line is not a JSON object. The message names
@@ -189,7 +192,7 @@ def _parse_row(line: str, place: str) -> dict[str, Any]:
     if len(line) == LONGEST_LINE:
         raise InputError(f"{place}: it is longer than {LONGEST_LINE:,} characters")
     try:
-        row = parse_json(line)
+        row = parse_json(line.removeprefix("\ufeff"))  # files with such a mark, one behind another
     except InputError as error:
         raise InputError(f"{place}: not JSON: {error}") from None
     if not isinstance(row, dict):

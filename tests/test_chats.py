@@ -153,6 +153,12 @@ def test_packing_keeps_every_answer(stories: Any) -> None:
     assert said(tokenizer, row) == said(tokenizer, texts[0]) * 3
 
 
+def test_half_a_character_is_named(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.CHATML)
+    with pytest.raises(InputError, match="a message is not text: surrogates"):
+        encode_prompt(tokenizer, [USER, {**FIRST, "content": "a\udfff"}, OTHER])
+
+
 def test_question_alone(stories: Any) -> None:
     tokenizer = with_template(stories, templates.CHATML)
     for row in ({"prompt": "Hi"}, {"messages": [USER]}, {"prompt": [USER]}):

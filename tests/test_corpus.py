@@ -98,6 +98,9 @@ def test_packed_file_and_one_with_a_mark_of_its_byte_order(tmp_path: Path, token
     expected = [row for _, row in read_rows(tmp_path / "train.jsonl.gz")]
     assert expected == numbered(3)
     assert [row for _, row in read_rows(tmp_path / "bom.jsonl")] == expected
+    # Two such files, one behind the other.
+    (tmp_path / "both.jsonl").write_bytes(2 * (tmp_path / "bom.jsonl").read_bytes())
+    assert [row for _, row in read_rows(tmp_path / "both.jsonl")] == 2 * expected
     assert len(Reading().texts(tmp_path, tokenizer, Report())) == 3
 
 

@@ -6,6 +6,7 @@ Every case is a kind; none of them may hang, grow, run code of its own or end in
 import importlib
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -27,8 +28,8 @@ from damage import (
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.distillation.students import from_config
-from mlx_distill.errors import InputError
-from mlx_distill.files import output_path, read_json, read_jsonl, usable_path
+from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import output_path, read_json, read_jsonl, usable_path, write_whole
 from mlx_distill.parsing import parse_yaml
 
 generate = importlib.import_module("mlx_distill.generate")
@@ -262,6 +263,27 @@ def test_names_that_are_no_path(name: str) -> None:
 def test_outputs_that_are_no_new_place(name: str) -> None:
     with pytest.raises(InputError, match="the output"):
         output_path(name)
+
+
+def test_a_file_whose_writing_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*names: Path) -> None:
+        raise KeyboardInterrupt
+
+    write_whole(tmp_path / "figures.json", "old")
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "figures.json", "new")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("field x:\n  no bool", "field x: no bool"), ("a\nb", "a"), ("", "ValueError")],
+)
+def test_what_an_error_says_first(text: str, said: str) -> None:
+    assert one_line(ValueError(text)) == said
 
 
 def test_sentences_are_short_and_on_one_line() -> None:

@@ -10,6 +10,7 @@ Learned is what a model writes itself: from behind the generation prompt to the 
 ends the turn; what follows, such as a line's end, is the template's.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -92,7 +93,16 @@ def apply_template(
     try:
         return tokenizer.apply_chat_template(list(chat.messages), **{**given, **options})
     except Exception as error:  # a template is a program of the model's; it can raise anything
+        _check_text(chat)
         raise InputError(f"the tokenizer's chat template failed: {one_line(error)}") from error
+
+
+def _check_text(chat: Chat) -> None:
+    """Raise InputError if a message holds half a character, which no tokenizer takes."""
+    try:
+        json.dumps(list(chat.messages), ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"a message is not text: {error.reason}") from None
 
 
 def write_chat(

@@ -54,10 +54,11 @@ def check_request(
     if positions is None:
         return request.max_tokens
     # The last token of an answer is read, too, before it is known to be the last.
-    room = positions - cached_tokens(caches) - request.prompt.size
+    read = cached_tokens(caches) + request.prompt.size
+    room = positions - read
     if room < 1:
         raise InputError(
-            f"the prompt leaves no room for an answer: with {request.prompt.size} tokens it fills "
+            f"the prompt leaves no room for an answer: with it, {read} tokens fill "
             f"the model's {positions} positions; shorten it"
         )
     return min(request.max_tokens, room)
