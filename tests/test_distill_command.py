@@ -271,6 +271,18 @@ def quantised(world: Path, where: Path) -> Path:
     return where
 
 
+def test_packed_weights_are_not_packed_again_after_the_training(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = quantised(world, tmp_path / "base")
+    argv = without(arguments(world, tmp_path / "out", "--student", base), "--student-config")
+    capsys.readouterr()
+    assert main([*argv, "--fine-tune", "lora", "--export-bits", "4"]) == 2
+    assert capsys.readouterr().err == (
+        "error: the student is quantised already; leave export_bits away\n"
+    )
+
+
 def test_adapters_over_packed_weights(world: Path, tmp_path: Path) -> None:
     """Every way of writing them; the figures are those of the files, and all end tokens stay."""
     base = quantised(world, tmp_path / "base")

@@ -69,6 +69,11 @@ class ExportConfig:
         if self.export_bits and self.export_dequantized:
             raise InputError("export_bits and export_dequantized exclude each other")
 
+    def check(self, student: nn.Module) -> None:
+        """Raise InputError if a student cannot be written so; to be asked before it learns."""
+        if self.export_bits and any("scales" in module for module in student.modules()):
+            raise InputError("the student is quantised already; leave export_bits away")
+
 
 def stored_type(folder: Path) -> str:
     """Return the type of a model's weights in its files: of most of the values."""
@@ -107,8 +112,7 @@ def compact(
     own["dtype"] = dtype
     if how.export_bits is None:
         return own
-    if any("scales" in module for module in student.modules()):
-        raise InputError("the student is quantised already; leave export_bits away")
+    how.check(student)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # mlx-lm tells how many bits it came to
             return quantize_model(student, own, None, how.export_bits)[1]

@@ -101,6 +101,7 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
     loaded = [opening.load(path, config.teacher_adapter_path) for path in config.teacher]
     networks = [model for model, _ in loaded]
     student = _student(config, loaded, opening)
+    config.export.check(student.network)
     known = tokenizer_hash(student.tokenizer)
     others = [other for _, other in loaded if tokenizer_hash(other) != known]
     _check_comparable(config, len(loaded), bool(others))
