@@ -13,6 +13,7 @@ from mlx_distill.calibration.pair import Pair
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.speculation.draft_verification import BLOCK, COUPLED
 from mlx_distill.speculation.generation import chain_of
 from mlx_distill.target.target import Target
 
@@ -39,6 +40,13 @@ def add_drafting_flags(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="tokens that it drafts, 1 to 64, in a chain unless the flags of a draft's shape say "
         "otherwise (default: 3)",
+    )
+    parser.add_argument(
+        "--draft-verification",
+        choices=(BLOCK, COUPLED),
+        help="how its chains are verified above temperature 0: block accepts most of them, and a "
+        "seed's text depends on the draft; coupled gives the text that the seed gives without "
+        "(default: block where that can be done: no trees, no exact rows)",
     )
     parser.add_argument("--no-drafter", action="store_true", help="decode plainly")
     parser.add_argument(
@@ -73,6 +81,12 @@ def check_drafting(arguments: argparse.Namespace, plan: DraftPlan | None) -> Non
         raise InputError("--drafter and --no-drafter exclude each other")
     if arguments.draft_model and arguments.drafter:
         raise InputError("--drafter and --draft-model exclude each other")
+    if arguments.draft_verification and not arguments.draft_model:
+        raise InputError("--draft-verification is for the chains of a --draft-model; name one")
+    if arguments.draft_verification == BLOCK and arguments.draft == MERGED:
+        raise InputError(
+            "--draft ngram+drafter makes trees, and blocks are chains; leave either out"
+        )
     if arguments.draft is not None and arguments.no_drafter:
         raise InputError(f"--draft {arguments.draft} and --no-drafter exclude each other")
     for flag in ("drafter", "draft_model"):

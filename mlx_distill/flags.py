@@ -22,6 +22,7 @@ DEPEND_ON = (
     "min_p",
     "seed",
     "stop",
+    "draft_verification",
     "max_kv_size",
     "kv_bits",
 )

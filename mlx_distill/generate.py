@@ -197,6 +197,7 @@ def _options(
     """Return the arguments of ``stream_generate`` but for the drafter and the length."""
     options |= {"seed": arguments.seed, "stop": arguments.stop, "draft_model": draft_model}
     options |= {"exact_rows": arguments.exact_rows}
+    options |= {"draft_verification": arguments.draft_verification}
     return options | {"num_draft_tokens": arguments.num_draft_tokens}
 
 

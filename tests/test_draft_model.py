@@ -142,7 +142,8 @@ def test_texts_are_those_without(
 ) -> None:
     options: dict[str, Any] = {"max_tokens": 32, **law}
     expected = tokens_of(pair, PROMPTS[0], **options)
-    assert tokens_of(pair, PROMPTS[0], draft_model=small, plan=plan, **options) == expected
+    options |= {"draft_model": small, "draft_verification": "coupled", "plan": plan}
+    assert tokens_of(pair, PROMPTS[0], **options) == expected
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class Draft:
         max_depth: The depth of the deepest node, which the host knows without reading.
         spare: So many nodes, less likely than the others, say nothing of their own, and are never
             verified.
+        laws: As ``PrefixTree`` has them.
     """
 
     tokens: Int[mx.array, "... N"]
@@ -49,6 +50,7 @@ class Draft:
     scores: Float[mx.array, "... N"]
     max_depth: int
     spare: int = 0
+    laws: Float[mx.array, "L V"] | None = None
 
     @classmethod
     def chain(cls, root: Int[mx.array, " 1"], tokens: list[int]) -> "Draft":
@@ -71,7 +73,8 @@ class Draft:
         num_nodes = min(num_nodes, self.tokens.size - self.spare)
         if self.tokens.size == self.max_depth + 1:  # nodes in a line are in order
             chain = PrefixTree.chain(self.tokens[:num_nodes])
-            return replace(chain, ranks=chain.depths)
+            laws = None if self.laws is None else self.laws[: num_nodes - 1]
+            return replace(chain, ranks=chain.depths, laws=laws)
         arrays = (self.tokens, self.parents, self.depths, self.scores)
         if self.tokens.size > MOST_COMPARED:
             arrays = _likeliest(*arrays, num_nodes)
@@ -82,6 +85,8 @@ class Draft:
 
     def best_chain(self, num_nodes: int) -> PrefixTree:
         """Return the best path of full length, cut to ``num_nodes`` nodes, as a tree."""
+        if self.laws is not None:  # there is one path
+            return self.best_first(num_nodes)
         path = mx.stack(_best_path(self.parents, self.depths, self.scores, self.max_depth))
         return PrefixTree.chain(self.tokens[path[:num_nodes]])
 

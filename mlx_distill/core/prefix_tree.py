@@ -33,6 +33,8 @@ class PrefixTree:
         max_depth: No node is deeper than this, which the host knows without reading.
         ranks: How many nodes are likelier than each; None if the draft does not say.
         in_line: Whether every node is known to follow the one before it.
+        laws: Logits whose softmax each drafted token of a chain was drawn from; None where the
+            tokens were not drawn, or in sight of the target's noise.
     """
 
     tokens: Int[mx.array, " N"]
@@ -42,6 +44,7 @@ class PrefixTree:
     max_depth: int
     ranks: Int[mx.array, " N"] | None = None
     in_line: bool = False
+    laws: Float[mx.array, "L V"] | None = None
 
     @classmethod
     def from_parents(

@@ -102,13 +102,25 @@ def sample_fast(
     Where it is not, the filters would have had to look at more tokens: ask ``sample``. The
     arguments are those of ``sample``.
     """
-    vocab_size = logits.shape[-1]
+    if sampling.temperature == 0:
+        return _best(logits), None
+    shaped, certain = shaped_fast(logits, sampling)
+    return _drawn(shaped, noise), certain
+
+
+def shaped_fast(
+    logits: Float[mx.array, "... V"], sampling: Sampling
+) -> tuple[Float[mx.array, "... V"], Bool[mx.array, "..."] | None]:
+    """Return the logits that ``sample_fast`` draws from, and where these are certain.
+
+    Needs a temperature above 0. The arguments are those of ``sample``.
+    """
+    vocab_size, logits = logits.shape[-1], normalised(logits)
     fast = can_filter_fast(vocab_size, sampling.top_p, sampling.top_k)
-    if sampling.temperature == 0 or not fast or not sampling.filters(vocab_size):
-        return sample(logits, sampling, noise), None
-    filters = sampling.top_p, sampling.min_p, sampling.top_k
-    kept, certain = filter_fast(normalised(logits), *filters)
-    return _drawn(_tempered(kept, sampling), noise), certain
+    if not fast or not sampling.filters(vocab_size):
+        return shaped_logits(logits, sampling), None
+    kept, certain = filter_fast(logits, sampling.top_p, sampling.min_p, sampling.top_k)
+    return _tempered(kept, sampling), certain
 
 
 def _best(logits: mx.array) -> mx.array:

@@ -6,10 +6,13 @@ Its cache runs ahead of the text by what it drafted, and goes back to what was a
              text ...   root  d1 |             then it reads x, and drafts behind it
 
 Chains are drafted token by token. Trees are drafted by a beam search whose every level is one call
-on all nodes so far; of those nothing is kept. Random numbers are in sight, as for every drafter: at
-each place the draft is the best of the draft model's logits plus the very noise that the target's
-token will be drawn with, which agrees as often as such a coupling of the two laws can be expected
-to, and more often than two independent draws.
+on all nodes so far; of those nothing is kept.
+
+A chain may be drawn from the draft model's own law, with random numbers of its own, for block
+verification. Else random numbers are in sight, as for every drafter: at each place the draft is the
+best of the draft model's logits plus the very noise that the target's token will be drawn with,
+which agrees as often as such a coupling of the two laws can be expected to, and more often than two
+independent draws.
 
 Source:
     Leviathan et al. 2023, arXiv:2211.17192; Chen et al. 2023, arXiv:2302.01318; Daliri, Musco and
@@ -18,6 +21,7 @@ Source:
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 import mlx.core as mx
 from jaxtyping import Float, Int, Integer
@@ -28,6 +32,7 @@ from mlx_distill.arrays import log_probs, num_bytes, to_host
 from mlx_distill.core.beam_search import beam_search
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.core.sampling import Sampling, shaped_fast
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.prompt_cache import prompt_caches
@@ -48,6 +53,8 @@ class DraftModelDrafter:
         vocab_size: Number of the target's logits.
         max_kv_size: Longest context that its caches keep, in tokens; None for all.
         caches: Hold the text before the next prompt; None where there is none.
+        law: How tokens are drawn from the draft model's own logits; they are chains then. None
+            drafts in sight of the text's noise.
 
     Attributes:
         config: Tells it from other draft models, for what is measured of a pair.
@@ -61,8 +68,11 @@ class DraftModelDrafter:
         vocab_size: int,
         max_kv_size: int | None = None,
         caches: list[LayerCache] | None = None,
+        law: Sampling | None = None,
     ):
         self.model = model
+        self.law = law
+        self.vocab_size = vocab_size
         self.max_kv_size = max_kv_size
         self.caches = caches
         self.num_rows = vocab_width(model)
@@ -113,6 +123,7 @@ class DraftModelState:
         logits = self._read_root(root)
         if (
             plan.beam_width > 1
+            and self.drafter.law is None
             and self._trims
             and self.drafter.opened().support in ("row", "batch")
         ):
@@ -194,9 +205,12 @@ class DraftModelState:
         length: int,
         noise: Float[mx.array, "L _"] | None,
     ) -> Draft:
-        """Return the best tokens, one behind the other."""
-        tokens, scores = [root.astype(mx.int32)], [mx.zeros(1)]
+        """Return the best tokens, or drawn ones, one behind the other."""
+        tokens, scores, laws = [root.astype(mx.int32)], [mx.zeros(1)], []
         while True:
+            if self.drafter.law is not None:
+                logits, _ = shaped_fast(logits, self.drafter.law)
+                laws.append(logits)
             logits = self._in_sight(logits, noise, len(tokens) - 1)
             tokens.append(mx.argmax(logits, axis=-1).astype(mx.int32))
             scores.append(scores[-1] + log_probs(logits).max(axis=-1))
@@ -207,7 +221,13 @@ class DraftModelState:
             self._line.append(tokens[-1])
         depths = mx.arange(length + 1)
         parents = mx.maximum(depths - 1, 0)
-        return Draft(mx.concatenate(tokens), parents, depths, mx.concatenate(scores), length)
+        draft = Draft(mx.concatenate(tokens), parents, depths, mx.concatenate(scores), length)
+        return replace(draft, laws=self._whole(laws)) if laws else draft
+
+    def _whole(self, laws: list[mx.array]) -> Float[mx.array, "L V"]:
+        """Return laws as logits of all of the target's tokens; those it lacks are barred."""
+        rows, missing = mx.concatenate(laws), self.drafter.vocab_size - self.drafter.shared_vocab
+        return mx.pad(rows, [(0, 0), (0, missing)], constant_values=-mx.inf) if missing else rows
 
     def _beams(
         self,

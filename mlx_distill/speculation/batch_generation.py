@@ -104,6 +104,7 @@ def stream_answers(
     drafter: Drafter | None = None,
     draft_model: nn.Module | None = None,
     num_draft_tokens: int = 3,
+    draft_verification: str | None = None,
     plan: DraftPlan | Planner | None = None,
     cache: CacheConfig | None = None,
     exact_rows: bool = False,
@@ -123,6 +124,7 @@ def stream_answers(
         drafter: From ``load_drafter``; None decodes plainly.
         draft_model: A small model of the same tokenizer that drafts instead.
         num_draft_tokens: Tokens that it drafts at a time.
+        draft_verification: As ``stream_generate``'s.
         plan: As ``stream_generate``'s.
         cache: As ``stream_generate``'s.
         exact_rows: As ``stream_generate``'s; such texts are written one by one.
@@ -151,6 +153,7 @@ def stream_answers(
         batch=1 if way == "alone" else batch,
         exact_rows=exact_rows,
         plain_batches=way == "mlx-lm",
+        draft_verification=draft_verification,
     )
     shared = batch_planner_of(model, drafter) if plan is None and drafter is not None else None
     try:

@@ -1,7 +1,7 @@
 """One cycle of the decoding loop: launch a tree, draft what follows it, read what it came to."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import mlx.core as mx
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_host, to_number
+from mlx_distill.core.block_verification import NO_TOKEN, judge
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import sample
@@ -142,14 +143,33 @@ def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
         mx.async_eval(call.logits, call.hidden)
         cycle.history = mx.concatenate([cycle.history, cycle.tree.tokens[:1]])
         return cycle
-    noise, places = _noise(decoding, cycle)
+    as_block = cycle.tree.laws is not None
+    noise, places = (None, None) if as_block else _noise(decoding, cycle)
     with phase("walk", noise) as made:
-        logits = decoding.target.as_drawn(call.logits)
-        drawn = draw(logits, decoding.sampling, noise, places)
-        _walk(cycle, drawn.tokens, drawn.greatest, drawn.certain)
+        if as_block:
+            _judge(decoding, cycle)
+        else:
+            logits = decoding.target.as_drawn(call.logits)
+            drawn = draw(logits, decoding.sampling, noise, places)
+            _walk(cycle, drawn.tokens, drawn.greatest, drawn.certain)
         assert cycle.walk is not None
         made(cycle.report, cycle.walk.accepted, cycle.walk.last, cycle.walk.next_token)
     return cycle
+
+
+def _judge(decoding: Decoding, cycle: Cycle, exactly: bool = False) -> None:
+    """Walk a chain that was drawn from its drafter's law as far as block verification goes."""
+    tree, once = cycle.tree, decoding.once
+    assert tree.laws is not None
+    assert once is not None
+    logits = decoding.target.as_drawn(cycle.call.logits)
+    length, token, certain = judge(logits, tree.laws, tree.tokens, decoding.sampling, once, exactly)
+    # Behind the accepted ones there is nothing that could be drawn: the token may be one of these.
+    left = replace(tree, tokens=mx.where(tree.depths <= length, tree.tokens, NO_TOKEN))
+    following = mx.concatenate([tree.tokens[1:], token])
+    drawn = mx.where(tree.depths < length, following, token)
+    sure = None if certain is None else mx.broadcast_to(certain, drawn.shape)
+    _walk(cycle, drawn, logits.max(axis=-1), sure, left)
 
 
 def _noise(decoding: Decoding, cycle: Cycle) -> tuple[mx.array | None, mx.array | None]:
@@ -162,16 +182,21 @@ def _noise(decoding: Decoding, cycle: Cycle) -> tuple[mx.array | None, mx.array 
 
 
 def _walk(
-    cycle: Cycle, drawn: mx.array, greatest: mx.array, certain: mx.array | None = None
+    cycle: Cycle,
+    drawn: mx.array,
+    greatest: mx.array,
+    certain: mx.array | None = None,
+    tree: PrefixTree | None = None,
 ) -> None:
     """Follow the draws through a cycle's tree, on the device; the report is on its way then."""
+    tree = tree or cycle.tree
     cycle.in_doubt = certain is not None
     if cycle.is_root:
         cycle.walk = follow(cycle.tree, drawn)
         cycle.report = RootReport(drawn, mx.isnan(greatest), certain)
         mx.async_eval(cycle.report.arrays)
         return
-    cycle.walk = walk_along(cycle.tree, drawn, greatest, certain, cycle.call.hidden)
+    cycle.walk = walk_along(tree, drawn, greatest, certain, cycle.call.hidden)
     cycle.report = cycle.walk.report
     mx.async_eval(cycle.report)
 
@@ -183,10 +208,13 @@ def _walk_again(decoding: Decoding, cycle: Cycle) -> None:
         assert decoding.state is not None
         decoding.state.rewind(int(to_number(cycle.walk.accepted.sum())))
     with mx.stream(generation_stream):
-        noise, places = _noise(decoding, cycle)
-        noise = noise if noise is None or places is None else noise[places]
-        logits = decoding.target.as_drawn(cycle.call.logits)
-        _walk(cycle, sample(logits, decoding.sampling, noise), logits.max(axis=-1))
+        if cycle.tree.laws is not None:
+            _judge(decoding, cycle, exactly=True)
+        else:
+            noise, places = _noise(decoding, cycle)
+            noise = noise if noise is None or places is None else noise[places]
+            logits = decoding.target.as_drawn(cycle.call.logits)
+            _walk(cycle, sample(logits, decoding.sampling, noise), logits.max(axis=-1))
     draft_next(decoding, cycle)
 
 

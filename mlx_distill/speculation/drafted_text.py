@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 from jaxtyping import Float, Int
 
+from mlx_distill.core.block_verification import OnceNoise
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling, TextNoise
@@ -41,6 +42,8 @@ class Decoding:
         counters: Counts what happens.
         outcome: What became of the latest draft that was read.
         prompt_tokens: How many tokens the target has read before its answer.
+        once: The random numbers of drafts that are drawn from their drafter's own law, and of what
+            becomes of them; None where drafts are made in sight of the text's noise.
     """
 
     target: Target
@@ -58,6 +61,7 @@ class Decoding:
     counters: DraftCounters = field(default_factory=DraftCounters)
     outcome: Outcome | None = None
     prompt_tokens: int = 0
+    once: OnceNoise | None = None
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.target, self.cache, self.caches)
@@ -106,7 +110,10 @@ class Decoding:
         if plan is None:
             return None
         assert self.state is not None
-        in_sight = self.in_sight(noise(plan.draft_length))
+        if self.once is None:
+            in_sight = self.in_sight(noise(plan.draft_length))
+        else:
+            in_sight = self.once.rows(plan.draft_length)
         with phase("draft", root, in_sight) as made:
             draft = self.state.draft(root, plan, in_sight)
             made(draft)

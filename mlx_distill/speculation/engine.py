@@ -36,6 +36,7 @@ from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
 from mlx_distill.speculation.batched_text import BatchedText
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.decoding import DecodedTokens, decode
+from mlx_distill.speculation.draft_verification import once_noise, takes_blocks
 from mlx_distill.speculation.drafted_text import Decoding
 from mlx_distill.speculation.plain import PlainDecoding, decode_plainly
 from mlx_distill.speculation.plain_batch import KIND, can_write
@@ -63,6 +64,7 @@ class Engine:
         drafter: Drafts; None decodes plainly.
         draft_model: A small model of the same tokenizer that drafts instead.
         num_draft_tokens: Tokens that it drafts at a time.
+        draft_verification: Of its chains, as ``stream_generate``'s.
         batch: So many texts share a call of the target at the most.
         exact_rows: Whether a drafted text has to be the plainly decoded one in every precision,
             to the last bit; such texts share no calls.
@@ -83,6 +85,7 @@ class Engine:
         batch: int = 1,
         exact_rows: bool = False,
         plain_batches: bool = False,
+        draft_verification: str | None = None,
     ):
         wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.model = model
@@ -90,6 +93,7 @@ class Engine:
         self.drafter = drafter
         self.draft_model = draft_model
         self.num_draft_tokens = num_draft_tokens
+        self.draft_verification = draft_verification
         if draft_model is not None:
             checks.check_draft_model(drafter, num_draft_tokens)
         check_value("batch", batch, BatchSize)
@@ -299,12 +303,12 @@ class Engine:
     ) -> Decoding:
         """Return what a text needs that a drafter and a planner draft for."""
         target = self._target
-        key = mx.random.key(_seed(request))
+        key, size = mx.random.key(_seed(request)), target.vocab_size
         return Decoding(
             target,
             *drafts,
             request.sampling,
-            TextNoise(key, target.vocab_size) if request.sampling.temperature else None,
+            TextNoise(key, size) if request.sampling.temperature else None,
             request.cache,
             caches,
             request.logits_processors,
@@ -313,12 +317,15 @@ class Engine:
             text=number,
             positions=self.positions,
             counters=counters,
+            once=once_noise(drafts[0], key, size),
         )
 
     def _draft_model_drafter(self, target: Target, request: Request) -> DraftModelDrafter:
         """Return a draft model that drafts for one text."""
         assert self.draft_model is not None
-        drafter = DraftModelDrafter(self.draft_model, target.vocab_size, request.cache.max_kv_size)
+        as_blocks = takes_blocks(request, self.draft_verification, self.exact_rows)
+        law, size = request.sampling if as_blocks else None, request.cache.max_kv_size
+        drafter = DraftModelDrafter(self.draft_model, target.vocab_size, size, law=law)
         checks.check_windows(self.num_draft_tokens, drafter.new_caches())
         return drafter
 

@@ -38,6 +38,7 @@ def stream_generate(
     drafter: Drafter | None = None,
     draft_model: nn.Module | None = None,
     num_draft_tokens: int = 3,
+    draft_verification: str | None = None,
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -63,6 +64,11 @@ def stream_generate(
         draft_model: A small model of the same tokenizer that drafts instead; ``prompt_cache`` then
             holds the caches of both, as in mlx-lm.
         num_draft_tokens: Tokens that it drafts at a time, in a chain; a ``plan`` says otherwise.
+        draft_verification: How a draft model's chains are verified above temperature 0: "block"
+            draws them from its own law and accepts most of them, so that which text a seed gives
+            depends on the draft model and on how much it drafts; with "coupled", it is the text
+            that the seed gives without. None takes blocks where it can: not for trees, not with
+            logits processors and not with exact rows.
         max_tokens: The longest answer, in tokens.
         temperature: 0 takes the most probable token.
         top_p: Draw from the smallest set of tokens with this probability; 1 is all.
@@ -92,7 +98,15 @@ def stream_generate(
         pair = Pair(model, tokenizer, drafter, cache, exact_rows)
         chosen = choice(pair, drafter, sampled, plan, alone=not logits_processors)
         drafter = chosen.drafter
-    engine = Engine(model, tokenizer, drafter, draft_model, num_draft_tokens, exact_rows=exact_rows)
+    engine = Engine(
+        model,
+        tokenizer,
+        drafter,
+        draft_model,
+        num_draft_tokens,
+        exact_rows=exact_rows,
+        draft_verification=draft_verification,
+    )
     request = text_request(
         engine,
         prompt,

@@ -1,7 +1,8 @@
 """The walks of several texts at once: one draw, one walk, and one report that the host reads.
 
 Texts that are drawn by the same law, and have no logits processors, share the operations; what is
-read is one array for all of them. The others walk by themselves, as ``cycle`` does it.
+read is one array for all of them. The others walk by themselves, as ``cycle`` does it, and so do
+drafts that were drawn from their drafter's own law.
 """
 
 from collections.abc import Sequence
@@ -70,7 +71,10 @@ def walk_all(walking: Walking, forest: Forest, logits: Float[mx.array, "B N V"])
         logits: The target's, at the nodes of all of them.
     """
     first = walking[0][0].sampling
-    alike = all(not one.logits_processors and one.sampling == first for one, _ in walking)
+    alike = all(
+        not one.logits_processors and one.sampling == first and cycle.tree.laws is None
+        for one, cycle in walking
+    )
     if len(walking) > 1 and alike:
         _walk_together(walking, forest, logits, first)
         return

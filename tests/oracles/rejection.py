@@ -1,8 +1,7 @@
 """Rejection of a chain that was drawn from a drafter's law: token by token, and as a block.
 
-What ``draft_model`` does instead is measured against these in ``docs/drafting.md``. Both are
-written as laws: how likely it is that so many of the drafted tokens are accepted, and what the
-token behind them is drawn from then. A draw is then two draws, and a proof is a sum.
+Both are written as laws: how likely it is that so many of the drafted tokens are accepted, and what
+the token behind them is drawn from then. A draw is then two draws, and a proof is a sum.
 
 p is the target's law at the root and behind each drafted token, q the drafter's at all but the last
 of these. Leading axes are independent chains.
@@ -55,11 +54,19 @@ def block(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> Verdict:
     whole = rest + (1 - w[..., :-1])
     accepts = np.where(whole > 0, rest / np.where(whole > 0, whole, 1), 1)
     accepts = np.concatenate([accepts, w[..., -1:]], axis=-1)
-    accepts[..., 0] = 1  # the root
-    later = np.cumprod((1 - accepts)[..., ::-1], axis=-1)[..., ::-1]
-    none_later = np.concatenate([later[..., 1:], np.ones((*tokens.shape[:-1], 1))], axis=-1)
     laws = np.concatenate([residual(shares, q, p[..., :-1, :]), p[..., -1:, :]], axis=-2)
-    return accepts * none_later, laws
+    return law_of_lengths(accepts[..., 1:]), laws
+
+
+def law_of_lengths(accepts: np.ndarray) -> np.ndarray:
+    """Return how likely each number of accepted tokens is: the last whose coin says so, or none.
+
+    Args:
+        accepts: (..., L): how likely the coin of each token is to.
+    """
+    ends = np.ones((*accepts.shape[:-1], 1))
+    later = np.cumprod((1 - accepts)[..., ::-1], axis=-1)[..., ::-1]
+    return np.concatenate([ends, accepts], -1) * np.concatenate([later, ends], -1)
 
 
 def ratios(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -69,7 +76,7 @@ def ratios(p: np.ndarray, q: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return p / q
 
 
-def residual(p: np.ndarray, q: np.ndarray, otherwise: np.ndarray) -> np.ndarray:
+def residual(p: np.ndarray, q: np.ndarray | float, otherwise: np.ndarray) -> np.ndarray:
     """Return what p has more than q, normalised; where that is nothing, it is never drawn from."""
     rest = np.maximum(p - q, 0)
     total = rest.sum(axis=-1, keepdims=True)

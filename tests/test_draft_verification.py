@@ -1,0 +1,175 @@
+"""Chains of a draft model, verified as blocks: their law, their ends, and where they are not."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from drafting import with_eos
+from mlx import nn
+from mlx_lm.sample_utils import make_logits_processors
+from oracles.sampling import sampling_law
+from scipy.stats import chi2
+from tiny_models import tiny_model
+
+import mlx_distill
+from mlx_distill import DraftPlan, InputError
+from mlx_distill.checkpoint import bundled
+from mlx_distill.core import block_verification, filters
+
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture(scope="module")
+def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    return bundled_pair
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    return mlx_distill.load(bundled("stories-4m"))[0]
+
+
+def tokens_of(pair: tuple[Any, Any], prompt: Any = PROMPT, **options: Any) -> list[int]:
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 24, **options}
+    return [one.token for one in mlx_distill.stream_generate(*pair, prompt, **options)]
+
+
+# The law, through the loop
+
+
+def always(p: mx.array, q: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    return mx.ones(tokens.size), p[:-1]
+
+
+def from_target(p: mx.array, q: mx.array, tokens: mx.array) -> tuple[mx.array, mx.array]:
+    return ACCEPTANCE(p, q, tokens)[0], p[:-1]
+
+
+ACCEPTANCE = block_verification.acceptance
+LAW = {"temperature": 0.8, "top_p": 0.95}
+
+
+@pytest.mark.parametrize("wrong", [None, always, from_target])
+def test_a_text_has_the_targets_law(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, wrong: Any
+) -> None:
+    """Where a token stands in its law is uniform, whatever stands there for the one before.
+
+    Tokens are put in the order in which the draft model overrates them, where a bias is seen best.
+    The draft model knows fewer tokens.
+    """
+    if wrong:
+        monkeypatch.setattr(block_verification, "acceptance", wrong)
+    target = tiny_model("llama", 1, num_hidden_layers=1)
+    draft_model = tiny_model("llama", 1, num_hidden_layers=1, vocab_size=90)
+    draft_model.model.layers[0].mlp.down_proj.weight *= 0.5
+    for part in ("embed_tokens", "norm"):
+        draft_model.model[part].weight = target.model[part].weight
+    draft_model.lm_head.weight = target.lm_head.weight[:90]
+    options = {"draft_model": draft_model, "max_tokens": 400, **LAW}
+    text = tokens_of((target, with_eos(pair[1], set())), [1], **options)
+    whole = mx.array([[1, *text[:-1]]])
+    p, q = (sampling_law(np.array(model(whole)[0]), **LAW) for model in (target, draft_model))
+    overrated = np.pad(q, [(0, 0), (0, p.shape[1] - q.shape[1])]) - p
+    order = np.argsort(overrated, axis=1)
+    ranked = np.take_along_axis(p, order, axis=1)
+    at = order == np.array(text)[:, None]
+    below = np.cumsum(ranked, axis=1) - ranked
+    place = below[at] + np.random.default_rng(0).random(len(text)) * ranked[at]
+    bins = np.minimum(4 * place, 3).astype(int)
+    counts = np.bincount(4 * bins[:-1] + bins[1:], minlength=16)
+    statistic = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    print(statistic, counts)
+    assert (chi2.sf(statistic, 15) < 1e-3) == bool(wrong)
+
+
+# Seeds, and where coupled draws are taken instead
+
+
+def test_a_seed_gives_a_text_once_for_every_draft(pair: tuple[Any, Any], small: nn.Module) -> None:
+    plain = tokens_of(pair)
+    found = tokens_of(pair, draft_model=small, num_draft_tokens=4)
+    assert found == tokens_of(pair, draft_model=small, num_draft_tokens=4)
+    assert found[0] == plain[0]  # nothing was drafted yet
+    others = [
+        plain,
+        tokens_of(pair, draft_model=small, num_draft_tokens=2),
+        tokens_of(pair, draft_model=small, num_draft_tokens=4, seed=4),
+    ]
+    assert found not in others
+
+
+def penalty() -> list[Any]:
+    return make_logits_processors(repetition_penalty=1.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"draft_verification": "coupled"}, None),
+        ({"temperature": 0.0}, None),
+        ({"plan": DraftPlan(2, 3, 6)}, "leave trees out"),
+        ({"plan": DraftPlan(1, 3, tree="beam")}, "leave trees out"),
+        ({"logits_processors": penalty}, "processors see a text token by token"),
+        ({"exact_rows": True}, "exact rows promise the plainly decoded text"),
+    ],
+    ids=str,
+)
+def test_elsewhere_a_seed_gives_the_text_without(
+    pair: tuple[Any, Any], small: nn.Module, options: dict[str, Any], why: str | None
+) -> None:
+    def asked() -> dict[str, Any]:
+        return {name: value() if callable(value) else value for name, value in options.items()}
+
+    plain = {name: value for name, value in asked().items() if name != "draft_verification"}
+    assert tokens_of(pair, draft_model=small, **asked()) == tokens_of(pair, **plain)
+    if why:
+        with pytest.raises(InputError, match=why):
+            tokens_of(pair, draft_model=small, draft_verification="block", **asked())
+
+
+def test_what_is_no_verification_is_refused(pair: tuple[Any, Any], small: nn.Module) -> None:
+    with pytest.raises(InputError, match="draft_verification must be block or coupled, got other"):
+        tokens_of(pair, draft_model=small, draft_verification="other")
+
+
+# Ends, batches, doubts
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 9])
+def test_more_drafts_than_tokens_are_left(
+    pair: tuple[Any, Any], small: nn.Module, limit: int
+) -> None:
+    options: dict[str, Any] = {"draft_model": small, "num_draft_tokens": 6}
+    whole = tokens_of(pair, **options)
+    assert tokens_of(pair, max_tokens=limit, **options) == whole[:limit]
+    ends = pair[0], with_eos(pair[1], {whole[limit]})
+    first = whole.index(whole[limit])
+    assert tokens_of(ends, **options) == whole[: first + 1]
+
+
+def test_texts_of_a_batch_are_those_alone(pair: tuple[Any, Any], small: nn.Module) -> None:
+    prompts = [PROMPT, "Tom and Lily went to the", "One"]
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 12, "draft_model": small}
+    each = [{"seed": seed} for seed in range(3)]
+    answers = mlx_distill.batch_generate(*pair, prompts, each=each, batch=3, **options)
+    alone = [
+        tokens_of(pair, prompt, **options, **own) for prompt, own in zip(prompts, each, strict=True)
+    ]
+    assert [one.tokens for one in answers] == alone
+    assert all(one.last and one.last.accepted_tokens for one in answers)
+
+
+def test_filters_in_doubt_look_at_all_tokens(
+    pair: tuple[Any, Any], small: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three candidates, most of the mass is somewhere else; the likeliest alone is certain."""
+    monkeypatch.setattr(filters, "CANDIDATES", 3)
+    model = pair[0]
+    text = tokens_of(pair, draft_model=small, top_p=0.9)
+    ids = pair[1].encode(PROMPT)
+    logits = model(mx.array([[*ids, *text]]))[0, len(ids) - 1 : -1]
+    law = sampling_law(np.array(logits), top_p=0.9)
+    assert (law[np.arange(len(text)), text] > 0).all()
+    assert tokens_of(pair, draft_model=small, top_k=1) == tokens_of(pair, temperature=0.0)
