@@ -42,7 +42,7 @@ def always(p: mx.array, q: mx.array, tokens: mx.array) -> tuple[mx.array, mx.arr
     return mx.ones(tokens.size), p[:-1]
 
 
-LAW = {"temperature": 0.8, "top_p": 0.95}
+LAW: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}
 
 
 @pytest.mark.parametrize("wrong", [None, always])
@@ -56,8 +56,8 @@ def test_a_text_has_the_targets_law(
     """
     if wrong:
         monkeypatch.setattr(block_verification, "acceptance", wrong)
-    target = tiny_model("llama", 1, num_hidden_layers=1)
-    draft_model = tiny_model("llama", 2, num_hidden_layers=1, vocab_size=90)
+    target: Any = tiny_model("llama", 1, num_hidden_layers=1)
+    draft_model: Any = tiny_model("llama", 2, num_hidden_layers=1, vocab_size=90)
     for part in ("embed_tokens", "norm"):
         draft_model.model[part].weight = target.model[part].weight
     draft_model.lm_head.weight = target.lm_head.weight[:90]
