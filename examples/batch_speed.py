@@ -4,19 +4,17 @@
     python examples/batch_speed.py --model path-or-hub-repo --drafter my-drafter
 
 The arms take turns in one process; a ratio is that of one turn, and its median and range are shown.
+``python -m mlx_distill.benchmark --batch 4 8`` measures the same with prompts of a file.
 """
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 
-import mlx_distill  # before mlx_lm: on Linux the BLAS comes first
-
-# isort: split
-import mlx_lm
-
+import mlx_distill
+from mlx_distill.benchmarking.arms import Bench
+from mlx_distill.benchmarking.batches import batch_lines, batches
+from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.checkpoint import bundled
+from mlx_distill.core.sampling import GREEDY
 from mlx_distill.data.prompts import encode_prompt
 
 PROMPTS = (
@@ -31,19 +29,6 @@ PROMPTS = (
 )
 
 
-def measure(arms: dict[str, Callable[[], int]], runs: int) -> dict[str, list[float]]:
-    """Return the tokens per second of every arm, turn by turn."""
-    for arm in arms.values():
-        arm()  # what is compiled is compiled now
-    found: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(runs):
-        for name, arm in arms.items():
-            start = time.perf_counter()
-            tokens = arm()
-            found[name].append(tokens / (time.perf_counter() - start))
-    return found
-
-
 def main() -> None:
     """Measure and print a line per arm."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -55,35 +40,11 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = mlx_distill.load(arguments.model)
     drafter = mlx_distill.load_drafter(arguments.drafter, model, tokenizer)
-    for batch in arguments.batch:
-        texts = [PROMPTS[place % len(PROMPTS)] for place in range(batch)]
-        prompts = [encode_prompt(tokenizer, text) for text in texts]
-        most = arguments.max_tokens
-
-        def mlx_lm_alone(prompts: list[list[int]] = prompts, most: int = most) -> int:
-            options = {"max_tokens": most, "return_token_ids": True}
-            answers = mlx_lm.batch_generate(model, tokenizer, prompts, **options)
-            return sum(map(len, answers.token_ids or []))
-
-        def ours(drafts: bool, prompts: list[list[int]] = prompts, most: int = most) -> int:
-            options = {"drafter": drafter if drafts else None, "max_tokens": most}
-            answers = mlx_distill.batch_generate(
-                model, tokenizer, prompts, batch=len(prompts), **options
-            )
-            return sum(len(answer.tokens) for answer in answers)
-
-        arms = {
-            "mlx-lm": mlx_lm_alone,
-            "plain": lambda ours=ours: ours(False),
-            "chosen": lambda ours=ours: ours(True),
-        }
-        found = measure(arms, arguments.runs)
-        for name, speeds in found.items():
-            ratios = [a / b for a, b in zip(speeds, found["mlx-lm"], strict=True)]
-            low, median, high = min(ratios), statistics.median(ratios), max(ratios)
-            speed = statistics.median(speeds)
-            ratio = f"{median:.2f} ({low:.2f}-{high:.2f})"
-            print(f"{batch} texts  {name:7} {speed:8.0f} tokens/s  {ratio}")
+    config = BenchmarkConfig(max_tokens=arguments.max_tokens)
+    bench = Bench(model, tokenizer, drafter, None, GREEDY, config)
+    prompts = [encode_prompt(tokenizer, text) for text in PROMPTS]
+    for line in batch_lines(batches(bench, prompts, arguments.batch, arguments.runs)):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m mlx_distill.benchmark --output results.json
     python -m mlx_distill.benchmark --report report.html
+    python -m mlx_distill.benchmark --batch 4 8
     python -m mlx_distill.benchmark --dispatches
     python -m mlx_distill.benchmark --profile --trace trace.json
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from mlx_distill import cli, machine
 from mlx_distill.benchmarking.arms import Bench, settled
+from mlx_distill.benchmarking.batches import batch_lines, batches
 from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, for_page, run, usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.dispatch_study import study
@@ -47,6 +49,7 @@ from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, write_whole
 from mlx_distill.limits import Count, check_value
+from mlx_distill.speculation.requests import BatchSize
 from mlx_distill.target.target import Target
 
 WRITTEN = ("output", "plot", "trace", "report")
@@ -80,6 +83,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         pair = bench.model, bench.tokenizer, bench.drafter
         result |= study(*pair, timed[0], shape, others=arguments.model is None)
         show_dispatches(result)
+    elif arguments.batch:
+        prompts = [one.ids for one in asked]
+        result["batches"] = batches(bench, prompts, arguments.batch)
+        print("\n".join(batch_lines(result["batches"])))
     elif arguments.profile:
         runs = run_profile(bench, timed, shape)
         result |= profile(bench, timed, shape, runs)
@@ -133,10 +140,13 @@ def _check(arguments: argparse.Namespace, config: BenchmarkConfig) -> None:
         raise InputError("--plot draws the sweep; ask for one with --sweep-prompts")
     if arguments.trace and not arguments.profile:
         raise InputError("--trace writes what --profile times; ask for that, too")
-    alone = arguments.dispatches or arguments.loss_memory or arguments.samplers
+    check_value("batch", arguments.batch, tuple[BatchSize, ...] | None)
+    if arguments.batch and arguments.temperature:
+        raise InputError("--batch measures greedy texts; leave out --temp")
+    alone = arguments.dispatches or arguments.batch or arguments.loss_memory or arguments.samplers
     if arguments.report and alone:
         raise InputError(
-            "--report shows benchmarks and profiles, no dispatches, memory or samplers"
+            "--report shows benchmarks and profiles, no batches, dispatches, memory or samplers"
         )
     if arguments.results and not arguments.report:
         raise InputError("--results are shown by a report; name its file with --report")
@@ -254,6 +264,14 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         metavar=("ROWS", "ENTRIES"),
         help="time only draws from so many rows of so large a vocabulary, and mlx-lm's samplers, "
         "both at least 1 (default: not measured)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        metavar="TEXTS",
+        help="measure only so many greedy texts at once, each from 1 to 1024, against mlx-lm's own "
+        "batches (default: not measured)",
     )
     parser.add_argument(
         "--dispatches",

@@ -21,19 +21,19 @@ PROMPTS = ("Once upon a time", "Ben had a red kite.", "One", "The old baker forg
 
 
 @pytest.mark.parametrize(
-    ("found", "drafts", "way"),
+    ("found", "drafter", "way"),
     [
-        (Found(1.0, 0.98, 3.0), False, "rows"),  # a little is no reason
-        (Found(1.0, 0.9, 3.0), False, "mlx-lm"),
-        (Found(1.0, 0.9, 0.8), False, "alone"),
-        (Found(1.0, 0.5, 3.0), True, "rows"),  # what drafts bring is to be found out
-        (Found(1.0, 0.9, 3.0, gain=1.2), True, "rows"),
-        (Found(1.0, 0.9, 3.0, gain=1.0), True, "mlx-lm"),
-        (Found(1.0, 0.9, 3.0, gain=1.2), False, "mlx-lm"),
+        (Found(1.0, 0.98, 3.0), None, "rows"),  # a little is no reason
+        (Found(1.0, 0.9, 3.0), None, "mlx-lm"),
+        (Found(1.0, 0.9, 0.8), None, "alone"),
+        (Found(1.0, 0.5, 3.0), "one", "rows"),  # what drafts bring is to be found out
+        (Found(1.0, 0.9, 3.0, {"one": 1.2}), "one", "rows"),
+        (Found(1.0, 0.9, 3.0, {"one": 1.0}), "one", "mlx-lm"),
+        (Found(1.0, 0.9, 3.0, {"one": 1.2}), None, "mlx-lm"),
     ],
 )
-def test_the_fastest_way(found: Found, drafts: bool, way: str) -> None:
-    assert found.way(drafts) == way
+def test_the_fastest_way(found: Found, drafter: str | None, way: str) -> None:
+    assert found.way(drafter) == way
 
 
 def tokens_of(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
@@ -69,7 +69,10 @@ def test_texts_of_mlx_lm_are_those_alone(bundled_pair: tuple[Any, Any]) -> None:
 
 
 def test_a_choice_is_made_once_and_followed(
-    bundled_pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bundled_pair: tuple[Any, Any],
+    bundled_drafter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(automatic.SWITCH, "1")
@@ -87,6 +90,10 @@ def test_a_choice_is_made_once_and_followed(
             assert answer.text == mlx_distill.generate(*bundled_pair, prompt, max_tokens=4)
     assert len(written) == 4
     assert BatchChoice(pair, 2).way(pair) == "mlx-lm"
+    drafting = Pair(*bundled_pair, bundled_drafter)
+    assert BatchChoice(drafting, 2).way(drafting) == "rows"
+    BatchChoice(drafting, 2).learn(1.0)
+    assert BatchChoice(drafting, 2).way(drafting) == "mlx-lm"
     assert not spreads
 
 

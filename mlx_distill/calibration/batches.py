@@ -4,13 +4,13 @@
     mlx-lm   mlx-lm's own generator of batches, for texts that need nothing else
     alone    one text after the other
 
-One file per machine, MLX version, target, drafter and number of texts, beside the calibrations.
+One file per machine, MLX version, target and number of texts, beside the calibrations.
 """
 
 import math
 import statistics
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import mlx.core as mx
@@ -41,25 +41,27 @@ class Found:
         rows_s: Seconds of a plain step of all of them, as rows.
         plain_s: The same of mlx-lm's own generator.
         alone_s: Seconds of as many steps one after the other.
-        gain: How many times as many tokens drafts bring in that time; None while not known.
+        gains: How many times as many tokens drafts bring in that time, by drafter; without those of
+            which that is not known.
     """
 
     rows_s: float
     plain_s: float
     alone_s: float
-    gain: float | None = None
+    gains: dict[str, float] = field(default_factory=dict)
 
-    def way(self, drafts: bool) -> Way:
+    def way(self, drafter: str | None) -> Way:
         """Return the fastest way.
 
         Where something else is faster than plain rows, what drafts bring there is found out first.
 
         Args:
-            drafts: Whether there is a drafter.
+            drafter: Who drafts; None for nobody.
         """
-        if drafts and self.gain is None:
+        gain = 1.0 if drafter is None else self.gains.get(drafter)
+        if gain is None:
             return "rows"
-        rows_s = CLEARLY * self.rows_s / (max(1.0, self.gain or 1.0) if drafts else 1.0)
+        rows_s = CLEARLY * self.rows_s / max(1.0, gain)
         if min(self.plain_s, self.alone_s) >= rows_s:
             return "rows"
         return "mlx-lm" if self.plain_s <= self.alone_s else "alone"
@@ -74,13 +76,16 @@ class BatchChoice:
     """
 
     def __init__(self, pair: Pair, num_texts: int):
-        self.num_texts, self.drafts = num_texts, not isinstance(pair.drafter, NoDrafter)
-        weights = drafter_hash(pair.drafter)
-        self._known = identity(pair) | {"batches": FORMAT, "texts": num_texts, "weights": weights}
-        self.found = recall(self._known, NOUN, lambda values: Found(**values["found"]))
+        self.num_texts, self._drafter = num_texts, None
+        if not isinstance(pair.drafter, NoDrafter):
+            self._drafter = f"{type(pair.drafter).__name__} {drafter_hash(pair.drafter)}".strip()
+        undrafted = replace(pair, drafter=NoDrafter())
+        self._known = identity(undrafted) | {"batches": FORMAT, "texts": num_texts}
+        self.found = self._read()
 
     def way(self, pair: Pair) -> Way:
         """Return the fastest way; at the first use it is timed."""
+        self.found = self.found or self._read()  # others may have timed it by now
         if self.found is None:
             say(f"timing batches of {self.num_texts} texts once, for some seconds")
             self.found, spread = timed(pair, self.num_texts)
@@ -88,13 +93,17 @@ class BatchChoice:
                 self.found = replace(self.found, plain_s=math.inf, alone_s=math.inf)
             else:
                 self._keep()
-        return self.found.way(self.drafts)
+        return self.found.way(self._drafter)
 
     def learn(self, gain: float | None) -> None:
         """Take note of what drafts have brought."""
-        if gain is not None and self.found is not None and self.found.plain_s < math.inf:
-            self.found = replace(self.found, gain=gain)
+        found, drafter = self._read(), self._drafter
+        if gain is not None and drafter is not None and found is not None:
+            self.found = replace(found, gains={**found.gains, drafter: gain})
             self._keep()
+
+    def _read(self) -> Found | None:
+        return recall(self._known, NOUN, lambda values: Found(**values["found"]))
 
     def _keep(self) -> None:
         assert self.found is not None
