@@ -99,7 +99,7 @@ def _converted(arguments: argparse.Namespace, precision: str, folder: Path) -> P
 
 def _steps(arguments: argparse.Namespace, precision: str, model: Path) -> Iterator[Step]:
     """Yield the benchmarks of one precision."""
-    prompts, arms = arguments.num_prompts, 3 if arguments.draft_model else 2
+    prompts, arms = arguments.num_prompts, 4 if arguments.draft_model else 2
     swept = min(arguments.sweep_prompts, prompts)
     cells = len(arguments.widths) * len(arguments.lengths)
     for temperature in arguments.temperatures:

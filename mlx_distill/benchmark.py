@@ -213,7 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--draft-model",
         type=cli.path,
-        help="a small model for mlx-lm's own drafting, as an arm (default: none)",
+        help="a small model that drafts, in mlx-lm's loop and in this one, as two arms "
+        "(default: none)",
     )
     parser.add_argument(
         "--data",

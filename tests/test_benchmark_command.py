@@ -72,7 +72,8 @@ def test_benchmark_sampling_sharing_and_draft_model(
     assert benchmark.main([*TINY, *more, *model, *files]) == 0
     result = json.loads(output.read_text())
     assert result["equal_texts"] is None
-    assert len(result["arms"]) == 3
+    names = "mlx-lm", "mlx-lm with draft model", "mlx_distill", "mlx_distill with draft model"
+    assert [row["arm"] for row in result["arms"]] == list(names)
     assert [row["beam_tokens"] for row in result["sharing"]] == [20, 40]
     assert all(0 < row["saved_share"] < 1 for row in result["sharing"])
     assert "saved by shared prefixes" in capsys.readouterr().out

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +26,8 @@ from mlx_distill.errors import InputError
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.target.target import Target
 
-PLAIN, DRAFT_MODEL, OURS = "mlx-lm", "mlx-lm with draft model", "mlx_distill"
+PLAIN, OURS = "mlx-lm", "mlx_distill"
+DRAFT_MODEL, OUR_DRAFT_MODEL = (f"{name} with draft model" for name in (PLAIN, OURS))
 # So often prompts are answered to find out which way to draft is fastest.
 MOST_REPEATS = 8
 
@@ -65,7 +67,7 @@ class Bench:
         model: The target.
         tokenizer: Its tokenizer.
         drafter: Drafts for it.
-        draft_model: A second model for mlx-lm's own drafting, or None.
+        draft_model: A second model that drafts, in mlx-lm's own loop and in this one, or None.
         sampling: How tokens are drawn.
         config: How much is measured.
     """
@@ -107,20 +109,18 @@ class Bench:
                 sampler=sampler,
             )
 
-        def ours(prompt: list[int], seed: int) -> Iterator[Any]:
-            return stream_generate(
-                self.model,
-                self.tokenizer,
-                prompt,
-                drafter=self.drafter,
-                max_tokens=limit,
-                seed=seed,
-                plan=plan,
-                **asdict(law),
-            )
+        def ours(prompt: list[int], seed: int, **drafts: Any) -> Iterator[Any]:
+            settings = {"max_tokens": limit, "seed": seed, **asdict(law), **drafts}
+            return stream_generate(self.model, self.tokenizer, prompt, **settings)
 
-        arms = {PLAIN: plain, DRAFT_MODEL: with_draft_model, OURS: ours}
-        return arms if self.draft_model is not None else {PLAIN: plain, OURS: ours}
+        drafted = partial(ours, drafter=self.drafter, plan=plan)
+        if self.draft_model is None:
+            return {PLAIN: plain, OURS: drafted}
+        names = "num_draft_tokens", "draft_verification"
+        how = {name: getattr(self.config, name) for name in names}
+        our_model = partial(ours, draft_model=self.draft_model, **how)
+        arms = {PLAIN: plain, DRAFT_MODEL: with_draft_model, OURS: drafted}
+        return arms | {OUR_DRAFT_MODEL: our_model}
 
     def run(
         self, prompts: Sequence[list[int]], plan: DraftPlan | None, title: str

@@ -6,6 +6,7 @@ from typing import Annotated
 from mlx_distill.drafters.protocol import BeamWidth, DraftLength
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, Count, Seed, check_fields
+from mlx_distill.speculation.draft_verification import Verification
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class BenchmarkConfig:
         max_tokens: Longest answer, in tokens.
         seed: Of the draws above temperature 0; every prompt has its own.
         num_draft_tokens: Of the draft model, if one is named, in tokens.
+        draft_verification: How its chains are verified above temperature 0 in this package's own
+            loop; blocks unless it is said.
         warm_up_s: The arms decode for so many seconds before anything counts, and one prompt at
             least: processors start slow, and get slower when they are warm.
         timed_prompts: Prompts over which the parts of a cycle are timed.
@@ -34,6 +37,7 @@ class BenchmarkConfig:
     max_tokens: Annotated[int, Between(2, 10**9)] = 128
     seed: Seed = 0
     num_draft_tokens: DraftLength = 3
+    draft_verification: Verification = None
     warm_up_s: Annotated[float, Between(0, 3600)] = 0.0
     timed_prompts: Count = 20
     sweep_prompts: Annotated[int, Between(0, 10**9)] = 0
