@@ -157,3 +157,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert target["plain_step"] == 17 * 8 + 6
     assert target["target_call_8"] <= 1.1 * target["plain_step"] + 12
     assert f"{found['cycles']['greedy']['rest']:.1f}" in capsys.readouterr().out
+    kernels = found["with_kernels"]
+    for law, parts in kernels["cycles"].items():
+        plain = sum(found["cycles"][law].values()) + target["target_call_8"]
+        assert sum(parts.values()) + kernels["target_call"] <= 0.6 * plain

@@ -105,7 +105,7 @@ def study(
     found = {"targets": [pair, *(shapes() if others else ())], "cycles": cycles}
     with forced(), performing(standing_in):
         law = {law: of_cycle(model, tokenizer, drafter, prompt, plan, t) for law, t in LAWS.items()}
-        call = of_tree_call(model, plan.nodes)
+    call = of_tree_call_by_kernels(model, plan.nodes)
     return {**found, "with_kernels": {"target_call": call, "cycles": law}}
 
 
@@ -132,7 +132,8 @@ def of_target(model: nn.Module) -> dict[str, Any]:
         found[f"mlx_lm_rows_{nodes}"] = _sent(model, _reading(model, nodes))
     found["moving_commit"] = _sent(model, _committing(model))
     kinds = {name: dict(found[name]) for name in ("plain_step", "target_call_8")}
-    return {**{name: kind.total() for name, kind in found.items()}, "kinds": kinds}
+    counts = {name: kind.total() for name, kind in found.items()}
+    return {**counts, "kernels_8": of_tree_call_by_kernels(model, 8), "kinds": kinds}
 
 
 def of_plain_step(model: nn.Module) -> int:
@@ -143,6 +144,12 @@ def of_plain_step(model: nn.Module) -> int:
 def of_tree_call(model: nn.Module, nodes: int) -> int:
     """Return the dispatches of a call on a tree of so many nodes."""
     return _sent(model, _verifying(model, nodes)).total()
+
+
+def of_tree_call_by_kernels(model: nn.Module, nodes: int) -> int:
+    """Return the same with all kernels."""
+    with forced(), performing(standing_in):
+        return of_tree_call(model, nodes)
 
 
 Build = Callable[[PromptCache], object]

@@ -123,10 +123,17 @@ def show_dispatches(result: dict[str, Any]) -> None:
     table.add_column("model")
     calls = [name for name in result["targets"][0] if name.startswith("target_call")]
     heads = [f"call of {name.rpartition('_')[2]}" for name in calls]
-    for name in ("layers", "plain step", *heads, "8 rows of mlx-lm", "moving commit"):
+    for name in (
+        "layers",
+        "plain step",
+        *heads,
+        "of 8, kernels",
+        "8 rows of mlx-lm",
+        "moving commit",
+    ):
         table.add_column(name, justify="right")
     for row in result["targets"]:
-        counts = ["layers", "plain_step", *calls, "mlx_lm_rows_8", "moving_commit"]
+        counts = ["layers", "plain_step", *calls, "kernels_8", "mlx_lm_rows_8", "moving_commit"]
         table.add_row(escape(row["model"]), *(str(row[name]) for name in counts))
     console.print(table)
     for law, parts in result["cycles"].items():
