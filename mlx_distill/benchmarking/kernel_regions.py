@@ -48,6 +48,8 @@ def standing_in(operation: Operation[..., Any], *args: Any, **options: Any) -> A
     for _ in range(dispatches):
         end = mx.logcumsumexp(end, axis=-1)
     args, options = _marked((list(args), options), begin)
+    # What the twin would copy first, the kernel reads as it lies.
+    args, options = _replaced((args, options), mx.contiguous)
     found = operation.twin(*args, **options)
     if isinstance(found, mx.array):
         found = _lying_as(results, found)

@@ -63,15 +63,16 @@ def _kernel(
 def _twin(
     x: Float[mx.array, "1 H N D"], table: Float[mx.array, "N D"], dims: int, by_two: bool
 ) -> Float[mx.array, "1 H N D"]:
-    places = np.arange(dims)
-    first, second = (places[::2], places[1::2]) if by_two else np.split(places, 2)
-    order = mx.array(np.argsort(np.concatenate([first, second])))
-    wide = x.astype(mx.float32)
-    a, b = wide[..., mx.array(first)], wide[..., mx.array(second)]
-    cosine, sine = table[:, mx.array(first)], table[:, mx.array(second)]
-    turned = mx.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
-    turned = mx.take(turned, order, axis=-1)
-    return mx.concatenate([turned, wide[..., dims:]], axis=-1).astype(x.dtype)
+    wide, half = x.astype(mx.float32), dims // 2
+    firsts, seconds = (
+        (slice(0, dims, 2), slice(1, dims, 2)) if by_two else (slice(half), slice(half, dims))
+    )
+    a, b, cosine, sine = wide[..., firsts], wide[..., seconds], table[:, firsts], table[:, seconds]
+    turned = a * cosine - b * sine, a * sine + b * cosine
+    if by_two:
+        turned = (mx.stack(turned, axis=-1).flatten(-2),)
+    rest = () if dims == x.shape[-1] else (wide[..., dims:],)
+    return mx.concatenate([*turned, *rest], axis=-1).astype(x.dtype)
 
 
 def _differ(case: Case, found: mx.array, expected: mx.array) -> str:
