@@ -18,6 +18,7 @@ from distilling import (
     log_of,
     main,
     same_result,
+    save,
     weights_of,
     without,
     write_rows,
@@ -280,6 +281,16 @@ def test_cache_of_another_teacher_is_not_continued(
     argv = without(arguments(world, cached, "--teacher", world / "second"), "--output")
     sentence = refuses([*argv, "--cache-teacher", str(cached), "--cache-k", "32"])
     assert "was made from another teacher; remove it or name another folder" in sentence
+
+
+def test_a_teacher_that_does_not_know_the_tokens_is_not_cached(
+    world: Path, tmp_path: Path, refuses: Refuse, tokenizer: Any
+) -> None:
+    narrow = save(tmp_path / "narrow", TINY | {"vocab_size": 300}, 1, tokenizer)
+    argv = without(arguments(world, tmp_path / "x", "--teacher", narrow), "--output")
+    sentence = refuses([*argv, "--cache-teacher", str(tmp_path / "cache")])
+    assert sentence.startswith("the texts hold token ")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_several_teachers_are_not_cached(world: Path, tmp_path: Path, refuses: Refuse) -> None:

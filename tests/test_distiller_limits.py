@@ -103,6 +103,8 @@ def test_tokens_that_a_network_does_not_have(tmp_path: Path, who: str) -> None:
     sentence = r"the texts hold token 9\d, but a Model of 90 tokens is to read them"
     with pytest.raises(InputError, match=sentence):
         run(tmp_path, student, teacher, texts)
+    with pytest.raises(InputError, match="the texts hold token -3"):
+        run(tmp_path, student, teacher, [Text([1, -3, 3])])
 
 
 def test_padded_heads_are_compared_in_their_shared_part(tmp_path: Path) -> None:

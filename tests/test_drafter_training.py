@@ -19,6 +19,7 @@ from conftest import ModelIn
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
@@ -470,6 +471,19 @@ def test_prompts_in_python_are_texts_chats_or_token_ids(tmp_path: Path, chat_mod
     with pytest.raises(InputError, match="the prompt is empty"):
         mlx_distill.train_drafter(model, tokenizer, ["", *prompts], tmp_path / "e", config)
     assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "a prompt is empty"), ([97], "prompts hold token 97"), ([-1], "prompts hold token -1")],
+)
+def test_prompts_that_the_target_cannot_read(
+    pair: tuple[Any, Any], tmp_path: Path, prompt: list[int], message: str
+) -> None:
+    model = tiny_model("llama")  # of 97 tokens, fewer than the tokenizer's
+    with pytest.raises(InputError, match=message):
+        mlx_distill.train_drafter(model, pair[1], [[5, 9], prompt], tmp_path / "drafter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_answer_that_was_cut_off_does_not_end(pair: tuple[Any, Any]) -> None:

@@ -24,6 +24,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.hashes import template_hash, weights_hash, weights_type
 from mlx_distill.locks import locked
 from mlx_distill.target.context import text_limit
+from mlx_distill.target.reading import check_tokens
 from mlx_distill.target.target import Target
 
 
@@ -103,8 +104,13 @@ def usable_prompts(
     """Return the prompts that can be answered; the report counts the others.
 
     Raises:
-        InputError: If answers may be longer than what the model reads.
+        InputError: If answers may be longer than what the model reads, or a prompt is empty or of
+            tokens that it does not have.
     """
+    if not all(prompts):
+        raise InputError("a prompt is empty; give at least one token")
+    if prompts:
+        check_tokens(model, prompts, "prompts")
     limit, wanted = text_limit(model), config.max_tokens
     if limit is not None and wanted > limit:
         raise InputError(

@@ -11,7 +11,7 @@ from mlx_distill.distillation.parts import Opening, quantize
 from mlx_distill.distillation.teachers import Answers
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import tokenizer_hash, weights_hash
-from mlx_distill.target.reading import vocab_width
+from mlx_distill.target.reading import check_tokens, vocab_width
 
 
 class CacheRun:
@@ -37,7 +37,8 @@ class CacheRun:
         self.corpus: Corpus = read_corpus(
             config.data, config.valid, self.tokenizer, reading, config.sizes
         )
-
+        read = [*self.corpus.texts, *self.corpus.valid]
+        check_tokens(self.teacher, [text.tokens for text in read])
         self.answers = Answers(self.teacher, texts=True)
         # Where a model makes its logits itself, they are there for a whole batch: one text.
         self.batch_size = config.batch_size if self.answers.body else 1

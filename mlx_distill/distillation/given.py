@@ -13,7 +13,7 @@ from mlx_distill.distillation.on_policy import OnPolicyConfig, answered, with_ro
 from mlx_distill.distillation.teachers import LiveTeacher, Teacher
 from mlx_distill.errors import InputError
 from mlx_distill.target.context import position_limit, text_limit
-from mlx_distill.target.reading import vocab_width
+from mlx_distill.target.reading import check_tokens
 
 
 @dataclass(frozen=True)
@@ -73,19 +73,10 @@ def readers(student: nn.Module, teacher: Teacher | None) -> list[nn.Module]:
 
 def _check_tokens(networks: Sequence[nn.Module], texts: Sequence[Text]) -> None:
     """Raise InputError if a text has tokens or positions that a network does not: it would not."""
-    highest = max(max(text.tokens) for text in texts)
     longest = max(len(text.tokens) for text in texts)
     for network in networks:
-        name, width, positions = (
-            type(network).__name__,
-            vocab_width(network),
-            position_limit(network),
-        )
-        if highest >= width:
-            raise InputError(
-                f"the texts hold token {highest}, but a {name} of {width} tokens "
-                "is to read them; its vocab_size does not fit the tokenizer"
-            )
+        check_tokens(network, [text.tokens for text in texts])
+        name, positions = type(network).__name__, position_limit(network)
         if positions is not None and longest > positions:
             raise InputError(
                 f"the longest text has {longest} tokens, but a {name} of {positions} positions is "

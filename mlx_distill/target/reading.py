@@ -7,12 +7,14 @@ is given, gradients flow through it, and nothing is allocated for tokens to come
 """
 
 import inspect
+from collections.abc import Sequence
 
 import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 from mlx_lm.models.cache import CacheList, KVCache, make_prompt_cache
 
+from mlx_distill.errors import InputError
 from mlx_distill.target.layer_cache import LayerCache
 
 
@@ -56,6 +58,24 @@ def fresh_inputs(network: nn.Module) -> dict[str, list[LayerCache]]:
 def vocab_width(network: nn.Module) -> int:
     """Return how many logits a network has; nothing is computed."""
     return read_whole(network, mx.array([[0, 0]])).shape[-1]
+
+
+def check_tokens(network: nn.Module, texts: Sequence[Sequence[int]], noun: str = "texts") -> None:
+    """Raise InputError if a network has no embedding for a token: it would read beyond the table.
+
+    Args:
+        network: Is to read the texts.
+        texts: Token ids; none is empty.
+        noun: What the texts are.
+    """
+    lowest, highest = min(map(min, texts)), max(map(max, texts))
+    width = vocab_width(network)
+    if lowest < 0 or highest >= width:
+        raise InputError(
+            f"the {noun} hold token {lowest if lowest < 0 else highest}, but a "
+            f"{type(network).__name__} of {width} tokens is to read them; its vocab_size does not "
+            "fit the tokenizer"
+        )
 
 
 def _light(cache: LayerCache) -> LayerCache:
