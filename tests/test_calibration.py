@@ -87,7 +87,12 @@ def test_time_that_is_up_ends_the_rounds_but_not_before_the_third() -> None:
 
     assert timed(1.0, 10.0) == Times(1.0, 0.0, 11)
     assert timed(9.0, 20.0) == Times(9.0, 0.0, 3)
-    assert timed(9.0, 5.0) == Times(9.0, 1.0, 2)  # of which nobody knows how far they spread
+    assert timed(9.0, 5.0) == Times(9.0, 0.0, 2)
+
+
+def test_of_two_times_the_spread_is_how_far_they_lie_apart() -> None:
+    assert Times.of([1.0, 1.5]) == Times(1.25, 0.4, 2)
+    assert Times.of([1.0]).spread == 1.0
 
 
 def test_a_first_time_that_compiles_leaves_the_others_theirs() -> None:
@@ -168,8 +173,9 @@ def test_less_is_measured_where_steps_are_slow(
     assert quick_config(pair, lambda: tick_s * next(ticks)) == expected
 
 
-def test_slow_steps_are_timed_thrice_in_time(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a step takes 0.1 s, and every further row a tenth of that."""
+@pytest.fixture
+def slow(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Callable[[], float]]:
+    """Return clocks on which a step takes so long, and every further row a tenth of that."""
     read: list[int] = []
     target = pair.target
     observe, verify = target.observe, target.verify
@@ -184,8 +190,51 @@ def test_slow_steps_are_timed_thrice_in_time(pair: Pair, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(target, "observe", observed)
     monkeypatch.setattr(target, "verify", verified)
-    times = calibrate(pair, COARSE, lambda: sum(0.1 + 0.01 * (rows - 1) for rows in read)).times
-    assert {one.count for one in times.values()} == {3}
+    return lambda step_s: lambda: step_s * sum(0.9 + 0.1 * rows for rows in read)
+
+
+@pytest.mark.parametrize("step_s", [0.05, 0.2])
+def test_a_first_use_is_measured_in_less_than_20_seconds(
+    pair: Pair, slow: Callable[[float], Callable[[], float]], step_s: float
+) -> None:
+    """The text that is read and what is under way are all that a deadline cannot cut."""
+    clock = slow(step_s)
+    read_s = 13.7 * step_s  # 128 tokens
+    found = calibrate(pair, quick_config(pair, clock), clock, since=0.0)
+    assert clock() < 20 + read_s
+    counts = {name: times.count for name, times in found.times.items()}
+    assert found.costs.rows[0] == 1
+    if step_s == 0.05:
+        assert min(counts.values()) == 3
+        assert found.costs.rows == COARSE.rows
+    if step_s == 0.2:  # what decides is known by then
+        assert {("plain", 0.0), ("cycle", 0.0), ("call", 128, 8), ("draft", 4, 4)} <= counts.keys()
+        assert found.costs.cycle_tokens >= 1
+
+
+@pytest.mark.parametrize("ticks", [1, 40])
+def test_what_there_is_no_time_for_is_left_out(pair: Pair, ticks: int) -> None:
+    """The clock is asked so often before the deadline; a planner can do with what is known then."""
+    asked = itertools.chain(range(ticks), itertools.count(10**6))
+    config = replace(SMALL, deadline_s=1000.0)
+    costs = calibrate(pair, config, lambda: float(next(asked))).costs
+    assert costs.rows[0] == 1
+    assert len(costs.contexts) * len(costs.rows) * len(costs.widths) * len(costs.lengths) < 24
+    AdaptivePlanner(costs).shape(0, None)
+
+
+def test_after_the_deadline_nothing_is_begun() -> None:
+    """Not even to warm up; only what matters most is timed in any case."""
+
+    def counts(until: float) -> dict[str, int]:
+        clock = Ticking()
+        tasks = {name: clock.task(lambda: 2.0) for name in "abc"}
+        return {x: t.count for x, t in time_in_turn(tasks, 9, 1e9, clock, until=until).items()}
+
+    assert counts(-1.0) == {"a": 1}
+    assert counts(3.0) == {"a": 1, "b": 1}
+    assert counts(9.0) == {"a": 1, "b": 1, "c": 1}
+    assert counts(13.0) == {"a": 1, "b": 2, "c": 1}
 
 
 def test_contexts_beyond_the_model_are_left_out(pair: Pair) -> None:

@@ -86,9 +86,11 @@ def test_the_more_texts_are_parked_the_later_the_next_one_is_tried(texts: dict[s
 
 def test_a_drafter_that_was_useless_when_it_was_measured_is_tried_late() -> None:
     machine = costs(CURVES["two cores"])
-    known, unknown = (replace(machine, cycle_tokens=tokens) for tokens in (1.0, 0.0))
+    known = replace(machine, cycle_tokens=1.0)
+    doubtful = replace(known, sampled_cycle_tokens=1.5)
     assert drafted(Run(USELESS, known, AdaptivePlanner(known)), 30) == 0
-    assert drafted(Run(USELESS, unknown, AdaptivePlanner(unknown)), 30) > 0
+    assert drafted(Run(USELESS, doubtful, AdaptivePlanner(doubtful)), 30) > 0
+    assert drafted(Run(USELESS, machine, AdaptivePlanner(machine)), 30) > 0
 
 
 def test_a_trial_of_a_drafter_that_never_proved_itself_is_over_soon() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import weakref
 
 from mlx_distill import openblas
@@ -34,7 +35,8 @@ def known_costs(pair: Pair) -> Costs:
             "out; python -m mlx_distill.calibrate measures more)",
             file=sys.stderr,
         )
-        calibration = calibrate(pair, quick_config(pair))
+        since = time.perf_counter()
+        calibration = calibrate(pair, quick_config(pair), since=since)
         keep(known, calibration, weights)
         costs = calibration.costs
     else:

@@ -7,6 +7,7 @@ them, as it does in decoding.
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 from mlx_distill import openblas
@@ -28,6 +29,7 @@ from mlx_distill.target.context import position_limit
 CLEARLY_FASTER = 0.97
 # How tokens are drawn in them.
 LAWS = GREEDY, Sampling(temperature=1.0)
+Name = tuple[Any, ...]  # of a task, see ``Calibration``
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def calibrate(
     config: CalibrationConfig,
     clock: Clock = time.perf_counter,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    since: float | None = None,
 ) -> Calibration:
     """Measure what decoding costs.
 
@@ -61,56 +64,116 @@ def calibrate(
         config: How much is measured.
         clock: Returns the seconds since some time.
         progress: Is handed the rounds, to show them.
+        since: What the clock said when the deadline began to run; None if it begins now.
 
     Raises:
         InputError: If the model cannot be drafted for.
     """
+    start = clock() if since is None else since
+    until = start + config.deadline_s
     pair.target.require_drafting()
     settle(pair.drafter)
-    contexts = usable_contexts(pair, config)
-    kernels = probe_kernels(pair, contexts[0], clock)
-    threads = _choose_threads(pair, config, contexts[0], clock)
-    widths = (1,) if pair.target.support == "chain" else config.widths
-    readings = {context: Reading.of(pair, context) for context in contexts}
-    tasks: dict[tuple[Any, ...], Task] = {
-        ("call", context, rows): reading.call(rows)
-        for context, reading in readings.items()
-        for rows in config.rows
+    context, *_ = contexts = usable_contexts(pair, config)
+    kernels = probe_kernels(pair, context, clock)
+    threads = _choose_threads(pair, config, context, clock, start + config.deadline_s / 5)
+    whole = {law: Decoding(pair, PLAN, law, context, config.cycles) for law in LAWS}
+    tasks = _tasks(pair, config, contexts) | {
+        ("cycle", law.temperature): decoding for law, decoding in whole.items()
     }
-    tasks |= {
-        ("draft", width, length): readings[contexts[0]].draft(DraftPlan(width, length))
-        for width in widths
-        for length in config.lengths
-    }
-    whole = {law: Decoding(pair, PLAN, law, contexts[0], config.cycles) for law in LAWS}
-    for law, decoding in whole.items():
-        tasks["plain", law.temperature] = Decoding(pair, None, law, contexts[0], config.cycles)
-        tasks["cycle", law.temperature] = decoding
-    times = time_in_turn(_mixed(tasks), config.rounds, config.limit_s, clock, progress)
-    costs = Costs(
-        contexts,
-        config.rows,
-        tuple(tuple(times["call", c, r].median_s for r in config.rows) for c in contexts),
-        widths,
-        config.lengths,
-        tuple(tuple(times["draft", w, n].median_s for n in config.lengths) for w in widths),
-        threads=threads,
-        spread=typical_spread(times.values()),
-    )
+    ordered = {name: tasks[name] for name in sorted(_mixed(tasks), key=_importance(context))}
+    times = time_in_turn(ordered, config.rounds, config.limit_s, clock, progress, until)
+    costs = replace(_costs(times), threads=threads, spread=typical_spread(times.values()))
     nodes = [decoding.nodes for decoding in whole.values()]
-    costs = _with_overheads(costs, times, nodes, contexts[0])
-    greedy, sampled = _promised(pair, whole, contexts[0], clock)
+    costs = _with_overheads(costs, times, nodes, context)
+    greedy, sampled = _promised(pair, whole, context, clock, until)
     costs = replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled)
     return Calibration(costs, times, kernels)
 
 
+def _tasks(pair: Pair, config: CalibrationConfig, contexts: Sequence[int]) -> dict[Name, Task]:
+    """Return what is timed, by name, cycles of drafting left out; texts are read when needed."""
+    reading = cache(partial(Reading.of, pair))
+    widths = (1,) if pair.target.support == "chain" else config.widths
+    tasks: dict[Name, Task] = {
+        ("call", context, rows): _when_needed(lambda c=context, n=rows: reading(c).call(n))
+        for context in contexts
+        for rows in config.rows
+    }
+    tasks |= {
+        ("draft", w, n): _when_needed(lambda w=w, n=n: reading(contexts[0]).draft(DraftPlan(w, n)))
+        for w in widths
+        for n in config.lengths
+    }
+    return tasks | {
+        ("plain", law.temperature): Decoding(pair, None, law, contexts[0], config.cycles)
+        for law in LAWS
+    }
+
+
+def _when_needed(make: Callable[[], Task]) -> Task:
+    """Return a task that is made when it is timed for the first time."""
+    made = cache(make)
+    return lambda clock: made()(clock)
+
+
+def _importance(context: int) -> Callable[[Name], int]:
+    """Return how far behind a task comes, where there may be no time for all of them.
+
+    A plain step and a cycle of the default shape tell whether drafting pays at all; then the parts
+    of that cycle, for they tell of others; other contexts come last.
+    """
+
+    def place(name: Name) -> int:
+        kind, *of = name
+        if kind == "call" and of[0] != context:
+            return 4
+        if name == ("call", context, 1):
+            return 0
+        if kind in ("plain", "cycle"):
+            return 1 if of[0] == GREEDY.temperature else 3
+        default = (context, PLAN.nodes), (PLAN.beam_width, PLAN.draft_length)
+        return 2 if tuple(of) == default[kind == "draft"] else 3
+
+    return place
+
+
+def _costs(times: Mapping[Name, Times]) -> Costs:
+    """Return the costs of calls and drafts, as far as whole tables of them were timed.
+
+    Without any draft, the target's plain step is all that is known.
+    """
+    calls = {name[1:]: one.median_s for name, one in times.items() if name[0] == "call"}
+    drafts = {name[1:]: one.median_s for name, one in times.items() if name[0] == "draft"}
+    contexts, rows = _table(calls)
+    widths, lengths = _table(drafts)
+    if not drafts:
+        rows, widths, lengths, drafts = (1,), (1,), (1,), {(1, 1): 0.0}
+    return Costs(
+        contexts,
+        rows,
+        tuple(tuple(calls[context, n] for n in rows) for context in contexts),
+        widths,
+        lengths,
+        tuple(tuple(drafts[width, n] for n in lengths) for width in widths),
+    )
+
+
+def _table(values: Iterable[tuple[int, ...]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return rows and columns of a table that there are all values of, and most in a row."""
+    columns: dict[int, set[int]] = {}
+    for row, column in values:
+        columns.setdefault(row, set()).add(column)
+    most = max(columns.values(), key=len, default=set())  # of several, what was timed first
+    return tuple(sorted(row for row in columns if columns[row] >= most)), tuple(sorted(most))
+
+
 def _promised(
-    pair: Pair, whole: Mapping[Sampling, Decoding], context: int, clock: Clock
+    pair: Pair, whole: Mapping[Sampling, Decoding], context: int, clock: Clock, until: float
 ) -> Sequence[float]:
     """Return what cycles bring at each of the laws, as far as that says something of other texts.
 
     Of n-grams it says nothing: what was decoded repeats itself. So of a mixture, it is what its
-    other drafter brings alone.
+    other drafter brings alone. It is 0 where there was no time to find out.
     """
     drafter = pair.drafter
     if isinstance(drafter, NGramDrafter):
@@ -119,7 +182,8 @@ def _promised(
         other = replace(pair, drafter=drafter.drafter)
         whole = {law: Decoding(other, PLAN, law, context, one.cycles) for law, one in whole.items()}
         for decoding in whole.values():
-            decoding(clock)
+            if clock() <= until:
+                decoding(clock)
     return [decoding.tokens for decoding in whole.values()]
 
 
@@ -139,7 +203,7 @@ def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:
 
 
 def _choose_threads(
-    pair: Pair, config: CalibrationConfig, context: int, clock: Clock
+    pair: Pair, config: CalibrationConfig, context: int, clock: Clock, until: float
 ) -> int | None:
     """Let drafting use the threads of matrix products that its cycles are fastest with.
 
@@ -158,9 +222,9 @@ def _choose_threads(
         return None
     decoding = Decoding(pair, PLAN, GREEDY, context, config.cycles)
     tasks = {threads: with_threads(threads) for threads in choices}
-    times = time_in_turn(tasks, config.rounds, config.limit_s / 4, clock)
-    most, fewer = (times[threads].median_s for threads in choices)
-    best = choices[fewer < CLEARLY_FASTER * most]
+    times = time_in_turn(tasks, config.rounds, config.limit_s / 4, clock, until=until)
+    most, *fewer = (one.median_s for one in times.values())
+    best = choices[bool(fewer) and fewer[0] < CLEARLY_FASTER * most]
     openblas.prefer(best)
     return best
 
@@ -186,22 +250,23 @@ def _with_overheads(
 
     Args:
         costs: Of the parts.
-        times: Of everything.
+        times: Of everything. What is missing is taken to be as at the other law, or nothing.
         nodes: That a cycle verified, at each of the laws. Where the drafter had nothing to say, the
             cycle was a plain step and tells nothing.
         context: At which they were timed.
     """
-    plain, cycle = [], []
+    plain, cycle = [0.0], [0.0]
     for law, size in zip(LAWS, nodes, strict=True):
-        step_s, cycle_s = (times[name, law.temperature].median_s for name in ("plain", "cycle"))
-        plain.append(step_s - costs.plain(context))
-        cycle.append(cycle_s - costs.cycle(PLAN, size, context) if size > 1 else 0.0)
+        step, whole = (times.get((name, law.temperature)) for name in ("plain", "cycle"))
+        plain.append(step.median_s - costs.plain(context) if step else plain[-1])
+        more = whole.median_s - costs.cycle(PLAN, size, context) if whole and size > 1 else 0.0
+        cycle.append(more if whole else cycle[-1])
     return replace(
         costs,
-        overhead_s=cycle[0],
-        plain_overhead_s=plain[0],
-        sampled_overhead_s=cycle[1],
-        sampled_plain_overhead_s=plain[1],
+        overhead_s=cycle[1],
+        plain_overhead_s=plain[1],
+        sampled_overhead_s=cycle[2],
+        sampled_plain_overhead_s=plain[2],
     )
 
 

@@ -1,5 +1,6 @@
 """Times of several tasks, made in turn, so that a machine whose speed drifts does not decide."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ Task = Callable[[Clock], float]
 # Quartiles that lie further apart than this share of the median are not of the task alone.
 LOADED = 0.25
 FEWEST_ROUNDS = 3
+# One time tells nothing of how far they lie apart.
 UNKNOWN_SPREAD = 1.0
 
 
@@ -33,11 +35,13 @@ class Times:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Times":
-        """Return the figures of some times; a few tell nothing of their spread."""
+        """Return the figures of some times; of two, the spread is how far they lie apart."""
         median = statistics.median(seconds)
-        if len(seconds) < FEWEST_ROUNDS:
+        if len(seconds) < 2:
             return cls(median, UNKNOWN_SPREAD, len(seconds))
-        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        few = len(seconds) < FEWEST_ROUNDS
+        quartiles = seconds if few else statistics.quantiles(seconds, n=4, method="inclusive")
+        low, high = min(quartiles), max(quartiles)
         return cls(median, (high - low) / median if median else 0.0, len(seconds))
 
 
@@ -47,29 +51,34 @@ def time_in_turn(
     limit_s: float,
     clock: Clock = time.perf_counter,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    until: float = math.inf,
 ) -> dict[Key, Times]:
-    """Return what each of some tasks takes.
+    """Return what each of some tasks takes, as far as there is time for it.
 
     Every round makes all of them, each time beginning with another; a round before those warms up,
     and counts only for a task that there is no time left for.
 
     Args:
-        tasks: By name.
+        tasks: By name, what matters most first; that one is timed in any case.
         rounds: How often each is timed.
         limit_s: After so many seconds there are no more than three rounds, and after twice as many
             none. What warming up takes is not among them: a GPU's kernels may be compiled then.
         clock: Returns the seconds since some time.
         progress: Is handed the rounds, to show them.
+        until: When the clock says more, nothing further is begun, not even to warm up.
     """
-    names = list(tasks)
-    warm = {name: task(clock) for name, task in tasks.items()}
+    warm: dict[Key, float] = {}
+    for name, task in tasks.items():
+        if not warm or clock() <= until:
+            warm[name] = task(clock)
+    names = list(warm)
     start = clock()
     seconds: dict[Key, list[float]] = {name: [] for name in names}
     for number in progress(range(rounds)):
         limit = limit_s if number >= FEWEST_ROUNDS else 2 * limit_s
         shift = number * 7 % len(names)
         for name in names[shift:] + names[:shift]:
-            if clock() - start <= limit:
+            if (now := clock()) - start <= limit and now <= until:
                 seconds[name].append(tasks[name](clock))
     return {name: Times.of(times or [warm[name]]) for name, times in seconds.items()}
 

@@ -158,7 +158,8 @@ class AdaptivePlanner:
         size = int(max(self.nodes, default=1))
         self._known = Acceptance(costs.lengths, costs.widths, size)
         # Tokens that a new text waits: none, if the text that chose last is drafted for.
-        self._wait = AT_FIRST if 0 < costs.cycle_tokens < NEXT_TO_NOTHING else 0
+        brought = max(costs.cycle_tokens, costs.sampled_cycle_tokens)  # few cycles may mislead
+        self._wait = AT_FIRST if 0 < brought < NEXT_TO_NOTHING else 0
         self._pace = Pace()
         self._look_after, self._unseen = FIRST_LOOK, 0  # timed drafts, also since a plain step
         self._texts: OrderedDict[int, TextState] = OrderedDict()
