@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.limits import Between, OneOf, hints, kind_of
 from mlx_distill.parsing import parse_yaml
+from mlx_distill.regular import check_regular
 
 T = TypeVar("T")
 
@@ -104,6 +105,7 @@ def read_yaml(
         InputError: If it cannot be read, or a key or a value is none of ours.
     """
     try:
+        check_regular(path)
         values = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:  # an InputError is one
         raise InputError(f"the config {path} cannot be read: {one_line(error)}") from None

@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.parsing import parse_json
+from mlx_distill.regular import check_regular
 from mlx_distill.safetensors import check_safetensors
 
 __all__ = [
@@ -82,6 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: If the file cannot be read or holds something else.
     """
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON: {one_line(error)}") from None
@@ -183,6 +185,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _open_text(path: Path) -> TextIOWrapper:
     """Open a text file, packed or not."""
+    check_regular(path)
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")

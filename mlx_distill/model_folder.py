@@ -36,6 +36,8 @@ ROPE_NUMBERS = ("factor", "original_max_position_embeddings", "low_freq_factor",
 ROPE_MOST = 1e15
 BITS_PACKED = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (16, 32, 64, 128)
+# Kinds of files that a tokenizer or mlx-lm reads, by the ends of their names.
+READ = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".safetensors", ".py"}
 MOST_PACKED = 32  # values in one: no quantised array is narrower than this share of its width
 
 
@@ -51,6 +53,9 @@ def check_model(path: Path, in_float32: bool) -> dict[str, Any]:
             the model is larger than the machine.
     """
     config = read_config(path)
+    for file in sorted(path.iterdir()):  # their readers would wait for a pipe, for ever
+        if file.suffix in READ and file.exists() and not file.is_file():
+            raise InputError(f"{file} is no file but a folder, a pipe or a device")
     if config["model_type"].endswith("_drafter"):
         raise InputError(f"{path} holds a drafter, not a language model; use it with --drafter")
     tensors = _weights(path)

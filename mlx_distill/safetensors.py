@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from mlx_distill.errors import InputError
 from mlx_distill.parsing import parse_json
+from mlx_distill.regular import check_regular
 
 BITS = {
     **{"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4},
@@ -47,6 +48,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
             text names the file and the array.
     """
     try:
+        check_regular(path)
         size = path.stat().st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

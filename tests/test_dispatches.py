@@ -12,6 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
 from mlx_distill import benchmark
+from mlx_distill.benchmarking import dispatch_study
 from mlx_distill.benchmarking.dispatch_study import CycleCounter, of_target, shape
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
 from mlx_distill.checkpoint import bundled
@@ -146,15 +147,21 @@ def test_a_fast_call_of_a_draft_is_one_operation() -> None:
     assert mx.fast.rms_norm is norm
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    bundled_part: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 16)
     output = tmp_path / "dispatches.json"
-    pair = ["--model", str(bundled("stories-14m")), "--drafter"]
+    pair = ["--model", str(bundled_part), "--drafter"]
     pair += [str(bundled("stories-14m-redrafter")), "--num-prompts", "1"]
     assert benchmark.main([*pair, "--dispatches", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert {"commit", "machine", "versions", "config"} <= set(found)
     (target,) = found["targets"]
-    assert target["plain_step"] == 17 * 8 + 6
+    assert target["plain_step"] == 17 * 2 + 6
     assert target["target_call_8"] <= 1.1 * target["plain_step"] + 12
     assert f"{found['cycles']['greedy']['rest']:.1f}" in capsys.readouterr().out
     kernels = found["with_kernels"]

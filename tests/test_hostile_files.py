@@ -8,8 +8,9 @@ import io
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from damage import (
 )
 
 from mlx_distill.checkpoint import bundled
+from mlx_distill.config import read_yaml
+from mlx_distill.data.sources import read_rows
 from mlx_distill.distillation.students import from_config
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import output_path, read_json, read_jsonl, usable_path, write_whole
@@ -291,3 +294,59 @@ def test_sentences_are_short_and_on_one_line() -> None:
     assert len(str(error)) <= 600
     assert str(error).startswith("no xxx")
     assert str(error).endswith("\\n\\x1b[31m end")
+
+
+# ---------------------------------------------------------------- what is no file, and never ends
+
+
+@pytest.fixture
+def in_time() -> Iterator[None]:
+    """Fail, rather than wait for ever, where a pipe is opened."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError("it waits for a pipe")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+NO_FILES: dict[str, Callable[[Path], Any]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": lambda path: path.mkdir(),
+}
+
+
+def in_place_of(path: Path, kind: str) -> None:
+    path.unlink(missing_ok=True)
+    NO_FILES[kind](path)
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_no_file_in_a_models_folder(refused: Run, tmp_path: Path, name: str, kind: str) -> None:
+    folder = changed(SMALL, tmp_path / "model")
+    in_place_of(folder / name, kind)
+    sentence = refused(generate.main, "--model", folder, "--no-drafter", "--max-tokens", "1")
+    assert name in sentence
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt", "a.parquet"])
+def test_no_file_as_data(tmp_path: Path, name: str, kind: str) -> None:
+    in_place_of(tmp_path / name, kind)
+    with pytest.raises(InputError, match=re.escape(name)):
+        list(read_rows(tmp_path / name))
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_no_file_as_a_config(tmp_path: Path, kind: str) -> None:
+    in_place_of(tmp_path / "a.yaml", kind)
+    with pytest.raises(InputError, match=r"a\.yaml cannot be read"):
+        read_yaml(tmp_path / "a.yaml", {}, {})

@@ -1,6 +1,7 @@
 """The layers of the package: imports point downward only, or stay within a layer."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ LAYERS = {
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses kernels",
-    "ground": "errors interrupts limits locks parsing safetensors names arrays files machine "
-    "openblas config compat untyped",
+    "ground": "errors interrupts regular limits locks parsing safetensors names arrays files "
+    "machine openblas config compat untyped",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 
@@ -32,6 +33,7 @@ def level(module: str) -> int:
     return known[0]
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return the files of the package by module; packages that only describe themselves aside."""
     files = (file for file in PACKAGE.rglob("*.py") if file.name != "__init__.py")
@@ -41,10 +43,15 @@ def modules() -> dict[str, Path]:
     }
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imported(file: Path) -> set[str]:
     """Return the modules of the package that a file imports, wherever in it."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -62,13 +69,13 @@ def test_imports_point_downward(module: str) -> None:
 @pytest.mark.parametrize("file", sorted(PACKAGE.rglob("__init__.py")), ids=str)
 def test_packages_of_the_package_hold_no_code(file: Path) -> None:
     if file.parent != PACKAGE:
-        assert len(ast.parse(file.read_text(encoding="utf-8")).body) == 1, "a docstring, no more"
+        assert len(tree_of(file).body) == 1, "a docstring, no more"
 
 
 def test_private_names_of_mlx_lm_are_in_one_file() -> None:
     """Any attribute of mlx-lm that begins with an underscore may go with the next release."""
     for module, file in modules().items():
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlx_lm"):
                 private = [name.name for name in node.names if name.name.startswith("_")]
                 assert not private or module == "mlx_distill.compat", f"{module}: {private}"

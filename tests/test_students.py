@@ -1,5 +1,6 @@
 """Students: where they come from, which of their parameters learn, and what is left of them."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,13 @@ from tiny_models import TINY_CONFIGS, tiny_config, tiny_model
 from mlx_distill import InputError
 from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.target.layers import layer_list
+
+
+@functools.cache
+def teacher_of(name: str) -> Any:
+    """Return a teacher that several tests have; what is made of it leaves it as it is."""
+    return tiny_model(name)
+
 
 # ------------------------------------------------------------------------------------- beginnings
 
@@ -94,7 +102,7 @@ def test_entries_of_layers_that_are_left_out_leave_the_configuration() -> None:
 @pytest.mark.parametrize("name", [name for name in TINY_CONFIGS if name != "afm7"])
 def test_student_of_all_layers_is_the_teacher(name: str) -> None:
     """Of every architecture: under whatever name and wherever it keeps its layers."""
-    teacher = tiny_model(name)
+    teacher = teacher_of(name)
     layers = range(len(layer_list(teacher)[1]))
     student, own = from_layers(teacher, tiny_config(name), layers)
     assert own == tiny_config(name)
@@ -114,7 +122,7 @@ NO_TWO_LAYERS = {
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_student_of_the_first_and_the_last_layer(name: str) -> None:
     """It has layers of the teacher's kinds, or there is a sentence."""
-    teacher = tiny_model(name)
+    teacher = teacher_of(name)
     last = len(layer_list(teacher)[1]) - 1
     if name in NO_TWO_LAYERS:
         with pytest.raises(InputError, match=r"teacher's (layers|config)"):

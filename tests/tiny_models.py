@@ -22,13 +22,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.models import base
 
 from mlx_distill.compat import model_classes
+
+# mlx-lm looks a configuration's class over for each of its fields, which takes longer than to build
+# a tiny model: every class is looked over once.
+base.inspect = SimpleNamespace(signature=functools.cache(inspect.signature))  # pyright: ignore
 
 # Values by field name, for every configuration class that has a field of that name. Architectures
 # call the same quantity by different names, hence the groups.

@@ -30,8 +30,9 @@ def _decorator(**options: Any) -> Callable[[Any], Any]:
 
 
 def _can_be_checked(thing: Any) -> bool:
-    """Return whether it runs when it is called: beartype checks a generator's call at its start."""
-    return inspect.isfunction(thing) and not inspect.isgeneratorfunction(thing)
+    """Return whether beartype does: a generator runs later, when a scope of its call is closed."""
+    axes = inspect.isfunction(thing) and any(map(_has_axes, thing.__annotations__.values()))
+    return inspect.isfunction(thing) and not (inspect.isgeneratorfunction(thing) and axes)
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,6 +39,7 @@ LAWS = {"greedy": 0.0, "sampled": 1.0}
 # Off a GPU these are many operations each.
 FAST = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
 CONTEXT = 128
+TEXT_TOKENS = 100  # of the text whose cycles are counted
 # The shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-3-1B, but for their widths, which cost no
 # dispatches. The second figure is after how many layers the kinds of layers repeat.
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 97, "head_dim": 64}
@@ -296,7 +297,7 @@ def of_cycle(
         plan=plan,
         temperature=temperature,
         seed=0,
-        max_tokens=100,
+        max_tokens=TEXT_TOKENS,
     )
     found = by_phase(steps)
     rest = found["tree"] + found["walk"] + found["host"]

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_jsonl, usable_path
+from mlx_distill.regular import check_regular
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 
@@ -65,6 +66,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
+        check_regular(path)
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -83,6 +85,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     except ImportError:
         raise InputError(f"{path} needs pyarrow to be read; install mlx-distill[parquet]") from None
     try:
+        check_regular(path)
         number = 0
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():

@@ -134,6 +134,8 @@ def open_responses(
     if not path.exists():
         path.write_bytes(first)
         return 0
+    if not path.is_file():
+        raise InputError(f"{path} is no file but a folder, a pipe or a device")
     data = path.read_bytes()
     if first.startswith(data):  # killed while the header was written
         path.write_bytes(first)

@@ -149,11 +149,12 @@ def resampled(sums: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     """
     random = np.random.default_rng(seed)
     num_texts = len(sums)
-    drawn = np.empty((num_samples if num_texts > 1 else 0, *sums.shape[1:]))
+    flat = sums.reshape(num_texts, -1)
+    drawn = np.empty((num_samples if num_texts > 1 else 0, flat.shape[1]))
     for row in range(len(drawn)):
         counts = np.bincount(random.integers(num_texts, size=num_texts), minlength=num_texts)
-        drawn[row] = np.tensordot(counts, sums, axes=1)
-    return drawn
+        drawn[row] = counts.astype(np.float64) @ flat
+    return drawn.reshape(-1, *sums.shape[1:])
 
 
 def with_interval(value: Any, samples: np.ndarray) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Of mlx-lm's models some keep them in ``model.layers``, others in ``transformer.h
 property ``layers``, which a prompt cache is made from: that is how the list is told from others.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TypeGuard
 
 from mlx import nn
@@ -56,9 +56,9 @@ def _stacks(module: nn.Module, path: str) -> Iterator[tuple[str, list[nn.Module]
         yield from _stacks(part, inner)
 
 
-def _is_stack(value: object) -> TypeGuard[Sequence[nn.Module]]:
+def _is_stack(value: object) -> TypeGuard[list[nn.Module] | tuple[nn.Module, ...]]:
     return (
-        isinstance(value, Sequence)
+        isinstance(value, list | tuple)
         and len(value) > 0
         and all(isinstance(layer, nn.Module) for layer in value)
     )
