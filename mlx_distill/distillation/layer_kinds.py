@@ -253,6 +253,8 @@ def _settings(layer: nn.Module) -> dict[str, Any]:
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str | None:
     """Return the name of the first setting that two layers do not share."""
     for name in [*theirs, *ours]:
+        if {type(theirs.get(name, 0)), type(ours.get(name, 0))} == {type(None), mx.array}:
+            continue  # one of them was in use already, and keeps what it computed
         if name not in theirs or name not in ours or not _same(theirs[name], ours[name]):
             return name
     return None
