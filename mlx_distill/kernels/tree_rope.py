@@ -68,9 +68,9 @@ def _twin(
         (slice(0, dims, 2), slice(1, dims, 2)) if by_two else (slice(half), slice(half, dims))
     )
     a, b, cosine, sine = wide[..., firsts], wide[..., seconds], table[:, firsts], table[:, seconds]
-    turned = a * cosine - b * sine, a * sine + b * cosine
+    turned = [a * cosine - b * sine, a * sine + b * cosine]
     if by_two:
-        turned = (mx.stack(turned, axis=-1).flatten(-2),)
+        turned = [mx.stack(turned, axis=-1).flatten(-2)]
     rest = () if dims == x.shape[-1] else (wide[..., dims:],)
     return mx.concatenate([*turned, *rest], axis=-1).astype(x.dtype)
 
