@@ -12,7 +12,7 @@ Node 0 is the root: the token that is certain. A node's parent always has a smal
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -69,10 +69,7 @@ class PrefixTree:
     @classmethod
     def chain(cls, tokens: Int[mx.array, " N"]) -> "PrefixTree":
         """Return the tree in which every token but the first follows the one before it."""
-        depths = mx.arange(tokens.size)
-        mask = depths[None] <= depths[:, None]
-        above = mx.maximum(depths - 1, 0)
-        return cls(tokens, above, mask, depths, tokens.size - 1, in_line=True)
+        return cls(tokens, *_line(tokens.size), tokens.size - 1, in_line=True)
 
     @classmethod
     def from_beams(cls, beams: Sequence[Sequence[int]] | Int[np.ndarray, "W T"]) -> "PrefixTree":
@@ -114,6 +111,14 @@ class PrefixTree:
 def _root() -> tuple[mx.array, mx.array]:
     """Return the parents, which are the depths, too, and the mask of a root alone."""
     return mx.array([0], mx.int32), mx.array([[True]])
+
+
+@lru_cache(maxsize=64)
+def _line(size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the parents, the mask and the depths of a chain; the device has nothing to do."""
+    depths = np.arange(size, dtype=np.int32)
+    mask: list[list[bool]] = (depths[None] <= depths[:, None]).tolist()
+    return mx.array(np.maximum(depths - 1, 0)), mx.array(mask), mx.array(depths)
 
 
 def ancestors(parents: Int[mx.array, " N"], max_depth: int) -> Bool[mx.array, "N N"]:
