@@ -126,3 +126,50 @@ def test_in_half_precision(pair: tuple[Any, Any], case: str) -> None:
         said = model(text[None])[0, one.prompt.size - 1 : -1].astype(mx.float32)
         short = said.max(axis=-1) - said[mx.arange(len(tokens)), mx.array(tokens)]
         assert short.max().item() < 0.02 * (said.max() - said.min()).item()
+
+
+class Interrupting:
+    """Ctrl-C while the so-many-th draft is planned."""
+
+    def __init__(self, calls: int):
+        self.calls = calls
+
+    def shape(self, text: int, outcome: object) -> DraftPlan:
+        self.calls -= 1
+        if not self.calls:
+            raise KeyboardInterrupt
+        return DraftPlan(3, 4, 8)
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3_next"])
+def test_what_ends_early_leaves_what_was_handed_out(pair: tuple[Any, Any], name: str) -> None:
+    """A text is cancelled while a call is on its way, and an interrupt ends the other."""
+    model, tokenizer = model_of(name), with_eos(pair[1], set())
+    drafter = knowing(model).hiding()
+    for calls, cancelled in ((4, 2), (7, 5)):
+        planner = Interrupting(calls)
+        texts = [replace(one, planner=planner) for one in requests(CacheConfig(), model, 2)]
+        texts = [replace(one, sampling=Sampling(), max_tokens=20) for one in texts]
+        engine = Engine(model, tokenizer, drafter, batch=2)
+        numbers = [engine.submit(one) for one in texts]
+        found: dict[int, list[int]] = {number: [] for number in numbers}
+
+        def go_on(
+            engine: Engine = engine,
+            found: dict[int, list[int]] = found,
+            first: int = numbers[0],
+            most: int = cancelled,
+        ) -> None:
+            while engine.busy:
+                for one in engine.step():
+                    found[one.request].append(one.response.token)
+                if len(found[first]) >= most:
+                    engine.cancel(first)
+
+        with pytest.raises(KeyboardInterrupt):
+            go_on()
+        for text, tokens in zip(texts, found.values(), strict=True):
+            fresh = prompt_caches(model)
+            for token in [*text.prompt.tolist(), *tokens]:
+                model(mx.array([[token]]), cache=fresh)
+            assert_same_caches(text.prompt_cache or [], fresh)
