@@ -389,7 +389,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[CalibrationC
     monkeypatch.setenv(automatic.SWITCH, "1")
     done: list[CalibrationConfig] = []
 
-    def calibrate_at_once(pair: Pair, config: CalibrationConfig) -> Calibration:
+    def calibrate_at_once(pair: Pair, config: CalibrationConfig, since: float) -> Calibration:
         done.append(config)
         return Calibration(COSTS, {})
 
@@ -401,12 +401,12 @@ def test_the_first_use_of_a_pair_measures_it_and_says_so(
     pair: Pair, measured: list[CalibrationConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert automatic.known_costs(pair) == COSTS
-    assert measured == [QUICK]
+    assert measured in ([QUICK], [COARSE])  # by how fast its steps are
     said = capsys.readouterr().err
     assert "measuring this machine once" in said
     assert said.count("\n") == 1
     assert automatic.known_costs(pair) == COSTS
-    assert measured == [QUICK]
+    assert measured in ([QUICK], [COARSE])  # by how fast its steps are
     assert capsys.readouterr().err == ""
 
 
@@ -465,7 +465,7 @@ def test_a_text_without_a_plan_is_planned_by_what_was_measured(
     assert mlx_distill.generate(pair.model, pair.tokenizer, "Once", **fixed) == expected
     assert not measured
     assert mlx_distill.generate(pair.model, pair.tokenizer, "Once", **options) == expected
-    assert measured == [QUICK]
+    assert measured in ([QUICK], [COARSE])  # by how fast its steps are
 
 
 @pytest.mark.parametrize(
