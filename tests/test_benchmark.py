@@ -156,11 +156,11 @@ def test_loss_memory(
     """More entries than 16 bits count, and more tokens than a chunk has."""
     monkeypatch.setattr(benchmark, "loss_memory", partial(benchmark.loss_memory, width=32))
     output = tmp_path / "memory.json"
-    assert benchmark.main(["--loss-memory", "400", "70000", "--output", str(output)]) == 0
+    assert benchmark.main(["--loss-memory", "300", "70000", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["chunked_bytes"] < found["whole_bytes"]
     assert found["gradient_difference"] < 1e-4
-    assert "400 tokens x 70,000 entries" in capsys.readouterr().out
+    assert "300 tokens x 70,000 entries" in capsys.readouterr().out
 
 
 def test_samplers(

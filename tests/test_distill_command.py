@@ -27,7 +27,7 @@ from distilling import (
 from mlx import nn
 
 from mlx_distill import cli
-from mlx_distill.checkpoint import bundled, load
+from mlx_distill.checkpoint import load
 from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.selection import fit
 from mlx_distill.evaluation.texts import evaluate
@@ -98,9 +98,11 @@ def test_log_as_a_table_and_as_curves(finished: Path) -> None:
     assert (width, height) == (1800, 480)
 
 
-def test_student_learns_from_the_bundled_teacher(world: Path, tmp_path: Path) -> None:
+def test_student_learns_from_layers_of_the_bundled_teacher(
+    world: Path, bundled_part: Path, tmp_path: Path
+) -> None:
     argv = [
-        *arguments(world, tmp_path / "student", "--teacher", bundled("stories-14m")),
+        *arguments(world, tmp_path / "student", "--teacher", bundled_part),
         *("--steps", "18", "--evaluate-every", "6", "--checkpoint-every", "18"),
         *("--loss", "forward_kl:weight=0.9", "hard:weight=0.1"),
     ]
@@ -289,7 +291,7 @@ def test_adapters_over_packed_weights(world: Path, tmp_path: Path) -> None:
     for number, ways in enumerate(([], ["--keep-adapters"], ["--export-dequantized"])):
         output = tmp_path / f"student-{number}"
         argv = without(arguments(world, output, "--student", base), "--student-config")
-        assert main([*argv, "--fine-tune", "lora", *ways]) == 0
+        assert main([*argv, "--steps", "2", "--fine-tune", "lora", *ways]) == 0
         apart = output / "adapters" if "--keep-adapters" in ways else None
         model, tokenizer = load(output, adapter_path=apart)
         assert tokenizer.eos_token_ids == {2, 17}

@@ -185,7 +185,7 @@ def calls_of_mlx_lm(pair: tuple[Any, Any], small: nn.Module, first: list[int], *
     because a text may end among drafted ones.
     """
     mx.random.seed(4)
-    options: dict[str, Any] = {"draft_model": small, "num_draft_tokens": 3, "max_tokens": 48}
+    options: dict[str, Any] = {"draft_model": small, "num_draft_tokens": 3, "max_tokens": 32}
     sampler = make_sampler(law.get("temperature", 0.0))
     with counted_calls(pair[0]) as rows:
         list(mlx_lm.stream_generate(*pair, first, sampler=sampler, **options))
@@ -216,7 +216,7 @@ def test_calls_are_mlx_lms_at_temperature_0_and_fewer_above(
         more = []
         for prompt in PROMPTS:
             ids = pair[1].encode(prompt)
-            options: dict[str, Any] = {"draft_model": small, "max_tokens": 49, **law}
+            options: dict[str, Any] = {"draft_model": small, "max_tokens": 33, **law}
             found = list(mlx_distill.stream_generate(*pair, ids, **options))
             theirs = calls_of_mlx_lm(pair, small, [*ids, found[0].token], **law)
             more.append(theirs - found[-1].target_calls)
