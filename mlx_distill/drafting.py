@@ -84,9 +84,7 @@ def check_drafting(arguments: argparse.Namespace, plan: DraftPlan | None) -> Non
     if arguments.draft_verification and not arguments.draft_model:
         raise InputError("--draft-verification is for the chains of a --draft-model; name one")
     if arguments.draft_verification == BLOCK and arguments.draft == MERGED:
-        raise InputError(
-            "--draft ngram+drafter makes trees, and blocks are chains; leave either out"
-        )
+        raise InputError("--draft ngram+drafter makes trees, blocks are chains; leave either out")
     if arguments.draft is not None and arguments.no_drafter:
         raise InputError(f"--draft {arguments.draft} and --no-drafter exclude each other")
     for flag in ("drafter", "draft_model"):

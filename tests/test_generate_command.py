@@ -80,6 +80,11 @@ def test_n_grams_draft_by_name(capsys: pytest.CaptureFixture[str], asked: list[s
         (["--draft", "bigram"], "argument --draft: invalid choice: 'bigram'"),
         (["--draft", "ngram", "--drafter", "x"], "--draft ngram takes no --drafter"),
         (["--draft", "ngram", "--no-drafter"], "--draft ngram and --no-drafter exclude"),
+        (["--draft-verification", "block"], "is for the chains of a --draft-model; name one"),
+        (
+            ["--draft-verification", "block", "--draft", "ngram+drafter", "--draft-model", "x"],
+            "--draft ngram+drafter makes trees, blocks are chains",
+        ),
     ],
 )
 def test_what_is_out_of_range_is_said(
