@@ -15,6 +15,9 @@ from mlx_distill.checkpoint import bundled
 TYPES = ("float16", "bfloat16", "4-bit")
 GROUP = {"group_size": 32, "bits": 4, "mode": "affine"}
 TOKENIZER = bundled("stories-14m")
+# A trained drafter of the published form. It needs none of the target's inner layers, and so fits
+# models that have few of the bundled one's.
+REFERENCE = Path(__file__).parent / "reference_drafter"
 TINY = {
     "model_type": "llama",
     "hidden_size": 64,

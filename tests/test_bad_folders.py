@@ -24,19 +24,19 @@ from damage import (
     set_fields,
     write,
 )
+from half_models import REFERENCE
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
-from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.target.target import Target
 
 # The package has a function of that name, too.
 generate = importlib.import_module("mlx_distill.generate")
-DRAFTER = bundled("stories-14m-redrafter")
+DRAFTER = REFERENCE
 pytestmark = pytest.mark.usefixtures("bundled_once")
 
 # ------------------------------------------------------------------------------------ the model

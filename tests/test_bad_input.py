@@ -21,14 +21,14 @@ from damage import (
     set_fields,
     write,
 )
+from half_models import REFERENCE
 
 from mlx_distill import CacheConfig, InputError, benchmark, load, stream_generate, train_drafter
 from mlx_distill.benchmarking import arms
-from mlx_distill.checkpoint import bundled
 
 # The package has a function of that name, too.
 generate = importlib.import_module("mlx_distill.generate")
-DRAFTER = bundled("stories-14m-redrafter")
+DRAFTER = REFERENCE
 pytestmark = pytest.mark.usefixtures("bundled_once")
 
 # ----------------------------------------------------------------------------- prompts and values

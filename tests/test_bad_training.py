@@ -18,17 +18,17 @@ from damage import (
     Run,
     cut,
 )
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, train_drafter
-from mlx_distill.checkpoint import bundled
 from mlx_distill.distillation import responses
 from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 
 # The package has a function of that name, too.
 generate = importlib.import_module("mlx_distill.generate")
-DRAFTER = bundled("stories-14m-redrafter")
+DRAFTER = REFERENCE
 pytestmark = pytest.mark.usefixtures("bundled_once")
 
 # ---------------------------------------------------------------------------------- train_drafter

@@ -10,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import InputError, benchmark
@@ -56,7 +57,7 @@ def test_chats_are_never_cut(
         raise InputError("enough")
 
     monkeypatch.setattr(benchmark, "run", run)
-    drafter = bundled("stories-14m-redrafter")
+    drafter = REFERENCE
     flags = ["--model", str(model), "--drafter", str(drafter), "--data", str(data)]
     flags += ["--num-prompts", "3", "--prompt-tokens", "24"]
     assert benchmark.main([*flags, "--chat-template-config", '{"who": "Lily"}']) == 2
@@ -156,11 +157,11 @@ def test_loss_memory(
     """More entries than 16 bits count, and more tokens than a chunk has."""
     monkeypatch.setattr(benchmark, "loss_memory", partial(benchmark.loss_memory, width=32))
     output = tmp_path / "memory.json"
-    assert benchmark.main(["--loss-memory", "300", "70000", "--output", str(output)]) == 0
+    assert benchmark.main(["--loss-memory", "520", "70000", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["chunked_bytes"] < found["whole_bytes"]
     assert found["gradient_difference"] < 1e-4
-    assert "300 tokens x 70,000 entries" in capsys.readouterr().out
+    assert "520 tokens x 70,000 entries" in capsys.readouterr().out
 
 
 def test_samplers(

@@ -11,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import cli
@@ -37,7 +38,7 @@ COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, spread=
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), model, tokenizer)
+    drafter = mlx_distill.load_drafter(REFERENCE, model, tokenizer)
     return Pair(model, tokenizer, drafter)
 
 
@@ -279,7 +280,7 @@ def test_what_other_weights_brought_is_not_taken_over(pair: Pair, folder: Path) 
     """What a cycle takes is: it is the same, and a drafter that learns is not measured anew."""
     known, costs = store.identity(pair), replace(COSTS, cycle_tokens=2.0, sampled_cycle_tokens=1.5)
     own = store.drafter_hash(pair.drafter)
-    other = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), pair.model, pair.tokenizer)
+    other = mlx_distill.load_drafter(REFERENCE, pair.model, pair.tokenizer)
     assert store.drafter_hash(MixedDrafter(other)) == own
     head = other.network.head  # pyright: ignore[reportAttributeAccessIssue]
     head.weight = head.weight + 1
@@ -413,7 +414,7 @@ def test_the_first_use_of_a_pair_measures_it_and_says_so(
 def test_all_texts_of_a_pair_have_one_planner(
     pair: Pair, measured: list[CalibrationConfig]
 ) -> None:
-    again = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), pair.model, pair.tokenizer)
+    again = mlx_distill.load_drafter(REFERENCE, pair.model, pair.tokenizer)
     other = replace(pair, drafter=again)
     planner = automatic.planner_of(other, sampled=False)
     assert isinstance(planner, AdaptivePlanner)

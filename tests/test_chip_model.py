@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError
@@ -80,7 +81,7 @@ def with_taps(drafter: Any) -> BoundDrafter:
 def test_a_recorded_trace_tells_what_drafting_comes_to(taps: bool) -> None:
     """Greedy decoding with a fixed shape makes as many tokens per call."""
     pair = mlx_distill.load(bundled("stories-14m"))
-    drafter: Any = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    drafter: Any = mlx_distill.load_drafter(REFERENCE, *pair)
     drafter = with_taps(drafter) if taps else drafter
     prompt = pair[1].encode("Ben had a red kite. One day")
     trace = record_trace(pair, drafter, prompt, 0.0, max_tokens=60)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import convert
 from mlx_distill.checkpoint import bundled
 
-DRAFTER = str(bundled("stories-14m-redrafter"))
+DRAFTER = str(REFERENCE)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from half_models import REFERENCE
 from mlx import nn
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
@@ -148,20 +149,17 @@ def test_a_fast_call_of_a_draft_is_one_operation() -> None:
 
 
 def test_the_command(
-    bundled_part: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 16)
     output = tmp_path / "dispatches.json"
-    pair = ["--model", str(bundled_part), "--drafter"]
-    pair += [str(bundled("stories-14m-redrafter")), "--num-prompts", "1"]
+    pair = ["--model", str(bundled("stories-14m")), "--drafter", str(REFERENCE)]
+    pair += ["--num-prompts", "1"]
     assert benchmark.main([*pair, "--dispatches", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert {"commit", "machine", "versions", "config"} <= set(found)
     (target,) = found["targets"]
-    assert target["plain_step"] == 17 * 2 + 6
+    assert target["plain_step"] == 17 * 8 + 6
     assert target["target_call_8"] <= 1.1 * target["plain_step"] + 12
     assert f"{found['cycles']['greedy']['rest']:.1f}" in capsys.readouterr().out
     kernels = found["with_kernels"]

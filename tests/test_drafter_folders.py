@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from half_models import REFERENCE
 from mlx.utils import tree_flatten
 
 import mlx_distill
@@ -56,7 +57,7 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 
 
 def test_a_padded_head_is_no_other_target(padded: tuple[Any, Any]) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *padded)
+    drafter = mlx_distill.load_drafter(REFERENCE, *padded)
     for law in ({}, {"temperature": 1.0, "seed": 2}):
         options: dict[str, Any] = {"max_tokens": 24, **law}
         expected = mlx_distill.generate(*padded, "Once upon a time", **options)
@@ -68,7 +69,7 @@ def test_a_padded_head_is_no_other_target(padded: tuple[Any, Any]) -> None:
 
 def test_without_a_tokenizer_another_width_is_another_target(padded: tuple[Any, Any]) -> None:
     with pytest.raises(InputError, match="its vocab size is 4096, this model's is 4160"):
-        mlx_distill.load_drafter(bundled("stories-14m-redrafter"), padded[0])
+        mlx_distill.load_drafter(REFERENCE, padded[0])
 
 
 def full_vocabulary(vocab_size: int) -> Any:
@@ -94,7 +95,7 @@ def test_a_drafter_of_a_padded_head_drafts_no_padding(
         values.pop("draft_vocab_size")
         values["vocab_size"] = values["target"]["vocab_size"] = size
 
-    source = bundled("stories-14m-redrafter")
+    source = REFERENCE
     folder = edited(source, tmp_path / "drafter", configure, full_vocabulary(size))
     drafter = mlx_distill.load_drafter(folder, *bundled_pair)
     assert drafter.config.vocab_size == 4096
@@ -109,7 +110,7 @@ def test_a_drafter_of_a_padded_head_drafts_no_padding(
 def test_a_drafter_of_a_wider_model_is_not_used_for_another(
     bundled_pair: tuple[Any, Any], padded: tuple[Any, Any]
 ) -> None:
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *bundled_pair)
+    drafter = mlx_distill.load_drafter(REFERENCE, *bundled_pair)
     assert mlx_distill.generate(*padded, "Once", drafter=drafter, max_tokens=2)
     drafter.network.config = dataclasses.replace(drafter.config, vocab_size=4160)
     with pytest.raises(InputError, match="loaded for a model of 4160 tokens, this one has 4096"):
@@ -172,7 +173,7 @@ def test_numbers_beyond_the_file_are_refused_before_anything_is_built(
         values.update(fields)
         values["target"].update(target)
 
-    folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", change)
+    folder = edited(REFERENCE, tmp_path / "drafter", change)
     with pytest.raises(InputError, match=sentence):
         mlx_distill.load_drafter(folder, *bundled_pair)
 
@@ -188,7 +189,7 @@ def test_a_map_beyond_the_real_vocabulary_is_refused(
     def move(weights: dict[str, Any]) -> None:
         weights["token_ids"] = weights["token_ids"] + 3000
 
-    folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", change, move)
+    folder = edited(REFERENCE, tmp_path / "drafter", change, move)
     with pytest.raises(InputError, match="token_ids must lie in the vocabulary of 4096"):
         mlx_distill.load_drafter(folder, *bundled_pair)
 
@@ -200,7 +201,7 @@ def test_weights_that_are_no_numbers_are_refused(
     def spoil(weights: dict[str, Any]) -> None:
         weights["rnn_u.bias"] = mx.full(weights["rnn_u.bias"].shape, value, mx.float16)
 
-    folder = edited(bundled("stories-14m-redrafter"), tmp_path / "drafter", arrays=spoil)
+    folder = edited(REFERENCE, tmp_path / "drafter", arrays=spoil)
     with pytest.raises(InputError, match=r"rnn_u\.bias holds values that are no finite numbers"):
         mlx_distill.load_drafter(folder, *bundled_pair)
 

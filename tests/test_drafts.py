@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from half_models import REFERENCE
 from test_context_blocks import with_blocks
 
 import mlx_distill
@@ -36,7 +37,7 @@ PLANS = {
 @pytest.fixture(scope="module")
 def pair() -> tuple[Any, Any, Drafter]:
     model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), model, tokenizer)
+    drafter = mlx_distill.load_drafter(REFERENCE, model, tokenizer)
     return model, tokenizer, drafter
 
 
@@ -179,7 +180,7 @@ def test_the_command_judges_every_shape_at_every_temperature(
     rows = [("a", "Once upon a time"), ("a", "One day"), ("b", "Tom and Lily")]
     data.write_text("".join(f'{{"category": "{k}", "prompt": "{p}"}}\n' for k, p in rows))
     flags = f"--data {data} --answer-tokens 24 --nodes 4 8 --rounds 3 --max-texts 2 --json"
-    drafter = str(bundled("stories-14m-redrafter"))
+    drafter = str(REFERENCE)
     assert evaluate.main(["--drafter", drafter, *flags.split()]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["temperatures"].keys() == {"0", "1"}
@@ -205,7 +206,7 @@ def test_answers_that_are_there_are_judged_as_they_are(
     arrays = {"prompt": prompt * 2, "prompt_len": [len(prompt)] * 2, "answer": [*range(5, 12)]}
     np.savez(tmp_path / "a.npz", **arrays, answer_len=[4, 3], greedy=[False, True])
     flags = ["--temperatures", "0", "--chains", "1", "--nodes", "3", "--rounds", "0", "--json"]
-    drafter = str(bundled("stories-14m-redrafter"))
+    drafter = str(REFERENCE)
     assert evaluate.main(["--drafter", drafter, "--data", str(tmp_path / "a.npz"), *flags]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])

@@ -7,12 +7,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from drafting import KnowingDrafter, with_eos
+from half_models import REFERENCE
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.protocol import Outcome
 from mlx_distill.speculation.engine import Engine
@@ -28,7 +28,7 @@ def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def drafter(pair: tuple[Any, Any]) -> Any:
-    return mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    return mlx_distill.load_drafter(REFERENCE, *pair)
 
 
 def request(pair: tuple[Any, Any], prompt: str, **options: Any) -> Request:

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from conftest import REPOSITORY
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import InputError, benchmark, machine
@@ -55,7 +56,7 @@ def test_it_runs_small_and_goes_on(
     monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
     monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "0")
     folder = tmp_path / "run"
-    pair = ["--model", str(bundled_part), "--drafter", str(bundled("stories-14m-redrafter"))]
+    pair = ["--model", str(bundled_part), "--drafter", str(REFERENCE)]
     assert example.main(flags(folder, *pair)) == 0
     out = capsys.readouterr().out
     assert "2 benchmarks, about " in out

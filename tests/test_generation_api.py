@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+from half_models import REFERENCE
 from mlx_lm.generate import GenerationResponse as MlxLmResponse
 from mlx_lm.models.cache import make_prompt_cache
 from transformers import AutoTokenizer
@@ -179,7 +180,7 @@ def test_counters_without_drafter(pair: tuple[Any, Any]) -> None:
 def test_drafter_saves_calls() -> None:
     """On the whole model that it was trained for."""
     pair = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    drafter = mlx_distill.load_drafter(REFERENCE, *pair)
     *_, last = mlx_distill.stream_generate(*pair, PROMPT, drafter=drafter, max_tokens=60)
     assert last.tokens_per_call > 2
     options = {"drafter": drafter, "plan": DraftPlan(4, 5, tree="beam")}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ModelIn
 from damage import Run, refused  # noqa: F401
+from half_models import REFERENCE
 from mlx.utils import tree_flatten
 
 from mlx_distill import DraftPlan, InputError, checkpoint, stream_generate
@@ -297,7 +298,7 @@ def folders(learned: Path, tmp_path: Path) -> Path:
 def learned(bundled_pair: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of two answers and a round."""
     folder = tmp_path_factory.mktemp("learned") / "learned"
-    drafter = load_drafter(checkpoint.bundled("stories-14m-redrafter"), *bundled_pair)
+    drafter = load_drafter(REFERENCE, *bundled_pair)
     config = LearningConfig(learn_least=1, learn_steps=1, learn_rate=1e-7)
     with Learner(folder, drafter, *bundled_pair, config) as learner:
         for seed in range(3):

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from damage import Edit, Run, changed, edit_arrays, set_fields
+from half_models import REFERENCE
 from mlx.utils import tree_flatten
 from oracles.beam_search import slow_beam_search
 from oracles.medusa_heads import slow_head_logits
@@ -17,7 +18,6 @@ from oracles.sampling import softmax
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError, benchmark, train_drafter
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.folders import save_drafter
@@ -329,7 +329,7 @@ def test_heads_are_trained_and_used(tmp_path: Path, tiny_on_a_gpu: Path) -> None
         (["--cell", "elman"], "Medusa heads have no cell"),
         (["--context-blocks", "1"], "Medusa heads have no context_blocks"),
         (["--unroll", "70"], "num_heads must be between 1 and 64, got 70"),
-        (["--start-from", str(bundled("stories-14m-redrafter"))], "has another shape: Recurrent"),
+        (["--start-from", str(REFERENCE)], "has another shape: Recurrent"),
         (["--drafter-kind", "oak"], "drafter_kind must be recurrent or medusa, got oak"),
     ],
 )

@@ -6,15 +6,15 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import InputError, convert
-from mlx_distill.checkpoint import bundled
 from mlx_distill.distillation.narrow_head import narrow_head, narrowed, second_moment, shares_of
 from mlx_distill.distillation.responses import Response
 from mlx_distill.target.target import Target
 
-DRAFTER = bundled("stories-14m-redrafter")
+DRAFTER = REFERENCE
 
 
 @pytest.fixture(scope="module")

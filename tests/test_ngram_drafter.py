@@ -6,11 +6,11 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from half_models import REFERENCE
 from mlx_lm.sample_utils import make_logits_processors
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError, MixedDrafter, NGramDrafter
-from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters import ngram
 from mlx_distill.drafters.hit_rates import HitRates
 from mlx_distill.drafters.protocol import Closes, Drafter, DraftState, Features
@@ -201,7 +201,7 @@ def test_sizes_out_of_order_are_refused(sizes: tuple[int, int]) -> None:
 
 @pytest.fixture(scope="module")
 def drafters(pair: tuple[Any, Any]) -> dict[str, Drafter]:
-    other = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *pair)
+    other = mlx_distill.load_drafter(REFERENCE, *pair)
     return {"ngram": NGramDrafter(), "mixed": MixedDrafter(other), "other": other}
 
 
@@ -268,7 +268,7 @@ def test_a_text_that_repeats_takes_fewer_calls(
 def test_its_name_is_a_drafter(pair: tuple[Any, Any]) -> None:
     """By name, alone or in front of a folder; then no text is stored."""
     alone = mlx_distill.load_drafter("ngram", pair[0])
-    both = mlx_distill.load_drafter(f"ngram+{bundled('stories-14m-redrafter')}", *pair)
+    both = mlx_distill.load_drafter(f"ngram+{REFERENCE}", *pair)
     assert isinstance(alone, NGramDrafter)
     assert isinstance(both, MixedDrafter)
     assert alone.store.num_tokens == both.ngrams.store.num_tokens == 0

@@ -8,10 +8,10 @@ import textwrap
 from typing import Any
 
 import pytest
+from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import openblas
-from mlx_distill.checkpoint import bundled
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux loads OpenBLAS")
 
@@ -279,7 +279,7 @@ def test_generation_restores_the_number_of_threads_when_it_is_left(
     threads = ctypes.CDLL("libopenblas.so.0").openblas_get_num_threads
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.setattr(openblas, "fastest_threads", lambda library, threads: threads + 1)
-    drafter = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *bundled_pair)
+    drafter = mlx_distill.load_drafter(REFERENCE, *bundled_pair)
     before = threads()
     for leave in (lambda responses: responses.close(), list):
         responses = mlx_distill.stream_generate(

@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from half_models import REFERENCE
 from mlx.utils import tree_flatten
 from oracles.beam_search import slow_beam_search
 from oracles.recurrent_drafter import slow_logits
@@ -15,7 +16,6 @@ from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError, convert
-from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.published import (
     export_drafter,
     import_drafter,
@@ -151,7 +151,7 @@ def test_a_sequence_without_a_projection_begins_with_its_blocks() -> None:
 def test_what_the_published_form_lacks_is_not_exported(
     tmp_path: Path, bundled_pair: tuple[Any, Any]
 ) -> None:
-    drafter: Any = mlx_distill.load_drafter(bundled("stories-14m-redrafter"), *bundled_pair)
+    drafter: Any = mlx_distill.load_drafter(REFERENCE, *bundled_pair)
     drafter.network.config = RecurrentDrafterConfig(
         **{**vars(drafter.config), "draft_vocab_size": 99, "taps": (1,)}
     )

@@ -273,10 +273,15 @@ class CycleCounter:
         part = self._part
         if part is None:
             return call(*args, **options)
-        self.note(part, list(args), list(options.values()))
+        needs = arrays_in([args, list(options.values())])
+        sent = in_graph(needs).total()
+        try:
+            evaluate(needs)
+        except ValueError:  # a function is being compiled, and what it computes is counted then
+            return call(*args, **options)
         output = call(*args, **options)
         evaluate(output)
-        self.found[part] += 1
+        self.found[part] += sent + 1
         return output
 
 
