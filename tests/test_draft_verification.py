@@ -106,7 +106,7 @@ def penalty() -> list[Any]:
         ({"logits_processors": penalty}, "processors see a text token by token"),
         ({"exact_rows": True}, "exact rows promise the plainly decoded text"),
     ],
-    ids=str,
+    ids=["coupled", "greedy", "a tree", "a beam's tree", "processors", "exact rows"],
 )
 def test_elsewhere_a_seed_gives_the_text_without(
     pair: tuple[Any, Any], small: nn.Module, options: dict[str, Any], why: str | None
