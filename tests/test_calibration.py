@@ -93,7 +93,7 @@ def test_time_that_is_up_ends_the_rounds_but_not_before_the_third() -> None:
 
 def test_of_two_times_the_spread_is_how_far_they_lie_apart() -> None:
     assert Times.of([1.0, 1.5]) == Times(1.25, 0.4, 2)
-    assert Times.of([1.0]).spread == 1.0
+    assert Times.of([1.0]).spread == 0.25
 
 
 def test_a_first_time_that_compiles_leaves_the_others_theirs() -> None:
@@ -107,7 +107,7 @@ def test_a_first_time_that_compiles_leaves_the_others_theirs() -> None:
 def test_what_no_time_is_left_for_counts_as_it_was_warmed_up() -> None:
     clock = Ticking()
     tasks = {"a": clock.task(lambda: 9.0), "b": clock.task(lambda: 4.0)}
-    assert time_in_turn(tasks, 3, 1.0, clock)["b"] == Times(4.0, 1.0, 1)
+    assert time_in_turn(tasks, 3, 1.0, clock)["b"] == Times(4.0, 0.25, 1)
 
 
 def test_a_pair_is_measured(pair: Pair) -> None:
