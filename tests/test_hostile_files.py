@@ -32,6 +32,7 @@ from mlx_distill.config import read_yaml
 from mlx_distill.data.sources import read_rows
 from mlx_distill.distillation.students import from_config
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.evaluation.judging import check_material
 from mlx_distill.files import output_path, read_json, read_jsonl, usable_path, write_whole
 from mlx_distill.parsing import parse_yaml
 
@@ -350,3 +351,12 @@ def test_no_file_as_a_config(tmp_path: Path, kind: str) -> None:
     in_place_of(tmp_path / "a.yaml", kind)
     with pytest.raises(InputError, match=r"a\.yaml cannot be read"):
         read_yaml(tmp_path / "a.yaml", {}, {})
+
+
+@pytest.mark.usefixtures("in_time")
+@pytest.mark.parametrize("kind", NO_FILES)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.npz"])
+def test_no_file_as_answers(tmp_path: Path, name: str, kind: str) -> None:
+    in_place_of(tmp_path / name, kind)
+    with pytest.raises(InputError, match=re.escape(name)):
+        check_material(tmp_path / name)

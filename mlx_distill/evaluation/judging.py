@@ -156,7 +156,8 @@ def check_material(data: str | Path) -> None:
 
 
 def _holds_answers(data: str | Path) -> bool:
-    return Path(data).suffix == ".npz" or zipfile.is_zipfile(data)
+    path = Path(data)
+    return path.suffix == ".npz" or (path.is_file() and zipfile.is_zipfile(path))
 
 
 def judge_drafter(
