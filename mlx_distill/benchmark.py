@@ -228,12 +228,13 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(parser, Sampling, {"temperature": "temp"})
     cli.add_shape_flags(parser)
     _add_study_flags(parser)
+    _add_lone_study_flags(parser)
     _add_output_flags(parser)
     return parser
 
 
 def _add_study_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of what is measured beside the speed, or instead of it."""
+    """Add the flags of what is measured beside the speed."""
     parser.add_argument(
         "--sharing", action="store_true", help="also measure what shared prefixes save"
     )
@@ -250,6 +251,10 @@ def _add_study_flags(parser: argparse.ArgumentParser) -> None:
         help="also measure speed and memory after texts of up to so many tokens, at least 1 "
         "(default: not measured; 4096 with --report)",
     )
+
+
+def _add_lone_study_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what is measured instead of the speed."""
     parser.add_argument(
         "--loss-memory",
         type=int,

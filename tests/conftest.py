@@ -40,6 +40,7 @@ from drafting import (  # noqa: E402, F401
     pair,
     plain_answers,
     real_drafters,
+    small,
 )
 from evaluating import folders  # noqa: E402, F401
 from half_models import REFERENCE, TYPES, write_model, write_part  # noqa: E402

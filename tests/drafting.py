@@ -7,7 +7,7 @@ not lie in a line.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import mlx_lm
 import numpy as np
 import pytest
 from half_models import tiny_llama
+from mlx import nn
 from mlx_lm.models.cache import (
     QuantizedKVCache,
     RotatingKVCache,
@@ -28,6 +29,8 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.protocol import Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.speculation.engine import Engine
+from mlx_distill.speculation.requests import Request
 from mlx_distill.target.target import Target
 from mlx_distill.target.window import tail, temporal
 
@@ -133,6 +136,22 @@ def pair() -> tuple[Any, Any]:
     """Return a narrow random model: its tokens and caches have to be as exact, in less time."""
     model = tiny_llama(head_dim=32)
     return model, mlx_lm.utils.load_tokenizer(bundled("stories-14m"))
+
+
+@pytest.fixture(scope="session")
+def small() -> nn.Module:
+    """Return a draft model for the bundled one; no test changes it."""
+    return mlx_distill.load(bundled("stories-4m"))[0]
+
+
+def written_together(engine: Engine, requests: Sequence[Request]) -> list[list[int]]:
+    """Return the tokens of texts that begin together."""
+    numbers = [engine.submit(one) for one in requests]
+    found: dict[int, list[int]] = {number: [] for number in numbers}
+    while engine.busy:
+        for one in engine.step():
+            found[one.request].append(one.response.token)
+    return [found[number] for number in numbers]
 
 
 def drafters_of(pair: tuple[Any, Any], num_tokens: int = 64) -> dict[str, list[Any]]:

@@ -2,14 +2,13 @@
 
 import copy
 import functools
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from drafting import KnowingDrafter, with_eos
+from drafting import KnowingDrafter, with_eos, written_together
 from test_architectures import assert_same_caches
 from tiny_models import tiny_model
 
@@ -68,16 +67,6 @@ def requests(cache: CacheConfig, model: Any, count: int) -> list[Request]:
     ]
 
 
-def write(engine: Engine, texts: Sequence[Request]) -> list[list[int]]:
-    """Return the tokens of texts that begin together."""
-    numbers = [engine.submit(one) for one in texts]
-    found: dict[int, list[int]] = {number: [] for number in numbers}
-    while engine.busy:
-        for one in engine.step():
-            found[one.request].append(one.response.token)
-    return [found[number] for number in numbers]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_texts_and_caches_are_those_alone(
     pair: tuple[Any, Any], case: str, capsys: pytest.CaptureFixture[str]
@@ -85,11 +74,14 @@ def test_texts_and_caches_are_those_alone(
     name, cache = CASES[case]
     model, tokenizer = model_of(name), with_eos(pair[1], set())
     alone = requests(cache, model, 5)
-    expected = [write(Engine(model, tokenizer), [one])[0] for one in alone]
+    expected = [written_together(Engine(model, tokenizer), [one])[0] for one in alone]
     drafter = knowing(model)
     for drafts, count in ((drafter, 1), (drafter, 2), (drafter, 5), (None, 5)):
         together = requests(cache, model, count)
-        assert write(Engine(model, tokenizer, drafts, batch=5), together) == expected[:count]
+        assert (
+            written_together(Engine(model, tokenizer, drafts, batch=5), together)
+            == expected[:count]
+        )
         for one, other in zip(together, alone, strict=False):
             assert_same_caches(one.prompt_cache or [], other.prompt_cache or [])
     assert not capsys.readouterr().err
@@ -107,10 +99,10 @@ def test_a_window_gets_room_for_larger_trees(pair: tuple[Any, Any]) -> None:
 
     drafter = knowing(model)
     alone = requests(CacheConfig(), model, 2)
-    expected = [write(Engine(model, tokenizer), [one])[0] for one in alone]
+    expected = [written_together(Engine(model, tokenizer), [one])[0] for one in alone]
     texts = requests(CacheConfig(), model, 2)
     texts[1] = replace(texts[1], planner=Growing())
-    assert write(Engine(model, tokenizer, drafter, batch=2), texts) == expected
+    assert written_together(Engine(model, tokenizer, drafter, batch=2), texts) == expected
 
 
 @pytest.mark.parametrize("case", ["windows", "packed keys", "both in one layer"])
@@ -121,7 +113,7 @@ def test_in_half_precision(pair: tuple[Any, Any], case: str) -> None:
     model.set_dtype(mx.bfloat16)
     texts = [replace(one, sampling=Sampling()) for one in requests(cache, model, 5)]
     engine = Engine(model, with_eos(pair[1], set()), knowing(model), batch=5)
-    for one, tokens in zip(texts, write(engine, texts), strict=True):
+    for one, tokens in zip(texts, written_together(engine, texts), strict=True):
         text = mx.concatenate([one.prompt, mx.array(tokens)])
         said = model(text[None])[0, one.prompt.size - 1 : -1].astype(mx.float32)
         short = said.max(axis=-1) - said[mx.arange(len(tokens)), mx.array(tokens)]

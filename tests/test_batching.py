@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from drafting import random_drafter
+from drafting import random_drafter, written_together
 from half_models import TYPES
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -34,16 +34,6 @@ def request(pair: tuple[Any, Any], place: int, **options: Any) -> Request:
     return Request(mx.array(pair[1].encode(PROMPTS[place])), planner=planner, **options)
 
 
-def write(engine: Engine, requests: list[Request]) -> list[list[int]]:
-    """Return the tokens of texts that begin together."""
-    numbers = [engine.submit(one) for one in requests]
-    found: dict[int, list[int]] = {number: [] for number in numbers}
-    while engine.busy:
-        for one in engine.step():
-            found[one.request].append(one.response.token)
-    return [found[number] for number in numbers]
-
-
 @pytest.mark.parametrize("count", [1, 2, 5])
 @pytest.mark.parametrize("drafting", [True, False])
 def test_texts_and_caches_are_those_alone(
@@ -53,7 +43,7 @@ def test_texts_and_caches_are_those_alone(
     caches = [make_prompt_cache(model) for _ in range(count)]
     alone = [make_prompt_cache(model) for _ in range(count)]
     expected = [
-        write(
+        written_together(
             Engine(*bundled_pair, drafter),
             [request(bundled_pair, place, sampling=law, prompt_cache=alone[place])],
         )[0]
@@ -64,7 +54,7 @@ def test_texts_and_caches_are_those_alone(
         request(bundled_pair, place, sampling=law, prompt_cache=caches[place])
         for place, law in enumerate(LAWS[:count])
     ]
-    assert write(engine, requests) == expected
+    assert written_together(engine, requests) == expected
     for ours, theirs in zip(caches, alone, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.offset == other.offset
@@ -86,7 +76,7 @@ def test_drafts_of_several_texts_are_one_search(
     alike = [
         replace(request(bundled_pair, 0), prompt=request(bundled_pair, n).prompt) for n in (0, 2)
     ]
-    write(Engine(*bundled_pair, bundled_drafter, batch=2), alike)
+    written_together(Engine(*bundled_pair, bundled_drafter, batch=2), alike)
     assert 2 in sizes
 
 
@@ -97,7 +87,10 @@ def test_texts_join_and_leave_at_any_cycle(
     def asked(place: int, **options: Any) -> Request:
         return request(bundled_pair, place, sampling=law, max_tokens=14, **options)
 
-    alone = [write(Engine(*bundled_pair, bundled_drafter), [asked(place)])[0] for place in range(4)]
+    alone = [
+        written_together(Engine(*bundled_pair, bundled_drafter), [asked(place)])[0]
+        for place in range(4)
+    ]
     engine = Engine(*bundled_pair, bundled_drafter, batch=3)
     caches = make_prompt_cache(bundled_pair[0])
     numbers, found = [engine.submit(asked(0, prompt_cache=caches))], dict[int, list[int]]()
@@ -196,7 +189,9 @@ def test_an_interrupt_leaves_nothing_broken(
         handed_out = len(bundled_pair[1].encode(PROMPTS[place])) + len(tokens)
         assert {cache.offset for cache in caches[place]} == {handed_out}
     following = request(bundled_pair, 3, max_tokens=3)
-    assert write(engine, [following]) == write(Engine(*bundled_pair, None), [following])
+    assert written_together(engine, [following]) == written_together(
+        Engine(*bundled_pair, None), [following]
+    )
 
 
 class Clock:

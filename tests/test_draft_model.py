@@ -18,7 +18,6 @@ from tiny_models import tiny_model
 import mlx_distill
 from mlx_distill import CacheConfig, DraftModelDrafter, DraftPlan, InputError
 from mlx_distill.arrays import log_probs
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.protocol import Closes, Drafter, DraftState, Features
 
@@ -31,11 +30,6 @@ VOCAB = 97
 @pytest.fixture(scope="module")
 def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
     return bundled_pair
-
-
-@pytest.fixture(scope="module")
-def small() -> nn.Module:
-    return mlx_distill.load(bundled("stories-4m"))[0]
 
 
 def tokens_of(pair: tuple[Any, Any], prompt: Any, **options: Any) -> list[int]:

@@ -14,7 +14,6 @@ from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import DraftPlan, InputError
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core import block_verification, filters
 
 PROMPT = "Once upon a time"
@@ -23,11 +22,6 @@ PROMPT = "Once upon a time"
 @pytest.fixture(scope="module")
 def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
     return bundled_pair
-
-
-@pytest.fixture(scope="module")
-def small() -> nn.Module:
-    return mlx_distill.load(bundled("stories-4m"))[0]
 
 
 def tokens_of(pair: tuple[Any, Any], prompt: Any = PROMPT, **options: Any) -> list[int]:

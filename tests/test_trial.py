@@ -183,7 +183,7 @@ def test_a_damaged_trial_is_made_again(
     (file,) = measured.iterdir()
     file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
     assert found().trial == Trial((NGRAMS, NOTHING))
-    assert "is ignored and made again" in capsys.readouterr().err
+    assert "is ignored and measured again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("law", [{}, {"temperature": 1.0, "seed": 2, "top_p": 0.9}])

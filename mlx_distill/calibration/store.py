@@ -91,13 +91,8 @@ def find(known: Mapping[str, Any], weights: str = "") -> Costs | None:
         known: What the costs have to hold for.
         weights: The drafter's, see ``drafter_hash``; what others brought is not taken over.
     """
-    file = file_of(known)
-    try:
-        if not file.exists():
-            return None
-        values = read_json(file)
-        if values.get("identity") != json.loads(json.dumps(known)):
-            raise InputError("it was measured elsewhere")
+
+    def made(values: Any) -> Costs:
         costs = values.get("costs")
         if not isinstance(costs, dict):
             raise InputError("it holds no costs")
@@ -105,9 +100,8 @@ def find(known: Mapping[str, Any], weights: str = "") -> Costs | None:
         if values.get("drafter_weights") != weights:
             return replace(found, cycle_tokens=0.0, sampled_cycle_tokens=0.0)
         return found
-    except (InputError, OSError) as error:
-        say(f"the calibration {file} is ignored and measured again: {one_line(error)}")
-        return None
+
+    return recall(known, "calibration", made)
 
 
 def find_kernels(known: Mapping[str, Any]) -> list[Verdict]:
@@ -131,22 +125,14 @@ def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") 
             "measured is used with caution and not kept"
         )
         return False
-    file = file_of(known)
     values = {
-        "identity": known,
         "drafter_weights": weights,
         "costs": calibration.costs.to_dict(),
         "times": summary(calibration),
         "kernels": [asdict(verdict) for verdict in calibration.kernels],
         "versions": machine.versions(),
     }
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps(values, indent=1) + "\n")
-    except OSError as error:
-        say(f"the calibration cannot be kept in {file.parent}: {error.strerror or error}")
-        return False
-    return True
+    return remember(known, "calibration", values)
 
 
 def recall(known: Mapping[str, Any], noun: str, make: Callable[[Any], Made]) -> Made | None:
@@ -166,18 +152,20 @@ def recall(known: Mapping[str, Any], noun: str, make: Callable[[Any], Made]) -> 
             raise InputError("it was measured elsewhere")
         return make(values)
     except (InputError, KeyError, TypeError, OSError) as error:
-        say(f"the {noun} {file} is ignored and made again: {one_line(error)}")
+        say(f"the {noun} {file} is ignored and measured again: {one_line(error)}")
         return None
 
 
-def remember(known: Mapping[str, Any], noun: str, values: Mapping[str, Any]) -> None:
-    """Keep values for the next run, or say that this cannot be done."""
+def remember(known: Mapping[str, Any], noun: str, values: Mapping[str, Any]) -> bool:
+    """Keep values for the next run, or say that this cannot be done; return whether it was."""
     file = file_of(known)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, json.dumps({"identity": known, **values}) + "\n")
+        write_whole(file, json.dumps({"identity": known, **values}, indent=1) + "\n")
     except OSError as error:
         say(f"the {noun} cannot be kept in {file.parent}: {error.strerror or error}")
+        return False
+    return True
 
 
 def say(sentence: str) -> None:
