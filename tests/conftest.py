@@ -10,6 +10,7 @@ Every command is tested with weights as a GPU loads them::
 import argparse
 import gc
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ type_checks.install("mlx_distill")
 import mlx_distill  # noqa: E402  (the BLAS comes first)
 
 # isort: split
+import mlx.core as mx  # noqa: E402
 from commanding import expected, prompts  # noqa: E402, F401
 from damage import refused  # noqa: E402, F401
 from distilling import (  # noqa: E402, F401
@@ -44,6 +46,7 @@ from drafting import (  # noqa: E402, F401
 )
 from evaluating import folders  # noqa: E402, F401
 from half_models import REFERENCE, TYPES, write_model, write_part  # noqa: E402
+from precompiled import precompile  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 
 from mlx_distill import checkpoint, cli  # noqa: E402
@@ -52,6 +55,13 @@ from mlx_distill.checkpoint import bundled  # noqa: E402
 REPOSITORY = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("MLX_DISTILL_SHARED", REPOSITORY.parent / "shared"))
 ModelIn = Callable[[str, str], Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let MLX's compiler find its header precompiled; workers are given the environment."""
+    if "PYTEST_XDIST_WORKER" not in os.environ and sys.platform == "linux" and config.cache:
+        kept = config.cache.mkdir(f"precompiled-{mx.__version__}")
+        precompile(Path(mx.__file__).parent / "include", kept)
 
 
 @pytest.hookimpl(tryfirst=True)
