@@ -12,6 +12,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ ModelIn = Callable[[str, str], Path]
 def pytest_configure(config: pytest.Config) -> None:
     """Let MLX's compiler find its header precompiled; workers are given the environment."""
     if "PYTEST_XDIST_WORKER" not in os.environ and sys.platform == "linux" and config.cache:
-        kept = config.cache.mkdir(f"precompiled-{mx.__version__}")
+        kept = config.cache.mkdir(f"precompiled-{version('mlx')}")
         precompile(Path(mx.__file__).parent / "include", kept)
 
 
