@@ -60,7 +60,7 @@ def requests(cache: CacheConfig, model: Any, count: int) -> list[Request]:
             sampling=LAWS[place],
             seed=place,
             prompt_cache=prompt_caches(model, cache.max_kv_size),
-            planner=FixedPlanner(DraftPlan(3, 4, 8 - place % 3)),
+            planner=FixedPlanner(DraftPlan(3, 4, 8 - 3 * (place % 3))),
             cache=cache,
         )
         for place, prompt in enumerate(PROMPTS[:count])

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_distill
 from mlx_distill import DraftPlan
+from mlx_distill.core.forest import Packing
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.protocol import FixedPlanner, Outcome
 from mlx_distill.speculation.batch_planning import BatchPlanner
@@ -30,7 +31,7 @@ LAWS = (Sampling(), Sampling(1.0), Sampling(0.7, top_p=0.9), Sampling(1.3, top_k
 
 def request(pair: tuple[Any, Any], place: int, **options: Any) -> Request:
     options = {"max_tokens": 7 + 3 * place, "seed": place, **options}
-    planner = FixedPlanner(DraftPlan(3, 4, 6 - place % 3))  # trees of several sizes
+    planner = FixedPlanner(DraftPlan(3, 4, 6 - 2 * (place % 3)))  # trees of several sizes
     return Request(mx.array(pair[1].encode(PROMPTS[place])), planner=planner, **options)
 
 
@@ -60,6 +61,35 @@ def test_texts_and_caches_are_those_alone(
             assert one.offset == other.offset
             for a, b in zip(one.keys_and_values(), other.keys_and_values(), strict=True):
                 assert mx.allclose(a, b, atol=1e-4).item()
+
+
+@pytest.mark.parametrize("law", [Sampling(), Sampling(0.9, top_p=0.9)])
+def test_uneven_trees_are_verified_without_padding(
+    bundled_pair: tuple[Any, Any],
+    bundled_drafter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    law: Sampling,
+) -> None:
+    """The model is given the nodes that there are, and the texts are those that they are alone."""
+    lines = []
+    line = Packing.line
+
+    def noted(packing: Packing, x: mx.array) -> mx.array:
+        lines.append(packing.num_nodes)
+        return line(packing, x)
+
+    monkeypatch.setattr(Packing, "line", noted)
+    sizes = (10, 2, 1, 3)
+    requests = [
+        replace(
+            request(bundled_pair, place, sampling=law, max_tokens=12),
+            planner=FixedPlanner(DraftPlan(3, 4, size)),
+        )
+        for place, size in enumerate(sizes)
+    ]
+    expected = [written_together(Engine(*bundled_pair), [one])[0] for one in requests]
+    assert written_together(Engine(*bundled_pair, bundled_drafter, batch=4), requests) == expected
+    assert sum(sizes) in lines
 
 
 def test_drafts_of_several_texts_are_one_search(

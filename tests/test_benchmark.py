@@ -15,6 +15,7 @@ from half_models import REFERENCE
 import mlx_distill
 from mlx_distill import InputError, benchmark
 from mlx_distill.benchmarking import samplers
+from mlx_distill.benchmarking.arms import measure
 from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
@@ -131,6 +132,13 @@ def test_generate_on_weights_as_a_gpu_loads_them(
         assert found["drafted_tokens"] > 0
         margin = found["comparison"]["margin"]
         assert margin is None or margin < 0.1
+
+
+@pytest.mark.parametrize(("drafted", "calls"), [([0, 1, 1, 0, 1], 2), ([0, 1, 1, 0], 1)])
+def test_calls_of_a_text_that_ends_within_a_draft(drafted: list[int], calls: int) -> None:
+    """mlx-lm does not count its calls; the one that ends a text may bring drafted tokens alone."""
+    steps = [SimpleNamespace(token=0, from_draft=bool(one)) for one in drafted]
+    assert measure(lambda prompt, seed: iter(steps), [1], 0).target_calls == calls
 
 
 def test_where_texts_part() -> None:

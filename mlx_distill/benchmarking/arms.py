@@ -182,8 +182,9 @@ def measure(
     end = time.perf_counter()
     if first is None or last is None:
         raise InputError("nothing was written, so there is nothing to measure")
-    # Of mlx-lm: every token that was not drafted took a call, the first one that of the prefill.
-    calls = getattr(last, "target_calls", own - 1)
+    # Of mlx-lm: every token that was not drafted took a call, the first one that of the prefill;
+    # a text may end within a draft, whose call brought no other.
+    calls = getattr(last, "target_calls", own - 1 + last.from_draft)
     return Sample(
         tokens=tokens,
         tokens_per_s=(len(tokens) - 1) / max(end - first, 1e-9),

@@ -175,14 +175,15 @@ def arranged(
     return order, above, mask.tolist()
 
 
-def best_first_of_all(draft: Draft, num_nodes: int) -> list[PrefixTree]:
-    """Return what ``Draft.best_first`` returns of the drafts of several roots.
+def best_first_of_all(draft: Draft, num_nodes: Sequence[int]) -> list[PrefixTree]:
+    """Return what ``Draft.best_first`` returns of the drafts of several roots, with so many nodes.
 
     One by one: mapped over the roots by MLX 0.32, these operations write beyond their arrays.
     """
     fields = draft.tokens, draft.parents, draft.depths, draft.scores
     each = zip(*fields, strict=True)
-    return [Draft(*one, draft.max_depth, draft.spare).best_first(num_nodes) for one in each]
+    drafts = [Draft(*one, draft.max_depth, draft.spare) for one in each]
+    return [one.best_first(nodes) for one, nodes in zip(drafts, num_nodes, strict=True)]
 
 
 @mx.compile  # in few operations: on a GPU each costs more to start than to do

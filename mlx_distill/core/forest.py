@@ -4,19 +4,75 @@
     text 2   X Y . .
     text 3   P . . .
 
-Padding sees itself alone, and is never drawn.
+Padding sees itself alone, and is never drawn. Where the trees differ much in size, what works row
+by row is spared it: their nodes are one list then, A B C D X Y P.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import mlx.core as mx
-from jaxtyping import Bool, Int
+import numpy as np
+from jaxtyping import Bool, Int, Shaped
 
 from mlx_distill.core.prefix_tree import PrefixTree
 
 PADDING = -1  # in the place of a token: nothing that can be drawn
+# Nodes are a list where that has so small a share of the rows of padded trees. To take them apart
+# and together again for attention costs every layer four small copies.
+PACKED = 0.75
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the nodes of several trees are in a list of all of them.
+
+    Args:
+        sizes: Of the trees.
+    """
+
+    sizes: tuple[int, ...]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of all trees."""
+        return sum(self.sizes)
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each tree begins in the list."""
+        return tuple(accumulate(self.sizes[:-1], initial=0))
+
+    @cached_property
+    def _padded(self) -> Int[mx.array, "B N"]:
+        """The place in the list of every node; of padding, that of its tree's last one."""
+        column, last = np.arange(max(self.sizes)), np.array(self.sizes)[:, None] - 1
+        return mx.array(np.array(self.starts)[:, None] + np.minimum(column, last))
+
+    @cached_property
+    def _packed(self) -> Int[mx.array, " T"]:
+        """The place of every node of the list among padded ones, numbered through all trees."""
+        width = max(self.sizes)
+        places = [range(row * width, row * width + size) for row, size in enumerate(self.sizes)]
+        return mx.array([place for one in places for place in one])
+
+    def packed(self, x: Shaped[mx.array, "B N ..."]) -> Shaped[mx.array, "T ..."]:
+        """Return the nodes' entries as a list."""
+        return x.flatten(0, 1)[self._packed]
+
+    def padded(self, x: Shaped[mx.array, "T ..."]) -> Shaped[mx.array, "B N ..."]:
+        """Return a list's entries by trees."""
+        return x[self._padded]
+
+    def rows(self, x: Shaped[mx.array, "1 H T D"]) -> Shaped[mx.array, "B H N D"]:
+        """Return what heads have for the nodes of a list, by trees."""
+        return mx.take(x[0], self._padded, axis=1).swapaxes(0, 1)
+
+    def line(self, x: Shaped[mx.array, "B H N D"]) -> Shaped[mx.array, "1 H T D"]:
+        """Return what heads have for the nodes of trees, as a list."""
+        return mx.take(x.swapaxes(0, 1).flatten(1, 2), self._packed, axis=1)[None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +105,13 @@ class Forest:
     def num_nodes(self) -> int:
         """Nodes of the largest tree."""
         return self.tokens.shape[1]
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """Where the nodes are in a list of all of them; None where padding costs little."""
+        packing = Packing(tuple(tree.tokens.size for tree in self.trees))
+        padded = len(self.trees) * self.num_nodes
+        return packing if packing.num_nodes <= PACKED * padded else None
 
     @cached_property
     def max_depth(self) -> int:

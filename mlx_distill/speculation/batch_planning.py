@@ -8,15 +8,24 @@ now and then a shape is tried for a few cycles, and the one with the most tokens
     4 x 4  21 ms for 9.6 tokens    trees of four nodes: 1.37 times as fast, so they stay
     4 x 8  38 ms for 12 tokens     0.95: not again soon
 
+A shape's nodes are a budget of all texts: those whose drafts are accepted more often get more of
+them, the others fewer, or none, where that promises clearly more tokens (``core.shares``). What
+a node costs follows from what plain steps and the shape's calls took.
+
 An account bounds what trials may cost: a share of the time so far, as in ``planning``. What was
 learned is kept for the next batch of as many texts.
 """
 
 import statistics
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from mlx_distill.core.shares import shares
 from mlx_distill.drafters.protocol import DraftPlan, Outcome
+from mlx_distill.speculation.acceptance import Acceptance
 
 # Few shapes: each is one more to try, and on a GPU one more to compile.
 SHAPES = (DraftPlan(2, 2, 3), DraftPlan(3, 3, 4), DraftPlan(4, 4, 8))
@@ -35,6 +44,71 @@ ROW = 0.05
 # But it may be so many times as dear, and so many such calls are under way before that is known;
 # where few texts share a call, drafting pays too often to wait until that can be afforded.
 DEAR, UNDER_WAY, FEW = 2.0, 2, 2
+# Nodes that a text may have, and the cycles between two ways to share them. A text that gets none
+# keeps so much of what was learned of it each time: it is tried again when that is forgotten.
+SIZES, SHARED_FOR, KEPT = (1, 2, 3, 4, 8, 16), 8, 0.9
+
+
+class Budget:
+    """Shares the nodes of a shape among texts, by what was accepted of each one's drafts.
+
+    Args:
+        shapes: That may be shared.
+    """
+
+    def __init__(self, shapes: Sequence[DraftPlan]):
+        self._lengths = sorted({shape.draft_length for shape in shapes})
+        self._widths = sorted({shape.beam_width for shape in shapes})
+        self._texts: dict[int, Acceptance] = {}
+        self._shape: DraftPlan | None = None  # what is shared now, and how
+        self._plans: dict[int, DraftPlan] = {}
+        self._left = 0  # so often it is asked before that is thought over
+
+    def plan(
+        self,
+        text: int,
+        outcome: Outcome | None,
+        shape: DraftPlan,
+        texts: Iterable[int],
+        price: float,
+    ) -> DraftPlan:
+        """Return a text's part of a shape's nodes.
+
+        Args:
+            text: That asks.
+            outcome: Of its draft.
+            shape: What each text would have of equal parts.
+            texts: All that share a call.
+            price: Of a node, in the tokens that all could have had in its time.
+        """
+        if outcome is not None and len(outcome.parents) > 1 and text in self._texts:
+            drafted = self._plans.get(text, shape)
+            self._texts[text].learn(drafted, outcome.parents, outcome.path, outcome.ranks)
+        self._left -= 1
+        if self._left < 0 or shape is not self._shape or text not in self._plans:
+            texts = list(dict.fromkeys([*texts, text]))
+            self._shape, self._left = shape, SHARED_FOR * len(texts)
+            self._plans = self._shared(shape, texts, price)
+        return self._plans[text]
+
+    def _shared(self, shape: DraftPlan, texts: Sequence[int], price: float) -> dict[int, DraftPlan]:
+        self._texts = {text: self._texts.get(text) or self._unknown() for text in texts}
+        row = self._lengths.index(shape.draft_length), self._widths.index(shape.beam_width)
+        tokens = np.stack([self._texts[text].tokens()[row] for text in texts])
+        worth = tokens - price * np.arange(1, tokens.shape[1] + 1)
+        values = worth[:, np.array(SIZES) - 1].tolist()
+        found = shares(values, SIZES, shape.nodes * len(texts))
+        gain = worth[np.arange(len(texts)), np.array(found) - 1] - worth[:, shape.nodes - 1]
+        if gain.sum() < (CLEARLY - 1) * tokens[:, shape.nodes - 1].sum():
+            return dict.fromkeys(texts, shape)
+        for text, size in zip(texts, found, strict=True):
+            if size == 1:
+                known = self._texts[text]
+                self._texts[text] = known.copy(KEPT * known.cycles)
+        return {text: replace(shape, nodes=size) for text, size in zip(texts, found, strict=True)}
+
+    def _unknown(self) -> Acceptance:
+        return Acceptance(self._lengths, self._widths, SIZES[-1])
 
 
 @dataclass
@@ -76,13 +150,18 @@ class BatchPlanner:
         self._known: dict[tuple[int, DraftPlan | None], Timed] = {}
         self._now: DraftPlan | None = None
         self._texts = 0
+        self._asked: deque[int] = deque(maxlen=1)  # the texts that share a call
+        self._budget = Budget(shapes)
         self._left = 0  # cycles of the present choice
         self._skip = SETTLING
         self._cycles, self._elapsed_s, self._balance_s = 0, 0.0, 0.0
 
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
-        """Return the shape of every text's next draft; None parks all of them."""
-        return self._now
+        """Return the shape of a text's next draft, its part of all nodes; None parks all texts."""
+        self._asked.append(text)
+        if self._now is None or len(self._asked) < 2:
+            return self._now
+        return self._budget.plan(text, outcome, self._now, self._asked, self._price(self._now))
 
     def observe(self, num_texts: int, tokens: int, seconds: float) -> None:
         """Take in what a call of all texts came to, and choose the next one's shape.
@@ -95,7 +174,7 @@ class BatchPlanner:
         self._cycles += 1
         self._elapsed_s += seconds
         if num_texts != self._texts:
-            self._texts = num_texts
+            self._texts, self._asked = num_texts, deque(self._asked, num_texts)
             self._change(self._best())
             return
         self._left -= 1
@@ -117,6 +196,14 @@ class BatchPlanner:
         tried = [self._known.get((num_texts, shape)) for shape in self.shapes]
         speeds = [timed.speed for timed in tried if timed is not None and timed.seconds]
         return max([plain.speed, *speeds]) / plain.speed
+
+    def _price(self, shape: DraftPlan) -> float:
+        """Return what a node more costs, in the tokens that all could have had in its time."""
+        timed, plain = self._timed(shape), self._timed(None)
+        if not timed.seconds or not plain.seconds:
+            return 0.0
+        # The texts' number is in the speed of all and in the nodes that took the time.
+        return max(0.0, timed.cycle_s - plain.cycle_s) * timed.speed / (shape.nodes - 1)
 
     def _account(self, tokens: float, seconds: float) -> None:
         """Take note of what a draft saved against plain steps, or cost."""

@@ -280,7 +280,7 @@ class TextBatch:
             own = call.of(place, tree.tokens.size)
             flight.cycles.append((text, Cycle(tree, own, text.num_tokens, text.history)))
         walking = [(text.decoding, cycle) for text, cycle in flight.cycles]
-        walk_all(walking, forest, call.logits)
+        walk_all(walking, forest, call.logits, call.packing)
         self.flight = flight
 
     def _settle(self, text: BatchedText) -> None:

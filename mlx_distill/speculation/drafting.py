@@ -35,7 +35,8 @@ class Wanted:
         state, plan = self.decoding.state, self.plan
         if plan is None or plan.tree != "best-first" or not isinstance(state, SharesDrafts):
             return None
-        return id(state.drafter), plan, self.decoding.noise is None
+        shape = plan.beam_width, plan.draft_length  # the trees may differ in size
+        return id(state.drafter), *shape, self.decoding.noise is None
 
     def alone(self) -> None:
         """Draft for this text alone."""
@@ -64,13 +65,15 @@ def draft_all(wanted: Sequence[Wanted]) -> None:
 
 
 def _draft_together(wanted: Sequence[Wanted]) -> None:
+    contexts, roots, noise, nodes = [], [], [], []
     plan = wanted[0].plan
     assert plan is not None
-    contexts, roots, noise = [], [], []
     for one in wanted:
         state, root = one.decoding.state, one.cycle.root
         assert isinstance(state, SharesDrafts)
         assert root is not None
+        assert one.plan is not None
+        nodes.append(one.plan.nodes)
         contexts.append(state.context(root))
         roots.append(root)
         noise.append(one.decoding.in_sight(one.noise(plan.draft_length)))
@@ -81,7 +84,7 @@ def _draft_together(wanted: Sequence[Wanted]) -> None:
         draft = state.drafter.draft_together(contexts, mx.concatenate(roots), plan, rows)
         made(draft)
     with phase("tree") as made:
-        trees = best_first_of_all(draft, plan.nodes)
+        trees = best_first_of_all(draft, nodes)
         made(trees)
     for one, tree in zip(wanted, trees, strict=True):
         one.cycle.draft = tree

@@ -12,7 +12,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 
 from mlx_distill.arrays import to_host
-from mlx_distill.core.forest import Forest
+from mlx_distill.core.forest import Forest, Packing
 from mlx_distill.core.sampling import Sampling, sample_fast
 from mlx_distill.core.verification import Walk, follow_all
 from mlx_distill.speculation.cycle import Cycle, walked
@@ -62,13 +62,19 @@ class TextReport:
         return rows if self.ranks else rows[:-1]
 
 
-def walk_all(walking: Walking, forest: Forest, logits: Float[mx.array, "B N V"]) -> None:
+def walk_all(
+    walking: Walking,
+    forest: Forest,
+    logits: Float[mx.array, "*nodes V"],
+    packing: Packing | None = None,
+) -> None:
     """Walk the trees of all texts on the device; their reports are on their way then.
 
     Args:
         walking: The texts and their cycles.
         forest: Their trees.
         logits: The target's, at the nodes of all of them.
+        packing: Where the nodes are in a list, (T, V); None if they are by texts, (B, N, V).
     """
     first = walking[0][0].sampling
     alike = all(
@@ -76,20 +82,27 @@ def walk_all(walking: Walking, forest: Forest, logits: Float[mx.array, "B N V"])
         for one, cycle in walking
     )
     if len(walking) > 1 and alike:
-        _walk_together(walking, forest, logits, first)
+        _walk_together(walking, forest, logits, first, packing)
         return
     for decoding, cycle in walking:
         walked(decoding, cycle)
 
 
 def _walk_together(
-    walking: Walking, forest: Forest, logits: Float[mx.array, "B N V"], sampling: Sampling
+    walking: Walking,
+    forest: Forest,
+    logits: Float[mx.array, "*nodes V"],
+    sampling: Sampling,
+    packing: Packing | None,
 ) -> None:
-    noise = _noise(walking, forest) if sampling.temperature else None
+    noise = _noise(walking, forest, packing) if sampling.temperature else None
     with phase("walk", noise) as made:
-        drawn, certain = sample_fast(logits, sampling, noise)
+        found = *sample_fast(logits, sampling, noise), mx.isnan(logits.max(axis=-1))
+        if packing is not None:
+            found = [None if x is None else packing.padded(x) for x in found]
+        drawn, certain, failed = found
         walk = follow_all(forest, drawn)
-        report = SharedReport(_report(forest, walk, drawn, logits, certain))
+        report = SharedReport(_report(forest, walk, drawn, failed, certain))
         mx.async_eval(report.array)
         made(report.array)
     for place, (_, cycle) in enumerate(walking):
@@ -100,21 +113,23 @@ def _walk_together(
         cycle.walk = Walk(*parts, cycle.tree.max_depth)
 
 
-def _noise(walking: Walking, forest: Forest) -> Float[mx.array, "B N V"]:
+def _noise(
+    walking: Walking, forest: Forest, packing: Packing | None
+) -> Float[mx.array, "*nodes V"]:
     """Return the noise at the nodes of all texts; padding has that of a root."""
     found = []
     for place, (decoding, cycle) in enumerate(walking):
         rows = decoding.rows(cycle.start, forest.max_depth + 1)
         assert rows is not None
-        found.append(rows if forest.num_nodes == 1 else rows[forest.depths[place]])
-    return mx.stack(found)
+        depths = forest.depths[place] if packing is None else cycle.tree.depths
+        found.append(rows if forest.num_nodes == 1 else rows[depths])
+    return mx.stack(found) if packing is None else mx.concatenate(found)
 
 
 def _report(
-    forest: Forest, walk: Walk, drawn: mx.array, logits: mx.array, certain: mx.array | None
+    forest: Forest, walk: Walk, drawn: mx.array, failed: mx.array, certain: mx.array | None
 ) -> Int[mx.array, "R B N"]:
     """Return the rows of all texts in one array; ranks are the last one."""
-    failed = mx.isnan(logits.max(axis=-1))  # no number where any is none
     accepted = walk.accepted.reshape(drawn.shape)
     rows = [forest.parents, accepted, drawn, failed, *([] if certain is None else [certain])]
     rows.append(_ranks(forest))

@@ -24,6 +24,7 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_distill.kernels.choice import chosen
 from mlx_distill.kernels.tree_attention import MOST_NODES, tree_attention
+from mlx_distill.target.batch.view import KeyRowsView
 from mlx_distill.target.tree_cache import TreeCache
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.watching import own_call
@@ -79,6 +80,9 @@ def attend_nodes(
     """Return what mlx-lm's function does; of the nodes of a tree, in the way that was chosen."""
     own = functools.partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
     attend = cast(Attend, own)  # a mask may be a word, too
+    if isinstance(cache, KeyRowsView) and cache.layout.packing is not None:
+        packing = cache.layout.packing
+        return packing.line(attend(packing.rows(queries), keys, values, mask=mask))
     if not isinstance(cache, TreeCache) or cache.layout.num_nodes == 1:
         return attend(queries, keys, values, mask=mask)
     layout, plain = cache.layout, _is_plain(cache, mask)

@@ -22,7 +22,7 @@ from mlx_distill.kernels.products import few_rows_chosen
 from mlx_distill.target.attention import attends_by_kernel, wrap_attentions
 from mlx_distill.target.batch.call import RowsCall, call_on_forest, call_on_tokens
 from mlx_distill.target.batch.rows import Rows
-from mlx_distill.target.batch.trial import takes_batches
+from mlx_distill.target.batch.trial import packs, takes_batches
 from mlx_distill.target.context import context_length
 from mlx_distill.target.head import Head
 from mlx_distill.target.joined_layers import JoinedLayers, layers_chosen
@@ -172,7 +172,8 @@ class Target:
             rows: What the texts have before their roots.
             taps: As in ``verify``.
         """
-        return call_on_forest(self.model, self.head, forest, rows, taps)
+        packing = forest.packing if packs(self.model, self.head, rows) else None
+        return call_on_forest(self.model, self.head, forest, rows, taps, packing)
 
     def read_rows(
         self, tokens: Int[mx.array, " B"], rows: Rows, taps: Sequence[int] = ()

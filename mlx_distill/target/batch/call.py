@@ -7,7 +7,8 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
-from mlx_distill.core.forest import Forest
+from mlx_distill.core.forest import Forest, Packing
+from mlx_distill.target.attention import wrap_attentions
 from mlx_distill.target.batch.layout import Paths, RowsLayout
 from mlx_distill.target.batch.rows import Rows
 from mlx_distill.target.batch.view import RowsView, view_of
@@ -26,17 +27,22 @@ class RowsCall:
         taps: What the tapped layers returned at every node.
         rows: The texts' keys and values.
         views: The layers' views that took part.
+        packing: Where the nodes are in a list, (T, ...); None if they are by texts, (B, N, ...).
     """
 
-    logits: Float[mx.array, "B N V"]
-    hidden: Float[mx.array, "B N D"]
-    taps: tuple[Float[mx.array, "B N _"], ...]
+    logits: Float[mx.array, "*nodes V"]
+    hidden: Float[mx.array, "*nodes D"]
+    taps: tuple[Float[mx.array, "*nodes _"], ...]
     rows: Rows
     views: list[RowsView]
+    packing: Packing | None = None
 
     def of(self, text: int, num_nodes: int) -> Computed:
         """Return what was computed at the first nodes of one text."""
         rows = (text, slice(num_nodes))
+        if self.packing is not None:
+            start = self.packing.starts[text]
+            rows = slice(start, start + num_nodes)
         return Computed(self.logits[rows], self.hidden[rows], tuple(x[rows] for x in self.taps))
 
     def commit(self, paths: Sequence[Sequence[int]]) -> None:
@@ -52,12 +58,29 @@ class RowsCall:
 
 
 def call_on_forest(
-    model: nn.Module, head: Head, forest: Forest, rows: Rows, taps: Sequence[int] = ()
+    model: nn.Module,
+    head: Head,
+    forest: Forest,
+    rows: Rows,
+    taps: Sequence[int] = (),
+    packing: Packing | None = None,
 ) -> RowsCall:
-    """Return a model's word on every node of several texts' trees."""
+    """Return a model's word on every node of several texts' trees.
+
+    Args:
+        model: The model.
+        head: Where its hidden states are.
+        forest: The trees.
+        rows: What the texts have before them.
+        taps: Layers whose outputs are asked for.
+        packing: Of the trees, if the model is to be given their nodes as a list.
+    """
     mask = None if forest.num_nodes == 1 else forest.mask
-    layout = RowsLayout(mask, forest.depths, rows.lengths, forest.max_depth)
-    return _called(model, head, forest.tokens, layout, rows, taps)
+    layout = RowsLayout(mask, forest.depths, rows.lengths, forest.max_depth, packing)
+    if packing is None:
+        return _called(model, head, forest.tokens, layout, rows, taps)
+    wrap_attentions(model)
+    return _called(model, head, packing.packed(forest.tokens)[None], layout, rows, taps)
 
 
 def call_on_tokens(
@@ -82,10 +105,13 @@ def _called(
 ) -> RowsCall:
     views = [view_of(layer, layout) for layer in rows.layers]
     tokens = mx.maximum(tokens, 0)  # padding is not a token
-    span = tree_span.set(TreeSpan(0, 0, batched=True))
+    packing = layout.packing
+    span = tree_span.set(TreeSpan(0, 0, batched=packing is None))
     try:
         computed = called(model, head, tokens, views, taps)
     finally:
         tree_span.reset(span)
+    if packing is not None:
+        return RowsCall(*computed, rows, views, packing)
     shaped = [x.reshape(*tokens.shape, -1) for x in (*computed[:2], *computed.taps)]
     return RowsCall(shaped[0], shaped[1], tuple(shaped[2:]), rows, views)

@@ -7,6 +7,7 @@ from functools import cached_property
 import mlx.core as mx
 from jaxtyping import Bool, Int, Integer
 
+from mlx_distill.core.forest import Packing
 from mlx_distill.target.batch.key_rows import KeyRows
 
 
@@ -19,12 +20,14 @@ class RowsLayout:
         depths: Of the nodes.
         lengths: How many tokens each text has before them.
         max_depth: No node is deeper than this.
+        packing: How the model is given the nodes as a list; None where it is given a row per text.
     """
 
     mask: Bool[mx.array, "B N N"] | None
     depths: Int[mx.array, "B N"]
     lengths: tuple[int, ...]
     max_depth: int = 0
+    packing: Packing | None = None
     masks: dict[object, mx.array] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -60,6 +63,8 @@ class RowsLayout:
     @property
     def offset(self) -> Int[mx.array, "..."]:
         """The positions as the models' ropes take them: of single tokens, one per text."""
+        if self.packing is not None:
+            return self.packing.packed(self.positions)
         return self.starts if self.num_nodes == 1 else self.positions
 
     @cached_property

@@ -1,7 +1,8 @@
-"""Whether a model takes several texts in one call is found by trying, once.
+"""Whether a model takes several texts in one call is found by trying, once, and how.
 
 Two texts of different lengths are read alone and together: in a line, and with trees. What each
-says together has to be what it says alone, and far from what the other says.
+says together has to be what it says alone, and far from what the other says. If it is given the
+nodes of the trees as one list, it has to say the same of them.
 """
 
 from collections.abc import Sequence
@@ -11,9 +12,10 @@ from jaxtyping import Float
 from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_distill.core.forest import Forest
+from mlx_distill.core.forest import Forest, Packing
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.target.batch.call import call_on_forest, call_on_tokens
+from mlx_distill.target.batch.key_rows import KeyRows
 from mlx_distill.target.batch.rows import Rows, kind_of
 from mlx_distill.target.head import Head
 from mlx_distill.target.opening import FLOOR, ROOM, rms_difference
@@ -37,6 +39,51 @@ def takes_batches(model: nn.Module, head: Head) -> bool:
     return known
 
 
+def packs(model: nn.Module, head: Head, rows: Rows) -> bool:
+    """Return whether a model takes the nodes of several trees as one list; it is tried once.
+
+    Recurrent layers do not, and of the others those whose attention can be taken over.
+
+    Args:
+        model: The model, which takes batches.
+        head: Where its hidden states are.
+        rows: Of any texts of it.
+    """
+    if not all(isinstance(layer, KeyRows) for layer in rows.layers):
+        return False
+    known = model.__dict__.get("_mlx_distill_packs")
+    if known is None:
+        try:
+            known = _packs(model, head)
+        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
+            known = False
+        object.__setattr__(model, "_mlx_distill_packs", known)
+    return known
+
+
+def _packs(model: nn.Module, head: Head) -> bool:
+    caches = [make_prompt_cache(model) for _ in _TEXTS]
+    size = call_on_text(model, head, mx.array([1]), make_prompt_cache(model)).logits.shape[-1]
+    texts = _tokens(_TEXTS, size)
+    for text, cache in zip(texts, caches, strict=True):
+        mx.eval(call_on_text(model, head, mx.array(text), cache))
+    rows, more = (Rows.of(c, len(text)) for c, text in zip(caches, texts, strict=True))
+    rows.join(more)
+    forest = Forest.of(_trees(size))
+    packing = Packing(tuple(tree.tokens.size for tree in forest.trees))
+    right = packing.packed(call_on_forest(model, head, forest, rows).logits)
+    found = call_on_forest(model, head, forest, rows, packing=packing).logits
+    error, other = (rms_difference(x.flatten(), right.flatten()) for x in (found, right[::-1]))
+    return error <= FLOOR.get(right.dtype, 0.3) and ROOM * error <= other
+
+
+def _trees(size: int) -> list[PrefixTree]:
+    return [
+        PrefixTree.from_parents(mx.array(tokens), mx.array(parents), 2)
+        for tokens, parents in zip(_tokens(_NODES, size), _PARENTS, strict=True)
+    ]
+
+
 def _agrees(model: nn.Module, head: Head) -> bool:
     caches = [make_prompt_cache(model) for _ in _TEXTS]
     if kind_of(caches[0]) is None:
@@ -49,11 +96,7 @@ def _agrees(model: nn.Module, head: Head) -> bool:
     rows.join(more)
     found = call_on_tokens(model, head, mx.array([text[-1] for text in texts]), rows)
     found.commit([[0], [0]])
-    trees = [
-        PrefixTree.from_parents(mx.array(tokens), mx.array(parents), 2)
-        for tokens, parents in zip(nodes, _PARENTS, strict=True)
-    ]
-    tree_call = call_on_forest(model, head, Forest.of(trees), rows)
+    tree_call = call_on_forest(model, head, Forest.of(_trees(size)), rows)
     tree_call.commit([[0, 1, 3], [0, 2]])
     after = call_on_tokens(model, head, mx.array([text[0] for text in texts]), rows)
     together = [*found.logits[:, 0], tree_call.logits[0, 3], tree_call.logits[1, 2]]

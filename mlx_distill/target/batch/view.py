@@ -6,6 +6,9 @@ them is then written once more, where each text needs it:
 
     length 3   a b c . . | N N N        accepted N0, N2        a b c N0 N2
     length 5   p q r s t | M M M                 M0            p q r s t M0
+
+The nodes of trees that differ in size may come as one list, as if of a single text: what works row
+by row is spared the padding then, and only attention takes them apart (``attention``).
 """
 
 from collections.abc import Sequence
@@ -79,6 +82,8 @@ class KeyRowsView:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Fetched:
         """Write the nodes' keys and values; return them behind the cached ones."""
+        if self.layout.packing is not None:
+            keys, values = map(self.layout.packing.rows, (keys, values))
         self.nodes = self.base.packed(keys, values)
         if self.layout.mask is None:
             self.base.write([x.squeeze(2) for x in self.nodes], self.layout.slots(self.base))
