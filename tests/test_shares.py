@@ -58,9 +58,9 @@ def test_texts_share_nodes_by_what_they_accept() -> None:
 
 def test_a_text_without_nodes_is_tried_again() -> None:
     budget = Budget([SHAPE])
-    assert asked(budget, [4, 0, 0, 0], 60)[1] == 1
-    sizes = {asked(budget, [4, 0, 0, 0], SHARED_FOR)[1] for _ in range(40)}
-    assert max(sizes) > 1
+    found = [asked(budget, [4, 0, 0, 0], SHARED_FOR)[1] for _ in range(40)]
+    parked = found.index(1)
+    assert max(found[parked:]) > 1
 
 
 def test_parts_are_few_sizes() -> None:

@@ -46,7 +46,7 @@ ROW = 0.05
 DEAR, UNDER_WAY, FEW = 2.0, 2, 2
 # Nodes that a text may have, and the cycles between two ways to share them. A text that gets none
 # keeps so much of what was learned of it each time: it is tried again when that is forgotten.
-SIZES, SHARED_FOR, KEPT = (1, 2, 3, 4, 8, 16), 8, 0.9
+SIZES, SHARED_FOR, KEPT = (1, 2, 3, 4, 8, 16), 16, 0.9
 
 
 class Budget:

@@ -97,10 +97,11 @@ def _walk_together(
 ) -> None:
     noise = _noise(walking, forest, packing) if sampling.temperature else None
     with phase("walk", noise) as made:
-        found = *sample_fast(logits, sampling, noise), mx.isnan(logits.max(axis=-1))
+        drawn, certain = sample_fast(logits, sampling, noise)
+        failed = mx.isnan(logits.max(axis=-1))
         if packing is not None:
-            found = [None if x is None else packing.padded(x) for x in found]
-        drawn, certain, failed = found
+            drawn, failed = packing.padded(drawn), packing.padded(failed)
+            certain = None if certain is None else packing.padded(certain)
         walk = follow_all(forest, drawn)
         report = SharedReport(_report(forest, walk, drawn, failed, certain))
         mx.async_eval(report.array)
