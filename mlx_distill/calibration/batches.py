@@ -95,6 +95,14 @@ class BatchChoice:
                 self._keep()
         return self.found.way(self._drafter)
 
+    @property
+    def drafts_pay(self) -> bool:
+        """Whether rows with drafts are known to be the fastest way, by what drafts brought."""
+        found, drafter = self.found or self._read(), self._drafter
+        if found is None or drafter is None or found.gains.get(drafter, 0.0) <= 1:
+            return False
+        return found.way(drafter) == "rows"
+
     def learn(self, gain: float | None) -> None:
         """Take note of what drafts have brought."""
         found, drafter = self._read(), self._drafter

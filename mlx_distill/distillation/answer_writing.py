@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,21 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
+from mlx_distill.calibration.store import drafter_hash
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.answer_files import WrittenAnswers, save_answers
+from mlx_distill.distillation.drafted_answers import drafted, drafter_that_pays
 from mlx_distill.distillation.responses import (
     Response,
     ResponseConfig,
+    Write,
+    header_of,
     prompts_with_room,
     read_responses,
     write_responses,
 )
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
+from mlx_distill.drafters.registry import bundled_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import template_hash, weights_hash, weights_type
 from mlx_distill.locks import locked
@@ -155,11 +161,33 @@ def answered(
         quiet: Draw no progress bar.
     """
     title = "the target writes"
+    target, write = _way(path, model, tokenizer, config, target)
     with tqdm(total=len(prompts), unit="answer", desc=title, leave=False, disable=quiet) as bar:
         ends = tokenizer.eos_token_ids
-        for count in write_responses(path, model, ends, prompts, config, target, bar.update):
+        ways = config, target, bar.update, write
+        for count in write_responses(path, model, ends, prompts, *ways):
             bar.update(count - bar.n)
     return read_responses(path)[: len(prompts)]
+
+
+def _way(
+    path: Path, model: nn.Module, tokenizer: Any, config: ResponseConfig, target: Fingerprint
+) -> tuple[Fingerprint, Write | None]:
+    """Return what the file says of its writer, and what writes the answers if not mlx-lm.
+
+    What was begun without a drafter goes on without: its answers are drawn with other numbers.
+    """
+    begun = header_of(path)
+    drafter = None
+    if begun is None:
+        drafter = drafter_that_pays(model, tokenizer, config.response_batch_size)
+    elif begun.get("drafter"):
+        found = bundled_drafter(model, tokenizer)
+        drafter = None if found is None else found[1]
+    if drafter is None:
+        return target, None
+    told = {**target, "drafter": drafter_hash(drafter)}
+    return told, partial(drafted, model, tokenizer, drafter)
 
 
 def _sentence(answers: WrittenAnswers, ends: set[int], seconds: float) -> str:

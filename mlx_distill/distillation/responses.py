@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from mlx import nn
 
@@ -23,6 +23,8 @@ from mlx_distill.limits import Count, Seed, check_fields
 from mlx_distill.target.context import text_limit
 
 FORMAT_VERSION = 3  # since then what is drawn for an answer follows from its number alone
+# What writes answers, so many at once: they come as they end, behind their numbers.
+Write: TypeAlias = Callable[[Sequence[Wanted], int], Iterator[tuple[int, list[int]]]]
 PART = 8  # batches whose answers are kept together: few rows wait for its longest answer
 
 
@@ -73,6 +75,7 @@ def write_responses(
     config: ResponseConfig,
     target: Mapping[str, Any],
     ended: Callable[[], Any] = lambda: None,
+    write: Write | None = None,
 ) -> Iterator[int]:
     """Append the target's answers to ``path`` and yield how many are there after each part.
 
@@ -84,6 +87,7 @@ def write_responses(
         config: How to write.
         target: The target's fingerprint, for the header.
         ended: Called for every answer that ends, before those of its part are appended.
+        write: Writes them instead of mlx-lm's batches; the header has to say so.
 
     Raises:
         InputError: If the file was written by another target or with another configuration.
@@ -91,13 +95,25 @@ def write_responses(
     done = open_responses(path, prompts, config, target)
     for start in range(done, len(prompts), config.part):
         part = prompts[start : start + config.part]
-        responses = answer(model, eos_token_ids, part, start, config, ended)
+        responses = answer(model, eos_token_ids, part, start, config, ended, write)
         with path.open("a", encoding="utf-8") as file:
             file.writelines(
                 json.dumps({"prompt": p, "response": r}, separators=(",", ":")) + "\n"
                 for p, r in zip(part, responses, strict=True)
             )
         yield start + len(part)
+
+
+def header_of(path: Path) -> Mapping[str, Any] | None:
+    """Return what a file that was begun says of the answers' writer; None if there is none."""
+    if not path.is_file():
+        return None
+    try:
+        with path.open("rb") as file:
+            target = json.loads(file.readline())["target"]
+    except (ValueError, KeyError, TypeError):  # killed while it was written, or another file
+        return None
+    return target if isinstance(target, dict) else None
 
 
 def read_responses(path: Path) -> list[Response]:
@@ -171,6 +187,7 @@ def answer(
     start: int,
     config: ResponseConfig,
     ended: Callable[[], Any] = lambda: None,
+    write: Write | None = None,
 ) -> list[list[int]]:
     """Return the answers to some prompts; what is drawn depends on their numbers, for resuming.
 
@@ -181,6 +198,7 @@ def answer(
         start: Which of all prompts the first one is.
         config: How to write.
         ended: Called for every answer that ends.
+        write: Writes them instead of mlx-lm's batches.
     """
     limit = text_limit(model)
     rooms = [limit - len(prompt) if limit else config.max_tokens for prompt in prompts]
@@ -196,7 +214,9 @@ def answer(
         for row in asked
     ]
     answers: list[list[int]] = [[] for _ in prompts]
-    for place, tokens in written(model, wanted, eos_token_ids, config.response_batch_size, limit):
+    rows = config.response_batch_size
+    found = write(wanted, rows) if write else written(model, wanted, eos_token_ids, rows, limit)
+    for place, tokens in found:
         answers[asked[place]] = tokens
         ended()
     return answers
