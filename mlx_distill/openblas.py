@@ -56,7 +56,7 @@ def drafting_threads() -> Iterator[None]:
     either choice, made on the other's machine, cost a quarter of the speed. Where the caller has
     set OPENBLAS_NUM_THREADS, and without OpenBLAS, nothing changes.
     """
-    global _users, _threads, _for_drafts
+    global _users, _threads, _for_drafts, _used
     library = _openblas
     if library is None or is_set_by_user():
         yield
@@ -65,6 +65,7 @@ def drafting_threads() -> Iterator[None]:
         _threads = library.openblas_get_num_threads()
         _for_drafts = _preferred or fastest_threads(library, _threads)
         library.openblas_set_num_threads(_for_drafts)
+        _used = _for_drafts
     _users += 1
     try:
         yield
@@ -80,11 +81,14 @@ def let_draft(drafts: bool) -> None:
     A prompt and a plain step are fastest with all of them: a text that is parked would be up to a
     tenth slower than plain decoding with one thread of two.
     """
-    if _openblas is not None and _users:
-        _openblas.openblas_set_num_threads(_for_drafts if drafts else _threads)
+    global _used
+    wanted = _for_drafts if drafts else _threads
+    if _openblas is not None and _users and wanted != _used:
+        _openblas.openblas_set_num_threads(wanted)
+        _used = wanted
 
 
-_users, _threads, _for_drafts = 0, 0, 0
+_users, _threads, _for_drafts, _used = 0, 0, 0, 0
 _preferred: int | None = None
 
 

@@ -124,6 +124,21 @@ def drifting(more: float, spread: float = 0.1) -> Callable[[float, int], float]:
     return seconds
 
 
+class Resting(Run):
+    """Makes the plain steps that are known to come in a row; the planner is told afterwards."""
+
+    def until(self, num_tokens: int) -> float:
+        while self.place < num_tokens:
+            steps = 0 if self.next else self.planner.rest(self.number, self.outcome)
+            if steps:
+                self.plans += [None] * steps
+                self.time += steps
+                self.place += steps
+                self.planner.rested(self.number, steps, None)
+            super().until(self.place + 1)
+        return self.place / self.time
+
+
 class Early(Run):
     """Launches every cycle while the plain step before it is read, as a slow host does.
 

@@ -14,7 +14,8 @@ LAYERS = {
     "drafting",
     "uses": "speculation distillation evaluation benchmarking calibration",
     "loops": "speculation.decoding speculation.cycle speculation.drafted_text speculation.caching "
-    "speculation.ledger speculation.statistics speculation.phases speculation.stopwatch training",
+    "speculation.ledger speculation.statistics speculation.phases speculation.stopwatch "
+    "speculation.parked training",
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses kernels",

@@ -35,6 +35,20 @@ class Parked:
         return None
 
 
+class Resting(EverySecond):
+    """Rests for some steps now and then, and is told of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rests: list[int] = []
+
+    def rest(self, text: int, outcome: Outcome | None) -> int:
+        return 5
+
+    def rested(self, text: int, steps: int, seconds: float | None) -> None:
+        self.rests.append(steps)
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return with_eos(mlx_lm.utils.load_tokenizer(bundled("stories-14m")), set())
@@ -98,7 +112,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("planner", [Parked, EverySecond])
+@pytest.mark.parametrize("planner", [Parked, EverySecond, Resting])
 @pytest.mark.parametrize("way", OPTIONS)
 def test_parking_changes_no_text(tokenizer: Any, way: str, planner: Any) -> None:
     model = tiny_model("llama", head_dim=32)
@@ -148,3 +162,38 @@ def test_the_first_token_waits_for_a_plain_step_at_the_most(
     options = {"drafter": KnowingDrafter(model, TEXT, 40), "plan": plan, "max_tokens": 9}
     next(mlx_distill.stream_generate(model, tokenizer, TEXT, **options))
     assert [tree.tokens.size for tree, *_ in called] == ([1] if isinstance(plan, Parked) else [])
+
+
+@pytest.mark.parametrize("num_tokens", [3, 6, 8])
+def test_a_text_that_is_left_while_it_rests_is_what_the_cache_holds(
+    tokenizer: Any, num_tokens: int
+) -> None:
+    model, planner = tiny_model("llama"), Resting()
+    caches = make_prompt_cache(model)
+    options = {"drafter": KnowingDrafter(model, TEXT, 40, hide=True), "plan": planner}
+    texts = mlx_distill.stream_generate(model, tokenizer, TEXT, prompt_cache=caches, **options)
+    tokens = [next(texts).token for _ in range(num_tokens)]
+    texts.close()
+    assert {cache.offset for cache in caches} == {len(TEXT) + num_tokens}
+    plain = mlx_distill.stream_generate(model, tokenizer, TEXT, max_tokens=num_tokens + 3)
+    later = mlx_distill.stream_generate(model, tokenizer, [7], prompt_cache=caches, max_tokens=3)
+    again = mlx_distill.stream_generate(model, tokenizer, [*TEXT, *tokens, 7], max_tokens=3)
+    assert tokens == [response.token for response in plain][:num_tokens]
+    assert [one.token for one in later] == [one.token for one in again]
+
+
+def test_a_rest_ends_with_the_text(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, planner = tiny_model("llama"), Resting()
+    target = Target.of(model)
+    stepper, roots = target.stepper, []
+
+    def counting(taps: Any) -> Any:
+        step = stepper(taps)
+        return lambda root, caches: roots.append(root) or step(root, caches)
+
+    monkeypatch.setattr(target, "stepper", counting)
+    options = {"drafter": KnowingDrafter(model, TEXT, 40, hide=True), "plan": planner}
+    *_, last = mlx_distill.stream_generate(model, tokenizer, TEXT, max_tokens=12, **options)
+    assert last.generation_tokens == 12
+    assert len(roots) == sum(planner.rests) > 0
+    assert last.target_calls + last.accepted_tokens == 11

@@ -12,6 +12,7 @@ from simulated import (
     USELESS,
     WIDTHS,
     Early,
+    Resting,
     Run,
     Text,
     costs,
@@ -66,6 +67,19 @@ def test_what_cycles_really_take_is_what_may_be_lost(curve: str, more: float) ->
         slowest.append(min(run.until(length) for length in range(64, 300)))
     assert np.median(slowest) > 0.97
     assert min(slowest) > 0.95
+
+
+@pytest.mark.parametrize("curve", ["linear", "every row costs a step"])
+def test_steps_in_a_row_change_no_plan(texts: dict[str, Text], curve: str) -> None:
+    text = Text([*USELESS.places * 300, *texts["greedy"].places])
+    runs = []
+    for kind in (Run, Resting):
+        machine = costs(CURVES.get(curve, float))
+        runs.append(run := kind(text, machine, AdaptivePlanner(machine)))
+        run.until(600)
+    one, other = (run.plans[:300] for run in runs)
+    assert one == other
+    assert one.count(None) > 200
 
 
 def drafted(run: Run, num_tokens: int) -> int:

@@ -289,6 +289,30 @@ class Planner(Protocol):
         ...
 
 
+@runtime_checkable
+class Rests(Protocol):
+    """A planner that knows for how long nothing will be drafted."""
+
+    def rest(self, text: int, outcome: Outcome | None) -> int:
+        """Return how many plain steps follow the one under way, whatever becomes of them.
+
+        Args:
+            text: As ``Planner.shape`` takes it.
+            outcome: The same.
+        """
+        ...
+
+    def rested(self, text: int, steps: int, seconds: float | None) -> None:
+        """Take in that so many steps were made, the one under way the first of them.
+
+        Args:
+            text: Number of the text.
+            steps: What ``rest`` said, or less.
+            seconds: What they took, all together; None where that is not known.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class FixedPlanner:
     """Always the same plan.

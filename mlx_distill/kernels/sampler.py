@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from mlx_distill import arrays
 from mlx_distill.core.filters import ROUNDING
 from mlx_distill.core.sampling import Sampling, normalised, sample_fast, shaped_logits
-from mlx_distill.kernels.choice import Operation
+from mlx_distill.kernels.choice import Operation, chosen
 from mlx_distill.kernels.comparing_draws import cases, draws_differ
 from mlx_distill.kernels.noise import Keyed, Noise
 from mlx_distill.kernels.program import SIMD_WIDTH, Program
@@ -309,18 +309,27 @@ def _twin(
     noise: Noise | None = None,
     places: Int[mx.array, " N"] | None = None,
 ) -> Drawn:
-    if isinstance(noise, Keyed):
-        where = mx.arange(logits.shape[0]) if places is None else places
-        noise = noise.rows(where, logits.shape[-1])
-    elif noise is not None and places is not None:
-        noise = noise[places]
-    tokens, certain = sample_fast(logits, sampling, noise)
+    tokens, certain = _tokens(logits, sampling, noise, places)
     # Of what follows, only what is asked for is ever computed.
     shaped = normalised(logits)
     shaped = shaped_logits(shaped, sampling) if sampling.temperature else shaped
     log_probs = mx.take_along_axis(arrays.log_probs(shaped), tokens[:, None], axis=-1)[:, 0]
     sums = arrays.log_sum_exp(logits.astype(mx.float32))[:, 0]
     return Drawn(tokens, log_probs, sums, logits.max(axis=-1), certain)
+
+
+def _tokens(
+    logits: Float[mx.array, "N V"],
+    sampling: Sampling,
+    noise: Noise | None,
+    places: Int[mx.array, " N"] | None,
+) -> tuple[Int[mx.array, " N"], Bool[mx.array, " N"] | None]:
+    if isinstance(noise, Keyed):
+        where = mx.arange(logits.shape[0]) if places is None else places
+        noise = noise.rows(where, logits.shape[-1])
+    elif noise is not None and places is not None:
+        noise = noise[places]
+    return sample_fast(logits, sampling, noise)
 
 
 def _takes(
@@ -343,3 +352,17 @@ Args:
     noise: Gumbel noise, a row for every place; None at temperature 0.
     places: Which row of noise each row of logits takes; None if it is the same one.
 """
+
+
+def draw_tokens(
+    logits: Float[mx.array, "N V"],
+    sampling: Sampling,
+    noise: Noise | None = None,
+    places: Int[mx.array, " N"] | None = None,
+) -> tuple[Int[mx.array, " N"], Float[mx.array, " N"], Bool[mx.array, " N"] | None]:
+    """Return the tokens, the greatest logits and what is certain, as ``draw`` does; no more."""
+    if chosen(draw.name):
+        drawn = draw(logits, sampling, noise, places)
+        return drawn.tokens, drawn.greatest, drawn.certain
+    tokens, certain = _tokens(logits, sampling, noise, places)
+    return tokens, logits.max(axis=-1), certain

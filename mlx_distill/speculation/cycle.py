@@ -16,7 +16,7 @@ from mlx_distill.core.sampling import sample
 from mlx_distill.core.verification import Walk, follow
 from mlx_distill.drafters.protocol import Features
 from mlx_distill.errors import InputError, not_numbers
-from mlx_distill.kernels.sampler import draw
+from mlx_distill.kernels.sampler import draw_tokens
 from mlx_distill.kernels.walk import Walked, along
 from mlx_distill.kernels.walk import walk as walk_along
 from mlx_distill.speculation.drafted_text import Decoding
@@ -150,8 +150,7 @@ def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
             _judge(decoding, cycle)
         else:
             logits = decoding.target.as_drawn(call.logits)
-            drawn = draw(logits, decoding.sampling, noise, places)
-            _walk(cycle, drawn.tokens, drawn.greatest, drawn.certain)
+            _walk(cycle, *draw_tokens(logits, decoding.sampling, noise, places))
         assert cycle.walk is not None
         made(cycle.report, cycle.walk.accepted, cycle.walk.last, cycle.walk.next_token)
     return cycle
@@ -319,8 +318,7 @@ def _walk_on_host(decoding: Decoding, cycle: Cycle) -> Accepted:
 def _draw(decoding: Decoding, logits: Float[mx.array, "1 V"], place: int) -> mx.array:
     """Return the token of a place in the text; this may wait for its logits."""
     noise = decoding.rows(place, 1)
-    drawn = draw(logits, decoding.sampling, noise)
-    token, certain = drawn.tokens, drawn.certain
+    token, _, certain = draw_tokens(logits, decoding.sampling, noise)
     if certain is None or to_number(certain.all()):
         return token
     return sample(logits, decoding.sampling, noise)

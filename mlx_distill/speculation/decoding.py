@@ -10,9 +10,7 @@ the device works while the caller prints; then the next draft, which needs only 
 knows, so that the device has it to do while the host reads, commits and builds the next call.
 """
 
-from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -37,7 +35,8 @@ from mlx_distill.speculation.cycle import (
     no_numbers,
     read,
 )
-from mlx_distill.speculation.drafted_text import Decoding
+from mlx_distill.speculation.drafted_text import DecodedToken, DecodedTokens, Decoding
+from mlx_distill.speculation.parked import resting, steps_to_rest
 from mlx_distill.speculation.phases import phase
 from mlx_distill.speculation.stopwatch import Stopwatch
 from mlx_distill.target.layer_cache import cached_tokens
@@ -45,27 +44,6 @@ from mlx_distill.target.tree_call import TreeCall
 
 # A drafter with taps that does not say more is shown so many of the prompt's last tokens.
 LOOK_BACK = 256
-
-
-@dataclass(frozen=True)
-class DecodedToken:
-    """One token of the text.
-
-    Args:
-        token: Its id.
-        logits: What the token was drawn from, in row ``row``: not normalised, but processed. The
-            rows are neither taken nor normalised here, since hardly anybody looks at them.
-        row: None if these are the log-probabilities themselves.
-        from_draft: Whether it was drafted.
-    """
-
-    token: int
-    logits: Float[mx.array, "..."]
-    row: int | None
-    from_draft: bool
-
-
-DecodedTokens: TypeAlias = Generator[DecodedToken, None, None]
 
 
 def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
@@ -92,6 +70,8 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
                 decoding.state = decoding.drafter.open(prompt, features)
             cycle = cycle or _first_cycle(decoding, prompt, root, plan)
         while cycle is not None:
+            if steps := steps_to_rest(decoding, cycle):
+                cycle = yield from resting(decoding, cycle, steps, stopwatch)
             if not decoding.ends_with(cycle.start + 1):
                 draft_next(decoding, cycle)
             # Where nothing was drafted, the device need not wait until the draw is read.

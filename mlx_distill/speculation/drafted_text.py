@@ -1,7 +1,8 @@
 """One text that is decoded with a drafter: what it needs, what is known of it, what it drafts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -19,6 +20,26 @@ from mlx_distill.speculation.statistics import DraftCounters
 from mlx_distill.target.target import Target
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+class DecodedToken(NamedTuple):
+    """One token of the text.
+
+    Args:
+        token: Its id.
+        logits: What the token was drawn from, in row ``row``: not normalised, but processed. The
+            rows are neither taken nor normalised here, since hardly anybody looks at them.
+        row: None if these are the log-probabilities themselves.
+        from_draft: Whether it was drafted.
+    """
+
+    token: int
+    logits: Float[mx.array, "..."]
+    row: int | None
+    from_draft: bool
+
+
+DecodedTokens: TypeAlias = Generator[DecodedToken, None, None]
 
 
 @dataclass

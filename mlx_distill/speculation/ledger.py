@@ -9,8 +9,7 @@ a single assignment whenever a step is complete, so that an exception between an
 finds the record of before or that of after. Settling is idempotent: interrupted, it is repeated.
 """
 
-from dataclasses import dataclass
-from typing import NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
@@ -39,8 +38,7 @@ class Unusable:
         raise UNUSABLE
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """What is known of the cache.
 
     Args:
@@ -85,6 +83,10 @@ class Ledger:
         """Take note that a token is handed out, which makes so many of the path's nodes text."""
         missing = None if in_cache else token
         self.record = Record(self.record.start, self.record.kept, rows, missing)
+
+    def hand_out_behind(self, call: TreeCall, token: int) -> None:
+        """Keep a root in the cache, and take note that the token behind it is handed out."""
+        self.record = Record(None, call, 1, token)
 
     def settle(self) -> None:
         """Let the cache hold the text; an interrupt meanwhile is raised when it does.

@@ -49,6 +49,11 @@ def phase(name: str, *needs: object) -> AbstractContextManager[Made]:
     return _unseen if watcher is None else watcher.phase(name, needs)
 
 
+def is_watched() -> bool:
+    """Return whether anybody is told of the parts of cycles, in this thread."""
+    return _watcher.get() is not None
+
+
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """Tell a watcher of all parts of cycles meanwhile, in this thread."""

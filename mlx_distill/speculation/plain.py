@@ -11,7 +11,7 @@ from mlx_lm.generate import generate_step
 
 from mlx_distill.arrays import to_number
 from mlx_distill.core.sampling import Sampling, TextNoise, sample
-from mlx_distill.kernels.sampler import draw
+from mlx_distill.kernels.sampler import draw_tokens
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.cycle import failed_after, no_numbers
 from mlx_distill.speculation.decoding import DecodedToken, DecodedTokens
@@ -110,8 +110,7 @@ class PlainSampler:
         self._place += 1
         log_probs = log_probs.astype(mx.float32)
         if self.fast:
-            drawn = draw(log_probs, self.sampling, rows)
-            token, certain = drawn.tokens, drawn.certain
+            token, _, certain = draw_tokens(log_probs, self.sampling, rows)
         else:
             token, certain = sample(log_probs, self.sampling, rows), None
         mx.async_eval(failed, *(() if certain is None else (certain,)))
@@ -177,7 +176,7 @@ def decode_plainly(decoding: PlainDecoding, tokens: mx.array, key: mx.array) -> 
                 if draw.failed.item():
                     raise failed_after(number, processed)
                 if number:
-                    decoding.counters.add([0], 0)
+                    decoding.counters.add_plain()
                 if ledger:
                     ledger.hand_out()
                 yield DecodedToken(token, logits, None, False)

@@ -120,6 +120,12 @@ class TextState:
     in_vain: int | None = 0
 
     @property
+    def is_parked(self) -> bool:
+        """Whether it is, so that what its latest steps took is known and nothing is under way."""
+        asked = any(self.asked) or self.shape or self.waiting or self.looks
+        return not asked and self.parked > 1
+
+    @property
     def under_way(self) -> float:
         """What the draft that nothing is known of yet may still lose, in plain steps."""
         return self.asked[-1].price - 1 if self.asked[-1] else 0.0
@@ -166,13 +172,35 @@ class AdaptivePlanner:
 
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
         """Return the shape of a text's next draft; None parks."""
-        state = self._state(text, outcome)
-        if outcome is not None and outcome is not state.seen:
-            self._learn(state, outcome)
+        state = self._heard(text, outcome)
         if self.nodes.size:
             self._choose(state)
         state.asked.append(state.shape)
         return state.shape.plan if state.shape else None
+
+    def rest(self, text: int, outcome: Outcome | None) -> int:
+        """Return how many plain steps follow the one under way; see ``Rests``."""
+        state = self._heard(text, outcome)
+        if not state.is_parked or self._unseen >= self._look_after:
+            return 0
+        return state.resume - state.tokens
+
+    def rested(self, text: int, steps: int, seconds: float | None) -> None:
+        """Take in that so many steps were made."""
+        state = self._texts[text]
+        state.tokens += steps
+        state.context += steps
+        state.parked += steps
+        if seconds is not None:
+            self._pace.learn(1.0, self._in_steps(seconds / steps, state.context))
+            self._unseen = 0
+
+    def _heard(self, text: int, outcome: Outcome | None) -> TextState:
+        """Return what is known of a text, its latest outcome taken in."""
+        state = self._state(text, outcome)
+        if outcome is not None and outcome is not state.seen:
+            self._learn(state, outcome)
+        return state
 
     def _state(self, text: int, outcome: Outcome | None) -> TextState:
         """Return what is known of a text; a new one starts with what others came to.
@@ -274,9 +302,13 @@ class AdaptivePlanner:
 
     def _park(self, state: TextState) -> None:
         """Decode plainly for a while, in the texts that follow, too."""
-        state.park(state.wait)
         others = max(2 * state.at_first, min(state.wait, AT_FIRST))
         self._wait = min(others, MOST_AT_FIRST)
+        self._wait_on(state)
+
+    def _wait_on(self, state: TextState) -> None:
+        """Decode plainly, for longer every time."""
+        state.park(state.wait)
         state.wait = min(2 * state.wait, LAST_WAIT)
 
     def _try(self, state: TextState) -> None:
@@ -285,8 +317,10 @@ class AdaptivePlanner:
             state.acceptance = state.acceptance.copy(OLD_CYCLES)
         state.in_vain = 0
         state.shape = self._best(state, 0.0)
-        if state.shape is None:
-            state.park(FIRST_WAIT)
+        if state.shape is None and self._can_pay(self._prices(state.context)).any():
+            state.park(FIRST_WAIT)  # it may soon be affordable
+        elif state.shape is None:
+            self._wait_on(state)
         state.cycles = TRIAL
 
     @property
@@ -309,9 +343,7 @@ class AdaptivePlanner:
         elif state.trust is None:
             state.trust = PROMISED * _trust(self._promise(state.context))
         budget = state.budget
-        # Some shapes would not pay if every node on their longest path were accepted.
-        possible = self._most_tokens > prices * (1 + self._caution)
-        possible &= (speeds >= least) & (prices - 1 <= budget)
+        possible = self._can_pay(prices) & (speeds >= least) & (prices - 1 <= budget)
         careful = possible & (prices - 1 <= CAREFUL * budget)
         speeds = np.where(careful if careful.any() else possible, speeds, 0)
         new = NEW_SHAPE if self._used.sum() < MANY_SHAPES else FURTHER_SHAPE
@@ -320,6 +352,13 @@ class AdaptivePlanner:
             worth[state.shape.place] *= CLEARLY
         place = np.unravel_index(worth.argmax(), worth.shape)
         return self._shape_at(place, foretold) if worth[place] > 0 else None
+
+    def _can_pay(self, prices: np.ndarray) -> np.ndarray:
+        """Return which shapes would pay if every node on their longest path were accepted."""
+        return self._most_tokens > prices * (1 + self._caution)
+
+    def _prices(self, context: int) -> np.ndarray:
+        return self._pace.prices(self._foretold(context))
 
     def _promise(self, context: int) -> float:
         """Return the tokens per plain step's time of the text that the costs were measured on."""

@@ -36,6 +36,12 @@ class DraftCounters:
         for depth in range(num_accepted):
             self.accepted_depths[depth] += 1
 
+    def add_plain(self) -> None:
+        """Count a call on a single token."""
+        self.target_calls += 1
+        self.verified_tokens += 1
+        self.beam_tokens += 1
+
     @property
     def acceptance_by_depth(self) -> list[float]:
         """Share of the cycles that accepted at least 1, 2, ... drafted tokens."""

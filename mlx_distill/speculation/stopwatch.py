@@ -1,8 +1,7 @@
 """What cycles take, the caller's own time left out."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 # The device works on while the caller does. If that takes more than this share of a cycle, how long
 # the cycle took is not known.
@@ -19,7 +18,7 @@ class Stopwatch:
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
         self._last: float | None = None
-        self._away_s = 0.0
+        self._away_s = self._left = 0.0
 
     def lap(self) -> float | None:
         """Return the seconds since the last lap; None at the first, or if the caller took long."""
@@ -29,9 +28,12 @@ class Stopwatch:
             return None
         return now - last - away_s
 
-    @contextmanager
-    def away(self) -> Iterator[None]:
-        """Leave out what is done meanwhile."""
-        start = self._clock()
-        yield
-        self._away_s += self._clock() - start
+    def away(self) -> "Stopwatch":
+        """Leave out what is done within."""
+        return self
+
+    def __enter__(self) -> None:
+        self._left = self._clock()
+
+    def __exit__(self, *error: object) -> None:
+        self._away_s += self._clock() - self._left

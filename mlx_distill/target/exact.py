@@ -16,6 +16,7 @@ Where few rows are multiplied by a kernel, a single row is, too, with and withou
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -32,7 +33,12 @@ from mlx_distill.target.products import Products
 from mlx_distill.target.steps import call_by_steps
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import can_trim
-from mlx_distill.target.tree_call import Computed, TreeCall, call_on_text, call_on_tree
+from mlx_distill.target.tree_call import (
+    Computed,
+    TreeCall,
+    call_on_text,
+    call_on_tree,
+)
 
 # A tree with branches at every depth; its nodes' tokens, and the text before it.
 _PARENTS = [0, 0, 0, 1, 1, 2, 3, 0, 4, 6, 6, 7, 9, 2, 12, 5]
@@ -87,6 +93,9 @@ class ExactTarget(Target):
         """
         rows = [logits[row : row + 1] for row in range(logits.shape[0])]
         return mx.concatenate([row - mx.logsumexp(row, keepdims=True) for row in rows])
+
+    def _kernels(self) -> AbstractContextManager[object]:
+        return self.products.of_few_rows(exact=True)
 
     def steps(self) -> nn.Module:
         """Return the model for plain decoding by mlx-lm's loop."""

@@ -43,6 +43,11 @@ class Head:
     def seen(self) -> Iterator[list[mx.array]]:
         """Collect the hidden states of the calls from this thread within."""
         found: list[mx.array] = []
+        with listening([self.heard(found)]):
+            yield found
+
+    def heard(self, found: list[mx.array]) -> Heard:
+        """Return what has to stand around the module so that hidden states are collected."""
 
         def around(call: Call, *args: object, **kwargs: object) -> object:
             output = call(*args, **kwargs)
@@ -51,8 +56,7 @@ class Head:
                 found.append(states)
             return output
 
-        with listening([Heard(self.module, around, self.method)]):
-            yield found
+        return Heard(self.module, around, self.method)
 
 
 class Found(NamedTuple):

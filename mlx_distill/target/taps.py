@@ -50,9 +50,14 @@ def tapped(network: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[Layer, 
     Where a layer returns several arrays, the first one is its output.
     """
     outputs: dict[Layer, mx.array] = {}
-    if not layers:
+    with listening(heard_layers(network, layers, outputs)):
         yield outputs
-        return
+
+
+def heard_layers(
+    network: nn.Module, layers: Sequence[Layer], outputs: dict[Layer, mx.array]
+) -> list[Heard]:
+    """Return what has to stand around a network's layers so that their outputs are collected."""
 
     def record(layer: Layer) -> Call:
         def around(call: Call, *args: Any, **kwargs: Any) -> Any:
@@ -62,5 +67,4 @@ def tapped(network: nn.Module, layers: Sequence[Layer]) -> Iterator[dict[Layer, 
 
         return around
 
-    with listening([Heard(find_layer(network, layer), record(layer)) for layer in layers]):
-        yield outputs
+    return [Heard(find_layer(network, layer), record(layer)) for layer in layers]

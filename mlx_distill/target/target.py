@@ -7,8 +7,8 @@ up in a list but found out when it is opened (``opening``).
 
 import threading
 import weakref
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 
 import mlx.core as mx
@@ -34,8 +34,11 @@ from mlx_distill.target.restoring import can_restore
 from mlx_distill.target.tree_cache import can_branch
 from mlx_distill.target.tree_call import (
     Computed,
+    Observer,
+    RootCall,
     Support,
     TreeCall,
+    call_on_root,
     call_on_text,
     call_on_tree,
     called,
@@ -144,11 +147,37 @@ class Target:
             caches: The prompt cache, which does not hold the root yet.
             taps: Numbers of the layers whose outputs the call has, too.
         """
+        with self._kernels():
+            return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
+
+    def stepper(
+        self, taps: Sequence[int] = ()
+    ) -> Callable[[Int[mx.array, " 1"], list[LayerCache]], RootCall]:
+        """Return what does for one root after the other what ``verify`` does, as quickly as can be.
+
+        Its caches have to append.
+        """
+        observer = Observer(self.model, self.head, taps)
+
+        def step(root: Int[mx.array, " 1"], caches: list[LayerCache]) -> RootCall:
+            with self._kernels():
+                return call_on_root(observer, root, caches)
+
+        return step
+
+    def _kernels(self) -> AbstractContextManager[object]:
+        """Let the kernels that were chosen make calls of a few rows, within."""
         if attends_by_kernel():
             wrap_attentions(self.model)
-        products = self.products.of_few_rows(exact=False) if few_rows_chosen() else nullcontext()
-        with products, self._layers.of_few_rows() if layers_chosen() else nullcontext():
-            return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
+        products, layers = few_rows_chosen(), layers_chosen()
+        if not (products or layers):
+            return nullcontext()
+        made = ExitStack()
+        if products:
+            made.enter_context(self.products.of_few_rows(exact=False))
+        if layers:
+            made.enter_context(self._layers.of_few_rows())
+        return made
 
     @cached_property
     def products(self) -> Products:

@@ -18,10 +18,11 @@ from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
 from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
-from mlx_distill.target.taps import tapped
+from mlx_distill.target.taps import Layer, heard_layers
 from mlx_distill.target.tree_cache import TreeView, can_trim, tree_cache
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
+from mlx_distill.target.watching import listening
 
 Support = Literal["row", "batch", "chain", "none"]
 
@@ -119,6 +120,18 @@ def call_on_text(
     return called(model, head, tokens[None], caches, taps)
 
 
+def call_on_root(
+    observer: "Observer", root: Int[mx.array, " 1"], caches: list[LayerCache]
+) -> RootCall:
+    """Return a model's word on a root alone; the caches append, and hold it then."""
+    start = cached_tokens(caches)
+    return RootCall(*observer(root[None], caches), [], _nothing, caches, start)
+
+
+def _nothing(num_tokens: int) -> None:
+    """Read nothing again: a root's caches forget by their offsets."""
+
+
 def call_on_tree(
     model: nn.Module,
     head: Head,
@@ -147,9 +160,7 @@ def call_on_tree(
         call_on_text(model, head, tree.tokens[:num_tokens], caches)
 
     if tree.tokens.size == 1 and all(map(can_trim, caches)):
-        start = cached_tokens(caches)
-        computed = call_on_text(model, head, tree.tokens, caches, taps)
-        return RootCall(*computed, [], read_again, caches, start)
+        return call_on_root(Observer(model, head, taps), tree.tokens, caches)
     start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
     in_line, as_text = tree.in_line or tree.tokens.size == 1, support == "chain"
     layout = TreeLayout(
@@ -181,12 +192,35 @@ def called(
     taps: Sequence[int],
 ) -> Computed:
     """Return what a model computes at tokens, whatever stands for its caches."""
-    with head.seen() as seen, tapped(model, taps) as outputs:
-        logits = model(tokens, cache=caches)
-    if not seen:
-        raise RuntimeError("the head's input was not seen; was the model changed after load?")
-    rows = tuple(_rows(outputs.get(tap), tokens.shape, tap) for tap in taps)
-    return Computed(logits.reshape(tokens.size, -1), seen[-1].reshape(tokens.size, -1), rows)
+    return Observer(model, head, taps)(tokens, caches)
+
+
+class Observer:
+    """Calls a model and sees what its head is given, and what some layers return.
+
+    Args:
+        model: The model.
+        head: Where its hidden states are.
+        taps: The layers.
+    """
+
+    def __init__(self, model: nn.Module, head: Head, taps: Sequence[int]):
+        self._model, self._taps = model, taps
+        self._seen: list[mx.array] = []
+        self._outputs: dict[Layer, mx.array] = {}
+        heard = [head.heard(self._seen), *heard_layers(model, taps, self._outputs)]
+        self._listening = listening(heard)
+
+    def __call__(self, tokens: Int[mx.array, "B T"], caches: Sequence[LayerCache]) -> Computed:
+        """Return what the model computes at tokens."""
+        with self._listening:
+            logits = self._model(tokens, cache=caches)
+        if not self._seen:
+            raise RuntimeError("the head's input was not seen; was the model changed after load?")
+        rows = tuple(_rows(self._outputs.pop(tap, None), tokens.shape, tap) for tap in self._taps)
+        hidden = self._seen[-1].reshape(tokens.size, -1)
+        self._seen.clear()
+        return Computed(logits.reshape(tokens.size, -1), hidden, rows)
 
 
 def _rows(output: mx.array | None, shape: tuple[int, ...], tap: int) -> Float[mx.array, "N _"]:

@@ -39,14 +39,19 @@ _here = _Here()
 _changing = threading.RLock()  # a class that one thread needs must not be taken back by another
 
 
-@contextmanager
-def listening(heard: Iterable[Heard]) -> Iterator[None]:
+class listening:  # a function to its callers; every call of a target enters it
     """Let callables stand around methods, in this thread, within; the latest outermost."""
-    heard = list(heard)
-    for one in heard:
-        watch(one.module)
-    with _standing(heard):
-        yield
+
+    def __init__(self, heard: Iterable[Heard]):
+        self._heard = list(heard)
+
+    def __enter__(self) -> None:
+        for one in self._heard:
+            watch(one.module)
+        _stand(self._heard)
+
+    def __exit__(self, *error: object) -> None:
+        _leave(self._heard)
 
 
 @contextmanager
@@ -60,8 +65,11 @@ def listening_once(heard: Iterable[Heard]) -> Iterator[None]:
         kinds = [(one.module, type(one.module)) for one in heard]
         taken = [(module, kind) for module, kind in kinds if watch(module)]
         try:
-            with _standing(heard):
+            _stand(heard)
+            try:
                 yield
+            finally:
+                _leave(heard)
         finally:
             for module, kind in taken:
                 module.__class__ = kind
@@ -83,19 +91,18 @@ def own_call(kind: type[nn.Module]) -> object:
     return next((vars(one)["__call__"] for one in kinds if "__call__" in vars(one)), None)
 
 
-@contextmanager
-def _standing(heard: Sequence[Heard]) -> Iterator[None]:
-    around = _here.around
+def _stand(heard: Sequence[Heard]) -> None:
     for one in heard:
-        around.setdefault((id(one.module), one.method), []).append(one.around)
-    try:
-        yield
-    finally:
-        for one in reversed(heard):
-            key = (id(one.module), one.method)
-            around[key].pop()
-            if not around[key]:
-                del around[key]
+        _here.around.setdefault((id(one.module), one.method), []).append(one.around)
+
+
+def _leave(heard: Sequence[Heard]) -> None:
+    around = _here.around
+    for one in reversed(heard):
+        key = (id(one.module), one.method)
+        around[key].pop()
+        if not around[key]:
+            del around[key]
 
 
 @functools.cache
