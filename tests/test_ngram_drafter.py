@@ -14,6 +14,7 @@ from mlx_distill import DraftPlan, InputError, MixedDrafter, NGramDrafter
 from mlx_distill.drafters import ngram
 from mlx_distill.drafters.hit_rates import HitRates
 from mlx_distill.drafters.protocol import Closes, Drafter, DraftState, Features
+from mlx_distill.speculation import drafted_text
 
 NOTHING = Features(mx.zeros((1, 4)))
 STORY = "Tom had a red ball. Tom had a blue ball. Tom had a"
@@ -272,3 +273,17 @@ def test_its_name_is_a_drafter(pair: tuple[Any, Any]) -> None:
     assert isinstance(alone, NGramDrafter)
     assert isinstance(both, MixedDrafter)
     assert alone.store.num_tokens == both.ngrams.store.num_tokens == 0
+
+
+def test_a_step_for_which_nothing_is_found_is_a_plain_one(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all threads, which are taken from it only where there is something to verify."""
+    noted: list[bool] = []
+    monkeypatch.setattr(drafted_text, "let_draft", noted.append)
+    answer = mlx_distill.stream_generate(
+        *pair, [5, 9, 13], drafter=NGramDrafter(longest=64, shortest=64), plan=PLAN, max_tokens=6
+    )
+    assert not list(answer)[-1].drafted_tokens
+    assert len(noted) > 4
+    assert noted == [True, False] * (len(noted) // 2)

@@ -139,6 +139,7 @@ class Decoding:
             draft = self.state.draft(root, plan, in_sight)
             made(draft)
         if draft is None:
+            let_draft(False)  # the plain step that follows is faster with all threads
             return None
         if plan.tree == "beam":
             mx.async_eval(draft.tokens, draft.parents, draft.depths, draft.scores)
