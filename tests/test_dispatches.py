@@ -18,6 +18,7 @@ from mlx_distill.benchmarking.dispatch_study import CycleCounter, of_target, sha
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
 from mlx_distill.checkpoint import bundled
 
+BUNDLED = bundled("stories-14m-redrafter")
 ROWS = mx.arange(64, dtype=mx.float32).reshape(8, 8)
 HEADS = mx.arange(8 * 64, dtype=mx.float32).reshape(1, 8, 4, 16)  # (1, N, H, D)
 APART = mx.contiguous(HEADS.transpose(0, 2, 1, 3))  # (1, H, N, D)
@@ -148,12 +149,26 @@ def test_a_fast_call_of_a_draft_is_one_operation() -> None:
     assert mx.fast.rms_norm is norm
 
 
+def test_a_norm_in_something_compiled_is_one_operation() -> None:
+    """A processor computes it by several, and they are one kernel of a GPU there, too."""
+    counter, x = CycleCounter(), ROWS + 1
+    mx.eval(x)
+    with counter.watching(), counter.phase("draft", ()) as made:
+        made(mx.compile(lambda x: mx.fast.rms_norm(x * 2, None, 1e-5) @ ROWS + 1)(x))
+    assert counter.found["draft"] == 4
+
+
+@pytest.mark.parametrize(("drafter", "most"), [(REFERENCE, 33), (BUNDLED, 40)])
 def test_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    drafter: Path,
+    most: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 16)
     output = tmp_path / "dispatches.json"
-    pair = ["--model", str(bundled("stories-14m")), "--drafter", str(REFERENCE)]
+    pair = ["--model", str(bundled("stories-14m")), "--drafter", str(drafter)]
     pair += ["--num-prompts", "1"]
     assert benchmark.main([*pair, "--dispatches", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
@@ -164,5 +179,6 @@ def test_the_command(
     assert f"{found['cycles']['greedy']['rest']:.1f}" in capsys.readouterr().out
     kernels = found["with_kernels"]
     for law, parts in kernels["cycles"].items():
+        assert found["cycles"][law]["draft"] <= most
         plain = sum(found["cycles"][law].values()) + target["target_call_8"]
         assert sum(parts.values()) + kernels["target_call"] <= 0.6 * plain

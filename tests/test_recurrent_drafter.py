@@ -246,7 +246,7 @@ def test_drafts_made_at_once_are_those_made_one_by_one(shape: dict[str, Any], no
     found = drafter.draft_everywhere(roots, features, plan, noise)
     for row in range(4):
         seen = None if noise is None else noise[row : row + 4]
-        there = [tap[row] for tap in taps]
+        there = mx.stack([tap[row] for tap in taps]) if taps else None
         one = drafter.draft(mx.array(hidden[row]), roots[row : row + 1], plan, seen, there)
         at_once = Draft(*(x[row] for x in fields_of(found)), found.max_depth)
         assert paths(at_once) == pytest.approx(paths(one), abs=1e-4)

@@ -4,7 +4,8 @@ A step and a call of the target are counted from their graphs, in which ``mx.fas
 operation each. The draft and the rest of a cycle are counted in a text that is
 really written, each operation when it is sent, and averaged over the cycles: what is paid for only
 now and then, noise and commits of branches, is in them with its share. A ``mx.fast`` call in them,
-as of a drafter's context blocks, is computed on its own and counted as one operation, too.
+as of a drafter's context blocks, is computed on its own and counted as one operation, too; within
+what is compiled it is marked as one.
 """
 
 from collections import Counter
@@ -20,9 +21,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu, in_graph
-from mlx_distill.benchmarking.kernel_regions import standing_in
+from mlx_distill.benchmarking.kernel_regions import marked_as, standing_in
 from mlx_distill.compat import model_classes
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.drafters.compiling import CompiledDrafts
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.kernels.choice import forced, performing
 from mlx_distill.speculation.caching import PromptCache
@@ -219,17 +221,18 @@ class CycleCounter:
     Attributes:
         found: Dispatches by part, but for the target's; what lies between the parts is the host's.
         cycles: Calls of the target.
+        drafts: Drafts; the last one of a text is not verified any more.
     """
 
     def __init__(self) -> None:
         self.found: Counter[str] = Counter()
-        self.cycles = 0
+        self.cycles = self.drafts = 0
         self._part: str | None = None
 
     def reset(self) -> None:
         """Start again."""
         self.found.clear()
-        self.cycles = 0
+        self.cycles = self.drafts = 0
 
     def note(self, part: str, *things: object) -> None:
         """Count what arrays need, and compute them."""
@@ -252,6 +255,7 @@ class CycleCounter:
             self.cycles += 1
             evaluate(arrays_in(made))
         else:
+            self.drafts += name == "draft"
             self.note(name, made)
 
     @contextmanager
@@ -278,7 +282,7 @@ class CycleCounter:
         try:
             evaluate(needs)
         except ValueError:  # a function is being compiled, and what it computes is counted then
-            return call(*args, **options)
+            return marked_as(1, call, *args, **options)
         output = call(*args, **options)
         evaluate(output)
         self.found[part] += sent + 1
@@ -304,9 +308,17 @@ def of_cycle(
         seed=0,
         max_tokens=TEXT_TOKENS,
     )
+    _forget_compiled(drafter)  # what is compiled is looked at when it is compiled
     found = by_phase(steps)
+    _forget_compiled(drafter)  # it is marked now
     rest = found["tree"] + found["walk"] + found["host"]
     return {"draft": found["draft"], "commit": found["commit"], "rest": rest}
+
+
+def _forget_compiled(drafter: Drafter) -> None:
+    searches = getattr(getattr(drafter, "drafter", drafter), "searches", None)
+    if isinstance(searches, CompiledDrafts):
+        searches.forget()
 
 
 def by_phase(steps: Iterator[object]) -> dict[str, float]:
@@ -322,4 +334,5 @@ def by_phase(steps: Iterator[object]) -> dict[str, float]:
         for _ in steps:
             pass
     names = ("draft", "tree", "walk", "commit", "host")
-    return {name: counter.found[name] / max(1, counter.cycles) for name in names}
+    times = {name: counter.drafts if name == "draft" else counter.cycles for name in names}
+    return {name: counter.found[name] / max(1, times[name]) for name in names}

@@ -43,17 +43,24 @@ class Node(NamedTuple):
 def standing_in(operation: Operation[..., Any], *args: Any, **options: Any) -> Any:
     """Return what an operation's twin returns, marked as the dispatches of its kernel."""
     dispatches, results = _dispatches(operation, *args, **options)
+
+    def twin(*args: Any, **options: Any) -> Any:
+        # What the twin would copy first, the kernel reads as it lies.
+        args, options = _replaced((args, options), mx.contiguous)
+        found = operation.twin(*args, **options)
+        return _lying_as(results, found) if isinstance(found, mx.array) else found
+
+    return marked_as(dispatches, twin, *args, **options)
+
+
+def marked_as(dispatches: int, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Return what a call returns, whose operations count as so many dispatches."""
     begin = mx.logcumsumexp(mx.broadcast_to(mx.array(0.0), (next(_lengths),)), axis=-1)
     end = begin
     for _ in range(dispatches):
         end = mx.logcumsumexp(end, axis=-1)
     args, options = _marked((list(args), options), begin)
-    # What the twin would copy first, the kernel reads as it lies.
-    args, options = _replaced((args, options), mx.contiguous)
-    found = operation.twin(*args, **options)
-    if isinstance(found, mx.array):
-        found = _lying_as(results, found)
-    return _marked(found, end)
+    return _marked(call(*args, **options), end)
 
 
 def _dispatches(operation: Operation[..., Any], *args: Any, **options: Any) -> tuple[int, Any]:

@@ -10,7 +10,7 @@ import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
 
-from mlx_distill.core.beam_search import Listed, beam_search
+from mlx_distill.core.beam_search import Levels, Listed, beam_levels, in_nodes
 from mlx_distill.core.beam_searches import beam_searches
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.attending import AttendingState, ContextReader
@@ -21,7 +21,7 @@ from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.shortlist import Shortlist
-from mlx_distill.drafters.stepping import Steps
+from mlx_distill.drafters.stepping import Carried, Steps
 
 # Up to this size each, what tokens add to the state and make of it as roots is tabulated once,
 # after many drafts: the bundled pair's tables cost 0.26 CPU seconds and save 0.5 ms of each draft.
@@ -59,10 +59,6 @@ class BoundDrafter:
         self._steps = Steps(network, embed)
         self._drafts = 0
         self._shortlist: Shortlist | None = None
-        if self._steps.token_ids is not None:
-            every = mx.arange(embed["weight"].shape[0])
-            self._ids = mx.concatenate([self._steps.token_ids.astype(mx.int32), every])
-            mx.eval(self._ids)
         self.searches = CompiledDrafts()
         self._tabulating = threading.Lock()
         # On a CPU nothing is dispatched, and the compiler takes longer than many readings.
@@ -91,7 +87,7 @@ class BoundDrafter:
         root: Int[mx.array, " 1"],
         plan: DraftPlan,
         noise: Float[mx.array, "L V"] | None = None,
-        taps: Sequence[Float[mx.array, " D"]] = (),
+        taps: Float[mx.array, "T D"] | None = None,
     ) -> Draft:
         """Return the beams that follow a root.
 
@@ -110,11 +106,10 @@ class BoundDrafter:
             with self._tabulating:
                 self._list_columns()
         arrays: tuple[Any, ...]
-        arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
+        arrays = (hidden, taps, root) if noise is None else (hidden, taps, root, noise)
         shape = plan.beam_width, plan.draft_length
         search = self.searches.of((*shape, noise is not None), partial(self._search, *shape))
-        tokens, parents, depths, scores = search(*arrays)
-        return Draft(tokens, parents, depths, scores, plan.draft_length)
+        return in_nodes(search(*arrays))
 
     def tabulate(self) -> None:
         """Make the tables of the steps now, and the shortlist, which a long run does by itself."""
@@ -135,10 +130,10 @@ class BoundDrafter:
         length: int,
         serial: int,
         hidden: mx.array,
-        taps: list[mx.array],
+        taps: mx.array | None,
         root: mx.array,
         noise: mx.array | None = None,
-    ) -> Arrays:
+    ) -> Levels:
         steps = self._steps
         joined = self.network.joined(hidden, taps) if self.reader is None else hidden
         context = steps.context(joined[None])
@@ -146,23 +141,19 @@ class BoundDrafter:
         rows = iter(range(length))  # of noise; one per step, in the search's order
         shortlist, sharpness = self._shortlist, self.config.sharpness
 
-        def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array | Listed, mx.array]:
+        def step(tokens: mx.array, carried: Carried | None) -> tuple[mx.array | Listed, Carried]:
             if carried is None:
-                x, carried = steps.first(root, context)
+                x, carried = steps.first(tokens, context)
             else:
-                x, carried = steps.next(columns, carried, context)
+                x, carried = steps.next(tokens, carried, context)
             row = next(rows)
             here = None if noise is None else noise[row : row + 1]
             if shortlist is not None:
-                return shortlist(x, here, sharpness), carried
+                return shortlist(x, here, sharpness, steps.token_ids), carried
             return self._logits(x, here), carried
 
-        if steps.token_ids is None:
-            draft = beam_search(step, root, None, width, length)
-            return draft.tokens, draft.parents, draft.depths, draft.scores
-        # The columns stand for tokens; behind them, every token stands for itself.
-        draft = beam_search(step, root + steps.token_ids.size, None, width, length)
-        return self._ids[draft.tokens], draft.parents, draft.depths, draft.scores
+        ids, num_tokens = steps.token_ids, self.config.vocab_size
+        return beam_levels(step, root, None, width, length, ids, num_tokens)
 
     def draft_everywhere(
         self,
@@ -195,7 +186,8 @@ class BoundDrafter:
         self._drafts += 1
         if self._drafts == DRAFTS_BEFORE_TABLES:
             self.tabulate()
-        hidden, *taps = (mx.stack(list(x)) for x in zip(*contexts, strict=True))
+        hidden, *of_taps = (mx.stack(list(x)) for x in zip(*contexts, strict=True))
+        taps = of_taps[0] if of_taps else None
         arrays: tuple[Any, ...]
         arrays = (hidden, taps, roots) if noise is None else (hidden, taps, roots, noise)
         search: Callable[..., Arrays] = partial(self._together, plan.beam_width, plan.draft_length)
@@ -213,7 +205,7 @@ class BoundDrafter:
         length: int,
         serial: int,
         hidden: mx.array,
-        taps: list[mx.array],
+        taps: mx.array | None,
         roots: mx.array,
         noise: mx.array | None = None,
     ) -> Arrays:
@@ -250,11 +242,12 @@ class BoundDrafter:
         hidden, shares = (mx.repeat(x, width, axis=0) for x in context)
         rows = iter(range(length))  # of noise, in the search's order
 
-        def step(columns: mx.array, carried: mx.array | None) -> tuple[mx.array, mx.array]:
+        def step(columns: mx.array, carried: Carried | None) -> tuple[mx.array, Carried]:
             if carried is None:
                 x, carried = steps.first(columns, context)
             else:
-                x, carried = steps.next(columns, carried, (hidden, shares))
+                tokens = columns if ids is None else ids[columns]
+                x, carried = steps.next(tokens, carried, (hidden, shares))
             seen = noise(next(rows))
             if seen is not None:
                 seen = mx.repeat(seen, x.shape[0] // roots.size, axis=0)
@@ -310,4 +303,5 @@ class RecurrentState(LastSeen):
 
     def context(self, root: Int[mx.array, " 1"]) -> tuple[mx.array, ...]:
         """Return what the target computed when it chose the root."""
-        return self.features.last, *self.features.last_taps
+        taps = self.features.last_taps
+        return (self.features.last,) if taps is None else (self.features.last, taps)

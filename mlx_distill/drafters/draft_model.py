@@ -249,7 +249,8 @@ class DraftModelState:
             found = call.logits[-columns.size :, : self.drafter.shared_vocab]
             return self._in_sight(found, noise, next(rows)), levels.lines
 
-        return beam_search(step, root, None, plan.beam_width, plan.draft_length)
+        shape, num_tokens = (plan.beam_width, plan.draft_length), self.drafter.shared_vocab
+        return beam_search(step, root, None, *shape, num_tokens=num_tokens)
 
     def _in_sight(
         self, logits: Float[mx.array, "W V"], noise: Float[mx.array, "L _"] | None, row: int

@@ -33,7 +33,7 @@ from mlx_distill.drafters.shape import (
     Tap,
     check_draft_vocab,
 )
-from mlx_distill.drafters.tap_input import with_taps
+from mlx_distill.drafters.tap_input import Taps, with_taps
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, check_fields
 
@@ -114,9 +114,7 @@ class MedusaHeads(nn.Module):
         """All matrices that make logits."""
         return self.lm_head
 
-    def joined(
-        self, hidden: Float[mx.array, "... D"], taps: Sequence[Float[mx.array, "... D"]] = ()
-    ) -> Float[mx.array, "... D"]:
+    def joined(self, hidden: Float[mx.array, "... D"], taps: Taps = ()) -> Float[mx.array, "... D"]:
         """Return h: what the head saw, with what the tapped layers returned."""
         return with_taps(self, hidden, taps)
 

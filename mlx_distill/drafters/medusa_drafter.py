@@ -67,7 +67,7 @@ class MedusaDrafter:
         root: Int[mx.array, " 1"],
         plan: DraftPlan,
         noise: Float[mx.array, "L V"] | None = None,
-        taps: Sequence[Float[mx.array, " D"]] = (),
+        taps: Float[mx.array, "T D"] | None = None,
     ) -> Draft:
         """Return the beams that follow a root.
 
@@ -79,7 +79,7 @@ class MedusaDrafter:
             taps: What the tapped layers returned where the head saw that.
         """
         length = min(plan.draft_length, self.config.num_heads)
-        arrays = (hidden, list(taps), root) if noise is None else (hidden, list(taps), root, noise)
+        arrays = (hidden, taps, root) if noise is None else (hidden, taps, root, noise)
         if plan.tree == "static":
             tree = self.static_tree(plan)
             kind = ("static", plan.nodes, length, noise is not None)
@@ -104,7 +104,7 @@ class MedusaDrafter:
         tree: StaticTree,
         serial: int,
         hidden: mx.array,
-        taps: list[mx.array],
+        taps: mx.array | None,
         root: mx.array,
         noise: mx.array | None = None,
     ) -> Int[mx.array, " N"]:
@@ -124,7 +124,7 @@ class MedusaDrafter:
         length: int,
         serial: int,
         hidden: mx.array,
-        taps: list[mx.array],
+        taps: mx.array | None,
         root: mx.array,
         noise: mx.array | None = None,
     ) -> Arrays:
@@ -142,7 +142,7 @@ class MedusaDrafter:
             total = mx.broadcast_to(totals[here], (count, 1))
             return Listed(logits, columns, total), tokens
 
-        draft = beam_search(step, root, None, width, length)
+        draft = beam_search(step, root, None, width, length, num_tokens=self.config.vocab_size)
         return draft.tokens, draft.parents, draft.depths, draft.scores
 
     def draft_everywhere(
@@ -195,7 +195,7 @@ class MedusaDrafter:
     def _logits(
         self,
         hidden: Float[mx.array, " D"],
-        taps: Sequence[Float[mx.array, " D"]],
+        taps: Float[mx.array, "T D"] | None,
         length: int,
         noise: Float[mx.array, "_ V"] | None,
     ) -> Float[mx.array, "L K"]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Protocol, runtime_checkable
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.core.draft import Draft
@@ -65,6 +66,27 @@ class DraftPlan:
         return replace(self, beam_width=1, tree="best-first") if support == "chain" else self
 
 
+@mx.compile
+def beside(parts: list[mx.array]) -> Float[mx.array, "N P D"]:
+    """Return the rows of some arrays beside each other, by one operation."""
+    numbers = mx.array(np.arange(len(parts))[:, None])
+    rows = parts[0][:, None]
+    for number, part in enumerate(parts[1:], start=1):
+        rows = mx.where(numbers == number, part[:, None], rows)
+    return rows
+
+
+def seen_in_rows(
+    states: Float[mx.array, "N D"], taps: Sequence[Float[mx.array, "N _"]]
+) -> Float[mx.array, "N _"]:
+    """Return what a walk takes the last row of for ``Features``: states, and taps behind them.
+
+    A few layers return something wider, which drafters that look at all rows can read.
+    """
+    alike = taps and all(tap.shape == states.shape for tap in taps)
+    return beside([states, *taps]).flatten(1) if alike else states
+
+
 @dataclass(frozen=True)
 class Features:
     """What the target computed at consecutive tokens of a text.
@@ -83,14 +105,22 @@ class Features:
     def last(self) -> Float[mx.array, " D"]:
         """What the head saw at the last token, when it chose the next one."""
         if isinstance(self.walk, Walked):
-            return self.walk.seen
-        return self.states[-1] if self.walk is None else self.states[self.walk.last]
+            return self.walk.seen[: self.states.shape[-1]]
+        return self.states[-1:].squeeze(0) if self.walk is None else self.states[self.walk.last]
 
     @property
-    def last_taps(self) -> tuple[Float[mx.array, " _"], ...]:
-        """What the tapped layers returned at the last token."""
-        row = -1 if self.walk is None else self.walk.last
-        return tuple(tap[row] for tap in self.taps)
+    def last_taps(self) -> Float[mx.array, "T D"] | None:
+        """What the tapped layers returned at the last token; None without any."""
+        if not self.taps:
+            return None
+        width = self.states.shape[-1]
+        if isinstance(self.walk, Walked) and self.walk.seen.size > width:
+            return self.walk.seen[width:].reshape(len(self.taps), width)
+        if self.walk is None:
+            rows = [tap[-1:] for tap in self.taps]
+        else:
+            rows = [tap[self.walk.last][None] for tap in self.taps]
+        return beside(rows).squeeze(0)
 
     @property
     def hidden(self) -> Float[mx.array, "T D"]:

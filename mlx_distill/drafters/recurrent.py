@@ -41,7 +41,7 @@ from mlx_distill.drafters.shape import (
     Tap,
     check_draft_vocab,
 )
-from mlx_distill.drafters.tap_input import with_taps
+from mlx_distill.drafters.tap_input import Taps, with_taps
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, OneOf, check_fields
 
@@ -180,9 +180,7 @@ class RecurrentDrafter(nn.Module):
             self.token_ids = mx.arange(config.draft_vocab_size)
             self.freeze(keys=["token_ids"], recurse=False)
 
-    def joined(
-        self, hidden: Float[mx.array, "... D"], taps: Sequence[Float[mx.array, "... D"]] = ()
-    ) -> Float[mx.array, "... D"]:
+    def joined(self, hidden: Float[mx.array, "... D"], taps: Taps = ()) -> Float[mx.array, "... D"]:
         """Return h: what the head saw, with what the tapped layers returned."""
         return with_taps(self, hidden, taps)
 

@@ -13,7 +13,7 @@ draft may be any, so this costs acceptance at the most.
 """
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mlx_distill.core.beam_search import Listed
 
@@ -46,9 +46,20 @@ class Shortlist:
         return on_cpu and wide and weight.dtype == mx.float32
 
     def __call__(
-        self, x: Float[mx.array, "W E"], noise: Float[mx.array, "_ V"] | None, sharpness: float
+        self,
+        x: Float[mx.array, "W E"],
+        noise: Float[mx.array, "_ V"] | None,
+        sharpness: float,
+        token_ids: Int[mx.array, " V"] | None,
     ) -> Listed:
-        """Return the sharpened logits of the listed columns, after the noise is added."""
+        """Return the sharpened logits of the listed columns, after the noise is added.
+
+        Args:
+            x: What the head makes logits of.
+            noise: Of all columns; None at temperature 0.
+            sharpness: What the logits are multiplied by.
+            token_ids: What the columns stand for; None if they are the token ids.
+        """
         about = (x @ self._basis) @ self._narrow
         if noise is not None:
             about = about + noise
@@ -57,4 +68,5 @@ class Shortlist:
         if noise is not None:
             noise = mx.broadcast_to(noise, about.shape)
             logits = logits + mx.take_along_axis(noise, columns, axis=-1)
-        return Listed(sharpness * logits, columns)
+        tokens = columns if token_ids is None else token_ids[columns]
+        return Listed(sharpness * logits, tokens)

@@ -4,26 +4,33 @@ A state is multiplied by its half P of the input projection, by what the first b
 that, and by the recurrence U. They are one matrix here, [P | P A | U]; what the context gives is
 added by the operation that comes next anyway:
 
-    joint = state [P | P A | U]                             one product
+    joint = state [P | P A | U] + [0 | 0 | b]               one product
     x = joint_1 + c;   x + silu(joint_2 + c A + a)          one fused operation
-    state' = silu(W e(g) + b + joint_3)                     one fused operation
+    state' = silu(W e(g) + joint_3)                         one fused operation
 
 A gated cell's U is three times as wide, and it needs the state itself, too: behind U stands the
-identity. The first state, where the context makes it, is one more part of what the context gives.
+identity. What is carried on is cut into these four before rows of it are chosen, since views
+between two operations keep them from being fused: so choice and cell are one. The first state,
+where the context makes it, is one more part of what the context gives.
 
-Where the memory allows it and there is much to draft, W e(g) is tabulated for the tokens that can
-be drafted, and the joint of the first step, which the root alone decides, for all tokens.
+Where the memory allows it and there is much to draft, W e(g) is tabulated for all tokens, and the
+joint of the first step, which the root alone decides, where no context begins the state.
 """
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Float, Integer
 from mlx import nn
 
-from mlx_distill.drafters.recurrent import RecurrentDrafter, ResidualBlock, gated
+from mlx_distill.drafters.recurrent import RecurrentDrafter, ResidualBlock
 
 Context = tuple[mx.array, mx.array]  # the hidden state, and what the joined matrices make of it
+Carried: TypeAlias = mx.array | tuple[mx.array, ...]
+
+# Rows of parts that one fused operation can read, beside what else it does: MLX's limit is 24.
+MOST_FUSED = 16
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,14 @@ class Joined:
         bias: Added to that.
         of_state: What a state is multiplied by: for the projection, the first block and the
             recurrence.
+        state_bias: Added to that: the recurrence's.
         widths: Of these three parts, 0 for what the network does not have.
     """
 
     of_hidden: Float[mx.array, "D C"]
     bias: Float[mx.array, " C"]
     of_state: Float[mx.array, "D J"]
+    state_bias: Float[mx.array, " J"]
     widths: tuple[int, int, int]
 
 
@@ -56,14 +65,21 @@ class Steps:
     def __init__(self, network: RecurrentDrafter, embed: nn.Module):
         self.network = network
         self.embed = embed
-        self.token_ids = network.token_ids if network.config.draft_vocab_size else None
+        # As a search counts with them, so that it does not have to make them anew.
+        self.token_ids = None
+        if network.config.draft_vocab_size:
+            self.token_ids = network.token_ids.astype(mx.int64)
+            mx.eval(self.token_ids)
         self.joined = join(network)
         self._reads = self._firsts = None
         if network.config.context_state:
-            self._recurrence = mx.contiguous(self.joined.of_state[:, -self.joined.widths[2] :])
-            mx.eval(self._recurrence)
+            first = slice(self.joined.of_state.shape[1] - self.joined.widths[2], None)
+            self._recurrence = mx.contiguous(self.joined.of_state[:, first])
+            self._recurrence_bias = mx.contiguous(self.joined.state_bias[first])
+            mx.eval(self._recurrence, self._recurrence_bias)
         # A compiled draft would make them every time, and on the stream of this thread only.
-        mx.eval(self.joined.of_hidden, self.joined.bias, self.joined.of_state)
+        joined = self.joined
+        mx.eval(joined.of_hidden, joined.bias, joined.of_state, joined.state_bias)
 
     def tabulate(self, table_bytes: int) -> None:
         """Make the tables that are no larger than this each.
@@ -71,19 +87,16 @@ class Steps:
         With the bundled pair that takes as long as they save in a thousand drafts on a CPU.
         """
         network, embed = self.network, self.embed
-        num_rows, row_bytes = network.head.weight.shape[0], network.head.weight.dtype.size
+        num_tokens, row_bytes = embed["weight"].shape[0], network.head.weight.dtype.size
         reads = network.rnn_w.weight.shape[0] if network.config.rnn else network.config.hidden_size
-        if num_rows * reads * row_bytes <= table_bytes:
-            table = self._read(mx.arange(num_rows))
-            mx.eval(table)
-            self._reads = table
-        num_tokens = embed["weight"].shape[0]  # the root can be any of the target's
+        if num_tokens * reads * row_bytes <= table_bytes:
+            self._reads = network.read(embed(mx.arange(num_tokens)))
+            mx.eval(self._reads)
         alone = network.config.rnn and "input_proj" in network and not network.config.context_state
         if alone and num_tokens * sum(self.joined.widths) * row_bytes <= table_bytes:
             read = network.read(embed(mx.arange(num_tokens)))
-            table = network.advance(None, read) @ self.joined.of_state
-            mx.eval(table)
-            self._firsts = table
+            self._firsts = self._joint(self._state(read, None))
+            mx.eval(self._firsts)
 
     def context(self, hidden: Float[mx.array, "S D"]) -> Context:
         """Return what drafts need of the hidden states, once; decoding has one of them."""
@@ -91,46 +104,51 @@ class Steps:
 
     def first(
         self, root: Integer[mx.array, " S"], context: Context
-    ) -> tuple[Float[mx.array, "S E"], Float[mx.array, "S D"]]:
+    ) -> tuple[Float[mx.array, "S E"], Carried]:
         """Return what the head makes logits of after the root, and what is carried on."""
         if self._firsts is not None:
             return self._features(None, self._firsts[root], context)
-        read = self.network.read(self.embed(root))
-        if self.network.config.context_state:
-            _, shares = context
-            begin = mx.tanh(shares[:, -self.network.config.hidden_size :])
-            state = self._state(read, begin @ self._recurrence)
-        else:
-            state = self.network.advance(None, read)
-        return self._features(state, state @ self.joined.of_state, context)
+        if not self.network.config.context_state:
+            return self.next(root, None, context)
+        begin = mx.tanh(context[1][:, -self.network.config.hidden_size :])
+        recurrent = mx.addmm(self._recurrence_bias, begin, self._recurrence)
+        return self.next(root, self._parts(recurrent), context)
 
     def next(
-        self,
-        columns: Integer[mx.array, " W"],
-        carried: Float[mx.array, "W D"],
-        context: Context,
-    ) -> tuple[Float[mx.array, "W E"], Float[mx.array, "W D"]]:
-        """Return the same after drafted tokens, which columns of the logits stand for."""
-        read = self._read(columns) if self._reads is None else self._reads[columns]
-        state = self._state(read, carried)
-        return self._features(state, state @ self.joined.of_state, context)
+        self, tokens: Integer[mx.array, " W"], carried: Carried | None, context: Context
+    ) -> tuple[Float[mx.array, "W E"], Carried]:
+        """Return the same after drafted tokens; before the first, nothing was carried."""
+        state = self._state(self._read(tokens), carried)
+        return self._features(state, self._joint(state), context)
 
-    def _state(self, read: mx.array, carried: mx.array) -> Float[mx.array, "W D"]:
-        """Return the state that follows what was carried on."""
-        if not self.network.config.rnn:
-            return read + carried
-        bias, width = self.network.rnn_u.bias, self.network.config.hidden_size
-        if self.network.config.cell == "elman":
-            return nn.silu(read + bias + carried)
-        return gated(carried[:, -width:], read, bias + carried[:, :-width])
-
-    def _read(self, columns: Integer[mx.array, " W"]) -> Float[mx.array, "W D"]:
-        tokens = columns if self.token_ids is None else self.token_ids[columns]
+    def _read(self, tokens: Integer[mx.array, " W"]) -> Float[mx.array, "W G"]:
+        if self._reads is not None:
+            return self._reads[tokens]
         return self.network.read(self.embed(tokens))
+
+    def _joint(self, state: Float[mx.array, "W D"]) -> Float[mx.array, "W J"]:
+        if not self.network.config.rnn:
+            return state @ self.joined.of_state
+        return mx.addmm(self.joined.state_bias, state, self.joined.of_state)
+
+    def _state(
+        self, read: Float[mx.array, "W G"], carried: Carried | None
+    ) -> Float[mx.array, "W D"]:
+        """Return the state that follows what was carried on."""
+        if carried is None:
+            return self.network.advance(None, read)
+        if self.network.config.cell == "elman":
+            assert isinstance(carried, mx.array)
+            return nn.silu(read + carried) if self.network.config.rnn else read + carried
+        parts = carried if isinstance(carried, tuple) else mx.split(carried, 4, axis=-1)
+        keep, reset, recurrent, state = parts
+        read_keep, read_reset, read_new = mx.split(read, 3, axis=-1)
+        new = mx.tanh(read_new + mx.sigmoid(read_reset + reset) * recurrent)
+        return new + mx.sigmoid(read_keep + keep) * (state - new)
 
     def _features(
         self, state: mx.array | None, joint: Float[mx.array, "W J"], context: Context
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array, Carried]:
         hidden, shares = context
         projected, blocked, _ = self.joined.widths
         if projected:
@@ -144,9 +162,15 @@ class Steps:
         for layer in self.network.lm_head[1 if blocked else 0 : -1]:
             x = layer(x)
         if self.network.config.rnn:
-            return x, joint[:, projected + blocked :]
+            return x, self._parts(joint[:, projected + blocked :])
         assert state is not None
         return x, state
+
+    def _parts(self, recurrent: Float[mx.array, "W U"]) -> Carried:
+        """Return what a gated cell asks of a product, in parts if so many rows can be fused."""
+        if self.network.config.cell == "elman" or 4 * recurrent.shape[0] > MOST_FUSED:
+            return recurrent
+        return tuple(mx.split(recurrent, 4, axis=-1))
 
 
 def join(network: RecurrentDrafter) -> Joined:
@@ -177,10 +201,16 @@ def join(network: RecurrentDrafter) -> Joined:
         sum(matrix.shape[1] for matrix in recurrence),
     )
     nothing = mx.zeros((width, 0))
+    biases_of_state = [mx.zeros((sum(matrix.shape[1] for matrix in of_state),))]
+    if network.config.rnn:
+        biases_of_state.append(network.rnn_u.bias)
+    if network.config.cell == "gru":
+        biases_of_state.append(mx.zeros((width,)))
     arrays = (
         mx.concatenate([*of_hidden, nothing], axis=1),
         mx.concatenate([*biases, mx.zeros((0,))]),
         mx.concatenate([*of_state, *recurrence, nothing], axis=1),
+        mx.concatenate(biases_of_state),
     )
-    of_hidden, bias, of_state = (mx.contiguous(x.astype(dtype)) for x in arrays)
-    return Joined(of_hidden, bias, of_state, widths)
+    of_hidden, bias, of_state, state_bias = (mx.contiguous(x.astype(dtype)) for x in arrays)
+    return Joined(of_hidden, bias, of_state, state_bias, widths)

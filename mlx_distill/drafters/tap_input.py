@@ -6,6 +6,7 @@ Norm divides by the root mean square; T is the network's ``tap_proj``.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Float
@@ -13,22 +14,27 @@ from mlx import nn
 
 NORM_EPS = 1e-5
 
+Taps: TypeAlias = Sequence[Float[mx.array, "... D"]] | Float[mx.array, "... T D"] | None
+
 
 def with_taps(
     network: nn.Module,
     hidden: Float[mx.array, "... D"],
-    taps: Sequence[Float[mx.array, "... D"]] = (),
+    taps: Taps = (),
 ) -> Float[mx.array, "... D"]:
     """Return h: what the head saw, with what the tapped layers returned.
 
     Args:
         network: Its ``tap_proj`` is T; without one it sees no layers.
         hidden: What the head saw.
-        taps: What the layers returned at the same tokens.
+        taps: What the layers returned at the same tokens, in arrays of their own or in one.
     """
     project = network.get("tap_proj")
     if project is None:
         return hidden
     # Layers' outputs differ in size by hundreds; norms without weights, as T has some.
-    normed = [mx.fast.rms_norm(tap, None, NORM_EPS) for tap in taps]
+    if isinstance(taps, mx.array):
+        normed = mx.fast.rms_norm(taps, None, NORM_EPS).flatten(-2)
+        return mx.addmm(hidden[None], normed[None], project.weight.T).squeeze(0)
+    normed = [mx.fast.rms_norm(tap, None, NORM_EPS) for tap in taps or ()]
     return hidden + project(mx.concatenate(normed, axis=-1))

@@ -14,7 +14,7 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import sample
 from mlx_distill.core.verification import Walk, follow
-from mlx_distill.drafters.protocol import Features
+from mlx_distill.drafters.protocol import Features, seen_in_rows
 from mlx_distill.errors import InputError, not_numbers
 from mlx_distill.kernels.sampler import draw_tokens
 from mlx_distill.kernels.walk import Walked, along
@@ -151,8 +151,10 @@ def walked(decoding: Decoding, cycle: Cycle) -> Cycle:
         else:
             logits = decoding.target.as_drawn(call.logits)
             _walk(cycle, *draw_tokens(logits, decoding.sampling, noise, places))
-        assert cycle.walk is not None
-        made(cycle.report, cycle.walk.accepted, cycle.walk.last, cycle.walk.next_token)
+        walk = cycle.walk
+        assert walk is not None
+        seen = walk.seen if isinstance(walk, Walked) else None
+        made(cycle.report, walk.accepted, walk.last, walk.next_token, seen)
     return cycle
 
 
@@ -195,7 +197,8 @@ def _walk(
         cycle.report = RootReport(drawn, mx.isnan(greatest), certain)
         mx.async_eval(cycle.report.arrays)
         return
-    cycle.walk = walk_along(tree, drawn, greatest, certain, cycle.call.hidden)
+    seen = seen_in_rows(cycle.call.hidden, cycle.call.taps)
+    cycle.walk = walk_along(tree, drawn, greatest, certain, seen)
     cycle.report = cycle.walk.report
     mx.async_eval(cycle.report)
 

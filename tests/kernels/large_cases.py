@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from mlx_distill.core.prefix_tree import PrefixTree, ancestors
 from mlx_distill.core.sampling import Sampling
+from mlx_distill.kernels.beam_step import token_bits
 from mlx_distill.kernels.choice import Case
 from mlx_distill.kernels.noise import Keyed
 from mlx_distill.kernels.product_source import Matrix, Norm, Packed
@@ -69,7 +70,8 @@ def _draws() -> list[Case]:
 
 def _steps() -> list[Case]:
     logits = mx.random.normal((4, VOCABULARY))
-    return [Case("4 beams", (logits, mx.zeros((4, 1)), 4), {})]
+    args = (logits, mx.zeros((4, 1), mx.uint32), mx.arange(VOCABULARY)[None], 4)
+    return [Case("4 beams", (*args, token_bits(VOCABULARY)), {})]
 
 
 def _walks() -> list[Case]:
