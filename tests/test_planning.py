@@ -21,7 +21,7 @@ from simulated import (
     recorded_texts,
 )
 
-from mlx_distill.drafters.protocol import Outcome
+from mlx_distill.drafters.protocol import DraftPlan, Outcome
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
@@ -67,6 +67,24 @@ def test_what_cycles_really_take_is_what_may_be_lost(curve: str, more: float) ->
         slowest.append(min(run.until(length) for length in range(64, 300)))
     assert np.median(slowest) > 0.97
     assert min(slowest) > 0.95
+
+
+def test_texts_that_change_are_as_fast_as_with_the_best_fixed_shape(texts: dict[str, Text]) -> None:
+    """Good and useless passages take turns; of every kind of shape some are tried in hindsight."""
+    shares = {}
+    passages = (60, 120, 320), (0, 150, 200, 150), (100, 100, 100, 100)
+    shapes = [DraftPlan(*one) for one in itertools.product((1, 8), (1, 2, 4, 6), (2, 4, 8, 12))]
+    for curve, sizes in itertools.product(("flat", "two cores"), passages):
+        kinds = itertools.cycle((texts["greedy"].places[:400], USELESS.places * 400))
+        text = Text(
+            [place for size, kind in zip(sizes, kinds, strict=False) for place in kind[:size]]
+        )
+        machine, length = costs(CURVES[curve]), len(text.places)
+        fixed = max(1.0, *(text.fixed(machine, shape, length) for shape in shapes))
+        found = Run(text, machine, AdaptivePlanner(machine)).until(length)
+        shares[curve, sizes] = found / fixed
+    assert np.mean(list(shares.values())) > 0.97, shares
+    assert min(shares.values()) > 0.93, shares
 
 
 @pytest.mark.parametrize("curve", ["linear", "every row costs a step"])
