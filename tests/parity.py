@@ -23,6 +23,7 @@ from mlx_lm.sample_utils import make_logits_processors  # isort: skip
 
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.files import read_jsonl
 from mlx_distill.target.target import Target
@@ -70,10 +71,17 @@ def drafter_for(name: str | None, model: Any, tokenizer: Any) -> Any:
     return BoundDrafter(network, target.embed, {})
 
 
-def differs(pair: Any, drafter: Any, prompt: list[int], way: Way, max_tokens: int) -> str | None:
+def differs(
+    pair: Any,
+    drafter: Any,
+    prompt: list[int],
+    way: Way,
+    max_tokens: int,
+    plan: DraftPlan | None = None,
+) -> str | None:
     """Return where a drafted text leaves mlx-lm's, or None."""
     caches = [way.caches(pair[0]) for _ in range(2)]
-    options = {"max_tokens": max_tokens, "prompt_cache": caches[0], **way.ours()}
+    options = {"max_tokens": max_tokens, "prompt_cache": caches[0], "plan": plan, **way.ours()}
     ours = list(mlx_distill.stream_generate(*pair, prompt, drafter=drafter, **options))
     options = {"max_tokens": max_tokens, "prompt_cache": caches[1], **way.theirs()}
     theirs = itertools.islice(mlx_lm.stream_generate(*pair, prompt, **options), len(ours))
@@ -95,6 +103,9 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="JSONL rows with prompt or turns")
     parser.add_argument("--num-prompts", type=int, default=40)
     parser.add_argument("--max-tokens", type=int, default=96)
+    parser.add_argument(
+        "--plan", type=int, nargs=3, metavar=("WIDTH", "LENGTH", "NODES"), help="of every draft"
+    )
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     arguments = parser.parse_args()
     pair = mlx_distill.load(arguments.model)
@@ -102,9 +113,9 @@ def main() -> int:
     rows = itertools.islice(read_jsonl(arguments.data), arguments.num_prompts)
     texts = [row["prompt"] if "prompt" in row else row["turns"][0] for _, row in rows]
     prompts = [encode_prompt(pair[1], text)[:1024] for text in texts]
-    total = 0
+    plan, total = DraftPlan(*arguments.plan) if arguments.plan else None, 0
     for name in arguments.ways:
-        found = [differs(pair, drafter, p, WAYS[name], arguments.max_tokens) for p in prompts]
+        found = [differs(pair, drafter, p, WAYS[name], arguments.max_tokens, plan) for p in prompts]
         wrong = [f"prompt {number}: {where}" for number, where in enumerate(found) if where]
         total += len(wrong)
         print(f"{name}: {len(wrong)} of {len(prompts)} differ", *wrong, sep="\n  ", flush=True)

@@ -1,8 +1,8 @@
 """A target's answers written with a drafter, where that was found to be faster.
 
-mlx-lm's way of writing many texts (``answer_batch``) is the rule: with dozens in a call, drafts
-hardly ever pay. Where batches of as many texts, written by ``batch_generate``, were seen to gain by
-a bundled drafter on this machine, answers are written so, too. Nothing is timed for that.
+mlx-lm's way of writing many texts (``answer_batch``) is the rule. Where batches of as many texts,
+written by ``batch_generate``, were seen to gain by a bundled drafter on this machine, answers are
+written so, too. Nothing is timed for that.
 """
 
 from collections.abc import Iterator, Sequence
