@@ -19,8 +19,6 @@ from typing import Any
 import pytest
 import type_checks
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores; read when it is loaded
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("MLX_DISTILL_CALIBRATE", "0")  # no test measures this machine by itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process would compile all it imports
 type_checks.install("mlx_distill")
@@ -72,6 +70,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     alone = named or config.option.usepdb or "PYTEST_XDIST_WORKER" in os.environ
     if not alone and config.getoption("numprocesses", default=0) is None:  # 0 without xdist
         config.option.numprocesses, config.option.dist = 2, "worksteal"
+    if config.getoption("numprocesses", default=0):
+        # The workers share the cores. A worker would say it too late: plugins import NumPy, whose
+        # own BLAS would have other threads, and other bits, than in commands that tests start.
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:

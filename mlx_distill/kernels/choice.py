@@ -91,9 +91,9 @@ def chosen(name: str) -> bool:
     if _forced:
         kernels, but = _forced[-1]
         return kernels and name not in but
+    how = mode()  # another word is refused without a GPU, too
     if not has_gpu():
         return False
-    how = mode()
     return how == "force" or (how == "probe" and _verdicts.get(name, False))
 
 
