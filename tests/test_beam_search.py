@@ -70,7 +70,7 @@ class TinyDrafter:
 
     def search(self, width: int, length: int) -> Draft:
         token_ids = None if self.token_ids is None else mx.array(self.token_ids)
-        return beam_search(self.step, mx.array([ROOT]), None, width, length, token_ids)
+        return beam_search(self.step, mx.array([ROOT]), None, width, length, token_ids, 2**16)
 
     def logits(self, path: Path) -> np.ndarray:
         """Return the float64 logits after the root and a path, from scratch."""
@@ -145,6 +145,23 @@ def test_tokens_may_be_listed(token_ids: list[int] | None):
 
     draft = beam_search(step, mx.array([ROOT]), None, 3, 3)
     assert_equal_levels(draft, drafter.slow_search(3, 3))
+
+
+@pytest.mark.parametrize("first", [2**16 - 4, 2**20 - 4, 2**23])
+def test_tokens_of_wide_vocabularies_are_whole(first: int) -> None:
+    random, ids = np.random.default_rng(2), first + mx.arange(8)
+    table = mx.array(random.normal(size=(3, 8)).astype(np.float32))
+
+    def step(tokens: mx.array, state: Any) -> tuple[mx.array, Any]:
+        return table[: tokens.size], state
+
+    wide = beam_search(step, mx.array([ROOT]), (), 3, 3, ids, first + 8)
+    plain = beam_search(step, mx.array([ROOT]), (), 3, 3)
+    fields = [
+        [np.array(x)[1:].tolist() for x in (y.tokens, y.depths, y.scores)] for y in (wide, plain)
+    ]
+    paths = [sorted(zip(*one, strict=True)) for one in fields]
+    assert paths[0] == [(token + first, *others) for token, *others in paths[1]]
 
 
 @pytest.mark.parametrize("width", [9, 10, 100])

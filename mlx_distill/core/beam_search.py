@@ -67,7 +67,7 @@ def beam_search(
     width: int,
     length: int,
     token_ids: Int[mx.array, " V"] | None = None,
-    num_tokens: int = 2**16,
+    num_tokens: int = 2**20,
 ) -> Draft:
     """Return the ``width`` most probable continuations of the root at each of ``length`` depths.
 
@@ -84,7 +84,7 @@ def beam_levels(
     width: int,
     length: int,
     token_ids: Int[mx.array, " V"] | None = None,
-    num_tokens: int = 2**16,
+    num_tokens: int = 2**20,
 ) -> Levels:
     """Return the same as rows, a level each: what a compiled search returns, since it fuses.
 

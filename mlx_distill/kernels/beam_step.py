@@ -34,8 +34,8 @@ HALF = 16
 
 
 def token_bits(num_tokens: int) -> int:
-    """Return how many bits a token takes in a word."""
-    return HALF if num_tokens <= 2**HALF else 20
+    """Return how many bits a token takes in a word; few widths, for each is a kernel of its own."""
+    return HALF if num_tokens <= 2**HALF else max(20, (num_tokens - 1).bit_length())
 
 
 def tokens_of(words: UInt32[mx.array, "K 2"], bits: int) -> Integer[mx.array, " K"]:

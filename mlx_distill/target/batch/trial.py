@@ -5,7 +5,7 @@ says together has to be what it says alone, and far from what the other says. If
 nodes of the trees as one list, it has to say the same of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 from jaxtyping import Float
@@ -29,14 +29,7 @@ _PARENTS = ((0, 0, 0, 1), (0, 0, 0))
 
 def takes_batches(model: nn.Module, head: Head) -> bool:
     """Return whether a model takes the trees of several texts in one call; it is tried once."""
-    known = model.__dict__.get("_mlx_distill_batches")
-    if known is None:
-        try:
-            known = _agrees(model, head)
-        except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
-            known = False
-        object.__setattr__(model, "_mlx_distill_batches", known)
-    return known
+    return _found(model, head, "_mlx_distill_batches", _agrees)
 
 
 def packs(model: nn.Module, head: Head, rows: Rows) -> bool:
@@ -51,13 +44,20 @@ def packs(model: nn.Module, head: Head, rows: Rows) -> bool:
     """
     if not all(isinstance(layer, KeyRows) for layer in rows.layers):
         return False
-    known = model.__dict__.get("_mlx_distill_packs")
+    return _found(model, head, "_mlx_distill_packs", _packs)
+
+
+def _found(
+    model: nn.Module, head: Head, name: str, tried: Callable[[nn.Module, Head], bool]
+) -> bool:
+    """Return what a model was found to do, which it remembers by a name."""
+    known = model.__dict__.get(name)
     if known is None:
         try:
-            known = _packs(model, head)
+            known = tried(model, head)
         except (ValueError, TypeError, IndexError, AttributeError, RuntimeError):
             known = False
-        object.__setattr__(model, "_mlx_distill_packs", known)
+        object.__setattr__(model, name, known)
     return known
 
 
