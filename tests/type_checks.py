@@ -39,21 +39,28 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that checks its calls, or one that is made in another as it is.
 
     Of those each line of code is checked as it is made for the first time: to write the checks down
-    takes a millisecond, a training makes some at every step.
+    takes a millisecond, a training makes some at every step. So they are written down at a
+    function's first call, too: of thousands no process calls most.
     """
     if "<locals>" in function.__qualname__:
         if function.__code__ in _made:
             return function
         _made.add(function.__code__)
-    typed = beartype(function)
+    typed = functools.cache(lambda: beartype(function))
     if not any(map(_has_axes, function.__annotations__.values())):
-        return typed
+
+        @functools.wraps(function)
+        def alone(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            return typed()(*args, **kwargs)
+
+        return alone
 
     @functools.wraps(function)
     def in_a_scope(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
         with _jaxtyped("context"):
-            return typed(*args, **kwargs)
+            return typed()(*args, **kwargs)
 
     return in_a_scope
 

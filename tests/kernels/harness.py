@@ -85,9 +85,8 @@ class Harness:
         sizes = zip(launch.output_shapes, launch.output_dtypes, strict=True)
         outputs = [np.zeros(shape, _numpy_type(dtype)) for shape, dtype in sizes]
         inputs = [_as_it_lies(x, program.any_layout) for x in launch.inputs]
-        library = _library(program, launch)
         message = ctypes.create_string_buffer(MESSAGE_BYTES)
-        library.run(
+        _compiled(program, launch)(
             _pointers([x for x, _ in inputs] + outputs),
             (ctypes.c_long * (len(inputs) + len(outputs)))(
                 *(x.size for x, _ in inputs), *(x.size for x in outputs)
@@ -106,6 +105,18 @@ class Harness:
         return [mx.array(x).view(dtype).reshape(x.shape) for x, dtype in made]
 
 
+class Noting:
+    """A launcher that executes nothing: it notes what is launched, and returns zeros."""
+
+    def __init__(self):
+        self.launches: list[tuple[Program, Launch]] = []
+
+    def __call__(self, program: Program, launch: Launch) -> list[mx.array]:
+        self.launches.append((program, launch))
+        sizes = zip(launch.output_shapes, launch.output_dtypes, strict=True)
+        return [mx.zeros(shape, dtype) for shape, dtype in sizes]
+
+
 def no_compiler() -> str:
     """Return why kernels cannot be executed here; "" if they can."""
     return "" if compiler() else "no C++ compiler was found"
@@ -119,7 +130,10 @@ def compiler() -> str | None:
 
 
 def source_of(program: Program, launch: Launch) -> str:
-    """Return the C++ of a program, for the types that it is launched with."""
+    """Return the C++ of a program, for the types that it is launched with.
+
+    Its entry has the name ``ENTRY``, which the file defines.
+    """
     read = [TYPES[x.dtype] for x in launch.inputs]
     written = [TYPES[dtype] for dtype in launch.output_dtypes]
     inputs = list(zip(program.inputs, read, strict=True))
@@ -128,8 +142,6 @@ def source_of(program: Program, launch: Launch) -> str:
     fields += [f"Output<{kind}> {name};" for name, kind in outputs]
     fields += [f"const int* {name}_shape; const int64_t* {name}_strides;" for name, _ in inputs]
     lines = [
-        f'#include "{RUNTIME.name}"',
-        (DIALECT / "common.h").read_text(),
         program.functions,
         f"static struct {{ {' '.join(fields)} }} args;",
         "static void kernel() {",
@@ -167,7 +179,7 @@ def _template(template: Sequence[tuple[str, Any]]) -> list[str]:
 def _entry(inputs: list[tuple[str, str]], outputs: list[tuple[str, str]]) -> list[str]:
     """Return the function that is called from here."""
     lines = [
-        'extern "C" int run(void** data, const long* sizes, const int* const* shapes,',
+        'extern "C" int ENTRY(void** data, const long* sizes, const int* const* shapes,',
         "    const int64_t* const* strides, const uint* grid, const uint* group, int cut,",
         "    uint64_t seed, char* message) {",
     ]
@@ -189,14 +201,31 @@ def _entry(inputs: list[tuple[str, str]], outputs: list[tuple[str, str]]) -> lis
     return lines
 
 
-_loaded: dict[str, ctypes.CDLL] = {}
+_loaded: dict[str, Any] = {}
 
 
-def _library(program: Program, launch: Launch) -> ctypes.CDLL:
-    source = source_of(program, launch)
-    if source not in _loaded:
-        _loaded[source] = ctypes.CDLL(str(_built(program.name, source)))
-    return _loaded[source]
+def compile_together(launches: Sequence[tuple[Program, Launch]]) -> None:
+    """Compile what is going to be launched in one file: half of the time goes into what all share.
+
+    Raises:
+        KernelFault: If something does not compile.
+    """
+    sources = {source_of(*launch): launch[0].name for launch in launches}
+    new = [source for source in sources if source not in _loaded]
+    if not new:
+        return
+    parts = [f'#include "{RUNTIME.name}"', (DIALECT / "common.h").read_text()]
+    for number, source in enumerate(new):
+        parts.append(f"#define ENTRY run_{number}\nnamespace kernel_{number} {{\n{source}\n}}")
+        parts.append("#undef ENTRY")
+    library = ctypes.CDLL(str(_built(sources[new[0]], "\n".join(parts))))
+    for number, source in enumerate(new):
+        _loaded[source] = library[f"run_{number}"]
+
+
+def _compiled(program: Program, launch: Launch) -> Any:
+    compile_together([(program, launch)])
+    return _loaded[source_of(program, launch)]
 
 
 def _built(name: str, source: str) -> Path:
