@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -14,9 +15,21 @@ from tiny_models import tiny_model
 
 from mlx_distill import benchmark
 from mlx_distill.benchmarking import dispatch_study
-from mlx_distill.benchmarking.dispatch_study import CycleCounter, of_target, shape
+from mlx_distill.benchmarking.dispatch_study import (
+    CycleCounter,
+    as_a_gpu_has_it,
+    by_phase,
+    of_target,
+    shape,
+)
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
 from mlx_distill.checkpoint import bundled
+from mlx_distill.drafters import shortlist
+from mlx_distill.drafters.bound import BoundDrafter
+from mlx_distill.drafters.protocol import DraftPlan
+from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.speculation.generation import stream_generate
+from mlx_distill.target.target import Target
 
 BUNDLED = bundled("stories-14m-redrafter")
 ROWS = mx.arange(64, dtype=mx.float32).reshape(8, 8)
@@ -156,6 +169,33 @@ def test_a_norm_in_something_compiled_is_one_operation() -> None:
     with counter.watching(), counter.phase("draft", ()) as made:
         made(mx.compile(lambda x: mx.fast.rms_norm(x * 2, None, 1e-5) @ ROWS + 1)(x))
     assert counter.found["draft"] == 4
+
+
+@pytest.mark.parametrize(("blocks", "most"), [(0, 39), (1, 89)])
+def test_a_draft_is_counted_as_a_gpu_has_it(
+    blocks: int, most: int, bundled_pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading is compiled there, and no shortlist stands before the head."""
+    monkeypatch.setattr(shortlist, "DIRECTIONS", 4)
+    monkeypatch.setattr(shortlist, "LISTED", 8)
+    model, tokenizer = bundled_pair
+    target = Target.of(model)
+    shape = RecurrentDrafterConfig(
+        *(target.hidden_size, target.vocab_size, target.hidden_size, 1),
+        cell="gru",
+        context_state=True,
+        taps=(0, 1),
+        context_blocks=blocks,
+        context_heads=4,
+    )
+    network = RecurrentDrafter(shape if blocks else shape.without_blocks)
+    mx.eval(network.parameters())
+    drafter = BoundDrafter(network, target.embed, {})
+    plan, prompt = DraftPlan(4, 4, 8), list(range(5, 21))
+    drafter = as_a_gpu_has_it(drafter)
+    steps = stream_generate(model, tokenizer, prompt, drafter=drafter, plan=plan, max_tokens=8)
+    found = by_phase(steps)
+    assert found["draft"] <= most
 
 
 @pytest.mark.parametrize(("drafter", "most"), [(REFERENCE, 33), (BUNDLED, 40)])

@@ -24,6 +24,7 @@ from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu, in_graph
 from mlx_distill.benchmarking.kernel_regions import marked_as, standing_in
 from mlx_distill.compat import model_classes
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.drafters.bound import BoundDrafter, settle
 from mlx_distill.drafters.compiling import CompiledDrafts
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
 from mlx_distill.kernels.choice import forced, performing
@@ -298,6 +299,7 @@ def of_cycle(
     temperature: float,
 ) -> dict[str, float]:
     """Return the dispatches of a draft, of commits and of the rest of a cycle, on the average."""
+    drafter = as_a_gpu_has_it(drafter)
     steps = stream_generate(
         model,
         tokenizer,
@@ -313,6 +315,15 @@ def of_cycle(
     _forget_compiled(drafter)  # it is marked now
     rest = found["tree"] + found["walk"] + found["host"]
     return {"draft": found["draft"], "commit": found["commit"], "rest": rest}
+
+
+def as_a_gpu_has_it(drafter: Drafter) -> Drafter:
+    """Return a recurrent drafter that drafts by what a GPU would be sent; others are the same."""
+    if not isinstance(drafter, BoundDrafter):
+        return drafter
+    found = BoundDrafter(drafter.network, drafter.embed, drafter.target, on_gpu=True)
+    settle(found)
+    return found
 
 
 def _forget_compiled(drafter: Drafter) -> None:

@@ -8,14 +8,19 @@ waiting, shows what the overlap saves. The two take turns, prompt by prompt, wit
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
 
 from mlx_distill.benchmarking import roofline
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, measure
-from mlx_distill.benchmarking.dispatch_study import by_phase, of_plain_step, of_tree_call
+from mlx_distill.benchmarking.dispatch_study import (
+    as_a_gpu_has_it,
+    by_phase,
+    of_plain_step,
+    of_tree_call,
+)
 from mlx_distill.benchmarking.roofline import Ceilings, Work
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
@@ -156,7 +161,8 @@ def profile(
         "target": roofline.of_call(bench.model, nodes, context),
         "walk": roofline.of_walk(target.vocab_size, nodes, dtype),
     }
-    sent = by_phase(bench.arms(plan)[OURS](prompts[0], bench.config.seed))
+    counted = replace(bench, drafter=as_a_gpu_has_it(bench.drafter))
+    sent = by_phase(counted.arms(plan)[OURS](prompts[0], bench.config.seed))
     sent["target"] = of_tree_call(bench.model, nodes)
     waited = [run.waited for run in runs]
     cycle_ms = _median([one.cycle_ms for one in waited])

@@ -22,7 +22,7 @@ from mlx import nn
 from mlx_distill.arrays import SERIAL, to_number
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.context_blocks import Kept
-from mlx_distill.drafters.protocol import DraftPlan, Features
+from mlx_distill.drafters.protocol import DraftPlan, Features, beside
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 
 # Calls whose tokens can be forgotten again without forgetting the text.
@@ -150,7 +150,7 @@ class ContextReader:
         following = mx.concatenate([tokens[1:], mx.array([-1])])
         following = self._embed(mx.where(following < 0, follows, following))
         count = (tokens >= 0).sum()
-        joined = self._network.joined(hidden, taps)
+        joined = self._network.joined(hidden, beside(taps) if taps else None)
         context, kept = self._network.blocks.go_on(Kept(rows, known), joined, following, count)
         return context, kept.rows, kept.known
 

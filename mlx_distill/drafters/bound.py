@@ -39,6 +39,7 @@ class BoundDrafter:
         network: The drafter's network.
         embed: The target's input embedding.
         target: Fingerprint of the target that the network was trained for.
+        on_gpu: Whether drafts are made as a GPU has them made; None asks the device in use.
 
     Attributes:
         taps: The target's layers that the context is made of, too.
@@ -51,10 +52,17 @@ class BoundDrafter:
 
     opened: Callable[[DraftState, mx.array, Features], DraftState] | None = None
 
-    def __init__(self, network: RecurrentDrafter, embed: nn.Module, target: Fingerprint):
+    def __init__(
+        self,
+        network: RecurrentDrafter,
+        embed: nn.Module,
+        target: Fingerprint,
+        on_gpu: bool | None = None,
+    ):
         self.network = network
         self.embed = embed
         self.target = target
+        self._on_gpu = mx.default_device() == mx.Device(mx.gpu) if on_gpu is None else on_gpu
         self.taps = network.config.taps
         self._steps = Steps(network, embed)
         self._drafts = 0
@@ -62,9 +70,8 @@ class BoundDrafter:
         self.searches = CompiledDrafts()
         self._tabulating = threading.Lock()
         # On a CPU nothing is dispatched, and the compiler takes longer than many readings.
-        on_gpu = mx.default_device() == mx.Device(mx.gpu)
         blocks = network.config.context_blocks
-        self.reader = ContextReader(network, embed, compiled=on_gpu) if blocks else None
+        self.reader = ContextReader(network, embed, compiled=self._on_gpu) if blocks else None
         self.look_back = network.config.context_window if blocks else 1
 
     @property
@@ -120,6 +127,8 @@ class BoundDrafter:
             self.searches.forget()  # they read no tables
 
     def _list_columns(self) -> None:
+        if self._on_gpu:  # operations count there, and not bytes
+            return
         if self._shortlist is None and Shortlist.pays(self.network.head.weight):
             self._shortlist = Shortlist(self.network.head.weight)
             self.searches.forget()  # they ask the whole head
@@ -192,7 +201,7 @@ class BoundDrafter:
         arrays = (hidden, taps, roots) if noise is None else (hidden, taps, roots, noise)
         search: Callable[..., Arrays] = partial(self._together, plan.beam_width, plan.draft_length)
         # On a CPU the compiler takes longer than many drafts, for every number of texts.
-        if mx.default_device() == mx.Device(mx.gpu):
+        if self._on_gpu:
             kind = ("together", plan.beam_width, plan.draft_length, noise is not None)
             found: Arrays = self.searches.of(kind, search)(*arrays)
         else:

@@ -19,6 +19,7 @@ Source:
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float, Int
 from mlx import nn
 
@@ -122,8 +123,8 @@ class ContextBlocks(nn.Module):
         mask = within & (key >= window + place - behind.reshape(-1, window, 1))
         added = mx.zeros_like(x)
         for layer in self.layers:
-            queries, *new = layer.project(x + added)
-            rows = mx.stack(new)
+            joint = layer.project(x + added)
+            queries, rows = joint[0], joint[1:]
             before = mx.concatenate([mx.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
             rows = mx.concatenate([before, rows], axis=3)
             added = added + layer.added(x + added, queries, rows, mask[:, None])
@@ -152,14 +153,16 @@ class ContextBlocks(nn.Module):
         """
         window = self.window
         x = self._begin(hidden, following)[None]
-        place, key = mx.arange(x.shape[1])[:, None], mx.arange(window + x.shape[1])[None]
+        # Constants: a GPU is sent nothing for them.
+        place = mx.array(np.arange(x.shape[1])[:, None])
+        key = mx.array(np.arange(window + x.shape[1])[None])
         mask = (key <= window + place) & (key > place) & (key >= window - kept.known)
-        last = count + mx.arange(window)
+        last = count + mx.array(np.arange(window))
         added, rows_kept = mx.zeros_like(x), []
         for layer, before in zip(self.layers, kept.rows, strict=True):
-            queries, *new = layer.project(x + added)
-            rows = mx.concatenate([before[:, None], mx.stack(new)], axis=3)
-            added = added + layer.added(x + added, queries, rows, mask)
+            joint = layer.project(x + added)
+            rows = mx.concatenate([before[:, None], joint[1:]], axis=3)
+            added = added + layer.added(x + added, joint[0], rows, mask)
             rows_kept.append(mx.take(rows[:, 0], last, axis=2))
         context = (hidden + added[0])[count - 1]
         known = mx.minimum(kept.known + count, window).astype(kept.known.dtype)

@@ -33,8 +33,6 @@ def with_taps(
     if project is None:
         return hidden
     # Layers' outputs differ in size by hundreds; norms without weights, as T has some.
-    if isinstance(taps, mx.array):
-        normed = mx.fast.rms_norm(taps, None, NORM_EPS).flatten(-2)
-        return mx.addmm(hidden[None], normed[None], project.weight.T).squeeze(0)
-    normed = [mx.fast.rms_norm(tap, None, NORM_EPS) for tap in taps or ()]
-    return hidden + project(mx.concatenate(normed, axis=-1))
+    beside = taps if isinstance(taps, mx.array) else mx.stack(list(taps or ()), axis=-2)
+    normed = mx.fast.rms_norm(beside, None, NORM_EPS).flatten(-2)
+    return mx.addmm(hidden[None], normed[None], project.weight.T).squeeze(0)
