@@ -3,6 +3,7 @@
 import copy
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,15 @@ def assert_same_caches(found: list[Any], expected: list[Any]) -> None:
             assert_close(ours, wanted)
 
 
+@pytest.fixture
+def not_compiled() -> Iterator[None]:
+    """Let MLX fuse nothing: a C++ file for each architecture's ways to scale and to gate."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize("name", TINY_CONFIGS)
 def test_tree_equals_plain_decoding(name: str) -> None:
     model = model_of(name)

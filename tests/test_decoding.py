@@ -108,13 +108,13 @@ def test_architectures_equal_mlx_lm(pair: tuple[Any, Any], name: str) -> None:
     options: dict[str, Any] = {"max_tokens": 24}
     expected = seen(plain((model, tokenizer), prompt, prompt_cache=expected_cache, **options))
     knowing = KnowingDrafter(model, prompt, 40)
-    drafters = [random_drafter(model, 60), knowing, knowing.hiding()]
-    for drafter in drafters:
-        for plan in (DraftPlan(3, 4, 8), DraftPlan(3, 4, tree="beam")):
-            cache = make_prompt_cache(model)
-            options |= {"drafter": drafter, "plan": plan, "prompt_cache": cache}
-            assert seen(ours((model, tokenizer), prompt, **options)) == expected
-            assert_equal_caches(cache, expected_cache)
+    tree, beams = DraftPlan(3, 4, 8), DraftPlan(3, 4, tree="beam")
+    drafting = [(one, plan) for one in (knowing, knowing.hiding()) for plan in (tree, beams)]
+    for drafter, plan in [(random_drafter(model, 60), tree), *drafting]:
+        cache = make_prompt_cache(model)
+        options |= {"drafter": drafter, "plan": plan, "prompt_cache": cache}
+        assert seen(ours((model, tokenizer), prompt, **options)) == expected
+        assert_equal_caches(cache, expected_cache)
     options["drafter"] = knowing
     *_, last = ours((model, tokenizer), prompt, **options | {"prompt_cache": None})
     assert last.tokens_per_call > 3

@@ -112,27 +112,38 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("planner", [Parked, EverySecond, Resting])
-@pytest.mark.parametrize("way", OPTIONS)
-def test_parking_changes_no_text(tokenizer: Any, way: str, planner: Any) -> None:
+@pytest.fixture(scope="module")
+def known() -> tuple[Any, KnowingDrafter]:
     model = tiny_model("llama", head_dim=32)
-    drafter = KnowingDrafter(model, TEXT, 40, hide=True)
-    found, ends = [], []
-    for one in (None, drafter):
-        caches = make_prompt_cache(model)
-        if way == "window":
-            caches = [RotatingKVCache(12, 4) for _ in model.layers]
-        options = {**OPTIONS[way], "drafter": one, "prompt_cache": caches, "max_tokens": 40}
-        if one is not None:
-            options["plan"] = planner()
-        texts = mlx_distill.stream_generate(model, tokenizer, TEXT, **options)
-        found.append([response.token for response in texts])
-        options = {"prompt_cache": caches, "max_tokens": 5}
-        later = mlx_distill.stream_generate(model, tokenizer, [7], **options)
-        ends.append([response.token for response in later])
-    assert found[0] == found[1]
-    assert ends[0] == ends[1]
-    assert {cache.offset for cache in caches} == {len(TEXT) + 40 + 1 + 5}
+    return model, KnowingDrafter(model, TEXT, 40, hide=True)
+
+
+def text_and_end(
+    tokenizer: Any, model: Any, way: str, **options: Any
+) -> tuple[list[int], list[int]]:
+    """Return a text, and how it is gone on with; all of it is in the caches."""
+    caches = make_prompt_cache(model)
+    if way == "window":
+        caches = [RotatingKVCache(12, 4) for _ in model.layers]
+    options = {**OPTIONS[way], "prompt_cache": caches, "max_tokens": 32, **options}
+    text = mlx_distill.stream_generate(model, tokenizer, TEXT, **options)
+    tokens = [response.token for response in text]
+    options = {"prompt_cache": caches, "max_tokens": 5}
+    later = mlx_distill.stream_generate(model, tokenizer, [7], **options)
+    end = [response.token for response in later]
+    assert {cache.offset for cache in caches} == {len(TEXT) + 32 + 1 + 5}
+    return tokens, end
+
+
+@pytest.mark.parametrize("way", OPTIONS)
+def test_parking_changes_no_text(
+    tokenizer: Any, known: tuple[Any, KnowingDrafter], way: str
+) -> None:
+    model, drafter = known
+    expected = text_and_end(tokenizer, model, way)
+    for planner in (Parked(), EverySecond(), Resting()):
+        found = text_and_end(tokenizer, model, way, drafter=drafter, plan=planner)
+        assert found == expected, planner
 
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 9])

@@ -115,14 +115,14 @@ def test_texts_and_caches_are_mlx_lms(tokenizer: Any, name: str) -> None:
     model = tiny_model(name)
     expected_caches = make_prompt_cache(model)
     steps = mlx_lm.stream_generate(
-        model, tokenizer, TEXT, max_tokens=24, prompt_cache=expected_caches
+        model, tokenizer, TEXT, max_tokens=18, prompt_cache=expected_caches
     )
     expected = [response.token for response in steps]
-    knowing = KnowingDrafter(model, TEXT, 30)
+    knowing = KnowingDrafter(model, TEXT, 24)
     drafting = [(random_drafter(model), TREE), (NGramDrafter(), LINE)]
     for drafter, plan in [*drafting, (knowing, LINE), (knowing.hiding(), EverySecond())]:
         caches = make_prompt_cache(model)
-        options: dict[str, Any] = {"max_tokens": 24, "prompt_cache": caches, "plan": plan}
+        options: dict[str, Any] = {"max_tokens": 18, "prompt_cache": caches, "plan": plan}
         found = list(
             mlx_distill.stream_generate(model, tokenizer, TEXT, drafter=drafter, **options)
         )

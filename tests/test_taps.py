@@ -1,5 +1,6 @@
 """Drafters that tap layers of the target are given what those layers return in plain reading."""
 
+import functools
 from typing import Any
 
 import mlx.core as mx
@@ -89,6 +90,12 @@ def outputs_of(model: Any, text: list[int], taps: tuple[int, ...]) -> list[np.nd
     return [x[0] if x.ndim == 3 else np.concatenate(list(x[:, 0]), axis=-1) for x in found]
 
 
+@functools.cache
+def model_of(name: str) -> Any:
+    """Return a model for all tests: it is built and opened once."""
+    return tiny_model(name)
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "trees": {},
     "beams": {"plan": DraftPlan(3, 3, tree="beam")},
@@ -107,7 +114,7 @@ WAYS: dict[str, dict[str, Any]] = {
 )
 @pytest.mark.parametrize("earlier", [0, 3])
 def test_taps_are_those_of_plain_reading(tokenizer: Any, name: str, way: str, earlier: int) -> None:
-    model, caches = tiny_model(name), None
+    model, caches = model_of(name), None
     if earlier:
         caches = make_prompt_cache(model)
         mx.eval(model(mx.array([TEXT[:earlier]]), cache=caches))

@@ -259,7 +259,7 @@ def test_over_all_draws_the_first_tokens_have_the_targets_law(name: str, kind: s
 
 # Counting
 
-NUM_DRAWS = 200_000
+NUM_DRAWS = 100_000
 FAIL_BELOW = 1e-3
 
 COUNTED_TREES = {"one beam": 4, "four beams": 5, "best-first": 6}
