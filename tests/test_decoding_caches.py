@@ -42,14 +42,8 @@ def first_difference(found: list[Any], expected: list[Any]) -> tuple[int, float]
 
 @pytest.mark.parametrize(("bits", "margin"), [(8, 5e-3), (4, 5e-2)])
 @pytest.mark.parametrize("start", [0, 18])
-@pytest.mark.parametrize("name", DRAFTERS)
 def test_quantized_cache(
-    pair: tuple[Any, Any],
-    drafters: dict[str, list[Any]],
-    name: str,
-    start: int,
-    bits: int,
-    margin: float,
+    pair: tuple[Any, Any], drafters: dict[str, list[Any]], start: int, bits: int, margin: float
 ) -> None:
     """A start of 18 is crossed in the answer: the prompts are shorter.
 
@@ -57,27 +51,28 @@ def test_quantized_cache(
     makes steps of some of them: where the best two tokens are that near, they may change places.
     """
     options = {"kv_bits": bits, "kv_group_size": 32, "quantized_kv_start": start}
-    for prompt, drafter in zip(PROMPTS[:2], drafters[name], strict=False):
-        caches = make_prompt_cache(pair[0]), make_prompt_cache(pair[0])
-        expected = list(plain(pair, prompt, max_tokens=20, prompt_cache=caches[1], **options))
-        cache = CacheConfig(**options)
-        found = list(
-            ours(
-                pair,
-                prompt,
-                drafter=drafter,
-                cache=cache,
-                max_tokens=20,
-                prompt_cache=caches[0],
-                plan=DraftPlan(3, 5, 12),
+    for number, prompt in enumerate(PROMPTS[:2]):
+        theirs = make_prompt_cache(pair[0])
+        expected = list(plain(pair, prompt, max_tokens=20, prompt_cache=theirs, **options))
+        for name in DRAFTERS:
+            caches = make_prompt_cache(pair[0])
+            found = list(
+                ours(
+                    pair,
+                    prompt,
+                    drafter=drafters[name][number],
+                    cache=CacheConfig(**options),
+                    max_tokens=20,
+                    prompt_cache=caches,
+                    plan=DraftPlan(3, 5, 12),
+                )
             )
-        )
-        assert all(isinstance(cache, QuantizedKVCache) for cache in caches[0])
-        different = first_difference(found, expected)
-        if different is None:
-            assert_equal_caches(*caches)
-        else:
-            assert different[1] < margin, different
+            assert all(isinstance(cache, QuantizedKVCache) for cache in caches)
+            different = first_difference(found, expected)
+            if different is None:
+                assert_equal_caches(caches, theirs)
+            else:
+                assert different[1] < margin, (name, different)
 
 
 def test_quantization_starts_where_plain_decoding_starts_it(
@@ -98,24 +93,28 @@ def test_quantization_starts_where_plain_decoding_starts_it(
             assert_equal_caches(*caches)
 
 
-@pytest.mark.parametrize("name", DRAFTERS)
 @pytest.mark.parametrize(("size", "keep"), [(16, 4), (16, 0), (9, 4)])
 def test_window_that_wraps(
-    pair: tuple[Any, Any], drafters: dict[str, list[Any]], name: str, size: int, keep: int
+    pair: tuple[Any, Any], drafters: dict[str, list[Any]], size: int, keep: int
 ) -> None:
     """The answer is several windows long, some prompts are longer than one.
 
     The draft is longer than the smallest window, beside the tokens that stay.
     """
     plan = DraftPlan(3, 7, 15)
-    for prompt, drafter in zip(PROMPTS[:2], drafters[name], strict=False):
-        caches = [
-            [RotatingKVCache(max_size=size, keep=keep) for _ in pair[0].layers] for _ in range(2)
-        ]
-        expected = plain(pair, prompt, max_tokens=24, prompt_cache=caches[1])
-        options: dict[str, Any] = {"drafter": drafter, "plan": plan, "prompt_cache": caches[0]}
-        assert seen(ours(pair, prompt, max_tokens=24, **options)) == seen(expected)
-        assert_equal_caches(*caches)
+
+    def new_caches() -> list[Any]:
+        return [RotatingKVCache(max_size=size, keep=keep) for _ in pair[0].layers]
+
+    for number, prompt in enumerate(PROMPTS[:2]):
+        theirs = new_caches()
+        expected = seen(plain(pair, prompt, max_tokens=24, prompt_cache=theirs))
+        for name in DRAFTERS:
+            options: dict[str, Any] = {"drafter": drafters[name][number], "plan": plan}
+            caches = new_caches()
+            found = ours(pair, prompt, max_tokens=24, prompt_cache=caches, **options)
+            assert seen(found) == expected, name
+            assert_equal_caches(caches, theirs)
 
 
 def test_max_kv_size_equals_mlx_lm(pair: tuple[Any, Any]) -> None:
