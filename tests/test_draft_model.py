@@ -121,23 +121,25 @@ def test_heads_of_other_widths_share_what_both_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "law"),
+    ("plans", "law"),
     [
-        (None, {}),
-        (TREE, {}),
-        (DraftPlan(tree="beam"), {}),
-        (None, {"temperature": 1.0, "seed": 3}),
-        (TREE, {"temperature": 0.8, "seed": 3, "top_p": 0.9}),
+        ((None, TREE, DraftPlan(tree="beam")), {}),
+        ((None,), {"temperature": 1.0, "seed": 3}),
+        ((TREE,), {"temperature": 0.8, "seed": 3, "top_p": 0.9}),
     ],
-    ids=str,
+    ids=["greedy", "drawn", "filtered"],
 )
 def test_texts_are_those_without(
-    pair: tuple[Any, Any], small: nn.Module, law: dict[str, Any], plan: DraftPlan | None
+    pair: tuple[Any, Any],
+    small: nn.Module,
+    law: dict[str, Any],
+    plans: tuple[DraftPlan | None, ...],
 ) -> None:
     options: dict[str, Any] = {"max_tokens": 32, **law}
     expected = tokens_of(pair, PROMPTS[0], **options)
-    options |= {"draft_model": small, "draft_verification": "coupled", "plan": plan}
-    assert tokens_of(pair, PROMPTS[0], **options) == expected
+    options |= {"draft_model": small, "draft_verification": "coupled"}
+    for plan in plans:
+        assert tokens_of(pair, PROMPTS[0], plan=plan, **options) == expected, plan
 
 
 @pytest.mark.parametrize(

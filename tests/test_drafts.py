@@ -104,7 +104,8 @@ def test_known_answers_take_as_many_calls_as_generated_ones(
         drafter = NGramDrafter(store_tokens=0)
     if kind == "blocks":
         drafter = with_blocks(drafter, 1, 8)
-    plans = {"chain": PLANS["chain"]} if kind == "ngram" else PLANS
+    names = {"ngram": ["chain"], "blocks": ["tree"]}.get(kind, PLANS)
+    plans = {name: PLANS[name] for name in names}
     if kind == "medusa":
         drafter = repeating_heads(model)
         plans = {"tree": PLANS["tree"], "static": DraftPlan(2, 3, 6, "static")}
