@@ -11,7 +11,7 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,14 @@ def bundled_once(monkeypatch: pytest.MonkeyPatch, bundled_pair: tuple[Any, Any])
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models be loaded in the types of their files, as on a GPU."""
     monkeypatch.setattr(checkpoint, "mx", Gpu())
+
+
+@pytest.fixture
+def not_compiled() -> Iterator[None]:
+    """Let MLX fuse nothing, which takes a C++ compiler off a GPU, where this is not looked at."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import copy
 import functools
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,14 +104,6 @@ def assert_same_caches(found: list[Any], expected: list[Any]) -> None:
                 ours, wanted = ours[:, :, -size:], wanted[:, :, -size:]
             assert ours.shape == wanted.shape
             assert_close(ours, wanted)
-
-
-@pytest.fixture
-def not_compiled() -> Iterator[None]:
-    """Let MLX fuse nothing: a C++ file for each architecture's ways to scale and to gate."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
 
 
 @pytest.mark.usefixtures("not_compiled")

@@ -81,6 +81,7 @@ LAWS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize(
     ("weights_type", "form"),
     [("bfloat16", "taps and a block"), ("4-bit", "plain")],

@@ -200,6 +200,7 @@ LAWS = [{}, {"temperature": 1.0, "seed": 3}, {"plan": STATIC}]
 LAWS += [{"plan": STATIC, "temperature": 0.8, "seed": 2}]
 
 
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize("bits", [None, 4])
 def test_folders_are_read_and_the_text_is_the_targets(
     tmp_path: Path, bundled_pair: Any, folder: Path, bits: int | None
@@ -299,6 +300,7 @@ TINY = [
 ]
 
 
+@pytest.mark.usefixtures("not_compiled")
 def test_heads_are_trained_and_used(tmp_path: Path, tiny_on_a_gpu: Path) -> None:
     """With weights as a GPU loads them, in every type; from prompts to a text."""
     model, heads = ["--model", str(tiny_on_a_gpu)], str(tmp_path / "heads")
