@@ -3,7 +3,8 @@
     python examples/batch_speed.py --batch 4 8 --max-tokens 96
     python examples/batch_speed.py --model path-or-hub-repo --drafter my-drafter
 
-The arms take turns in one process; a ratio is that of one turn, and its median and range are shown.
+The arms write side by side in one process, some steps each in turn; a ratio is that of whole texts,
+and its median and range are shown.
 ``python -m mlx_distill.benchmark --batch 4 8`` measures the same with prompts of a file.
 """
 

@@ -13,6 +13,7 @@ from mlx_distill.calibration.batches import BatchChoice, Found
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.nothing import NoDrafter
+from mlx_distill.speculation.batch_planning import MEMORY, SHAPES, BatchPlanner
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.plain_batch import PlainBatch
 from mlx_distill.speculation.requests import Request
@@ -91,14 +92,87 @@ def test_a_choice_is_made_once_and_followed(
     assert len(written) == 4
     assert BatchChoice(pair, 2).way(pair) == "mlx-lm"
     drafting = Pair(*bundled_pair, bundled_drafter)
-    assert BatchChoice(drafting, 2).way(drafting) == "rows"
-    BatchChoice(drafting, 2).learn(1.0)
+    names = [str(BatchChoice(drafting, 2)._drafter)]
+    for gain, spread, way, drafts in (
+        (0.9, 0.9, "rows", True),  # busy again: nothing is known of the drafts
+        (0.9, 0.1, "mlx-lm", False),
+        (3.0, 0.1, "rows", True),
+    ):
+        timed = Found(1.0, 0.5, 4.0, {} if spread > 0.5 else dict.fromkeys(names, gain))
+        monkeypatch.setattr(batches, "timed", lambda *_, f=timed, s=spread: (f, s))
+        choice = BatchChoice(drafting, 2)
+        assert choice.way(drafting) == way
+        assert choice.drafts == drafts
+        if way == "mlx-lm":  # it is timed once, until that is forgotten
+            assert BatchChoice(drafting, 2).found == choice.found
+            choice.found = Found(1.0, 0.5, 4.0)
+            choice._keep()
+    for _ in range(2):  # of others and of these, 2 and then 1.5
+        BatchChoice(drafting, 2).learn(1.0)
     assert BatchChoice(drafting, 2).way(drafting) == "mlx-lm"
+    assert BatchChoice(pair, 2).way(pair) == "mlx-lm"  # of nobody's drafts, the same is known
     assert not spreads
+
+
+def test_drafts_are_timed_and_the_planner_begins_with_that(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "ROUNDS", 1)
+    ticks = iter(range(10**6))
+    pair = Pair(*bundled_pair, bundled_drafter)
+    found, _ = batches.timed(pair, 2, "it", clock=lambda: float(next(ticks)))
+    step_s = 1.0 / batches.STEPS  # everything takes a tick
+    assert found.rows_s == found.plain_s == found.alone_s / 2 == step_s
+    prices, tokens = zip(*found.cycles["it"], strict=True)
+    assert prices == (1.0,) * len(SHAPES)
+    assert all(
+        1.0 < one <= 1 + shape.draft_length for one, shape in zip(tokens, SHAPES, strict=True)
+    )
+    assert found.gains["it"] == 1 + batches.KEPT * (max(tokens) - 1)
+    choice, planner = BatchChoice(pair, 2), BatchPlanner()
+    choice.found, choice._drafter = found, "it"
+    choice.teach(planner, 2)
+    planner.observe(2, 2, 1.0)
+    assert planner.shape(0, None) == SHAPES[tokens.index(max(tokens))]
+    # Of fewer texts that is known, too, until they tell.
+    planner.observe(1, 1, 1.0)
+    assert planner.shape(0, None) == SHAPES[tokens.index(max(tokens))]
+
+
+def test_what_was_never_tried_brought_nothing_that_is_known() -> None:
+    planner = BatchPlanner()
+    for _ in range(2 * MEMORY):  # eight texts: a trial cannot be afforded yet
+        planner.observe(8, 8, 1.0)
+        assert planner.shape(0, None) is None
+    assert planner.gain(8) is None
+
+
+def test_nothing_is_drafted_where_that_is_known_to_bring_nothing(
+    bundled_pair: tuple[Any, Any],
+    bundled_drafter: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(automatic.SWITCH, "1")
+    opened, make = [], bundled_drafter.open
+    monkeypatch.setattr(bundled_drafter, "open", lambda *of: opened.append(1) or make(*of))
+    expected = None
+    for gain in (1.5, 0.9):
+        monkeypatch.setattr(BatchChoice, "found", Found(1.0, 2.0, 4.0), raising=False)
+        monkeypatch.setattr(BatchChoice, "way", lambda *_: "rows")
+        monkeypatch.setattr(BatchChoice, "drafts", gain > 1)
+        options = {"drafter": bundled_drafter, "max_tokens": 6}
+        answers = mlx_distill.batch_generate(*bundled_pair, PROMPTS[:2], **options)
+        tokens = [one.tokens for one in answers]
+        assert tokens == (expected or tokens)
+        expected = tokens
+        assert len(opened) == 2  # of the first time
 
 
 def test_ways_are_timed(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "ROUNDS", 1)
     ticks = iter(range(10**6))
-    found, _ = batches.timed(Pair(*pair, NoDrafter()), 2, lambda: float(next(ticks)))
-    assert found == Found(1.0, 1.0, 2.0)
+    found, _ = batches.timed(Pair(*pair, NoDrafter()), 2, clock=lambda: float(next(ticks)))
+    step_s = 1.0 / batches.STEPS
+    assert found == Found(step_s, step_s, 2 * step_s)

@@ -1,26 +1,31 @@
 """Many texts at once: tokens per second of all of them together, against mlx-lm's own batches.
 
-The arms take turns, each time with the next prompts; a ratio is that of one turn.
+The arms write the same texts side by side: each makes a few steps, waits until they are computed,
+and the next one goes on. So a machine whose speed changes within a second does not decide. A ratio
+is that of one turn, whole texts with their prompts.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import mlx_lm
+import mlx.core as mx
+from mlx_lm.generate import BatchGenerator, generation_stream
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench
 from mlx_distill.drafters.protocol import Drafter
-from mlx_distill.speculation.batch_generation import batch_generate
+from mlx_distill.speculation.batch_generation import answer_steps
 
 # Ours without a drafter.
 UNDRAFTED = "mlx_distill, no drafts"
-TURNS = 5
+# Turns that count, and the steps that an arm makes before the next one goes on.
+TURNS, STEPS = 5, 8
 
 Prompts = Sequence[list[int]]
-Arm = Callable[[Prompts], int]
+# Makes a step, and yields how many tokens the texts have that it ended.
+Arm = Callable[[Prompts], Iterator[int]]
 
 
 def batches(
@@ -36,11 +41,10 @@ def batches(
     """
     rows = []
     for size in tqdm(sizes, desc="batches", leave=False):
-        arms, speeds = _arms(bench), dict[str, list[float]]()
+        speeds = dict[str, list[float]]()
         for turn in range(turns + 1):
             texts = [prompts[(turn * size + place) % len(prompts)] for place in range(size)]
-            for name, arm in arms.items():
-                speed = _tokens_per_s(arm, texts)
+            for name, speed in _side_by_side(_arms(bench), texts).items():
                 if turn:
                     speeds.setdefault(name, []).append(speed)
         rows += [
@@ -52,27 +56,57 @@ def batches(
 
 
 def _arms(bench: Bench) -> dict[str, Arm]:
-    """Return what writes the answers to some prompts and returns how many tokens they have."""
+    """Return what writes the answers to some prompts."""
     pair, most = (bench.model, bench.tokenizer), bench.config.max_tokens
 
-    def theirs(texts: Prompts) -> int:
-        options = {"max_tokens": most, "return_token_ids": True}
-        return sum(map(len, mlx_lm.batch_generate(*pair, list(texts), **options).token_ids or []))
+    def theirs(texts: Prompts) -> Iterator[int]:
+        """Write as ``mlx_lm.batch_generate`` does, a step at a time."""
+        ends = [[token] for token in bench.tokenizer.eos_token_ids]
+        generator = BatchGenerator(bench.model, stop_tokens=ends)
+        numbers = generator.insert(list(texts), [most] * len(texts))
+        found: dict[int, list[int]] = {number: [] for number in numbers}
+        while responses := generator.next_generated():
+            for one in responses:
+                if one.finish_reason != "stop":
+                    found[one.uid].append(one.token)
+            yield 0
+        generator.close()
+        for tokens in found.values():
+            bench.tokenizer.decode(tokens)
+        yield sum(map(len, found.values()))
 
     def ours(drafter: Drafter | None) -> Arm:
-        def write(texts: Prompts) -> int:
+        def write(texts: Prompts) -> Iterator[int]:
             options = {"drafter": drafter, "max_tokens": most, "batch": len(texts)}
-            return sum(len(answer.tokens) for answer in batch_generate(*pair, texts, **options))
+            for ready in answer_steps(*pair, list(texts), **options):
+                # Of theirs, the token that ends a text is none of it.
+                yield sum(len(one.tokens) - (one.finish_reason == "stop") for one in ready)
 
         return write
 
     return {PLAIN: theirs, UNDRAFTED: ours(None), OURS: ours(bench.drafter)}
 
 
-def _tokens_per_s(arm: Arm, texts: Prompts) -> float:
-    start = time.perf_counter()
-    tokens = arm(texts)
-    return tokens / (time.perf_counter() - start)
+def _side_by_side(arms: dict[str, Arm], texts: Prompts) -> dict[str, float]:
+    """Return the tokens per second of arms that write the same texts, some steps each in turn."""
+    writing = {name: arm(texts) for name, arm in arms.items()}
+    tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
+    order = list(arms)
+    while writing:
+        for name in order:
+            if name not in writing:
+                continue
+            start = time.perf_counter()
+            for _ in range(STEPS):
+                made = next(writing[name], None)
+                if made is None:
+                    del writing[name]
+                    break
+                tokens[name] += made
+            mx.synchronize(generation_stream)
+            seconds[name] += time.perf_counter() - start
+        order.reverse()
+    return {name: tokens[name] / seconds[name] for name in arms}
 
 
 def _figures(values: Sequence[float]) -> dict[str, float]:

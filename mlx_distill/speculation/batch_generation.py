@@ -67,34 +67,50 @@ class Answer:
         return self
 
 
-def batch_planner_of(model: nn.Module, drafter: Drafter) -> BatchPlanner | None:
-    """Return the planner of all batches of a pair; None where nothing is to be measured."""
+def batch_planner_of(
+    model: nn.Module, drafter: Drafter, sampled: bool = False
+) -> BatchPlanner | None:
+    """Return the planner of all batches of a pair; None where nothing is to be measured.
+
+    Args:
+        model: The target's.
+        drafter: Drafts for it.
+        sampled: Whether tokens are drawn, and not the likeliest.
+    """
     if not is_on():
         return None
     try:
         known = _planners.setdefault(drafter, {})
     except TypeError:  # a drafter that cannot be a key
         return BatchPlanner()
-    of, planner = known.get(id(model), (None, None))
+    of, planner = known.get((id(model), sampled), (None, None))
     if of is None or of() is not model or planner is None:
         planner = BatchPlanner()
-        known[id(model)] = weakref.ref(model), planner
+        known[id(model), sampled] = weakref.ref(model), planner
     return planner
 
 
-_Known = dict[int, tuple[weakref.ref[nn.Module], BatchPlanner]]
+_Known = dict[tuple[int, bool], tuple[weakref.ref[nn.Module], BatchPlanner]]
 _planners: weakref.WeakKeyDictionary[Drafter, _Known] = weakref.WeakKeyDictionary()
 
 
 def batch_generate(
     model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
 ) -> list[Answer]:
-    """Return the answers to several prompts, in their order; see ``stream_answers``."""
+    """Return the answers to several prompts, in their order; see ``answer_steps``."""
     answers = stream_answers(model, tokenizer, prompts, **options)
     return sorted(answers, key=lambda answer: answer.index)
 
 
 def stream_answers(
+    model: nn.Module, tokenizer: Tokenizer, prompts: Sequence[Prompt], **options: Any
+) -> Iterator[Answer]:
+    """Yield the answers to several prompts, as they are ready; see ``answer_steps``."""
+    for ready in answer_steps(model, tokenizer, prompts, **options):
+        yield from ready
+
+
+def answer_steps(
     model: nn.Module,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -109,8 +125,8 @@ def stream_answers(
     cache: CacheConfig | None = None,
     exact_rows: bool = False,
     **options: Any,
-) -> Iterator[Answer]:
-    """Yield the answers to several prompts, as they are ready.
+) -> Iterator[list[Answer]]:
+    """Yield, after every call of the texts that are written, the answers that it has ended.
 
     The texts share the calls of the model. Each is what it would be alone: the same tokens at
     temperature 0 (as far as the model's arithmetic is exact), and the same from the same seed.
@@ -142,8 +158,11 @@ def stream_answers(
         drafter = choice(pair, drafter, _is_sampled(options), plan, alone=False).drafter
     pair = Pair(model, tokenizer, drafter or NoDrafter(), cache, exact_rows)
     measured = plan is None and draft_model is None
-    ways = batch_choice(pair, min(batch, len(prompts))) if measured else None
+    texts, sampled = min(batch, len(prompts)), _is_sampled(options)
+    ways = batch_choice(pair, texts, sampled) if measured else None
     way = "rows" if ways is None else ways.way(pair)
+    if ways is not None and not ways.drafts:
+        drafter = None
     engine = Engine(
         model,
         tokenizer,
@@ -155,13 +174,17 @@ def stream_answers(
         plain_batches=way == "mlx-lm",
         draft_verification=draft_verification,
     )
-    shared = batch_planner_of(model, drafter) if plan is None and drafter is not None else None
+    shared = None
+    if plan is None and drafter is not None:
+        shared = batch_planner_of(model, drafter, sampled)
+    if ways is not None and shared is not None:
+        ways.teach(shared, texts)
     try:
         yield from _answers(engine, prompts, each, cache, plan, shared, options, batch)
     finally:
         engine.close()
         if ways is not None and shared is not None:
-            ways.learn(shared.gain(min(batch, len(prompts))))
+            ways.learn(shared.gain(texts))
 
 
 def _answers(
@@ -173,11 +196,12 @@ def _answers(
     shared: BatchPlanner | None,
     options: Settings,
     batch: int,
-) -> Iterator[Answer]:
-    """Yield the answers of an engine, which is asked for ``batch`` of them at a time."""
+) -> Iterator[list[Answer]]:
+    """Yield the answers that each step of an engine ends; it writes ``batch`` of them at a time."""
     left = iter(enumerate(prompts))
     writing: dict[int, Answer] = {}
     while True:
+        ready: list[Answer] = []
         while len(writing) < batch and (following := next(left, None)) is not None:
             index, prompt = following
             answer, own = Answer(index), {**options, **(each[index] if each else {})}
@@ -186,17 +210,19 @@ def _answers(
                 own |= {"planner": planner, "cache": cache, "batch_planner": shared}
                 writing[engine.submit(text_request(engine, prompt, **own))] = answer
             except InputError as error:
-                yield answer.fail(error)
+                ready.append(answer.fail(error))
         if not writing:
+            yield ready
             return
         for one in engine.advance():
             answer = writing[one.request]
             if isinstance(one, Failed):
-                yield writing.pop(one.request).fail(one.error)
+                ready.append(writing.pop(one.request).fail(one.error))
                 continue
             answer.add(one.response)
             if answer.finish_reason:
-                yield writing.pop(one.request)
+                ready.append(writing.pop(one.request))
+        yield ready
 
 
 def _is_sampled(options: Settings) -> bool:
