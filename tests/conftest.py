@@ -129,6 +129,14 @@ def bundled_once(monkeypatch: pytest.MonkeyPatch, bundled_pair: tuple[Any, Any])
 
 
 @pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Return how crowded this machine is said to be, whoever asks; at first it is quiet."""
+    others = [0.0]
+    monkeypatch.setattr("mlx_distill.calibration.crowding._look", lambda: others[0])
+    return others
+
+
+@pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let models be loaded in the types of their files, as on a GPU."""
     monkeypatch.setattr(checkpoint, "mx", Gpu())

@@ -8,10 +8,10 @@ be those of its kind and prompt that were written alone, without a drafter, befo
 pytest: it takes as long as it is told to. A line a minute: tokens per second, memory.
 
 Speed is tokens per second of this process's processor time, which programs that run beside it take
-nothing of, and a ratio to that of mlx-lm's own loop, which writes a few tokens after every request,
-so that warm processors, which slow both, are no drift either. Speed has drifted where the last third
-of the minutes is more than 10 % slower than the first, memory where it holds more than a tenth and
-32 MB above.
+nothing of, and a ratio to that of mlx-lm's own loop, which writes a few tokens after every request:
+warm processors, which slow both, are no drift either. Speed has drifted where the last third of the
+minutes is more than 10 % slower than the first, memory where it holds more than a tenth and 32 MB
+above.
 """
 
 import argparse

@@ -25,12 +25,13 @@ from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
-from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner
+from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Outcome
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
+pytestmark = pytest.mark.usefixtures("quiet")
 SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3)
 COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, spread=0.02)
 
@@ -364,12 +365,42 @@ def test_a_folder_that_cannot_be_written_costs_one_line(
     assert said.count("\n") == 1
 
 
-def test_what_was_measured_on_a_busy_machine_is_not_kept(
+def test_what_was_measured_on_a_busy_machine_replaces_only_its_like(
     pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert not store.keep(store.identity(pair), Calibration(replace(COSTS, spread=0.4), {}))
-    assert "the machine is busy: times of the same work differ by 40%" in capsys.readouterr().err
-    assert not folder.exists()
+    known, busy = store.identity(pair), replace(COSTS, spread=0.4)
+    assert store.keep(known, Calibration(busy, {}))
+    assert "the machine is busy: times differ by 40%" in capsys.readouterr().err
+    assert store.find(known) == busy
+    assert store.keep(known, Calibration(COSTS, {}))
+    assert not store.keep(known, Calibration(busy, {}))
+    assert store.find(known) == COSTS
+
+
+def test_times_that_others_all_slowed_alike_are_of_a_busy_machine(
+    pair: Pair, quiet: list[float]
+) -> None:
+    quiet[0] = 1.0
+    ticks = iter(range(10**9))
+    costs = calibrate(pair, SMALL, lambda: float(next(ticks))).costs
+    assert costs.spread == 1.0
+    assert store.is_loaded(costs)
+
+
+def test_what_is_contradicted_is_measured_again_but_not_for_ever(
+    pair: Pair, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = store.identity(pair)
+    store.doubt(known)
+    assert not folder.exists(), "nothing is kept that could be doubted"
+    for doubts in range(1, 5):
+        store.keep(known, Calibration(COSTS, {}))
+        for _ in range(5):  # every process that uses it until the machine is quiet
+            store.doubt(known)
+        found = store.find(known)
+        assert found is not None
+        assert store.is_loaded(found) == (doubts <= 3)
+    assert capsys.readouterr().err == ""
 
 
 def test_the_report_shows_every_figure(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -409,6 +440,44 @@ def test_the_first_use_of_a_pair_measures_it_and_says_so(
     assert automatic.known_costs(pair) == COSTS
     assert measured in ([QUICK], [COARSE])  # by how fast its steps are
     assert capsys.readouterr().err == ""
+
+
+def test_a_busy_moment_decides_until_the_machine_is_quiet(
+    pair: Pair,
+    measured: list[CalibrationConfig],
+    quiet: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every start in it uses what the first has measured; the first quiet one measures again."""
+    found = [replace(COSTS, spread=1.0), COSTS]
+
+    def next_found(pair: Pair, config: CalibrationConfig, since: float) -> Calibration:
+        return Calibration(found.pop(0), {})
+
+    monkeypatch.setattr(automatic, "calibrate", next_found)
+    quiet[0] = 1.0
+    assert [automatic.known_costs(pair).spread for _ in range(3)] == [1.0] * 3
+    quiet[0] = 0.05
+    assert [automatic.known_costs(pair) for _ in range(3)] == [COSTS] * 3
+    assert not found
+
+
+def test_use_that_contradicts_a_calibration_lets_it_be_measured_again(
+    pair: Pair, measured: list[CalibrationConfig], folder: Path
+) -> None:
+    """It says a plain step takes a second, for so it did beside others; it takes half of one."""
+    planner = automatic.planner_of(replace(pair, exact_rows=True), sampled=False)
+    assert isinstance(planner, AdaptivePlanner)
+    known = store.identity(replace(pair, exact_rows=True))
+    planner.shape(0, None)
+    for step in range(30):
+        before = store.find(known)
+        assert before is not None
+        assert not store.is_loaded(before) or step > 3
+        planner.shape(0, Outcome(8, (0,), 0, (0,), seconds=0.5))
+    after = store.find(known)
+    assert after is not None
+    assert store.is_loaded(after)
 
 
 def test_all_texts_of_a_pair_have_one_planner(

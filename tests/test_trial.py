@@ -24,6 +24,7 @@ from mlx_distill.drafters.ngram import PAIR, NGramDrafter
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Outcome
 from mlx_distill.speculation.costs import Costs
+from mlx_distill.speculation.planning import AdaptivePlanner
 
 generate = importlib.import_module("mlx_distill.generate")
 
@@ -75,7 +76,7 @@ def test_the_fastest_is_chosen(case: str) -> None:
         seconds, tokens = cycles[arm]
         counted = [one for one in trial.cycles[arm] if one[0] < 100]
         assert all(one == (pytest.approx(seconds), tokens) for one in counted)
-    assert trial.decide() == best
+    assert trial.decide(0.0) == best
     assert trial.speedup(NOTHING) == 1
 
 
@@ -88,7 +89,7 @@ def test_a_trial_goes_on_in_later_texts() -> None:
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quiet: list[float]) -> Path:
     """Plan by costs that nobody has to measure; return the folder of what is remembered."""
     monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -102,9 +103,10 @@ def nothing() -> Generator[int, None, None]:
 
 def finished(choice: Choosing, case: str) -> None:
     """Let a trial be over that came to a case's figures, with the end of a text."""
+    found = choice.choose()
     for arm, (seconds, tokens) in CASES[case][0].items():
         choice.trial.cycles[arm] = [(seconds, tokens)] * 64
-    assert not list(choice.choose().listen(nothing()))
+    assert not list(found.listen(nothing()))
 
 
 def test_what_was_chosen_is_remembered(
@@ -158,6 +160,86 @@ def test_a_busy_machine_decides_nothing_for_good(
     assert not measured.exists()
 
 
+class Calendar:
+    """What a clock on the wall says."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 1e9
+        monkeypatch.setattr(module.time, "time", lambda: self.now)
+
+
+def test_what_a_crowded_machine_says_is_followed_for_a_while(
+    bundled_pair: tuple[Any, Any],
+    bundled_drafter: Any,
+    measured: Path,
+    quiet: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its times lie close together: the same programs run beside all of them."""
+    calendar, quiet[0] = Calendar(monkeypatch), 1.0
+    auto = AutoDrafter(bundled_drafter, "small")
+    found = choosing(Pair(*bundled_pair, auto), auto, sampled=False)
+    finished(found, "none")
+    assert "the machine is busy, so this is tried again" in capsys.readouterr().err
+    assert not measured.exists()
+    calendar.now += 500
+    assert found.choose().drafter is None
+    calendar.now += 500
+    quiet[0] = 0.0
+    finished(found, "both")
+    assert found.choose().drafter is auto.arms[BOTH]
+    again = AutoDrafter(bundled_drafter, "small")
+    assert choosing(Pair(*bundled_pair, again), again, sampled=False).trial.chosen == BOTH
+
+
+def test_that_nothing_drafts_is_tried_again_the_next_day(
+    bundled_pair: tuple[Any, Any],
+    bundled_drafter: Any,
+    measured: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def opened() -> Choosing:
+        auto = AutoDrafter(bundled_drafter, "small")
+        return choosing(Pair(*bundled_pair, auto), auto, sampled=False)
+
+    calendar = Calendar(monkeypatch)
+    finished(first := opened(), "none")
+    calendar.now += 80_000
+    assert opened().trial.chosen == NOTHING
+    calendar.now += 10_000
+    assert "are tried in turn" in opened().sentence()
+    assert first.choose().drafter is first.auto, "a process that goes on tries again, too"
+    finished(opened(), "both")
+    calendar.now += 1e6
+    assert opened().trial.chosen == BOTH
+
+
+def test_what_drafts_is_tried_again_where_texts_are_parked(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, measured: Path
+) -> None:
+    def opened() -> Choosing:
+        auto = AutoDrafter(bundled_drafter, "small")
+        return choosing(Pair(*bundled_pair, auto), auto, sampled=False)
+
+    def text(found: Choosing, count: int, parked: bool) -> None:
+        choice = found.choose()
+        assert callable(choice.plan)
+        planner = choice.plan()
+        assert isinstance(planner, AdaptivePlanner)
+        planner._wait = 32 * parked
+        assert len(list(choice.listen(one for one in range(count)))) == count
+
+    finished(opened(), "both")
+    for parked in (True, True, False, True, True):
+        text(opened(), 100, parked)
+        assert opened().trial.chosen == BOTH
+    text(opened(), 20, parked=True)
+    assert opened().trial.chosen == BOTH, "a short text says nothing"
+    text(opened(), 100, parked=True)
+    assert opened().trial.chosen is None
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -166,6 +248,8 @@ def test_a_busy_machine_decides_nothing_for_good(
         {"cycles": {NGRAMS: [[-1.0, 1]], NOTHING: []}},
         {"cycles": {NGRAMS: [[1.0, True]], NOTHING: 3}},
         {"chosen": NGRAMS},
+        {"when": -1},
+        {"parked": "often"},
         {"identity": {}},
     ],
 )

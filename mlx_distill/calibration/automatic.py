@@ -4,11 +4,22 @@ import os
 import sys
 import time
 import weakref
+from functools import partial
 
 from mlx_distill import openblas
+from mlx_distill.calibration.crowding import crowding
 from mlx_distill.calibration.measuring import calibrate, quick_config
 from mlx_distill.calibration.pair import Pair
-from mlx_distill.calibration.store import drafter_hash, find, find_kernels, identity, keep
+from mlx_distill.calibration.store import (
+    doubt,
+    drafter_hash,
+    find,
+    find_kernels,
+    identity,
+    is_loaded,
+    keep,
+)
+from mlx_distill.calibration.timing import LOADED
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.kernels.choice import trust
 from mlx_distill.kernels.probe import trusted
@@ -26,10 +37,13 @@ def is_on() -> bool:
 
 
 def known_costs(pair: Pair) -> Costs:
-    """Return what decoding costs; at the first use of a pair it is measured, and that is said."""
+    """Return what decoding costs; at the first use of a pair it is measured, and that is said.
+
+    So it is once more when the machine is quiet that was busy before.
+    """
     known, weights = identity(pair), drafter_hash(pair.drafter)
     costs = find(known, weights)
-    if costs is None:
+    if costs is None or (is_loaded(costs) and crowding() <= LOADED):
         print(
             f"mlx_distill: measuring this machine once, up to 20 seconds ({SWITCH}=0 leaves it "
             "out; python -m mlx_distill.calibrate measures more)",
@@ -65,8 +79,14 @@ def planner_of(pair: Pair, sampled: bool) -> Planner:
 
 
 def _planner(pair: Pair, sampled: bool) -> AdaptivePlanner:
-    costs = known_costs(pair)
-    return AdaptivePlanner(costs.sampled() if sampled else costs)
+    return planner_by(known_costs(pair), pair, sampled)
+
+
+def planner_by(costs: Costs, pair: Pair, sampled: bool) -> AdaptivePlanner:
+    """Return a planner that goes by the costs of a pair, and doubts them if it has to."""
+    return AdaptivePlanner(
+        costs.sampled() if sampled else costs, doubt=partial(doubt, identity(pair))
+    )
 
 
 _planners: weakref.WeakKeyDictionary[

@@ -3,21 +3,28 @@
 One file per machine, MLX version, target and drafter, beside the calibrations.
 """
 
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from mlx_distill.calibration.automatic import is_on, known_costs
+from mlx_distill.calibration.automatic import is_on, known_costs, planner_by
+from mlx_distill.calibration.crowding import crowding
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.store import drafter_hash, identity, recall, remember, say
+from mlx_distill.calibration.timing import LOADED
 from mlx_distill.calibration.trial import Trial, TrialPlanner
 from mlx_distill.drafters.auto import NGRAMS, NOTHING, AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
-FORMAT = 1
+FORMAT = 2
+# What was chosen beside other programs is tried again after so long.
+BUSY_S = 600.0
+# A shorter text that is parked tells nothing of the choice.
+LEAST_TOKENS = 64
 # Of n-grams where nothing is known of what they cost: a trial of them waits for no measurement.
 UNMEASURED = DraftPlan(beam_width=2, draft_length=3, nodes=4)
 Item = TypeVar("Item")
@@ -31,19 +38,23 @@ class Choice:
         drafter: It; None for plain decoding.
         plan: The shape of the drafts, or who plans them, or a function that returns who does; None
             leaves it to what was measured.
-        ended: Is called when the text has ended, however.
+        ended: Is called when the text has ended, however, with what was written of it.
     """
 
     drafter: Drafter | None
     plan: DraftPlan | Planner | Callable[[], Planner] | None = None
-    ended: Callable[[], None] = lambda: None
+    ended: Callable[[int], None] = lambda _: None
 
     def listen(self, responses: Generator[Item, None, None]) -> Generator[Item, None, None]:
         """Yield what is written."""
+        count = 0
         try:
-            yield from responses
+            for response in responses:
+                count += 1
+                yield response
         finally:
-            self.ended()
+            responses.close()
+            self.ended(count)
 
 
 class Choosing:
@@ -57,8 +68,8 @@ class Choosing:
 
     def __init__(self, pair: Pair, auto: AutoDrafter, sampled: bool):
         self.pair, self.auto, self.sampled = pair, auto, sampled
-        measured = replace(pair, drafter=auto.first)
-        self._known = identity(measured) | {
+        self._measured = replace(pair, drafter=auto.first)
+        self._known = identity(self._measured) | {
             "trial": FORMAT,
             "sampled": sampled,
             "weights": drafter_hash(auto.first),
@@ -66,6 +77,8 @@ class Choosing:
         self.trial = self._read() or Trial(tuple(auto.arms))
         self._planners: dict[str, Planner] = {}
         self._busy = False
+        self._crowded = False  # whether other programs ran beside this trial
+        self._forget_dated()
 
     def choose(self, alone: bool = True) -> Choice:
         """Return what drafts for the next text.
@@ -74,6 +87,7 @@ class Choosing:
             alone: Whether it is the only one that is written, so that its cycles can be timed.
                 Others get the drafter until that was done.
         """
+        self._forget_dated()
         arm = self.trial.chosen
         if arm == NOTHING:
             return Choice(None)
@@ -82,7 +96,7 @@ class Choosing:
         if arm is None:
             self._busy = True
             return Choice(self.auto, self._trial_planner, self._ended)
-        return Choice(self.auto.arms[arm], partial(self._planner, arm))
+        return Choice(self.auto.arms[arm], partial(self._planner, arm), partial(self._used, arm))
 
     def sentence(self) -> str:
         """Return what drafts and why, or that it is being tried."""
@@ -101,27 +115,46 @@ class Choosing:
             return FixedPlanner(UNMEASURED)
         if arm not in self._planners:
             costs = _of_ngrams(self._costs) if arm == NGRAMS else self._costs
-            self._planners[arm] = AdaptivePlanner(costs.sampled() if self.sampled else costs)
+            self._planners[arm] = planner_by(costs, self._measured, self.sampled)
         return self._planners[arm]
 
     @cached_property
     def _costs(self) -> Costs:
         """What decoding costs, measured once even where a busy machine's times are not kept."""
-        return known_costs(replace(self.pair, drafter=self.auto.first))
+        return known_costs(self._measured)
 
-    def _ended(self) -> None:
-        """Take note of what a text brought; choose, if that is enough."""
+    def _ended(self, count: int) -> None:
+        """Take note of what a text brought; choose, if that is enough.
+
+        What other programs had a part in is followed for a while and not remembered.
+        """
         self._busy = False
         trial = self.trial
-        if not trial.is_over:
+        self._crowded = self._crowded or crowding() > LOADED
+        if trial.is_over:
+            trial.decide(time.time())
+            say(trial.sentence(self.auto))
+            self._crowded = self._crowded or trial.is_loaded
+        if not self._crowded:
             self._keep()
-            return
-        trial.decide()
-        say(trial.sentence(self.auto))
-        if trial.is_loaded:
+        elif trial.is_over:
             say("the machine is busy, so this is tried again the next time")
-        else:
+
+    def _used(self, arm: str, count: int) -> None:
+        """Take note of whether the planner of what was chosen has parked a text."""
+        planner, before = self._planners.get(arm), self.trial.parked
+        if count < LEAST_TOKENS or not isinstance(planner, AdaptivePlanner):
+            return
+        self.trial.parked = before + 1 if planner.is_parked else 0
+        if self.trial.parked != before and not self._crowded:
             self._keep()
+
+    def _forget_dated(self) -> None:
+        """Begin anew where it is time to; what is remembered stays until something is found."""
+        now, trial = time.time(), self.trial
+        waited = self._crowded and trial.chosen is not None and now - trial.when >= BUSY_S
+        if waited or trial.is_dated(now):
+            self.trial, self._crowded = Trial(trial.arms), False
 
     def _read(self) -> Trial | None:
         arms = tuple(self.auto.arms)

@@ -4,14 +4,16 @@ Calls and drafts are timed in turn, so that each finds the caches of the process
 them, as it does in decoding.
 """
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
 from mlx_distill import openblas
 from mlx_distill.calibration.config import COARSE, QUICK, SLOW_STEP_S, CalibrationConfig
+from mlx_distill.calibration.crowding import crowding
 from mlx_distill.calibration.kernels import probe_kernels
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.tasks import PLAN, Decoding, Reading
@@ -27,6 +29,8 @@ from mlx_distill.target.context import position_limit
 
 # All threads are used, as plain decoding does, unless cycles take less than this share with fewer.
 CLEARLY_FASTER = 0.97
+# At other programs, before every round.
+LOOKS = 3
 # How tokens are drawn in them.
 LAWS = GREEDY, Sampling(temperature=1.0)
 Name = tuple[Any, ...]  # of a task, see ``Calibration``
@@ -56,8 +60,12 @@ def calibrate(
     clock: Clock = time.perf_counter,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
     since: float | None = None,
+    crowded: Callable[[int], float] = crowding,
 ) -> Calibration:
     """Measure what decoding costs.
+
+    Times that lie close together may all be those of a machine that others use: how crowded it was
+    in between counts as their spread where it is more.
 
     Args:
         pair: A model and its drafter.
@@ -65,6 +73,7 @@ def calibrate(
         clock: Returns the seconds since some time.
         progress: Is handed the rounds, to show them.
         since: What the clock said when the deadline began to run; None if it begins now.
+        crowded: Returns how crowded the machine is, by so many looks.
 
     Raises:
         InputError: If the model cannot be drafted for.
@@ -81,8 +90,16 @@ def calibrate(
         ("cycle", law.temperature): decoding for law, decoding in whole.items()
     }
     ordered = {name: tasks[name] for name in sorted(_mixed(tasks), key=_importance(context))}
-    times = time_in_turn(ordered, config.rounds, config.limit_s, clock, progress, until)
-    costs = replace(_costs(times), threads=threads, spread=typical_spread(times.values()))
+    others: list[float] = []
+
+    def watched(rounds: Iterable[int]) -> Iterator[int]:
+        for number in progress(rounds):
+            others.append(crowded(LOOKS))
+            yield number
+
+    times = time_in_turn(ordered, config.rounds, config.limit_s, clock, watched, until)
+    spread = max(typical_spread(times.values()), statistics.median(others))
+    costs = replace(_costs(times), threads=threads, spread=spread)
     nodes = [decoding.nodes for decoding in whole.values()]
     costs = _with_overheads(costs, times, nodes, context)
     greedy, sampled = _promised(pair, whole, context, clock, until)

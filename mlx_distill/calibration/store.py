@@ -1,7 +1,8 @@
 """Where calibrations are kept: one JSON file per machine, MLX version, target and drafter.
 
 What cannot be read is measured again, and what cannot be kept is used all the same: either costs
-one line on stderr, never a run.
+one line on stderr, never a run. What was measured beside other programs is kept with its spread,
+so that the next start can use it while they run, and measures again when they do not.
 """
 
 import hashlib
@@ -30,7 +31,9 @@ from mlx_distill.kernels.choice import VARIABLE
 from mlx_distill.kernels.probe import Verdict
 from mlx_distill.speculation.costs import Costs
 
-FORMAT = 5
+FORMAT = 6
+# The spread of what turned out to be wrong, and how often it may: measuring takes 20 seconds.
+DOUBTED, MOST_DOUBTS = 2 * LOADED, 3
 Made = TypeVar("Made")
 # What changes how fast a processor works through the same operations.
 ENVIRONMENT = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MLX_ENABLE_TF32", VARIABLE)
@@ -104,6 +107,11 @@ def find(known: Mapping[str, Any], weights: str = "") -> Costs | None:
     return recall(known, "calibration", made)
 
 
+def is_loaded(costs: Costs) -> bool:
+    """Return whether costs were measured beside other programs, or turned out to have been."""
+    return costs.spread > LOADED
+
+
 def find_kernels(known: Mapping[str, Any]) -> list[Verdict]:
     """Return what was found of the kernels with a calibration; nothing where it cannot be read."""
     try:
@@ -116,23 +124,48 @@ def find_kernels(known: Mapping[str, Any]) -> list[Verdict]:
 def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") -> bool:
     """Keep a calibration for the next run, and return whether it was.
 
-    What was measured beside other programs is not kept.
+    What was measured beside other programs replaces nothing that was not.
     """
-    spread = calibration.costs.spread
-    if spread > LOADED:
+    if is_loaded(calibration.costs):
         say(
-            f"the machine is busy: times of the same work differ by {spread:.0%}, so what was "
-            "measured is used with caution and not kept"
+            f"the machine is busy: times differ by {calibration.costs.spread:.0%}, so what was "
+            "measured is used with caution, and measured again when the machine is quiet"
         )
-        return False
+        before = find(known)
+        if before is not None and not is_loaded(before):
+            return False
     values = {
         "drafter_weights": weights,
         "costs": calibration.costs.to_dict(),
         "times": summary(calibration),
         "kernels": [asdict(verdict) for verdict in calibration.kernels],
         "versions": machine.versions(),
+        "doubts": _doubts(known),
     }
     return remember(known, "calibration", values)
+
+
+def doubt(known: Mapping[str, Any]) -> None:
+    """Let a calibration be measured again when the machine is quiet: its use contradicts it.
+
+    What is contradicted however often it is measured is left as it is.
+    """
+    try:
+        values, doubts = read_json(file_of(known)), _doubts(known)
+        if doubts < MOST_DOUBTS and values["costs"]["spread"] <= LOADED:
+            values |= {"costs": values["costs"] | {"spread": DOUBTED}, "doubts": doubts + 1}
+            write_whole(file_of(known), json.dumps(values, indent=1) + "\n")
+    except (InputError, KeyError, TypeError, OSError):
+        return  # there is none that could be used
+
+
+def _doubts(known: Mapping[str, Any]) -> int:
+    """Return how often a calibration was contradicted."""
+    try:
+        doubts = read_json(file_of(known)).get("doubts", 0)
+    except (InputError, OSError):
+        return 0
+    return doubts if type(doubts) is int else 0
 
 
 def recall(known: Mapping[str, Any], noun: str, make: Callable[[Any], Made]) -> Made | None:

@@ -15,6 +15,8 @@ Task = Callable[[Clock], float]
 # Quartiles that lie further apart than this share of the median are not of the task alone.
 LOADED = 0.25
 FEWEST_ROUNDS = 3
+# What nothing that is done afterwards would ever contradict is found out again after so long.
+DAY_S = 86_400.0
 # One time tells nothing of how far they lie apart: where steps are so slow that there is no second,
 # they count as uncertain as may be, and are kept, or every start would take as long.
 UNKNOWN_SPREAD = LOADED

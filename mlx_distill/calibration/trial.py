@@ -8,13 +8,14 @@ speed, and nobody waits for it. What counts is what a turn brought per second.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_distill.calibration.timing import Clock, Times
+from mlx_distill.calibration.timing import DAY_S, Clock, Times
 from mlx_distill.drafters.auto import NOTHING, ArmPlan, AutoDrafter
 from mlx_distill.drafters.protocol import DraftPlan, Outcome, Planner
 from mlx_distill.errors import InputError
@@ -29,6 +30,8 @@ PLAIN_STEPS, STEADY = 2, 4
 CLEARLY = 1.03
 # What takes longer than so many median cycles was not of the cycle: a compiler, or a caller.
 LONGEST = 3.0
+# What drafts is tried again when so many texts in a row were parked.
+MOST_PARKED = 3
 # Quartiles of steps that are all alike lie further apart than this where other programs run.
 BUSY = 0.5
 
@@ -43,11 +46,15 @@ class Trial:
         arms: What is tried, the one that suits most texts first, plain decoding last.
         cycles: Of each the seconds and the tokens of every cycle that counts.
         chosen: The best; None while that is not known.
+        when: That was chosen, in seconds of the calendar.
+        parked: How many texts in a row the planner has then parked, though it was to draft.
     """
 
     arms: tuple[str, ...]
     cycles: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     chosen: str | None = None
+    when: float = 0.0
+    parked: int = 0
 
     def __post_init__(self) -> None:
         self.cycles = {arm: self.cycles.get(arm, []) for arm in self.arms}
@@ -66,14 +73,16 @@ class Trial:
         if not all(_is_cycle(one) for one in known) or chosen not in (None, *arms):
             raise InputError("it holds no trial")
         found = {arm: [(float(s), n) for s, n in cycles[arm]] for arm in arms}
-        trial = cls(tuple(arms), found, chosen)
+        when, parked = values.get("when"), values.get("parked")
+        trial = cls(tuple(arms), found, chosen, _time(when), _time(parked))
         if chosen is not None and not trial.is_over:
             raise InputError("it holds no trial")
         return trial
 
     def to_dict(self) -> dict[str, Any]:
         """Return the trial as JSON holds it."""
-        return {"cycles": self.cycles, "chosen": self.chosen}
+        names = ("cycles", "chosen", "when", "parked")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def tokens(self) -> int:
@@ -108,8 +117,19 @@ class Trial:
         """Return an arm's share of plain decoding's speed."""
         return self.speed(arm) / self.speed(NOTHING)
 
-    def decide(self) -> str:
+    def is_dated(self, now: float) -> bool:
+        """Whether what was chosen is to be found out anew.
+
+        Where nothing drafts, nothing would ever tell that it pays by now; what drafts is
+        contradicted by texts that are parked.
+        """
+        if self.chosen == NOTHING:
+            return not 0 <= now - self.when < DAY_S
+        return self.parked >= MOST_PARKED
+
+    def decide(self, now: float) -> str:
         """Choose the best arm."""
+        self.when = now
         best = self.arms[0]
         for arm in self.arms[1:]:
             if arm != NOTHING and self.speed(arm) > CLEARLY * self.speed(best):
@@ -169,6 +189,17 @@ class TrialPlanner:
         self._tokens += tokens
         if self._calls >= STEADY:
             self.trial.cycles[self._arm].append((seconds, tokens))
+
+
+def _time(value: Any) -> Any:
+    """Return what is a number of at least 0.
+
+    Raises:
+        InputError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value < math.inf:
+        raise InputError("it holds no trial")
+    return value
 
 
 def _list(value: Any) -> list[Any]:

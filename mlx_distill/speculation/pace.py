@@ -27,6 +27,9 @@ OUTLIER = 3.0
 ALWAYS = 0.25  # a
 # However it looks, drafting adds no less and no more than this, compared with what was foretold.
 LEAST, MOST = 0.5, 4.0
+# Other programs only make steps slower: if they surely (by so many deviations) take less than this
+# share of what was foretold, they were measured beside some.
+CROWDED, SURELY = 0.75, 2.0
 
 
 class Pace:
@@ -43,6 +46,11 @@ class Pace:
     def more(self) -> float:
         """How many times as much drafting adds to a plain step as was foretold."""
         return min(MOST, max(LEAST, self._more / self._step))
+
+    @property
+    def was_crowded(self) -> bool:
+        """Whether steps are so much faster than foretold that this was measured beside others."""
+        return self._step + SURELY * math.sqrt(self._step_var) < CROWDED
 
     def prices(self, foretold: np.ndarray) -> np.ndarray:
         """Return what cycles take, in plain steps of now; ``foretold`` is in those of then."""

@@ -19,6 +19,7 @@ made again every few cycles. Four things keep it calm and safe:
 """
 
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,11 +151,13 @@ class AdaptivePlanner:
     Args:
         costs: Of the machine, the model and the drafter.
         batch: Texts that share a call of the target.
+        doubt: Is called, once, if the costs turn out to be those of a busier machine.
     """
 
-    def __init__(self, costs: Costs, batch: int = 1):
+    def __init__(self, costs: Costs, batch: int = 1, doubt: Callable[[], None] | None = None):
         self.costs = costs
         self.batch = batch
+        self._doubt = doubt
         most = costs.rows[-1] // batch
         self.nodes = np.array([n for n in costs.rows if 1 < n <= most], np.int32)
         self._draft_s = np.array([[costs.draft(w, n) for w in costs.widths] for n in costs.lengths])
@@ -192,8 +195,12 @@ class AdaptivePlanner:
         state.context += steps
         state.parked += steps
         if seconds is not None:
-            self._pace.learn(1.0, self._in_steps(seconds / steps, state.context))
-            self._unseen = 0
+            self._learn_step(seconds / steps, state.context)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether nothing pays in the latest text, so that the next one waits."""
+        return self._wait > 0
 
     def _heard(self, text: int, outcome: Outcome | None) -> TextState:
         """Return what is known of a text, its latest outcome taken in."""
@@ -261,12 +268,19 @@ class AdaptivePlanner:
         state.parked = state.parked + 1 if alone else 0
         if seconds is None:
             return
-        took = self._in_steps(seconds, state.context)
         if state.parked > 1 and state.asked[1] is None:
-            self._pace.learn(1.0, took)
-            self._unseen = 0
+            self._learn_step(seconds, state.context)
         elif self._unseen or state.asked[1] is not None:
-            state.balance += 1 - self._pace.steps(took)
+            state.balance += 1 - self._pace.steps(self._in_steps(seconds, state.context))
+
+    def _learn_step(self, seconds: float, context: int) -> None:
+        """Take in a plain step; beyond the contexts that were measured nothing is doubted."""
+        self._pace.learn(1.0, self._in_steps(seconds, context))
+        self._unseen = 0
+        measured = context <= self.costs.contexts[-1]
+        if self._doubt is not None and measured and self._pace.was_crowded:
+            self._doubt()
+            self._doubt = None
 
     def _in_steps(self, seconds: float, context: int) -> float:
         return seconds / self.costs.plain(context, self.batch)
