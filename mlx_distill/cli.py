@@ -246,9 +246,7 @@ def load_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> A
 def auto_drafter(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> Any:
     """Return what tries the drafter that the flags ask for, or fits, beside n-grams and nothing."""
     from mlx_distill.drafters import registry
-    from mlx_distill.target.memory import open_remembered
 
-    open_remembered(model)
     name = f"{registry.AUTO}+{arguments.drafter}" if arguments.drafter else registry.AUTO
     return registry.load_drafter(name, model, tokenizer)
 

@@ -15,7 +15,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.draft_verification import BLOCK, COUPLED
 from mlx_distill.speculation.generation import chain_of
-from mlx_distill.target.target import Target
+from mlx_distill.target.memory import open_remembered
 
 AUTO, ALONE, NGRAM, MERGED = "auto", "drafter", "ngram", "ngram+drafter"
 
@@ -117,7 +117,7 @@ def _drafter(
         return None
     if arguments.draft == NGRAM:
         arguments.drafter = NGRAM
-    if arguments.draft == AUTO and Target.of(model).support != "none":
+    if arguments.draft == AUTO and open_remembered(model).support != "none":
         auto = cli.auto_drafter(arguments, model, tokenizer)
         sampled = arguments.temperature > 0
         pair = Pair(model, tokenizer, auto, cache, arguments.exact_rows)

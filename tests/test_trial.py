@@ -25,6 +25,7 @@ from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Outcome
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
+from mlx_distill.target import target
 
 generate = importlib.import_module("mlx_distill.generate")
 
@@ -180,6 +181,8 @@ def test_what_a_crowded_machine_says_is_followed_for_a_while(
     calendar, quiet[0] = Calendar(monkeypatch), 1.0
     auto = AutoDrafter(bundled_drafter, "small")
     found = choosing(Pair(*bundled_pair, auto), auto, sampled=False)
+    assert not list(found.choose().listen(nothing()))
+    assert not found._crowded, "where nothing was counted, nobody looks"
     finished(found, "none")
     assert "the machine is busy, so this is tried again" in capsys.readouterr().err
     assert not measured.exists()
@@ -263,7 +266,9 @@ def test_a_damaged_trial_is_made_again(
         auto = AutoDrafter(None)
         return choosing(Pair(*bundled_pair, auto), auto, sampled=False)
 
-    assert not list(found().choose().listen(nothing()))
+    begun = found()
+    begun.trial.cycles[NOTHING] = [(1.0, 1)]
+    assert not list(begun.choose().listen(nothing()))
     (file,) = measured.iterdir()
     file.write_text(json.dumps({**json.loads(file.read_text()), **damage}))
     assert found().trial == Trial((NGRAMS, NOTHING))
@@ -289,6 +294,21 @@ def test_the_text_does_not_depend_on_the_turns(
     assert all(trial.cycles[arm] for arm in ARMS)
     (file,) = measured.iterdir()
     assert json.loads(file.read_text())["cycles"][DRAFTER]
+
+
+def test_a_model_is_opened_as_it_was_found(
+    bundled_part: Path, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, open_model = [], target.open_model
+
+    def opened(model: Any, way: str | None = None) -> Any:
+        known.append(way)
+        return open_model(model, way)
+
+    monkeypatch.setattr(target, "open_model", opened)
+    for _ in range(2):
+        assert generate.main(["--model", str(bundled_part), "--max-tokens", "1"]) == 0
+    assert known == [None, "row"]
 
 
 def test_a_benchmark_lets_the_trial_come_to_its_end(

@@ -78,6 +78,7 @@ class Choosing:
         self._planners: dict[str, Planner] = {}
         self._busy = False
         self._crowded = False  # whether other programs ran beside this trial
+        self._looked = self.trial.tokens  # counted when that was looked at
         self._forget_dated()
 
     def choose(self, alone: bool = True) -> Choice:
@@ -130,6 +131,9 @@ class Choosing:
         """
         self._busy = False
         trial = self.trial
+        if trial.tokens == self._looked:
+            return
+        self._looked = trial.tokens
         self._crowded = self._crowded or crowding() > LOADED
         if trial.is_over:
             trial.decide(time.time())
@@ -154,7 +158,7 @@ class Choosing:
         now, trial = time.time(), self.trial
         waited = self._crowded and trial.chosen is not None and now - trial.when >= BUSY_S
         if waited or trial.is_dated(now):
-            self.trial, self._crowded = Trial(trial.arms), False
+            self.trial, self._crowded, self._looked = Trial(trial.arms), False, 0
 
     def _read(self) -> Trial | None:
         arms = tuple(self.auto.arms)
