@@ -463,21 +463,21 @@ def test_a_busy_moment_decides_until_the_machine_is_quiet(
 
 
 def test_use_that_contradicts_a_calibration_lets_it_be_measured_again(
-    pair: Pair, measured: list[CalibrationConfig], folder: Path
+    pair: Pair, folder: Path
 ) -> None:
-    """It says a plain step takes a second, for so it did beside others; it takes half of one."""
-    planner = automatic.planner_of(replace(pair, exact_rows=True), sampled=False)
-    assert isinstance(planner, AdaptivePlanner)
-    known = store.identity(replace(pair, exact_rows=True))
-    planner.shape(0, None)
-    for step in range(30):
-        before = store.find(known)
-        assert before is not None
-        assert not store.is_loaded(before) or step > 3
-        planner.shape(0, Outcome(8, (0,), 0, (0,), seconds=0.5))
-    after = store.find(known)
-    assert after is not None
-    assert store.is_loaded(after)
+    """It says that a plain step takes a second; beside others it did, now it takes half of one."""
+    known = store.identity(pair)
+    store.keep(known, Calibration(COSTS, {}))
+    dear = replace(COSTS, call_s=((1.0, 9.0),))  # nothing is drafted
+    loaded = []
+    for seconds in (1.0, 0.5):
+        planner = automatic.planner_by(dear, pair, sampled=False)
+        for _ in range(30):
+            planner.shape(0, Outcome(8, (0,), 0, (0,), seconds=seconds))
+        found = store.find(known)
+        assert found is not None
+        loaded.append(store.is_loaded(found))
+    assert loaded == [False, True]
 
 
 def test_all_texts_of_a_pair_have_one_planner(
