@@ -137,9 +137,7 @@ class Minute:
 
     def row(self, number: int, requests: int, wrong: int) -> dict[str, float]:
         """Return its figures."""
-        processor_s = time.process_time() - self.start_processor
-        speed = self.tokens / (processor_s - self.plain.spent_s)
-        plain = self.plain.tokens / self.plain.decoding_s
+        processor_s = time.process_time() - self.start_processor - self.plain.spent_s
         return {
             "minute": number,
             "requests": requests,
@@ -147,9 +145,8 @@ class Minute:
             "tokens": self.tokens,
             "seconds": self.took_s,
             "processor_s": processor_s,
-            "tokens_per_processor_s": speed,
-            "plain_tokens_per_processor_s": plain,
-            "ratio": speed / plain,
+            "plain_tokens": self.plain.tokens,
+            "plain_processor_s": self.plain.decoding_s,
             "resident_bytes": machine.peak_resident_bytes(),
             "array_bytes": mx.get_active_memory(),
             "cache_bytes": mx.get_cache_memory(),
@@ -157,19 +154,25 @@ class Minute:
 
 
 def drifts(rows: list[dict[str, float]]) -> list[str]:
-    """Return what got worse from the first third of the minutes to the last."""
-    third = max(1, len(rows) // 3)
+    """Return what got worse from the first third of the minutes to the last.
 
-    def medians(name: str) -> tuple[float, float]:
-        values = [row[name] for row in rows]
-        return statistics.median(values[:third]), statistics.median(values[-third:])
+    Of speed, thirds are taken as a whole: minutes in which other programs run write few tokens.
+    """
+    third = max(1, len(rows) // 3)
+    ends = rows[:third], rows[-third:]
+
+    def of(name: str, some: list[dict[str, float]]) -> float:
+        """Return the tokens per second of the processor."""
+        return sum(row[f"{name}tokens"] for row in some) / sum(
+            row[f"{name}processor_s"] for row in some
+        )
 
     found = []
-    first, last = medians("ratio")
+    first, last = (of("", some) / of("plain_", some) for some in ends)
     if last < 0.9 * first:
         found.append(f"speed: {first:.2f} of mlx-lm's at first, {last:.2f} at last")
     for name in ("array_bytes", "resident_bytes"):
-        first, last = medians(name)
+        first, last = (statistics.median(row[name] for row in some) for some in ends)
         if last > 1.1 * first + 32e6:
             found.append(f"{name}: {first / 1e6:.0f} MB at first, {last / 1e6:.0f} MB at last")
     return found

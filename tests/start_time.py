@@ -9,6 +9,7 @@ Not collected by pytest: it measures time, so nothing else may run meanwhile.
 """
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
@@ -20,6 +21,9 @@ from mlx_distill.checkpoint import bundled
 from mlx_distill.cli import command
 from mlx_distill.errors import InputError
 
+# An installed package is compiled once, whoever measures it.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+
 
 def run(argv: Sequence[str]) -> tuple[float, float]:
     """Return the processor's and the clock's seconds of a command.
@@ -28,7 +32,8 @@ def run(argv: Sequence[str]) -> tuple[float, float]:
         InputError: If it fails.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, check=False)
+    command = [sys.executable, *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     took_s, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise InputError(f"{' '.join(argv)} failed: {done.stderr.strip()[-300:]}")

@@ -69,7 +69,38 @@ def test_the_command(tmp_path: Path, law: list[str], capsys: pytest.CaptureFixtu
     assert parts["tree"]["reached"] is None
     assert found["ceilings"]["flops_per_s"] > 0
     assert "plain step of mlx-lm" in capsys.readouterr().out
-    check_trace(json.loads(traced.read_text()))
+    trace = json.loads(traced.read_text(), parse_constant=pytest.fail)  # no NaN: it is no JSON
+    check_format(trace)
+    check_trace(trace)
+
+
+def check_format(trace: dict[str, Any]) -> None:
+    """Every event is what the trace event format says of its phase; see its sections 1 and 2."""
+    assert trace.keys() == {"displayTimeUnit", "traceEvents"}
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    latest: dict[tuple[int, int], float] = {}
+    named: set[tuple[str, int]] = set()
+    for event in trace["traceEvents"]:
+        place = event["pid"], event["tid"]
+        assert all(type(number) is int for number in place)
+        assert isinstance(event["args"], dict)
+        if event["ph"] == "M":
+            assert event.keys() == {"name", "ph", "pid", "tid", "args"}
+            assert event["name"] in ("process_name", "thread_name")
+            assert isinstance(event["args"]["name"], str)
+            assert place not in latest, "what is named is named before its slices"
+            assert (event["name"], place[0]) not in named, "and once"
+            named.add((event["name"], place[0]))
+            continue
+        assert event["ph"] == "X"
+        assert event.keys() == {"name", "cat", "ph", "ts", "dur", "pid", "tid", "args"}
+        assert isinstance(event["name"], str)
+        assert isinstance(event["cat"], str)
+        assert event["ts"] >= latest.get(place, 0.0)
+        assert event["dur"] >= 0
+        latest[place] = event["ts"]
+    assert {pid for pid, _ in latest} == {1, 2} == {pid for _, pid in named}
+    assert len(named) == 4
 
 
 def check_trace(trace: dict[str, Any]) -> None:
