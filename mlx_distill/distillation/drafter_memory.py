@@ -65,6 +65,8 @@ def needed_bytes(
     )
     # What was computed for the gradients is let go before the update.
     step = max(step_bytes(drafter, config, size, tokens), update_bytes(arrays))
+    # The target's rows of the tokens that can be drafted stay beside its head.
+    step += (drafter.config.draft_vocab_size or 0) * drafter.config.hidden_size * size
     return num_bytes(target.model.parameters()), trained, kept, max(reading, step)
 
 
