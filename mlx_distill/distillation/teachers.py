@@ -7,13 +7,14 @@ later, a few tokens at a time, and the features that were asked for.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
 from mlx import nn
 
 from mlx_distill.data.alignment import OtherReading, read_otherwise
+from mlx_distill.data.teacher_cache import TeacherCache
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.objective import Goal
 from mlx_distill.errors import InputError
@@ -23,8 +24,6 @@ from mlx_distill.target.context import position_limit
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.taps import Layer, tapped
 
-if TYPE_CHECKING:
-    from mlx_distill.data.teacher_cache import TeacherCache
 
 MAX_READINGS = 100_000
 
@@ -174,7 +173,7 @@ class CachedTeacher:
         texts: These texts; how frequent tokens are in them is what the tail "prior" goes by.
     """
 
-    def __init__(self, cache: "TeacherCache", texts: Sequence[Text] = ()):
+    def __init__(self, cache: TeacherCache, texts: Sequence[Text] = ()):
         self.cache = cache
         counts = np.full((cache.vocab_size,), 0.1)  # of tokens that are nowhere, too
         for text in texts:
