@@ -28,7 +28,7 @@ def test_it_measures_reports_and_keeps(
     said = capsys.readouterr()
     assert "16 tokens" in said.out
     kept = list((tmp_path / "cache" / "mlx_distill").rglob("*.json"))
-    assert len(kept) == 1
+    assert len(kept) == ("the machine is busy" not in said.err)
     assert all(f"Kept in {file}" in said.err for file in kept)
 
 

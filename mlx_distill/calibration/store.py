@@ -1,8 +1,7 @@
 """Where calibrations are kept: one JSON file per machine, MLX version, target and drafter.
 
 What cannot be read is measured again, and what cannot be kept is used all the same: either costs
-one line on stderr, never a run. What was measured beside other programs is kept with its spread,
-so that the next start can use it while they run, and measures again when they do not.
+one line on stderr, never a run. Of what was measured beside other programs nothing is kept.
 """
 
 import hashlib
@@ -124,16 +123,14 @@ def find_kernels(known: Mapping[str, Any]) -> list[Verdict]:
 def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") -> bool:
     """Keep a calibration for the next run, and return whether it was.
 
-    What was measured beside other programs replaces nothing that was not.
+    Nothing is kept of what was measured beside other programs.
     """
     if is_loaded(calibration.costs):
         say(
             f"the machine is busy: times differ by {calibration.costs.spread:.0%}, so what was "
-            "measured is used with caution, and measured again when the machine is quiet"
+            "measured is used with caution, and nothing is kept"
         )
-        before = find(known)
-        if before is not None and not is_loaded(before):
-            return False
+        return False
     values = {
         "drafter_weights": weights,
         "costs": calibration.costs.to_dict(),

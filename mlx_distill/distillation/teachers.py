@@ -24,7 +24,6 @@ from mlx_distill.target.context import position_limit
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.taps import Layer, tapped
 
-
 MAX_READINGS = 100_000
 
 TeacherWeights = tuple[Annotated[float, Between(above=0, high=10**6)], ...]
