@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 # Tokens of the texts that a trial is made of before --compare.
 TRIAL_TEXT = 128
+# Of a text before it: a shape of draft is compiled at its fifth use, of five tokens perhaps.
+WARM_UP = 64
 
 
 @cli.command
@@ -98,7 +100,7 @@ def _warm_up(
 
         pair = Pair(model, tokenizer, auto, cache, options["exact_rows"])
         settled(pair, sampling, [prompt], TRIAL_TEXT)
-    list(stream_generate(model, tokenizer, prompt, max_tokens=16, **options))
+    list(stream_generate(model, tokenizer, prompt, max_tokens=WARM_UP, **options))
     list(plain(model, tokenizer, prompt, sampling, cache, 16))
     mx.reset_peak_memory()
 

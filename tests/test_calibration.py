@@ -33,6 +33,8 @@ from mlx_distill.speculation.planning import AdaptivePlanner
 
 pytestmark = pytest.mark.usefixtures("quiet")
 SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3)
+SOME = Times(1.0, 0.1, 3)
+WHOLE = {("call", 16, 1): SOME, ("call", 16, 2): SOME, ("draft", 1, 1): SOME}
 COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, spread=0.02)
 
 
@@ -423,7 +425,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[CalibrationC
 
     def calibrate_at_once(pair: Pair, config: CalibrationConfig, since: float) -> Calibration:
         done.append(config)
-        return Calibration(COSTS, {})
+        return Calibration(COSTS, WHOLE)
 
     monkeypatch.setattr(automatic, "calibrate", calibrate_at_once)
     return done
@@ -456,6 +458,22 @@ def test_what_was_contradicted_is_used_until_the_machine_is_quiet(
     quiet[0] = 0.05
     assert not any(store.is_loaded(automatic.known_costs(pair)) for _ in range(3))
     assert len(measured) == 2
+
+
+def test_a_calibration_without_drafts_is_not_the_last_one(
+    pair: Pair, measured: list[CalibrationConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling took all of its time; where calls are too slow, three times are enough."""
+    without = Calibration(COSTS, {("call", 16, 1): SOME, ("draft", 1, 1): SOME})
+    assert not without.knows_drafting
+    monkeypatch.setattr(automatic, "calibrate", lambda *_, **__: measured.append(SMALL) or without)
+    for start in range(6):
+        automatic.known_costs(pair)
+        assert len(measured) == min(start + 1, 4)
+    assert Calibration(COSTS, {**WHOLE}).knows_drafting
+    for name in (("call", 16, 2), ("draft", 1, 1)):
+        less = {other: times for other, times in WHOLE.items() if other != name}
+        assert not Calibration(COSTS, less).knows_drafting
 
 
 def test_use_that_contradicts_a_calibration_lets_it_be_measured_again(

@@ -39,7 +39,7 @@ def is_on() -> bool:
 def known_costs(pair: Pair) -> Costs:
     """Return what decoding costs; at the first use of a pair it is measured, and that is said.
 
-    So it is once more when the machine is quiet that was busy before.
+    So it is again on a quiet machine where that was contradicted, or there was no time for drafts.
     """
     known, weights = identity(pair), drafter_hash(pair.drafter)
     costs = find(known, weights)
@@ -52,6 +52,8 @@ def known_costs(pair: Pair) -> Costs:
         since = time.perf_counter()
         calibration = calibrate(pair, quick_config(pair), since=since)
         keep(known, calibration, weights)
+        if not calibration.knows_drafting:
+            doubt(known)
         costs = calibration.costs
     else:
         trust(trusted(find_kernels(known)))

@@ -53,6 +53,15 @@ class Calibration:
     times: dict[tuple[Any, ...], Times]
     kernels: Sequence[Verdict] = ()
 
+    @property
+    def knows_drafting(self) -> bool:
+        """Whether there was time for a draft and a call that verifies one.
+
+        Where nothing was ever compiled, there may be none: then no text is drafted for.
+        """
+        calls = {name[2] for name in self.times if name[0] == "call"}
+        return len(calls) > 1 and any(name[0] == "draft" for name in self.times)
+
 
 def calibrate(
     pair: Pair,

@@ -31,6 +31,7 @@ from mlx_distill.kernels.beam_step import NATS, token_bits
 from mlx_distill.kernels.choice import Case
 from mlx_distill.kernels.noise import Keyed
 from mlx_distill.kernels.product_source import Matrix
+from mlx_distill.kernels.walk import Walked
 from mlx_distill.machine import provenance
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -89,14 +90,20 @@ def draw(logits: mx.array, sampling: Sampling, *_: Any) -> mx.array:
 
 
 def walk(tree: Any, drawn: mx.array, greatest: mx.array, certain: Any, hidden: mx.array) -> Any:
-    """On the device, too: nodes are reached whose ancestors' draws all led there."""
+    """On the device, too: nodes are reached whose ancestors' draws all led there.
+
+    The path and its tokens are made as the twin makes them: a graph, which few cycles compute.
+    """
     nodes = mx.arange(tree.tokens.size)
     entered = (drawn[tree.parents] == tree.tokens) | (nodes == 0)
     accepted = mx.all(~tree.mask | entered, axis=-1)
     last = mx.where(accepted, nodes, 0).max()
     rows = [tree.parents, accepted, drawn, mx.isnan(greatest)]
     rows += [row for row in (certain, tree.ranks) if row is not None]
-    return mx.stack([row.astype(mx.int32) for row in rows]), last, hidden[last]
+    path = mx.sort(mx.where(accepted, nodes, last))[: tree.max_depth + 1]
+    within = mx.arange(tree.max_depth + 1) <= tree.depths[last]
+    others = path, mx.where(within, tree.tokens[path], -1), drawn[last]
+    return mx.stack([row.astype(mx.int32) for row in rows]), last, hidden[last], others
 
 
 def beams(
@@ -161,8 +168,10 @@ def asked(name: str, result: Any) -> Any:
     """Return what a cycle asks of a result; the rest is never computed."""
     if name == "sampler" and not isinstance(result, mx.array):
         return result.tokens, result.greatest, result.certain
-    if name == "walk" and hasattr(result, "report"):
-        return result.report, result.last, result.seen
+    if name == "walk":
+        return (
+            (result.report, result.last, result.seen) if isinstance(result, Walked) else result[:3]
+        )
     return result
 
 
