@@ -169,9 +169,8 @@ def asked(name: str, result: Any) -> Any:
     if name == "sampler" and not isinstance(result, mx.array):
         return result.tokens, result.greatest, result.certain
     if name == "walk":
-        return (
-            (result.report, result.last, result.seen) if isinstance(result, Walked) else result[:3]
-        )
+        walked = isinstance(result, Walked)
+        return (result.report, result.last, result.seen) if walked else result[:3]
     return result
 
 
