@@ -21,6 +21,13 @@ from mlx_distill.speculation.requests import Request
 PROMPTS = ("Once upon a time", "Ben had a red kite.", "One", "The old baker forgot his hat on")
 
 
+@pytest.fixture
+def remembering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let choices be made, and remembered in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(automatic.SWITCH, "1")
+
+
 @pytest.mark.parametrize(
     ("found", "drafter", "way"),
     [
@@ -73,10 +80,8 @@ def test_a_choice_is_made_once_and_followed(
     bundled_pair: tuple[Any, Any],
     bundled_drafter: Any,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    remembering: None,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(automatic.SWITCH, "1")
     spreads, written = [0.9, 0.1], []
     monkeypatch.setattr(batches, "timed", lambda *_: (Found(1.0, 0.5, 4.0), spreads.pop(0)))
     join = PlainBatch.join
@@ -151,10 +156,8 @@ def test_nothing_is_drafted_where_that_is_known_to_bring_nothing(
     bundled_pair: tuple[Any, Any],
     bundled_drafter: Any,
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    remembering: None,
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(automatic.SWITCH, "1")
     opened, make = [], bundled_drafter.open
     monkeypatch.setattr(bundled_drafter, "open", lambda *of: opened.append(1) or make(*of))
     expected = None

@@ -437,7 +437,7 @@ def test_the_first_use_of_a_pair_measures_it_and_says_so(
     assert automatic.known_costs(pair) == COSTS
     assert measured in ([QUICK], [COARSE])  # by how fast its steps are
     said = capsys.readouterr().err
-    assert "measuring this machine once" in said
+    assert "measuring this machine, up to 20 seconds" in said
     assert said.count("\n") == 1
     assert automatic.known_costs(pair) == COSTS
     assert measured in ([QUICK], [COARSE])  # by how fast its steps are

@@ -45,7 +45,7 @@ def known_costs(pair: Pair) -> Costs:
     costs = find(known, weights)
     if costs is None or (is_loaded(costs) and crowding() <= LOADED):
         print(
-            f"mlx_distill: measuring this machine once, up to 20 seconds ({SWITCH}=0 leaves it "
+            f"mlx_distill: measuring this machine, up to 20 seconds ({SWITCH}=0 leaves it "
             "out; python -m mlx_distill.calibrate measures more)",
             file=sys.stderr,
         )

@@ -74,7 +74,7 @@ class Trial:
             raise InputError("it holds no trial")
         found = {arm: [(float(s), n) for s, n in cycles[arm]] for arm in arms}
         when, parked = values.get("when"), values.get("parked")
-        trial = cls(tuple(arms), found, chosen, _time(when), _time(parked))
+        trial = cls(tuple(arms), found, chosen, _number(when), _number(parked))
         if chosen is not None and not trial.is_over:
             raise InputError("it holds no trial")
         return trial
@@ -191,7 +191,7 @@ class TrialPlanner:
             self.trial.cycles[self._arm].append((seconds, tokens))
 
 
-def _time(value: Any) -> Any:
+def _number(value: Any) -> Any:
     """Return what is a number of at least 0.
 
     Raises:
