@@ -22,7 +22,7 @@ import type_checks
 
 os.environ.setdefault("MLX_DISTILL_CALIBRATE", "0")  # no test measures this machine by itself
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or every process would compile all it imports
-scheduling.share_cores()  # before there are threads
+scheduling.wait_for_turns()  # before there are threads
 type_checks.install("mlx_distill")
 import mlx_distill  # noqa: E402  (the BLAS comes first)
 

@@ -1,20 +1,14 @@
-"""How the kernel shares the cores among the tests' processes, where it can be told (Linux).
-
-MLX's CPU stream is a thread that is woken for every operation. As a batch process it does not
-interrupt the thread that wakes it, and on that thread's own core it finds its caches: a fifth of
-the suite's time, and a tenth of its switches between threads.
-"""
+"""How the kernel shares the cores among the tests' threads, where it can be told (Linux)."""
 
 import os
 import sys
 
 
-def share_cores() -> None:
-    """Make this process a batch process; keep a worker of several on a core of its own."""
-    if sys.platform != "linux":
-        return
-    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-    if worker:
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+def wait_for_turns() -> None:
+    """Let no thread interrupt the one that wakes it.
+
+    MLX's CPU stream is a thread that is woken for every operation. Two processes of tests keep two
+    cores busy, so that it would interrupt them twenty million times in a run of the suite.
+    """
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -39,10 +39,9 @@ COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, spread=
 
 
 @pytest.fixture(scope="module")
-def pair() -> Pair:
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(REFERENCE, model, tokenizer)
-    return Pair(model, tokenizer, drafter)
+def pair(bundled_part: Path) -> Pair:
+    model, tokenizer = mlx_distill.load(bundled_part)
+    return Pair(model, tokenizer, mlx_distill.load_drafter(REFERENCE, model, tokenizer))
 
 
 @pytest.fixture
@@ -303,12 +302,12 @@ def test_drafters_of_other_sizes_are_told_apart(pair: Pair) -> None:
 
 
 def test_precision_and_machine_tell_calibrations_apart(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, bundled_part: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = store.identity(pair)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "7")
     assert store.file_of(store.identity(pair)) != store.file_of(known)
-    half, _ = mlx_distill.load(bundled("stories-14m"))
+    half, _ = mlx_distill.load(bundled_part)
     half.set_dtype(mx.float16)
     other = store.identity(replace(pair, model=half))
     assert other["target"] != known["target"]
