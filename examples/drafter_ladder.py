@@ -15,7 +15,9 @@ Every rung takes as many steps over the same starts of the same answers, from th
     R2-8, R2-6, R2-4   R2 with weights of so many bits
 
 A run that was stopped goes on with the same command: rungs that are there are not trained again,
-and a half-trained one is resumed. The table is written as JSON and as markdown, and drawn.
+and a half-trained one is resumed. What the target computes of the answers is kept beside the
+rungs, once for all that read the same of it. The table is written as JSON and as markdown, and
+drawn.
 """
 
 import argparse
@@ -137,6 +139,8 @@ class Ladder:
             training=training,
             **RUNGS[name],
         )
+        read = "taps" + "".join(f"-{layer}" for layer in config.tap_layers or ("default",))
+        read += "-and-context" if config.context_blocks else ""
         print(f"{name}: {RUNGS[name] or 'the default'}", file=sys.stderr)
         train_drafter(
             self.model,
@@ -145,6 +149,7 @@ class Ladder:
             folder,
             config,
             responses=self.folder / "answers.jsonl",
+            features=self.folder / "features" / read,
             resume=partial_folder(folder).exists(),
             about={"data": [Path(arguments.data or arguments.answers).name]},
             quiet=arguments.quiet,
