@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers = [
         Response(one.ids, sample.tokens) for one, sample in zip(asked, plain.samples, strict=True)
     ]
-    for arm in arms:
+    for arm in tqdm(arms, unit="drafter", leave=False):
         if not isinstance(arm.drafter, AutoDrafter):
             _judge(arm, Target.of(model), answers, asked)
     result = {

@@ -314,7 +314,9 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "model",
         "adapter_path",
         "drafter",
+        "drafters",
         "draft_model",
+        "draft_models",
         "teacher",
         "student",
         "data",
@@ -328,8 +330,12 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(value, str) or key not in (*written, *read):
             return value
         name, equals, path = value.rpartition("=") if key in named else ("", "", value)
-        local = key in written or os.path.exists(path)
-        return name + equals + (os.path.basename(os.path.normpath(path)) if local else path)
+        whole = key in written or os.path.exists(path)
+        parts = [path] if whole else path.split("+")  # drafters of one tree
+        return name + equals + "+".join(without_folder(part, key in written) for part in parts)
+
+    def without_folder(path: str, local: bool) -> str:
+        return os.path.basename(os.path.normpath(path)) if local or os.path.exists(path) else path
 
     return {key: shown(key, value) for key, value in vars(arguments).items()}
 

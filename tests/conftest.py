@@ -60,8 +60,9 @@ ModelIn = Callable[[str, str], Path]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let MLX's compiler find its header precompiled; workers are given the environment."""
-    if "PYTEST_XDIST_WORKER" not in os.environ and sys.platform == "linux" and config.cache:
-        kept = config.cache.mkdir(f"precompiled-{version('mlx')}")
+    cache = getattr(config, "cache", None)  # not there with -p no:cacheprovider
+    if "PYTEST_XDIST_WORKER" not in os.environ and sys.platform == "linux" and cache:
+        kept = cache.mkdir(f"precompiled-{version('mlx')}")
         precompile(Path(mx.__file__).parent / "include", kept)
 
 

@@ -10,21 +10,15 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_distill import NGramDrafter, cli, load, machine, stream_generate  # a fast BLAS first
-
-# isort: split
-import mlx.core as mx
-from mlx_lm.generate import generation_stream
-
+from mlx_distill import NGramDrafter, cli, load, machine, stream_generate
+from mlx_distill.benchmarking.batches import side_by_side
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import read_prompts
-
-TOKENS = 8  # of a turn
+from mlx_distill.drafters.protocol import Drafter
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,14 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments: argparse.Namespace = parser.parse_args(argv)
     pair = load(arguments.model)
     prompts = read_prompts(arguments.data, pair[1])[: arguments.num_prompts + 1]
-    rows = [_costs(pair, prompt[: arguments.prompt_tokens], arguments) for prompt in prompts][1:]
-    ratios = [row["without_s"] / row["with_s"] for row in rows]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    whole = sum(row["without_s"] for row in rows) / sum(row["with_s"] for row in rows)
-    drafted = sum(row["drafted"] for row in rows)
-    print(
-        f"with n-grams {whole:.3f} times as fast on all texts together, {drafted} tokens drafted;"
-    )
+    rows = [_speeds(pair, prompt[: arguments.prompt_tokens], arguments) for prompt in prompts][1:]
+    low, middle, high = statistics.quantiles([row["with"] / row["without"] for row in rows], n=4)
+    whole = sum(1 / row["without"] for row in rows) / sum(1 / row["with"] for row in rows)
+    print(f"with n-grams {whole:.3f} times as fast on all texts together;")
     print(f"text by text {middle:.3f} ({low:.3f}-{high:.3f})")
     if arguments.output:
         asked = ("num_prompts", "prompt_tokens", "max_tokens", "temp")
@@ -57,30 +47,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _costs(pair: tuple[Any, Any], prompt: list[int], arguments: Any) -> dict[str, float]:
-    """Return the seconds that a text takes with n-grams and without, less those of its prompt."""
-    options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temp, "seed": 1}
-    streams: dict[str, Iterator[Any]] = {
-        "with_s": stream_generate(*pair, prompt, drafter=NGramDrafter(), **options),
-        "without_s": stream_generate(*pair, prompt, **options),
-    }
-    for stream in streams.values():
+def _speeds(pair: tuple[Any, Any], prompt: list[int], arguments: Any) -> dict[str, float]:
+    """Return a text's tokens per second with n-grams and without, behind the first of them."""
+
+    def written(drafter: Drafter | None) -> Iterator[int]:
+        options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temp, "seed": 1}
+        for _ in stream_generate(*pair, prompt, drafter=drafter, **options):
+            yield 1
+
+    writing = {"with": written(NGramDrafter()), "without": written(None)}
+    for stream in writing.values():
         next(stream)
-    seconds, drafted, order = dict.fromkeys(streams, 0.0), 0, list(streams)
-    alive = set(order)
-    while alive:
-        for name in order:
-            start = time.perf_counter()
-            for _ in range(TOKENS if name in alive else 0):
-                response = next(streams[name], None)
-                if response is None:
-                    alive.discard(name)
-                    break
-                drafted = max(drafted, response.drafted_tokens)
-            mx.synchronize(generation_stream)  # or a step would go on in the other's time
-            seconds[name] += time.perf_counter() - start
-        order.reverse()
-    return {**seconds, "drafted": drafted}
+    return side_by_side(writing)
 
 
 if __name__ == "__main__":

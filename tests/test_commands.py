@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,14 @@ def test_names_that_no_file_can_have(
         generate.main([flag, name])
     assert end.value.code == 2
     assert f"argument {flag}: must" in capsys.readouterr().err
+
+
+def test_a_result_names_no_folders(tmp_path: Path) -> None:
+    """Neither those of several drafters, nor one that stands beside n-grams."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    given = {"drafters": ["ngram", str(folder), f"ngram+{folder}"], "draft_models": [str(folder)]}
+    found = cli.settings(Namespace(**given, drafter=f"auto+{folder}", model="org/name+more"))
+    assert found["drafters"] == ["ngram", "mine", "ngram+mine"]
+    assert found["draft_models"] == ["mine"]
+    assert (found["drafter"], found["model"]) == ("auto+mine", "org/name+more")

@@ -44,7 +44,8 @@ def batches(
         speeds = dict[str, list[float]]()
         for turn in range(turns + 1):
             texts = [prompts[(turn * size + place) % len(prompts)] for place in range(size)]
-            for name, speed in _side_by_side(_arms(bench), texts).items():
+            writing = {name: arm(texts) for name, arm in _arms(bench).items()}
+            for name, speed in side_by_side(writing).items():
                 if turn:
                     speeds.setdefault(name, []).append(speed)
         rows += [
@@ -87,11 +88,15 @@ def _arms(bench: Bench) -> dict[str, Arm]:
     return {PLAIN: theirs, UNDRAFTED: ours(None), OURS: ours(bench.drafter)}
 
 
-def _side_by_side(arms: dict[str, Arm], texts: Prompts) -> dict[str, float]:
-    """Return the tokens per second of arms that write the same texts, some steps each in turn."""
-    writing = {name: arm(texts) for name, arm in arms.items()}
-    tokens, seconds = dict.fromkeys(arms, 0), dict.fromkeys(arms, 0.0)
-    order = list(arms)
+def side_by_side(writing: dict[str, Iterator[int]]) -> dict[str, float]:
+    """Return the tokens per second of arms that write the same texts, some steps each in turn.
+
+    Args:
+        writing: Every arm's texts, as they are written: the tokens that each step has ended. It is
+            used up.
+    """
+    tokens, seconds = dict.fromkeys(writing, 0), dict.fromkeys(writing, 0.0)
+    order = list(writing)
     while writing:
         for name in order:
             if name not in writing:
@@ -106,7 +111,7 @@ def _side_by_side(arms: dict[str, Arm], texts: Prompts) -> dict[str, float]:
             mx.synchronize(generation_stream)
             seconds[name] += time.perf_counter() - start
         order.reverse()
-    return {name: tokens[name] / seconds[name] for name in arms}
+    return {name: tokens[name] / seconds[name] for name in order}
 
 
 def _figures(values: Sequence[float]) -> dict[str, float]:

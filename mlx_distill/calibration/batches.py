@@ -107,7 +107,7 @@ class BatchChoice:
         """Return the fastest way; at the first use it is timed."""
         self.found = self.found or self._read()  # others may have timed it by now
         if self.found is None or (self._foretells and self._drafter not in self.found.gains):
-            say(f"timing batches of {self.num_texts} texts once, for some seconds")
+            say(f"timing batches of {self.num_texts} texts, for some seconds")
             self._time(pair)
         assert self.found is not None
         return self.found.way(self._drafter)
