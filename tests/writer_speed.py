@@ -37,11 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         Wanted(prompt[: arguments.prompt_tokens], most, 1.0, seed)
         for seed, prompt in enumerate(prompts)
     ]
-    ngrams = NGramDrafter()
     ways: dict[str, Callable[[], Iterator[tuple[int, list[int]]]]] = {
         "writer of answers": lambda: written(model, wanted, ends, rows),
         "batch_generate": lambda: drafted(model, tokenizer, None, wanted, rows),
-        "batch_generate, n-grams": lambda: drafted(model, tokenizer, ngrams, wanted, rows),
+        "batch_generate, n-grams": lambda: drafted(
+            model,
+            tokenizer,
+            NGramDrafter(),
+            wanted,
+            rows,  # a new one knows no turn before
+        ),
     }
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(TURNS + 1):
