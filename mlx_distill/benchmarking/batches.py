@@ -111,7 +111,7 @@ def side_by_side(writing: dict[str, Iterator[int]]) -> dict[str, float]:
             mx.synchronize(generation_stream)
             seconds[name] += time.perf_counter() - start
         order.reverse()
-    return {name: tokens[name] / seconds[name] for name in order}
+    return {name: made / seconds[name] for name, made in tokens.items()}
 
 
 def _figures(values: Sequence[float]) -> dict[str, float]:
