@@ -14,7 +14,7 @@ from mlx_distill import DraftPlan, InputError, MixedDrafter, NGramDrafter
 from mlx_distill.drafters import ngram
 from mlx_distill.drafters.hit_rates import HitRates
 from mlx_distill.drafters.protocol import Closes, Drafter, DraftState, Features
-from mlx_distill.speculation import drafted_text
+from mlx_distill.speculation import drafted_text, parked
 
 NOTHING = Features(mx.zeros((1, 4)))
 STORY = "Tom had a red ball. Tom had a blue ball. Tom had a"
@@ -280,10 +280,51 @@ def test_a_step_for_which_nothing_is_found_is_a_plain_one(
 ) -> None:
     """It has all threads, which are taken from it only where there is something to verify."""
     noted: list[bool] = []
-    monkeypatch.setattr(drafted_text, "let_draft", noted.append)
+    for module in (drafted_text, parked):
+        monkeypatch.setattr(module, "let_draft", noted.append)
     answer = mlx_distill.stream_generate(
         *pair, [5, 9, 13], drafter=NGramDrafter(longest=64, shortest=64), plan=PLAN, max_tokens=6
     )
     assert not list(answer)[-1].drafted_tokens
+    assert noted[:2] == [True, False]
     assert len(noted) > 4
-    assert noted == [True, False] * (len(noted) // 2)
+    assert not any(noted[2:])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "law", "most"),
+    [
+        ([5, 9, 13], {"temperature": 1.5}, 5),  # hardly two tokens follow each other twice
+        (STORY, {"temperature": 1.0}, 20),
+        (STORY, {}, 40),
+    ],
+    ids=["new", "drawn", "greedy"],
+)
+def test_while_nothing_can_match_it_is_not_asked(
+    pair: tuple[Any, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    prompt: Any,
+    law: dict[str, float],
+    most: int,
+) -> None:
+    """The text is the same, in as many calls as if it were asked at every token."""
+    times: list[int] = []
+    draft = ngram.NGramState.draft
+
+    def counted(state: Any, *given: Any) -> Any:
+        times[-1] += 1
+        return draft(state, *given)
+
+    monkeypatch.setattr(ngram.NGramState, "draft", counted)
+    found = []
+    for listens in (True, False):
+        if not listens:
+            monkeypatch.setattr(parked, "_listener", lambda decoding: None)
+        times.append(0)
+        options: dict[str, Any] = {"max_tokens": 60, "seed": 3, "plan": PLAN, **law}
+        answer = mlx_distill.stream_generate(*pair, prompt, drafter=NGramDrafter(), **options)
+        *tokens, last = [(one.token, one.target_calls) for one in answer]
+        found.append(([token for token, _ in tokens], last))
+    assert found[0] == found[1]
+    assert times[0] <= most
+    assert times[0] < times[1]

@@ -175,6 +175,15 @@ class NGramState:
         self.text.pop()
         return grown if max(grown.paths[1:], default=0.0) >= LEAST_FIRST else None
 
+    def wakes(self, root: Int[mx.array, " 1"]) -> bool:
+        """Return whether a match may go on behind a token that is known; see ``Listens``."""
+        self._take_in()
+        (token,) = to_host(root)
+        self.text.push(token)
+        likely = self.drafter.shortest == PAIR or self._likely()
+        self.text.pop()
+        return likely
+
     def accept(self, tokens: Int[mx.array, " T"], features: Features) -> None:
         """Put what became text behind it, when that is known."""
         self._waiting.append(tokens)

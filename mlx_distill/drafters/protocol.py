@@ -297,6 +297,19 @@ class LooksBack(Protocol):
 
 
 @runtime_checkable
+class Listens(Protocol):
+    """A text's state that knows from the text alone whether it may have something to draft."""
+
+    def wakes(self, root: Int[mx.array, " 1"]) -> bool:
+        """Return whether something may be drafted behind what the target says to a token.
+
+        Args:
+            root: The token, which goes on with the text, and is known.
+        """
+        ...
+
+
+@runtime_checkable
 class Closes(Protocol):
     """A state that has something to do when its text ends, wherever and however it ends."""
 

@@ -65,6 +65,7 @@ class Decoding:
         prompt_tokens: How many tokens the target has read before its answer.
         once: The random numbers of drafts that are drawn from their drafter's own law, and of what
             becomes of them; None where drafts are made in sight of the text's noise.
+        is_silent: Whether the drafter was asked the latest time, and had nothing to draft.
     """
 
     target: Target
@@ -83,6 +84,7 @@ class Decoding:
     outcome: Outcome | None = None
     prompt_tokens: int = 0
     once: OnceNoise | None = None
+    is_silent: bool = False
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.target, self.cache, self.caches)
@@ -127,6 +129,7 @@ class Decoding:
             plan: The shape of the draft; None drafts nothing.
             noise: Returns the noise of the first so many tokens after it.
         """
+        self.is_silent = False
         let_draft(plan is not None)
         if plan is None:
             return None
@@ -139,6 +142,7 @@ class Decoding:
             draft = self.state.draft(root, plan, in_sight)
             made(draft)
         if draft is None:
+            self.is_silent = True
             let_draft(False)  # the plain step that follows is faster with all threads
             return None
         if plan.tree == "beam":

@@ -5,7 +5,8 @@
 
 While it is known that nothing will be drafted (``Rests``), the planner is not asked, no tree is
 made and nothing is walked. The drafter is still told of every token, which it looks at when it
-drafts again.
+drafts again. So it goes, too, while a drafter that looks at the text alone (``Listens``) finds
+nothing there.
 """
 
 from collections.abc import Callable, Generator
@@ -18,7 +19,7 @@ from mlx_lm.generate import generation_stream
 from mlx_distill.arrays import to_number
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.verification import follow
-from mlx_distill.drafters.protocol import Features, Rests
+from mlx_distill.drafters.protocol import Features, Listens, Rests
 from mlx_distill.kernels.sampler import draw_tokens
 from mlx_distill.openblas import let_draft
 from mlx_distill.speculation.caching import PromptCache
@@ -30,8 +31,8 @@ from mlx_distill.target.tree_call import RootCall
 
 Reads: TypeAlias = Callable[[mx.array, PromptCache], RootCall]
 
-# Fewer are not worth it.
-LEAST = 2
+# Fewer are not worth it; after so many the planner is asked again, whether or not a drafter woke.
+LEAST, MOST_SILENT = 2, 64
 
 
 class Step(NamedTuple):
@@ -53,11 +54,14 @@ def steps_to_rest(decoding: Decoding, cycle: Cycle) -> int:
 
     They go to caches that forget by an offset, and end before those are quantised.
     """
-    planner = decoding.planner
+    planner, steps = decoding.planner, 0
     plain = isinstance(cycle.call, RootCall) and cycle.is_certain
-    if not (plain and isinstance(planner, Rests)) or is_watched():
+    if not plain or is_watched():
         return 0
-    steps = planner.rest(decoding.text, decoding.outcome)
+    if _listener(decoding) is not None:
+        steps = MOST_SILENT
+    elif isinstance(planner, Rests):
+        steps = planner.rest(decoding.text, decoding.outcome)
     if decoding.max_tokens is not None:
         steps = min(steps, decoding.max_tokens - cycle.start - 1)
     before = decoding.prompt_tokens + cycle.start - 1
@@ -69,29 +73,42 @@ def steps_to_rest(decoding: Decoding, cycle: Cycle) -> int:
 def resting(
     decoding: Decoding, cycle: Cycle, steps: int, stopwatch: Stopwatch
 ) -> Generator[DecodedToken, None, Cycle]:
-    """Yield so many tokens, the first of them a cycle's; return the cycle that goes on."""
+    """Yield so many tokens, the first of them a cycle's; return the cycle that goes on.
+
+    A drafter that was silent ends it as soon as it may have something to draft.
+    """
     assert isinstance(cycle.call, RootCall)
     assert isinstance(cycle.report, RootReport)
-    assert isinstance(decoding.planner, Rests)
     assert decoding.state is not None
     step = Step(cycle.tree.tokens, cycle.call, cycle.report)
-    end = cycle.start + steps
+    listener = _listener(decoding)
     read = decoding.target.stepper(decoding.drafter.taps)
-    for place in range(cycle.start, end):
+    place, end = cycle.start, cycle.start + steps
+    while place < end and not (listener and listener.wakes(step.root)):
         call, report = step.call, step.report
         decoding.state.accept(step.root, Features(call.hidden, None, call.taps))
         step = _launch(decoding, read, report.drawn, place + 1)
         if report.failed.item():
             raise failed_after(place)
+        place += 1
         token = int(to_number(report.drawn))
         decoding.counters.add_plain()
         decoding.ledger.hand_out_behind(call, token)
         with stopwatch.away():
             yield DecodedToken(token, call.logits, 0, False)
-    decoding.planner.rested(decoding.text, steps, stopwatch.lap())
+    if place == cycle.start:
+        return cycle
+    if isinstance(decoding.planner, Rests):
+        decoding.planner.rested(decoding.text, place - cycle.start, stopwatch.lap())
     tree = PrefixTree.root(step.root)
     walk = follow(tree, step.report.drawn)
-    return Cycle(tree, step.call, end, cycle.history, step.report, walk)
+    return Cycle(tree, step.call, place, cycle.history, step.report, walk)
+
+
+def _listener(decoding: Decoding) -> Listens | None:
+    """Return what says when a drafter that had nothing to draft may have something again."""
+    state = decoding.state
+    return state if decoding.is_silent and isinstance(state, Listens) else None
 
 
 def _launch(decoding: Decoding, read: Reads, root: Int[mx.array, " 1"], place: int) -> Step:
