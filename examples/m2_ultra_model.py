@@ -6,10 +6,11 @@
 
 The model is tried first where it can be tried: the pair's acceptance is traced, this machine is
 calibrated before and behind what is measured on it, since its speed changes by the minute, and what
-they predict for several shapes of draft is put beside what those shapes reach here. Then the same traces are taken to the chip: 800 GB/s, the cost of a dispatch as it is assumed
-(``--dispatch-us``), and curves V(T) that published sweeps on it give (see
-``mlx_distill.benchmarking.chip_model``). Those sweeps are of other drafters, so the acceptance is
-that of the traced pair, and a cautious and a hopeful reading of them is given.
+they predict for several shapes of draft is put beside what those shapes reach here. Then the same
+traces are taken to the chip: 800 GB/s, the cost of a dispatch as it is assumed (``--dispatch-us``),
+and curves V(T) that published sweeps on it give (see ``mlx_distill.benchmarking.chip_model``).
+Those sweeps are of other drafters, so the acceptance is that of the traced pair, and a cautious and
+a hopeful reading of them is given.
 """
 
 import argparse
