@@ -5,8 +5,8 @@
     python examples/m2_ultra_model.py --traces traces.json --no-validation
 
 The model is tried first where it can be tried: the pair's acceptance is traced, this machine is
-calibrated before and behind what is measured on it, since its speed changes by the minute, and what
-they predict for several shapes of draft is put beside what those shapes reach here. Then the same
+calibrated, and what the two predict for several shapes of draft is put beside what those shapes
+reach here, in turns, since a machine's speed changes by the minute. Then the same
 traces are taken to the chip: 800 GB/s, the cost of a dispatch as it is assumed (``--dispatch-us``),
 and curves V(T) that published sweeps on it give (see ``mlx_distill.benchmarking.chip_model``).
 Those sweeps are of other drafters, so the acceptance is that of the traced pair, and a cautious and
@@ -27,7 +27,7 @@ from mlx_distill import DraftPlan, InputError, cli
 
 # isort: split
 from mlx_distill import machine
-from mlx_distill.benchmarking.arms import Bench
+from mlx_distill.benchmarking.arms import Bench, Sample
 from mlx_distill.benchmarking.chip_model import CONTEXT, Chip, best, predict, published_curves
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.figures import summary
@@ -45,7 +45,7 @@ from mlx_distill.speculation.costs import Costs
 PROMPTS = Path(mlx_distill.__file__).parent / "data" / "story_openings.jsonl"
 # The shapes that are tried here: a chain, the default, and a larger tree.
 SHAPES = (DraftPlan(1, 2, 3), DraftPlan(2, 3, 5), DraftPlan(), DraftPlan(4, 6, 16))
-AGREES = 0.10
+AGREES, TURNS = 0.10, 3
 MODEL = "MODEL, not a measurement"
 SLOWEST_S = 1.0  # a published plain step beyond that was not held in the memory
 
@@ -143,14 +143,20 @@ def _validate(
         contexts=(context,),
         widths=(1, 2, 4),
         lengths=(2, 3, 4, 6),
+        rounds=3,
     )
     pair = Pair(bench.model, bench.tokenizer, bench.drafter)
-    before = _costs(pair, config, bench)
-    found = {plan: summary(bench.run(prompts, plan, _shape(plan)))[-1] for plan in SHAPES}
-    costs = before, _costs(pair, config, bench)
+    costs: list[Costs] = []
+    samples: dict[DraftPlan, dict[str, list[Sample]]] = {plan: {} for plan in SHAPES}
+    for turn in range(min(TURNS, len(prompts))):
+        costs.append(_costs(pair, config, bench))
+        for plan, so_far in samples.items():
+            for arm, found in bench.run(prompts[turn::TURNS], plan, _shape(plan)).items():
+                so_far.setdefault(arm, []).extend(found)
     print("This machine, predicted from its calibration and the traces, and measured:")
     rows = []
-    for plan, measured in found.items():
+    for plan in SHAPES:
+        measured = summary(samples[plan])[-1]
         told = [predict(one, traces, plan, context) for one in costs]
         predicted = statistics.mean(one.speedup for one in told)
         speedup = measured["speedup"]["median"]
