@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from drafting import with_eos
 
 import mlx_distill
 from mlx_distill import InputError, benchmark
@@ -262,7 +263,9 @@ def test_a_growing_context(pair: tuple[Any, Any, Any], monkeypatch: pytest.Monke
     """It doubles, up to what was asked for or the model's limit of 512."""
     monkeypatch.setattr(studies, "GROWTH_TOKENS", 4)
     monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
-    bench = Bench(*pair, None, Sampling(), BenchmarkConfig())
+    model, tokenizer, drafter = pair
+    ended = with_eos(tokenizer, set(range(4096)))  # a text ends with its first token
+    bench = Bench(model, ended, drafter, None, Sampling(), BenchmarkConfig())
     found = growth(bench, [[1, 5, 6, 7]], DraftPlan(), 300)
     assert [row["context"] for row in found] == [128, 128, 256, 256, 300, 300]
     assert all(row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 0 for row in found)

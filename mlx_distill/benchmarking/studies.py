@@ -1,5 +1,6 @@
 """What is measured beside the arms: parts of a cycle, shared prefixes, shapes, memory."""
 
+import copy
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.target.context import text_limit
 
 # Of the study of contexts: the shortest, the tokens that are written after each, and how often.
-SHORTEST, GROWTH_TOKENS, GROWTH_RUNS = 128, 32, 3
+SHORTEST, GROWTH_TOKENS, GROWTH_RUNS = 128, 64, 3
 SHARING_SHAPES = ((5, 4), (10, 4), (15, 5), (25, 5), (35, 5), (45, 5))
 
 
@@ -53,9 +54,12 @@ def growth(
     """Return every arm's speed and peak memory after texts of growing length.
 
     The lengths double up to ``longest``, or as far as the model reads; the texts are the prompts
-    one after the other. The arms take turns.
+    one after the other, and none ends before all tokens are written. The arms take turns.
     """
-    short = replace(bench, config=replace(bench.config, max_tokens=GROWTH_TOKENS))
+    endless = copy.copy(bench.tokenizer)
+    endless.eos_token_ids = set()  # a chat that is cut may be answered with three tokens
+    config = replace(bench.config, max_tokens=GROWTH_TOKENS)
+    short = replace(bench, tokenizer=endless, config=config)
     limit = text_limit(bench.model)
     longest = longest if limit is None else min(longest, limit - GROWTH_TOKENS)
     lengths = [n for n in (SHORTEST * 2**k for k in range(24)) if n < longest]
