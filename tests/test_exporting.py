@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mlx import nn
 from students import SMALL, TOKENS, arrays, clear, learn
+from tiny_models import tiny_config
 
 import mlx_distill
 from mlx_distill import InputError
@@ -79,6 +80,19 @@ def test_weights_are_of_the_type_that_is_said(dtype: str, tmp_path: Path, tokeni
     assert isinstance(saved, dict)
     assert {str(x.dtype) for x in saved.values()} == {f"mlx.core.{dtype}"}
     assert json.loads((tmp_path / "student" / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "nemotron_h"])
+def test_weights_that_mlx_lm_never_rounds_keep_their_type(name: str) -> None:
+    config = tiny_config(name)
+    student = from_config(config)
+    spared = [name for name in arrays(student) if not student.cast_predicate(name)]  # pyright: ignore
+    before = arrays(student)
+    assert spared
+    compact(student, config, ExportConfig("bfloat16"))
+    for name, array in arrays(student).items():
+        assert array.dtype == (mx.float32 if name in spared else mx.bfloat16)
+        assert name not in spared or mx.array_equal(array, before[name]).item()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

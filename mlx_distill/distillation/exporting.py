@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import mlx_lm
 from mlx import nn
-from mlx.utils import tree_map
+from mlx.utils import tree_map, tree_map_with_path
 from mlx_lm.utils import dequantize_model, quantize_model, save_config, save_model
 
 from mlx_distill.arrays import to_number
@@ -108,7 +108,7 @@ def compact(
     if how.export_dequantized:
         dequantize_model(student)
         own = {k: v for k, v in own.items() if not k.startswith("quantization")}
-    student.set_dtype(DTYPES[dtype])
+    _cast(student, DTYPES[dtype])
     own["dtype"] = dtype
     if how.export_bits is None:
         return own
@@ -118,6 +118,20 @@ def compact(
             return quantize_model(student, own, None, how.export_bits)[1]
     except ValueError as error:
         raise InputError(f"the student cannot be quantised: {one_line(error)}") from None
+
+
+def _cast(student: nn.Module, dtype: mx.Dtype) -> None:
+    """Give weights a type in place, less those that mlx-lm's conversion leaves as they are.
+
+    Such are a router's biases and a mixer's decays: rounded, they choose other experts or forget at
+    another pace.
+    """
+    casts = getattr(student, "cast_predicate", lambda name: True)
+
+    def cast(name: str, x: mx.array) -> mx.array:
+        return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) and casts(name) else x
+
+    student.update(tree_map_with_path(cast, student.parameters()))
 
 
 def export(
