@@ -121,6 +121,57 @@ def test_tools_reach_the_template(stories: Any) -> None:
     assert len(text.answers()) == 2
 
 
+TOOLS = [{"type": "function", "function": {"name": "barn_thermometer", "parameters": {}}}]
+
+
+@pytest.mark.parametrize("row", [{"prompt": "Hi"}, {"turns": ["Hi"]}, {"messages": [USER]}])
+def test_tools_of_a_question_alone_reach_the_template(stories: Any, row: dict[str, Any]) -> None:
+    tokenizer = with_template(stories, templates.QWEN3)
+    given = {**row, "tools": TOOLS, "chat_template_kwargs": {"enable_thinking": False}}
+    text = encode_row(given, tokenizer, "here", prompts=True)
+    expected = tokenizer.apply_chat_template(
+        [USER], tools=TOOLS, enable_thinking=False, add_generation_prompt=True
+    )
+    assert text.tokens == expected
+
+
+def test_stored_completions_keep_tools_and_weights(stories: Any, tmp_path: Path) -> None:
+    tokenizer = with_template(stories, templates.QWEN3)
+    path = tmp_path / "log.jsonl"
+    request = {"messages": [USER, {**FIRST, "weight": 0}, OTHER], "tools": TOOLS}
+    off = {"chat_template_kwargs": {"enable_thinking": False}}
+    answer = {"choices": [{"finish_reason": "stop", "message": SECOND}]}
+    whole = {"messages": [*request["messages"], SECOND], "tools": TOOLS, **off}
+    rows = [{"request": {**request, **off}, "response": answer}, whole]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept, _ = read_completions(path, CompletionFilter(drop_duplicates=False))
+    expected = encode_row(whole, tokenizer, "here")
+    assert said(tokenizer, expected) == ["We play.<|im_end|>"]
+    for text in completion_texts(kept, tokenizer):
+        assert (text.tokens, text.learned) == (expected.tokens, expected.learned)
+
+
+def test_fields_that_hold_nothing_reach_no_template(stories: Any) -> None:
+    tokenizer = with_template(
+        stories,
+        "{% for m in messages %}{{ 'CALL' if 'tool_calls' in m else m.content }}</s>{% endfor %}",
+    )
+    chat = [{**m, "tool_calls": None, "function_call": None} for m in (USER, FIRST)]
+    text = encode_row({"messages": chat}, tokenizer, "here")
+    assert text.tokens == encode_row({"messages": [USER, FIRST]}, tokenizer, "here").tokens
+    nothing = [USER, {"role": "assistant", "content": None, "tool_calls": None}]
+    with pytest.raises(InputError, match="here: messages must be a list of role and content"):
+        encode_row({"messages": nothing}, tokenizer, "here")
+
+
+@pytest.mark.parametrize("prompts", [False, True])
+def test_a_text_may_answer_a_list_of_messages(stories: Any, prompts: bool) -> None:
+    tokenizer = with_template(stories, templates.CHATML)
+    row = {"prompt": [SYSTEM, USER], "completion": "We play."}
+    text = encode_row(row, tokenizer, "here", prompts=prompts)
+    assert text == encode_row({"messages": [SYSTEM, USER, SECOND]}, tokenizer, "here")
+
+
 def test_answer_of_weight_0_is_read_and_not_learned(stories: Any) -> None:
     tokenizer = with_template(stories, templates.CHATML)
     chat = [USER, {**FIRST, "weight": 0}, OTHER, SECOND]

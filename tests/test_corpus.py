@@ -137,6 +137,20 @@ def test_parquet(tmp_path: Path, tokenizer: Any) -> None:
         list(read_rows(path))
 
 
+def test_a_table_gives_no_row_the_fields_of_others(tmp_path: Path) -> None:
+    import pyarrow as arrow
+    from pyarrow import parquet
+
+    def calls(**arguments: int) -> dict[str, Any]:
+        call = {"function": {"name": "add", "arguments": arguments}}
+        return {"role": "assistant", "tool_calls": [call]}
+
+    question = {"role": "user", "content": "Hi"}
+    rows = [{"messages": [question, calls(x=1)]}, {"messages": [question, calls(y=2)]}]
+    parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    assert [row for _, row in read_rows(tmp_path / "train.parquet")] == rows
+
+
 def test_parquet_without_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(InputError, match=r"needs pyarrow to be read; install mlx-distill\[parquet"):

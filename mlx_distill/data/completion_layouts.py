@@ -9,7 +9,7 @@ Source:
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_distill.data.report import Drop, Report
@@ -36,6 +36,8 @@ class Completion:
         finish_reason: Why the answer ended, in its source's own word; "refusal" where the source
             marks a refusal in another way.
         place: Where it stands, for complaints.
+        template: What the chat's template is given beside its messages, as rows of mlx-lm's kind
+            name it: tools that the answer might have called, chat_template_kwargs.
     """
 
     messages: list[dict[str, Any]] | None
@@ -43,6 +45,7 @@ class Completion:
     metadata: dict[str, Any]
     finish_reason: str | None
     place: str
+    template: dict[str, Any] = field(default_factory=dict)
 
     @property
     def answer(self) -> str:
@@ -58,14 +61,24 @@ def row_completions(row: dict[str, Any], place: str, report: Report) -> Iterator
     if request is None:
         yield Completion(None, _answer(row["text"]), metadata, _ended(row), place)
         return
-    question = _question(request)
+    question, template = _question(request), _template(request)
     answers = _answers(response)
     for number, (message, ended) in enumerate(answers, start=1):
         name = place if len(answers) == 1 else f"{place}, choice {number}"
         with report.counting(name):
             chat = _answered(question, _answer(message))
             ended = "refusal" if _is_marked_refusal(message) else ended
-            yield Completion(chat, None, metadata, ended, name)
+            yield Completion(chat, None, metadata, ended, name, template)
+
+
+def _template(request: dict[str, Any]) -> dict[str, Any]:
+    """Return what a request gives the template; tools in OpenAI's form, which templates know."""
+    tools, config = _objects(request.get("tools")), _object(request.get("chat_template_kwargs"))
+    known = bool(tools) and all(isinstance(tool.get("function"), dict) for tool in tools)
+    return {
+        **({"tools": tools} if known else {}),
+        **({"chat_template_kwargs": config} if config else {}),
+    }
 
 
 def _bodies(row: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
@@ -178,7 +191,8 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
     content = _content(message)
     if role not in ("system", "user", "assistant"):
         raise Drop("not only text" if role in ("tool", "function") else "unknown role")
-    return {"role": role, "content": content}
+    known = {"role": role, "content": content}
+    return {**known, "weight": 0} if message.get("weight") == 0 else known
 
 
 def _content(message: Any) -> str:

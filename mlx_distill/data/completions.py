@@ -159,7 +159,7 @@ def _mlx_lm_row(completion: Completion, template: bool) -> dict[str, Any]:
     if messages is None:
         return {"text": completion.text}
     if template:
-        return {"messages": messages}
+        return {"messages": messages, **completion.template}
     *systems, question, answer = messages
     if question["role"] != "user" or any(message["role"] != "system" for message in systems):
         raise InputError(
@@ -211,4 +211,5 @@ def _fingerprint(completion: Completion) -> bytes:
     """Return the same few bytes for texts that differ in white space alone."""
     messages = completion.messages or [{"role": "", "content": completion.text or ""}]
     squeezed = [[message["role"], *message["content"].split()] for message in messages]
-    return blake2b(json.dumps(squeezed).encode(), digest_size=16).digest()
+    asked = [squeezed, completion.template.get("tools")]
+    return blake2b(json.dumps(asked).encode(), digest_size=16).digest()

@@ -77,7 +77,7 @@ def read_row(
         return Row(chat=_chat(row, row["messages"], place, answers))
     turns = row.get("turns")
     if prompts and isinstance(turns, list) and turns:
-        return Row(chat=_asked(string(turns[0], place)), pair=True)
+        return Row(chat=_own(row, _asked(string(turns[0], place)), place), pair=True)
     if "text" in row:
         return Row(document=string(row["text"], place))
     expected = EXPECTED if answers else EXPECTED_PROMPT
@@ -122,11 +122,11 @@ def _pair(row: Mapping[str, Any], place: str, has_answer: bool) -> Row:
     """Return a question with or without its answer; both may be messages."""
     prompt, answer = row["prompt"], row.get("completion")
     if isinstance(prompt, list):
-        more = answer if has_answer and isinstance(answer, list) else []
-        return Row(chat=_chat(row, [*prompt, *more], place))
+        more = answer if isinstance(answer, list) else [_said(answer)]
+        return Row(chat=_chat(row, [*prompt, *(more if has_answer else [])], place))
     asked = _asked(string(prompt, place, "" if has_answer else "the prompt is "))
     if not has_answer:
-        return Row(chat=asked, pair=True)
+        return Row(chat=_own(row, asked, place), pair=True)
     chat = Chat([*asked.messages, _said(string(answer, place))])
     return Row(chat=_own(row, chat, place), pair=True)
 
@@ -149,7 +149,15 @@ def _chat(row: Mapping[str, Any], messages: Any, place: str, answers: bool = Tru
     for weight in (message.get("weight", 1) for message in messages):
         if weight not in (0, 1, None):
             raise InputError(f"{place}: the weight of a message must be 0 or 1, got {weight!r}")
-    return _own(row, Chat(messages), place)
+    return _own(row, Chat([*map(_without_nulls, messages)]), place)
+
+
+def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message without fields that hold nothing, as services and tables write them.
+
+    A template may ask whether a message has tool calls by whether the field is there.
+    """
+    return {key: value for key, value in message.items() if key == "content" or value is not None}
 
 
 def _own(row: Mapping[str, Any], chat: Chat, place: str) -> Chat:
@@ -172,7 +180,7 @@ def _is_message(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("role"), str)
-        and (value.get("content") is not None or "tool_calls" in value)
+        and (value.get("content") is not None or bool(value.get("tool_calls")))
     )
 
 

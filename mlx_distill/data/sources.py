@@ -90,8 +90,18 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for row in batch.to_pylist():
                 number += 1
-                # A column that other rows have is null here: this row has no such key.
-                known = {key: value for key, value in row.items() if value is not None}
-                yield f"{path}, row {number}", known
+                yield f"{path}, row {number}", _without_nulls(row)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path} cannot be read as parquet: {one_line(error)}") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a table's value without the fields that only other rows have: they are null here.
+
+    So are, within a column, the arguments of other tools and the fields of other messages.
+    """
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    return value
