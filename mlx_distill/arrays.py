@@ -52,6 +52,14 @@ def row_sum(x: Float[mx.array, "... V"]) -> Float[mx.array, "..."]:
     return x.reshape(*x.shape[:-1], -1, part).sum(axis=-1).sum(axis=-1)
 
 
+def divisor(number: mx.array) -> mx.array:
+    """Return what a sum is divided by for a mean: its weights' sum, or one where that is nothing.
+
+    Weights may be shares, and their sum less than one.
+    """
+    return mx.where(number > 0, number, 1)
+
+
 def to_host(array: mx.array) -> list[Any]:
     """Return an array's values as nested lists; this waits until they are computed."""
     values = array.tolist()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -15,16 +16,20 @@ from distillers import (
     small,
 )
 from mlx import nn
+from mlx.utils import tree_flatten
 from tiny_models import tiny_model
 
 from mlx_distill import Examples, InputError
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.comparison import same_places
+from mlx_distill.distillation.distiller import Distiller
 from mlx_distill.distillation.teachers import (
     LiveTeacher,
     TextTeacher,
 )
+from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.training.checkpoints import checkpoints
+from mlx_distill.training.gradients import Gradients
 
 
 def test_classes_must_be_the_teachers(tmp_path: Path) -> None:
@@ -43,6 +48,38 @@ def test_classes_must_be_the_teachers(tmp_path: Path) -> None:
     assert set(done.log[-1]["held_out"]) == {"nats", "accuracy", "kl", "agreement"}
     with pytest.raises(InputError, match="only language models can write what they learn from"):
         run(tmp_path / "own", nn.Linear(4, 3), nn.Linear(4, 3), data, on_policy=HALF)
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        *(["hard"], ["hidden_mse"], ["attention_transfer"], ["relational_distance"]),
+        *(["contrastive"], ["hard:weight=0.5", "relational_angle", "flow_of_solution"]),
+    ],
+)
+def test_weights_may_be_shares_and_nothing(losses: list[str]) -> None:
+    """Weights of one sum count as their multiples do; examples of no weight are not there."""
+    mx.random.seed(0)
+    student, teacher = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)) for _ in range(2))
+    inputs, labels = mx.random.normal((6, 4)), mx.array([0, 1, 2, 0, 1, 2])
+    weights = mx.array([0.125, 0, 0.25, 0.125, 0, 0.125])
+    kept = mx.array([0, 2, 3, 5])
+    shares = Examples(inputs, labels, weights, list(range(6)))
+    whole = Examples(inputs[kept], labels[kept], 8 * weights[kept], list(range(4)))
+    terms = [LossTerm.parse(loss) for loss in losses]
+    found = []
+    for data in (shares, whole):
+        distiller = Distiller(student, LiveTeacher([teacher], False), terms, data, 6, 0)
+        gradients = Gradients(distiller.network, distiller.loss, has_float16=False)
+        sums = gradients.sums([distiller.teach(data)])
+        numbers: dict[str, Any] = dict(tree_flatten(sums.mean_gradients()))
+        found.append((sums.means(), distiller.evaluate([data]), numbers))
+    (means, judged, slopes), (others, expected, wanted) = found
+    assert means[0] == pytest.approx(others[0], rel=1e-5)
+    assert means[1] == pytest.approx(others[1], rel=1e-5)
+    assert judged == pytest.approx(expected, rel=1e-5)
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(slope, wanted[name], rtol=1e-4, atol=1e-6)
 
 
 def test_examples_must_have_labels() -> None:

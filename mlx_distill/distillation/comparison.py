@@ -6,6 +6,7 @@ relations between them are those of some evenly spaced ones.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,31 +22,44 @@ PER_TOKEN = ("hidden_mse", "hidden_cosine", "patient_kd")
 
 
 def compare(
-    term: LossTerm, pairs: Sequence[Pair], mask: mx.array | None, num_examples: int
+    term: LossTerm, pairs: Sequence[Pair], mask: mx.array, num_examples: int
 ) -> tuple[mx.array, mx.array]:
-    """Return the sum and the count of a loss's values over pairs of features.
+    """Return the sum and the count of a loss's values over pairs of features; of weights, theirs.
 
     Args:
         term: A feature or a relation loss.
         pairs: Features of the student, as wide as the teacher's, and the teacher's.
-        mask: Of a batch of texts, (B, T), 1 at learned tokens; None for other examples.
+        mask: Of a batch of texts, (B, T), 1 at learned tokens; of other examples, (B,), weights.
         num_examples: Size of the training set.
     """
     total, count = mx.array(0.0), mx.array(0.0)
+    texts, weights = mask if mask.ndim == 2 else None, None
+    if texts is None:
+        some, weights = _weighted(mask)
+        if not weights.size:
+            return total, count
+        pairs = [(ours[some], theirs[some]) for ours, theirs in pairs]
     if term.name == "flow_of_solution":
         for (a, b), (c, d) in pairwise(pairs):
-            ours, theirs = _masked((a, c), mask), _masked((b, d), mask)
+            ours, theirs = _masked((a, c), texts), _masked((b, d), texts)
             values = relation.flow_of_solution(ours, theirs, **term.options)
-            total, count = total + values.sum(), count + values.size
+            value, number = _sum(values, weights)
+            total, count = total + value, count + number
         return total, count
     for ours, theirs in pairs:
-        value, number = _of_pair(term, *same_places(ours, theirs), mask, num_examples)
+        both = same_places(ours, theirs)
+        value, number = _of_pair(term, *both, texts, weights, num_examples)
         total, count = total + value, count + number
     return total, count
 
 
 def _of_pair(
-    term: LossTerm, ours: mx.array, theirs: mx.array, mask: mx.array | None, num_examples: int
+    term: LossTerm,
+    ours: mx.array,
+    theirs: mx.array,
+    mask: mx.array | None,
+    weights: mx.array | None,
+    num_examples: int,
 ) -> tuple[mx.array, mx.array]:
     loss, options = LOSSES[term.name], term.options
     if mask is not None and term.name in ("attention_transfer", "neuron_selectivity"):
@@ -62,8 +76,23 @@ def _of_pair(
             return mx.array(0.0), mx.array(0.0)
         ours, theirs = (x.reshape(x.shape[0], -1, x.shape[-1]).mean(axis=1) for x in (ours, theirs))
         options = {**options, "num_examples": num_examples}
-    values = loss(ours, theirs, **options)
-    return values.sum(), mx.array(float(values.size))
+    return _sum(loss(ours, theirs, **options), weights)
+
+
+def _weighted(mask: mx.array) -> tuple[Any, mx.array]:
+    """Return which examples have a weight, and theirs; others are nobody's neighbours either."""
+    some = [place for place, weight in enumerate(to_host(mask)) if weight > 0]
+    every = slice(None) if len(some) == mask.size else mx.array(some, mx.int32)
+    return every, mask[every]
+
+
+def _sum(values: mx.array, weights: mx.array | None) -> tuple[mx.array, mx.array]:
+    """Return the sum of values, weighted by their first axis, and what it is to be divided by."""
+    if weights is None:
+        return values.sum(), mx.array(float(values.size))
+    weights = weights.astype(mx.float32).reshape(-1, *[1] * (values.ndim - 1))
+    weights = mx.broadcast_to(weights, values.shape)
+    return (values * weights).sum(), weights.sum()
 
 
 def same_places(ours: mx.array, theirs: mx.array) -> Pair:

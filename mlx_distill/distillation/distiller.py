@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
-from mlx_distill.arrays import to_host
+from mlx_distill.arrays import divisor, to_host
 from mlx_distill.distillation.comparison import compare
 from mlx_distill.distillation.features import uniform_map
 from mlx_distill.distillation.judgement import judge
@@ -158,10 +158,10 @@ class Distiller:
         total, means = mx.array(0.0), []
         if self.response:
             total, sums = self._response(hidden, batch, lesson)
-            means = [value / mx.maximum(count, 1) for value in sums]
+            means = [value / divisor(count) for value in sums]
         for place, term in enumerate(self.others):
             value, number = self._compare(place, term, features, lesson.features, batch)
-            mean = value / mx.maximum(number, 1)
+            mean = value / divisor(number)
             total = total + term.weight * count * mean
             means.append(mx.stop_gradient(mean))
         return total, count, dict(zip(self.names, means, strict=True))
@@ -221,7 +221,7 @@ class Distiller:
         for number, (ours, theirs) in enumerate(self.pairs[place]):
             project = projections.get(f"pair_{place}_{number}", lambda x: x)
             pairs.append((project(features[ours]), goals[theirs]))
-        return compare(term, pairs, batch.mask if self.texts else None, self.num_examples)
+        return compare(term, pairs, batch.mask, self.num_examples)
 
     def _open(self, batch: Any, seed: int) -> dict[str, nn.Module]:
         """Try a batch, check that widths fit, and return the projections."""

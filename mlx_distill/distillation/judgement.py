@@ -45,7 +45,7 @@ def judge(
             for name, value in zip(found, to_host(mx.stack(list(found.values()))), strict=True):
                 sums[name] = sums.get(name, 0.0) + value
             count += to_number(mask.sum())
-    means = {name: value / max(count, 1) for name, value in sums.items()}
+    means = {name: value / (count or 1.0) for name, value in sums.items()}
     if texts:
         means["perplexity"] = math.exp(min(means["nats"], 700))  # beyond is no float
     return means

@@ -9,7 +9,7 @@ from mlx import nn
 from mlx.nn.utils import value_and_grad
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_distill.arrays import to_number
+from mlx_distill.arrays import divisor, to_number
 from mlx_distill.training.masters import float32
 
 SMALLEST_SCALE = 2.0**-32
@@ -43,15 +43,15 @@ class Sums:
 
     def means(self) -> tuple[float, dict[str, float]]:
         """Return the loss, and the terms that it is made of."""
-        divisor = mx.maximum(self.number, 1)
-        parts = {name: float(to_number(part / divisor)) for name, part in self.parts.items()}
-        return float(to_number(self.total / divisor)), parts
+        number = divisor(self.number)
+        parts = {name: float(to_number(part / number)) for name, part in self.parts.items()}
+        return float(to_number(self.total / number)), parts
 
     def mean_gradients(self) -> Any:
         """Return the gradients of the loss, and forget their sums."""
-        divisor = mx.maximum(self.number, 1)
+        number = divisor(self.number)
         sums, self.gradients = self.gradients, None
-        return tree_map(lambda gradient: gradient / divisor, sums)
+        return tree_map(lambda gradient: gradient / number, sums)
 
 
 class Found:
