@@ -23,6 +23,7 @@ from mlx_distill import Examples, InputError
 from mlx_distill.data.texts import Text, text_batch
 from mlx_distill.distillation.comparison import same_places
 from mlx_distill.distillation.distiller import Distiller
+from mlx_distill.distillation.parts import quantize
 from mlx_distill.distillation.teachers import (
     LiveTeacher,
     TextTeacher,
@@ -191,3 +192,11 @@ def test_features_that_do_not_fit() -> None:
     assert same_places(flat, same) == (flat, same)
     with pytest.raises(InputError, match=r"features of \(3, 3\) and \(2, 3\) places do not fit"):
         same_places(same, mx.ones((2, 2, 3, 4)))
+
+
+def test_a_quantised_teacher_is_not_quantised_again() -> None:
+    teacher = tiny_model("llama")
+    nn.quantize(teacher, group_size=32, bits=8)
+    quantize(teacher, None)
+    with pytest.raises(InputError, match="quantised already; leave teacher_bits away"):
+        quantize(teacher, 4)

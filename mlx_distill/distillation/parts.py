@@ -136,9 +136,15 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
 
 
 def quantize(network: nn.Module, bits: int | None) -> None:
-    """Quantise in place what can be, in groups of 64 as mlx-lm does."""
+    """Quantise in place what can be, in groups of 64 as mlx-lm does.
+
+    Raises:
+        InputError: If it is quantised already: it would stay as it is.
+    """
     if bits is None:
         return
+    if any("scales" in module for module in network.modules()):
+        raise InputError("a teacher is quantised already; leave teacher_bits away")
 
     def fits(_: str, module: nn.Module) -> bool:
         return hasattr(module, "to_quantized") and module["weight"].shape[-1] % 64 == 0
