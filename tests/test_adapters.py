@@ -8,13 +8,17 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from conftest import ModelIn
 from mlx import nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 from students import SMALL, TEXTS, TOKENS, arrays, bits, clear, learn, trained
 from tiny_models import tiny_config, tiny_model
 
 from mlx_distill import InputError, TrainingConfig
+from mlx_distill.checkpoint import load
+from mlx_distill.distillation import parts
 from mlx_distill.distillation.adapters import AdapterConfig, merge_adapters
+from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.exporting import ExportConfig, compact, export
 from mlx_distill.distillation.students import from_config
 from mlx_distill.distillation.training import distill
@@ -162,3 +166,25 @@ def test_adapters_on_a_quantised_base(tmp_path: Path, tokenizer: Any) -> None:
     model, _ = mlx_lm.load(str(tmp_path / "student"))[:2]
     difference = mx.abs(nn.softmax(model(TOKENS)) - nn.softmax(adapted)).max().item()
     assert difference < 0.05  # pyright: ignore
+
+
+def test_adapters_of_a_quantised_student_are_whole_where_it_is_not_exported_so(
+    tmp_path: Path, model_in: ModelIn
+) -> None:
+    folder = model_in("tiny", "4-bit")
+    known, _ = load(folder)
+    config = AdapterConfig("lora")
+    config.apply(known)
+    mx.random.seed(1)
+    known.update(tree_map(lambda x: 0.02 * mx.random.normal(x.shape), known.trainable_parameters()))
+    config.save(known, tmp_path / "adapters")
+    given = {"student": str(folder), "adapter_path": str(tmp_path / "adapters"), "data": ("x",)}
+    tokens = mx.array([[5, 6, 7, 8, 9]])
+    off = []
+    for whole in (True, False):
+        settings = DistillConfig(
+            **given, adapter=config, export=ExportConfig(export_dequantized=whole)
+        )
+        student = parts._student(settings, [], parts.Opening())
+        off.append(mx.abs(student.network(tokens) - known(tokens)).max().item())
+    assert off[0] < 1e-4 < off[1]

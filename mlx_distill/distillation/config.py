@@ -52,7 +52,8 @@ class DistillConfig:
         grad_checkpoint: Compute activations twice instead of keeping them.
         seed: Of first weights, order and draws.
         teacher_adapter_path: Folder of adapters that mlx-lm trained for the (first) teacher.
-        adapter_path: The same of the student; they are merged before it learns.
+        adapter_path: The same of the student; they are merged before it learns, which loses some
+            of them where it is quantised, unless --export-dequantized is given.
         adapter: Which parameters are trained.
         rollouts: What the student writes itself.
         filter: Which stored completions are learned.

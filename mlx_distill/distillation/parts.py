@@ -158,7 +158,7 @@ def _student(
     """Return who learns: a model that is there, one of a teacher's layers, or a new one."""
     if config.student:
         model, tokenizer = opening.load(config.student, config.adapter_path)
-        merge_adapters(model)
+        merge_adapters(model, config.export.export_dequantized)
         folder = local_folder(config.student)
         return Student(model, read_config(folder), tokenizer, folder, stored_type(folder))
     if not (config.student_layers or config.student_config):
