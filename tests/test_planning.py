@@ -235,6 +235,15 @@ def test_a_number_that_comes_again_is_another_text(texts: dict[str, Text]) -> No
     assert second.plans[-1] is not None
 
 
+def test_a_text_that_rested_while_many_others_came_is_begun_anew() -> None:
+    planner = AdaptivePlanner(costs(CURVES["two cores"]))
+    first = planner.shape(0, None)
+    for text in range(1, 200):
+        planner.shape(text, None)
+    planner.rested(0, 5, 0.1)
+    assert planner.shape(0, None) == first
+
+
 def test_trees_end_before_a_cliff(texts: dict[str, Text]) -> None:
     run = Run(texts["greedy"], machine := costs(CURVES["steps of 4"]), AdaptivePlanner(machine))
     run.until(600)

@@ -189,8 +189,10 @@ class AdaptivePlanner:
         return state.resume - state.tokens
 
     def rested(self, text: int, steps: int, seconds: float | None) -> None:
-        """Take in that so many steps were made."""
-        state = self._texts[text]
+        """Take in that so many steps were made; many texts later, theirs may be forgotten."""
+        state = self._texts.get(text)
+        if state is None:
+            return
         state.tokens += steps
         state.context += steps
         state.parked += steps
