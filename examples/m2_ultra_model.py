@@ -6,11 +6,11 @@
 
 The model is tried first where it can be tried: the pair's acceptance is traced, this machine is
 calibrated, and what the two predict for several shapes of draft is put beside what those shapes
-reach here, in turns, since a machine's speed changes by the minute. Then the same
-traces are taken to the chip: 800 GB/s, the cost of a dispatch as it is assumed (``--dispatch-us``),
-and curves V(T) that published sweeps on it give (see ``mlx_distill.benchmarking.chip_model``).
-Those sweeps are of other drafters, so the acceptance is that of the traced pair, and a cautious and
-a hopeful reading of them is given.
+reach here, in turns, since a machine's speed changes by the minute. Then the same traces are taken
+to the chip: 800 GB/s, the cost of a dispatch as it is assumed (``--dispatch-us``), and curves V(T)
+that published sweeps on it give (see ``mlx_distill.benchmarking.chip_model``). Those sweeps are of
+other drafters, so the acceptance is that of the traced pair, and a cautious and a hopeful reading
+of them is given.
 """
 
 import argparse

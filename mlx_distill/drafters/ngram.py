@@ -161,7 +161,7 @@ class NGramState:
         the root, which the target may still be at, is not waited for.
         """
         self._take_in()
-        if self.drafter.shortest > PAIR and not self._likely():
+        if not self._likely():
             return None
         (token,) = to_host(root)
         self.text.push(token)
@@ -180,7 +180,7 @@ class NGramState:
         self._take_in()
         (token,) = to_host(root)
         self.text.push(token)
-        likely = self.drafter.shortest == PAIR or self._likely()
+        likely = self._likely()
         self.text.pop()
         return likely
 
@@ -225,8 +225,13 @@ class NGramState:
                     break
 
     def _likely(self) -> bool:
-        """Return whether what a match says is likely enough to wait for what is drawn."""
+        """Return whether what a match says is likely enough to wait for what is drawn.
+
+        Of pairs of tokens, any may go on.
+        """
         least = self.drafter.shortest - 1
+        if least < PAIR:
+            return True
         rates = (
             self.rates.rate(one.own, 0, one.length)
             for one in self._matches()
