@@ -65,7 +65,11 @@ def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing takes as long as all else; the curves of ``finished``, made before, are real ones."""
+    """Draw nothing: that takes as long as all else."""
+    draw_nothing(monkeypatch)
+
+
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     draw: Any = lambda rows, path, title: path.write_bytes(b"")  # noqa: E731
     monkeypatch.setattr("mlx_distill.distillation.run.draw_curves", draw)
 
@@ -129,7 +133,9 @@ def learn(world: Path, output: Path, *more: Any) -> Path:
 @pytest.fixture(scope="session")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a student whose training was never stopped."""
-    return learn(world, tmp_path_factory.mktemp("finished") / "student")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        return learn(world, tmp_path_factory.mktemp("finished") / "student")
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.selection import fit
 from mlx_distill.evaluation.texts import evaluate
 from mlx_distill.hashes import tokenizer_hash
+from mlx_distill.training.journal import draw_curves
 
 pytestmark = pytest.mark.usefixtures("no_hub", "no_curves")
 
@@ -81,7 +82,7 @@ def test_student_of_flags(
     assert f" | {log[-1]['held_out']['kl']:.4f} |" in card
 
 
-def test_log_as_a_table_and_as_curves(finished: Path) -> None:
+def test_log_as_a_table(finished: Path) -> None:
     log = log_of(finished)
     with (finished / "log.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -92,10 +93,6 @@ def test_log_as_a_table_and_as_curves(finished: Path) -> None:
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in log]
     assert rows[0]["held_out_kl"] == ""
     assert float(rows[5]["held_out_kl"]) == log[5]["held_out"]["kl"]
-    picture = (finished / "curves.png").read_bytes()
-    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
-    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
-    assert (width, height) == (1800, 480)
 
 
 def test_student_learns_from_layers_of_the_bundled_teacher(
@@ -103,7 +100,7 @@ def test_student_learns_from_layers_of_the_bundled_teacher(
 ) -> None:
     argv = [
         *arguments(world, tmp_path / "student", "--teacher", bundled_part),
-        *("--steps", "18", "--evaluate-every", "6", "--checkpoint-every", "18"),
+        *("--steps", "12", "--evaluate-every", "4", "--checkpoint-every", "12"),
         *("--loss", "forward_kl:weight=0.9", "hard:weight=0.1"),
     ]
     assert main(argv) == 0
@@ -113,19 +110,26 @@ def test_student_learns_from_layers_of_the_bundled_teacher(
     assert kl == sorted(kl, reverse=True)
 
 
-def test_command_is_a_verb_too(world: Path, tmp_path: Path, finished: Path) -> None:
-    assert cli.main(["distill", *arguments(world, tmp_path / "student")]) == 0
-    assert same_result(tmp_path / "student", finished)
-
-
-def test_progress_is_shown(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_is_a_verb_too_and_shows_progress_and_curves(
+    world: Path,
+    tmp_path: Path,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("mlx_distill.distillation.run.draw_curves", draw_curves)
     argv = arguments(world, tmp_path / "student")
     argv.remove("--quiet")
-    assert main(argv) == 0
+    assert cli.main(["distill", *argv]) == 0
     err = capsys.readouterr().err
     assert "6/6" in err
     assert re.search(r"forward_kl \d\.\d{3}", err)
     assert re.search(r"held out: nats \d\.\d{3} kl \d", err)
+    assert same_result(tmp_path / "student", finished)
+    picture = (tmp_path / "student" / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG\r\n\x1a\n")
+    width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
+    assert (width, height) == (1800, 480)
 
 
 def test_module_is_the_function_too() -> None:
@@ -138,9 +142,12 @@ def test_module_is_the_function_too() -> None:
 # --------------------------------------------------------------------------------------- students
 
 
+SLOWLY = ["--learning-rate", "1e-6", "--steps", "2"]
+
+
 def test_student_of_the_teachers_layers(world: Path, tmp_path: Path) -> None:
     argv = without(arguments(world, tmp_path / "student"), "--student-config")
-    assert main([*argv, "--student-layers", "0", "2", "--learning-rate", "1e-6"]) == 0
+    assert main([*argv, "--student-layers", "0", "2", *SLOWLY]) == 0
     config = json.loads((tmp_path / "student" / "config.json").read_text())
     assert config["num_hidden_layers"] == 2
     theirs, ours = arrays_of(world / "teacher"), arrays_of(tmp_path / "student")
@@ -151,7 +158,7 @@ def test_student_of_the_teachers_layers(world: Path, tmp_path: Path) -> None:
 
 def test_student_that_exists_already(world: Path, tmp_path: Path) -> None:
     argv = without(arguments(world, tmp_path / "student"), "--student-config")
-    assert main([*argv, "--student", str(world / "student"), "--learning-rate", "1e-6"]) == 0
+    assert main([*argv, "--student", str(world / "student"), *SLOWLY]) == 0
     theirs, ours = arrays_of(world / "student"), arrays_of(tmp_path / "student")
     assert set(theirs) == set(ours)
     for name, x in ours.items():
@@ -162,6 +169,7 @@ def test_student_that_exists_already(world: Path, tmp_path: Path) -> None:
 def test_adapters(world: Path, tmp_path: Path, kind: str) -> None:
     """The seed decides their first weights, whatever ran before; the base is what it was."""
     base = ["--student", str(world / "student"), "--fine-tune", kind, "--lora-rank", "2"]
+    base += ["--steps", "2"]
     for name in ("first", "second"):
         mx.random.seed(len(name))
         argv = without(arguments(world, tmp_path / name), "--student-config")
@@ -185,18 +193,21 @@ def test_activations_computed_twice(world: Path, tmp_path: Path, finished: Path)
         np.testing.assert_allclose(arrays_of(output)[name], x, atol=5e-3, err_msg=name)
 
 
-@pytest.mark.parametrize("more", [[], ["--grad-checkpoint"], ["--fine-tune", "lora"]])
-def test_student_learns_from_its_own_texts(world: Path, tmp_path: Path, more: list[str]) -> None:
+def test_student_learns_from_its_own_texts(world: Path, tmp_path: Path) -> None:
+    """The same each time; with activations computed twice, its first texts are the same ones."""
     sets = ["--rollout-every", "3", "--rollout-texts", "4", "--rollout-max-tokens", "5"]
-    output = learn(world, tmp_path / "student", "--on-policy", "0.7", *sets, *more)
-    assert all(math.isfinite(row["loss"]) for row in log_of(output))
-    again = learn(world, tmp_path / "again", "--on-policy", "0.7", *sets, *more)
-    assert same_result(output, again)
+    sets += ["--on-policy", "0.7"]
+    output = learn(world, tmp_path / "student", *sets)
+    assert same_result(output, learn(world, tmp_path / "again", *sets))
+    twice = learn(world, tmp_path / "twice", *sets, "--grad-checkpoint")
+    losses, others = ([row["loss"] for row in log_of(one)] for one in (output, twice))
+    assert all(math.isfinite(loss) for loss in losses + others)
+    assert others[:3] == pytest.approx(losses[:3], rel=1e-4)
 
 
 def test_quantised_teacher_and_export(world: Path, tmp_path: Path) -> None:
     (tmp_path / "wide.json").write_text(json.dumps(TINY | {"hidden_size": 64}))
-    more = ["--teacher-bits", "8", "--export-bits", "4"]
+    more = ["--teacher-bits", "8", "--export-bits", "4", "--steps", "2"]
     output = learn(world, tmp_path / "student", *more, "--student-config", tmp_path / "wide.json")
     config = json.loads((output / "config.json").read_text())
     assert config["quantization"]["bits"] == 4
@@ -213,7 +224,7 @@ def test_quantised_teacher_and_export(world: Path, tmp_path: Path) -> None:
 
 
 def test_several_teachers(world: Path, tmp_path: Path, finished: Path) -> None:
-    both = ["--teacher", world / "teacher", world / "second"]
+    both = ["--teacher", world / "teacher", world / "second", "--steps", "1"]
     mean = learn(world, tmp_path / "mean", *both)
     assert log_of(mean)[0]["loss"] != log_of(finished)[0]["loss"]
     logits = learn(world, tmp_path / "logits", *both, "--teacher-mean", "logits")
@@ -225,7 +236,7 @@ def test_several_teachers(world: Path, tmp_path: Path, finished: Path) -> None:
 
 def test_features_and_relations(world: Path, tmp_path: Path) -> None:
     losses = ["forward_kl", "hidden_mse:layers=0-2", "similarity_preserving:weight=10"]
-    output = learn(world, tmp_path / "student", "--loss", *losses)
+    output = learn(world, tmp_path / "student", "--steps", "2", "--loss", *losses)
     row = log_of(output)[-1]
     parts = row["forward_kl"] + row["hidden_mse"] + 10 * row["similarity_preserving"]
     assert row["loss"] == pytest.approx(parts, rel=1e-5)
@@ -254,6 +265,7 @@ def test_other_tokenizer_names_both_ways_out(
 def test_both_ways_out_of_another_tokenizer(world: Path, tmp_path: Path, losses: list[str]) -> None:
     argv = arguments(world, tmp_path / "student", "--teacher", world / "bytes", "--loss", *losses)
     argv = [*without(argv, "--student-config"), "--student", str(world / "student")]
+    argv += ["--steps", "2"]
     assert main(argv) == 0
     log = log_of(tmp_path / "student")
     assert all(math.isfinite(row["loss"]) for row in log)
@@ -263,21 +275,22 @@ def test_both_ways_out_of_another_tokenizer(world: Path, tmp_path: Path, losses:
 # --------------------------------------------------------------------------- what is in the folder
 
 
-def quantised(world: Path, where: Path) -> Path:
-    """Write a 4-bit student of two end tokens."""
-    wide = world.parent / f"{where.name}.json"
+@pytest.fixture(scope="module")
+def quantised(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a 4-bit student of two end tokens."""
+    folder = tmp_path_factory.mktemp("packed")
+    wide = folder / "wide.json"
     wide.write_text(json.dumps(TINY | {"hidden_size": 64, "intermediate_size": 64}))
-    more = ["--export-bits", "4", "--student-config", wide]
-    learn(world, where, *more)
+    more = ["--export-bits", "4", "--steps", "1", "--student-config", wide]
+    where = learn(world, folder / "student", *more)
     (where / "generation_config.json").write_text('{"eos_token_id": [2, 17]}')
     return where
 
 
 def test_packed_weights_are_not_packed_again_after_the_training(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, quantised: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = quantised(world, tmp_path / "base")
-    argv = without(arguments(world, tmp_path / "out", "--student", base), "--student-config")
+    argv = without(arguments(world, tmp_path / "out", "--student", quantised), "--student-config")
     capsys.readouterr()
     assert main([*argv, "--fine-tune", "lora", "--export-bits", "4"]) == 2
     assert capsys.readouterr().err == (
@@ -285,12 +298,11 @@ def test_packed_weights_are_not_packed_again_after_the_training(
     )
 
 
-def test_adapters_over_packed_weights(world: Path, tmp_path: Path) -> None:
+def test_adapters_over_packed_weights(world: Path, tmp_path: Path, quantised: Path) -> None:
     """Every way of writing them; the figures are those of the files, and all end tokens stay."""
-    base = quantised(world, tmp_path / "base")
     for number, ways in enumerate(([], ["--keep-adapters"], ["--export-dequantized"])):
         output = tmp_path / f"student-{number}"
-        argv = without(arguments(world, output, "--student", base), "--student-config")
+        argv = without(arguments(world, output, "--student", quantised), "--student-config")
         assert main([*argv, "--steps", "2", "--fine-tune", "lora", *ways]) == 0
         apart = output / "adapters" if "--keep-adapters" in ways else None
         model, tokenizer = load(output, adapter_path=apart)

@@ -1,8 +1,10 @@
 """``distill`` stopped, resumed and gone wrong: nothing is lost that was good."""
 
 import errno
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,24 +32,11 @@ pytestmark = pytest.mark.usefixtures("no_hub", "no_curves")
 
 # --------------------------------------------------------------------------- stopped and resumed
 
-LONG = ["--steps", "24", "--checkpoint-every", "3", "--evaluate-every", "10"]
-KINDS: dict[str, list[str]] = {
-    "plain": [],
-    "everything": [
-        *("--loss", "forward_kl:weight=0.8", "hidden_mse:weight=0.1", "reverse_kl:weight=0.1"),
-        *("--steps", "15", "--on-policy", "0.4", "--rollout-every", "5", "--rollout-texts", "4"),
-        *("--rollout-max-tokens", "4", "--accumulate", "2", "--fine-tune", "lora"),
-    ],
-}
-
-
-@pytest.fixture(scope="module")
-def wholes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the folders of students whose training was never stopped."""
-    folder = tmp_path_factory.mktemp("wholes")
-    return {
-        name: learn(world, folder / name / "student", *LONG, *more) for name, more in KINDS.items()
-    }
+EVERYTHING = [
+    *("--loss", "forward_kl:weight=0.8", "hidden_mse:weight=0.1", "reverse_kl:weight=0.1"),
+    *("--steps", "12", "--on-policy", "0.4", "--rollout-every", "3", "--rollout-texts", "4"),
+    *("--rollout-max-tokens", "4", "--accumulate", "2", "--fine-tune", "lora"),
+]
 
 
 def started(argv: list[str]) -> subprocess.Popen[str]:
@@ -68,50 +57,28 @@ def wait_for(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
 
 
 def test_killed_training_resumes_with_the_same_bits(
-    world: Path, tmp_path: Path, wholes: dict[str, Path]
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice, without notice, and never after the same step; all that a training can do goes on."""
-    kind = "everything"
+    """All that a training can do goes on: killed without notice, and stopped once more."""
+    whole = learn(world, tmp_path / "whole", *EVERYTHING)
     output = tmp_path / "student"
-    argv = arguments(world, output, *LONG, *KINDS[kind])
-    work = tmp_path / "student.partial"
-    for step, more in ((3, []), (9, ["--resume"])):
-        with started([*argv, *more]) as process:
-            first = work / f"step-{step:07d}"
-            wait_for(process, lambda first=first: any(p >= first for p in work.glob("step-*")))
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
-        assert not output.exists()
-    assert main([*argv, "--resume"]) == 0
-    assert not work.exists()
-    assert same_result(output, wholes[kind])
-    for name in ("config.json", "config.yaml", "log.csv"):
-        assert (output / name).read_bytes() == (wholes[kind] / name).read_bytes()
-
-
-def test_interrupted_training_says_how_to_go_on(
-    world: Path, tmp_path: Path, wholes: dict[str, Path]
-) -> None:
-    output = tmp_path / "student"
-    argv = arguments(world, output, *LONG)
+    argv = arguments(world, output, *EVERYTHING)
     work = tmp_path / "student.partial"
     with started(argv) as process:
         wait_for(process, lambda: any(work.glob("step-*")))
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert out == ""
-    assert "finishing this step, then saving; Ctrl-C again ends at once" in err
-    found = re.search(r"stopped after step (\d+) of 24; the same command with --resume goes", err)
-    assert found, err
-    step = int(found[1])
-    assert 3 <= step < 24
-    assert (work / f"step-{step:07d}").is_dir()
-    assert [row["step"] for row in log_of(work)] == list(range(1, step + 1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert not output.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(10))
+        assert main([*argv, "--resume"]) == 130
     assert not output.exists()
     assert main([*argv, "--resume"]) == 0
-    assert same_result(output, wholes["plain"])
+    assert not work.exists()
+    assert same_result(output, whole)
+    assert all(math.isfinite(row["loss"]) for row in log_of(whole))
+    for name in ("config.json", "config.yaml", "log.csv"):
+        assert (output / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_second_interrupt_ends_at_once(world: Path, tmp_path: Path) -> None:
@@ -152,71 +119,79 @@ def test_interrupt_at_any_step(
     capsys: pytest.CaptureFixture[str],
     step: int,
 ) -> None:
-    argv = arguments(world, tmp_path / "student")
+    """The next step is finished and saved; the command says how to go on, to the same bits."""
+    output, work = tmp_path / "student", tmp_path / "student.partial"
+    argv = arguments(world, output)
     with monkeypatch.context() as patch:
         patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(step))
         status = main(argv)
+    out, err = capsys.readouterr()
+    assert "finishing this step, then saving; Ctrl-C again ends at once" in err
     if step < 5:  # it is heard of after the next step; the sixth is the last one
         assert status == 130
-        assert f"stopped after step {step + 1} of 6" in capsys.readouterr().err
+        assert out == ""
+        assert f"stopped after step {step + 1} of 6; the same command with --resume goes" in err
+        assert (work / f"step-{step + 1:07d}").is_dir()
+        assert [row["step"] for row in log_of(work)] == list(range(1, step + 2))
+        assert not output.exists()
         assert main([*argv, "--resume"]) == 0
     else:
         assert status == 0
-    assert same_result(tmp_path / "student", finished)
+    assert same_result(output, finished)
 
 
-def leave_unfinished(world: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def stopped(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a training that was stopped after its third step."""
+    output = tmp_path_factory.mktemp("stopped") / "student"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(2))
         assert main(arguments(world, output)) == 130
+    return output.with_name("student.partial")
+
+
+@pytest.fixture
+def unfinished(stopped: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder, beside the output."""
+    return shutil.copytree(stopped, tmp_path / "student.partial")
 
 
 def test_other_options_are_not_resumed(
-    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch, finished: Path
+    world: Path, tmp_path: Path, refuses: Refuse, unfinished: Path, finished: Path
 ) -> None:
+    """A refused resume keeps the checkpoints."""
     output = tmp_path / "student"
-    leave_unfinished(world, output, monkeypatch)
+    before = sorted(path.name for path in unfinished.iterdir())
     sentence = refuses(arguments(world, output, "--resume", "--batch-size", "2", "--steps", "9"))
     assert sentence == (
         "cannot resume with other settings: batch_size was 3, is 2; training.steps was 6, is 9"
     )
     sentence = refuses(arguments(world, output, "--resume", "--loss", "hard"))
     assert "loss was ['forward_kl'], is ['hard']" in sentence
+    sentence = refuses(arguments(world, output, "--resume", "--report-to", "carrier-pigeon"))
+    assert "carrier-pigeon" in sentence
     sentence = refuses(arguments(world, output))
     assert "holds an unfinished training; add --resume, or remove it" in sentence
+    assert sorted(path.name for path in unfinished.iterdir()) == before
     assert main(arguments(world, output, "--resume")) == 0
     assert same_result(output, finished)
 
 
-def test_refused_resume_keeps_the_checkpoints(
-    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "student"
-    leave_unfinished(world, output, monkeypatch)
-    before = sorted(path.name for path in (tmp_path / "student.partial").iterdir())
-    sentence = refuses(arguments(world, output, "--resume", "--report-to", "carrier-pigeon"))
-    assert "carrier-pigeon" in sentence
-    assert sorted(path.name for path in (tmp_path / "student.partial").iterdir()) == before
-
-
 def test_resume_of_a_damaged_folder(
-    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch, finished: Path
+    world: Path, tmp_path: Path, refuses: Refuse, unfinished: Path, finished: Path
 ) -> None:
     """Without settings nothing is resumed; a damaged checkpoint gives way to the one before."""
-    output = tmp_path / "student"
-    leave_unfinished(world, output, monkeypatch)
-    work = tmp_path / "student.partial"
-    names = sorted(path.name for path in work.glob("step-*"))
+    names = sorted(path.name for path in unfinished.glob("step-*"))
     assert names == ["step-0000002", "step-0000003"]
-    weights = work / "step-0000003" / "network.safetensors"
+    weights = unfinished / "step-0000003" / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    settings = (work / "settings.json").read_text()
-    (work / "settings.json").write_text(settings[:20])
-    argv = arguments(world, output, "--resume")
-    assert f"{work / 'settings.json'} cannot be read as JSON: " in refuses(argv)
-    (work / "settings.json").write_text(settings)
+    settings = (unfinished / "settings.json").read_text()
+    (unfinished / "settings.json").write_text(settings[:20])
+    argv = arguments(world, tmp_path / "student", "--resume")
+    assert f"{unfinished / 'settings.json'} cannot be read as JSON: " in refuses(argv)
+    (unfinished / "settings.json").write_text(settings)
     assert main(argv) == 0
-    assert same_result(output, finished)
+    assert same_result(tmp_path / "student", finished)
 
 
 def full_disk(*args: Any, **options: Any) -> None:

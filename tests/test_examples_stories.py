@@ -7,6 +7,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from conftest import ModelIn
+
+import mlx_distill
+from mlx_distill.arrays import num_values
+from mlx_distill.checkpoint import bundled
+from mlx_distill.distillation.students import from_layers, read_config
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STORY = "Once upon a time, a {} went to the park. It saw a red ball and was very happy. The end."
@@ -33,10 +39,29 @@ def data(tmp_path: Path) -> Path:
     return folder
 
 
+def of_a_tiny_teacher(name: str, model_in: ModelIn, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Return an example whose teacher is not the bundled one, but has its tokenizer."""
+    module = example(name, monkeypatch)
+    assert module.bundled is bundled
+    monkeypatch.setattr(module, "bundled", lambda _: model_in("tiny", "float16"))
+    return module
+
+
+def test_the_study_s_student_is_a_quarter_of_the_bundled_teacher() -> None:
+    path = bundled("stories-14m")
+    teacher, _ = mlx_distill.load(path)
+    student, _ = from_layers(teacher, read_config(path), [0])
+    assert 4 * num_values(student.parameters()) <= num_values(teacher.parameters())
+
+
 def test_every_recipe_of_the_study_runs_and_is_not_run_twice(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    model_in: ModelIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stories = example("distill_stories", monkeypatch)
+    stories = of_a_tiny_teacher("distill_stories", model_in, monkeypatch)
     runs, found = tmp_path / "runs", tmp_path / "found.json"
     options = ["--data", str(data), "--runs", str(runs), "--steps", "2", "--max-length", "16"]
     options += ["--valid-texts", "4"]
@@ -52,8 +77,10 @@ def test_every_recipe_of_the_study_runs_and_is_not_run_twice(
         assert row[f"gap_closed_{baseline}"]["mean"] == pytest.approx(closed / gap)
         kls = row["kl"]["mean"] / rows[baseline]["best_kl"]["mean"]
         assert row[f"kl_cut_{baseline}"]["mean"] == pytest.approx(1 - kls)
-    sizes = result["runs"][0]
-    assert 4 * sizes["parameters"] <= sizes["teacher_parameters"]
+    sizes = {name: result["runs"][0][name] for name in ("parameters", "teacher_parameters")}
+    teacher, _ = mlx_distill.load(model_in("tiny", "float16"))
+    whole, layer = (num_values(one.parameters()) for one in (teacher, teacher.model.layers[0]))
+    assert sizes == {"parameters": whole - layer, "teacher_parameters": whole}
     assert (runs / "response-0" / "model.safetensors").exists()
     before = {file: file.stat().st_mtime_ns for file in runs.glob("*.json")}
     assert stories.main([*options, *recipes]) == 0
@@ -62,9 +89,13 @@ def test_every_recipe_of_the_study_runs_and_is_not_run_twice(
 
 
 def test_stored_completions_are_filtered_and_learned(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    data: Path,
+    tmp_path: Path,
+    model_in: ModelIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stored = example("stored_completions", monkeypatch)
+    stored = of_a_tiny_teacher("stored_completions", model_in, monkeypatch)
     found, log = tmp_path / "found.json", tmp_path / "log.jsonl"
     options = ["--data", str(data), "--log", str(log), "--work", str(tmp_path / "work")]
     assert stored.main([*options, "--steps", "2", "--json", str(found)]) == 0

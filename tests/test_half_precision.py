@@ -64,7 +64,7 @@ def numbers(network: nn.Module) -> dict[str, np.ndarray]:
 def test_half_precision_learns_as_much_as_float32(rate: float) -> None:
     """With moments and updates in the model's type, bfloat16 loses most of a small rate."""
     whole, half = (
-        run(student(kind), steps=60, learning_rate=rate, evaluate_every=60)
+        run(student(kind), steps=24, learning_rate=rate, evaluate_every=24)
         for kind in (mx.float32, mx.bfloat16)
     )
     start, end = whole.before["kl"], whole.log[-1]["held_out"]["kl"]
@@ -74,7 +74,7 @@ def test_half_precision_learns_as_much_as_float32(rate: float) -> None:
 
 def test_float16_stays_a_number() -> None:
     made = student(mx.float16)
-    done = run(made, steps=60, learning_rate=4e-3, evaluate_every=60)
+    done = run(made, steps=24, learning_rate=4e-3, evaluate_every=24)
     assert done.log[-1]["held_out"]["kl"] < 0.8 * done.before["kl"]
     assert all(np.isfinite(array).all() for array in numbers(made).values())
 
@@ -87,7 +87,7 @@ def test_every_kind_of_student_is_trained(kind: mx.Dtype, tune: str, bits: int |
     made = student(kind, tune, bits)
     types: dict[str, Any] = {name: x.dtype for name, x in tree_flatten(made.parameters())}
     before = numbers(made)
-    done = run(made, steps=10, learning_rate=5e-3)
+    done = run(made, steps=5, learning_rate=5e-3)
     assert done.log[-1]["held_out"]["kl"] < done.before["kl"]
     assert {name: x.dtype for name, x in tree_flatten(made.parameters())} == types
     moved = [name for name, x in numbers(made).items() if not np.array_equal(x, before[name])]
@@ -95,7 +95,7 @@ def test_every_kind_of_student_is_trained(kind: mx.Dtype, tune: str, bits: int |
 
 
 def test_a_new_student_of_a_teacher_in_half_precision() -> None:
-    done = run(student(mx.float32), steps=10, learning_rate=5e-3)
+    done = run(student(mx.float32), steps=5, learning_rate=5e-3)
     assert done.log[-1]["held_out"]["kl"] < done.before["kl"]
 
 
