@@ -48,12 +48,14 @@ from drafting import (  # noqa: E402, F401
 from evaluating import folders  # noqa: E402, F401
 from half_models import REFERENCE, TYPES, write_model, write_part  # noqa: E402
 from precompiled import precompile  # noqa: E402
+from read_tokenizers import read_once  # noqa: E402
 from stored_types import Gpu  # noqa: E402
 
 from mlx_distill import checkpoint, cli  # noqa: E402
 from mlx_distill.checkpoint import bundled  # noqa: E402
 
 REPOSITORY = Path(__file__).parent.parent
+read_once()  # a tenth of what many tests take
 SHARED = Path(os.environ.get("MLX_DISTILL_SHARED", REPOSITORY.parent / "shared"))
 ModelIn = Callable[[str, str], Path]
 
