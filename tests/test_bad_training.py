@@ -172,25 +172,49 @@ def resumed(arguments: list[str], tmp_path: Path) -> bytes:
     return (tmp_path / "drafter" / "model.safetensors").read_bytes()
 
 
-# Two files per checkpoint: with three good ones, the second file of the second checkpoint fails.
+def stopped(folder: Path, tiny: list[str], good: int, *more: str) -> Path:
+    """Return a folder in which a training met a full disk after some checkpoints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", DiskFull(mx.save_safetensors, 2 * good))
+        assert train_drafter.main([*tiny, "--output", str(folder / "drafter"), *more]) == 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def after_two_steps(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    return stopped(tmp_path_factory.mktemp("stopped"), tiny, 1)
+
+
+@pytest.fixture(scope="module")
+def after_four_steps(tmp_path_factory: pytest.TempPathFactory, tiny: list[str]) -> Path:
+    return stopped(tmp_path_factory.mktemp("stopped"), tiny, 2, "--evaluate-every", "1")
+
+
+# Two files per checkpoint; the training goes on after the first one.
 OBSTACLES: dict[str, tuple[Any, str, Callable[[Any], Any]]] = {
-    "no space for the arrays": (mx, "save_safetensors", lambda f: DiskFull(f, 3)),
-    "no space for the first array": (mx, "save_safetensors", lambda f: DiskFull(f, 2)),
-    "no space for the name": (os, "replace", lambda f: DiskFull(f, 2)),  # the first: settings
-    "half a file": (mx, "save_safetensors", lambda f: Truncating(f, 2, 30_000)),
-    "the last bytes": (mx, "save_safetensors", lambda f: Truncating(f, 3, 8)),
-    "the last bytes of the network": (mx, "save_safetensors", lambda f: Truncating(f, 2, 8)),
+    "no space for the arrays": (mx, "save_safetensors", lambda f: DiskFull(f, 1)),
+    "no space for the first array": (mx, "save_safetensors", lambda f: DiskFull(f, 0)),
+    "no space for the name": (os, "replace", lambda f: DiskFull(f, 1)),  # the first: settings
+    "half a file": (mx, "save_safetensors", lambda f: Truncating(f, 0, 30_000)),
+    "the last bytes": (mx, "save_safetensors", lambda f: Truncating(f, 1, 8)),
+    "the last bytes of the network": (mx, "save_safetensors", lambda f: Truncating(f, 0, 8)),
 }
 
 
 @pytest.mark.parametrize("case", OBSTACLES)
 def test_full_disk_during_a_checkpoint(
-    refused: Run, tmp_path: Path, arguments: list[str], finished: bytes, case: str
+    refused: Run,
+    tmp_path: Path,
+    arguments: list[str],
+    after_two_steps: Path,
+    finished: bytes,
+    case: str,
 ) -> None:
+    shutil.copytree(after_two_steps, tmp_path, dirs_exist_ok=True)
     place, name, make = OBSTACLES[case]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, name, make(getattr(place, name)))
-        sentence = refused(train_drafter.main, *arguments, alone=False)
+        sentence = refused(train_drafter.main, *arguments, "--resume", alone=False)
     assert re.search(r"the checkpoint of step 4 could not be written", sentence)
     assert re.search("No space left on device|is damaged", sentence)
     work = tmp_path / "drafter.partial"
@@ -212,19 +236,22 @@ def test_full_disk_at_the_first_checkpoint(
 
 
 @pytest.mark.parametrize(
-    "make", [lambda f: DiskFull(f, 6), lambda f: Truncating(f, 6, 1000)], ids=["full", "cut"]
+    "make", [lambda f: DiskFull(f, 4), lambda f: Truncating(f, 4, 1000)], ids=["full", "cut"]
 )
 def test_full_disk_for_the_finished_drafter(
     refused: Run,
     tmp_path: Path,
     arguments: list[str],
+    after_two_steps: Path,
     finished: bytes,
     make: Callable[[Any], Any],
 ) -> None:
-    """Three checkpoints are good; the work must not be lost, and no half drafter appear."""
+    """All checkpoints are good; the work must not be lost, and no half drafter appear."""
+    shutil.copytree(after_two_steps, tmp_path, dirs_exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mx, "save_safetensors", make(mx.save_safetensors))
-        refused(train_drafter.main, *arguments, alone=False)
+        refused(train_drafter.main, *arguments, "--resume", alone=False)
+    assert (tmp_path / "drafter.partial" / "step-0000006").is_dir()
     assert not (tmp_path / "drafter").exists()
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["drafter.partial", "drafter.responses.jsonl"]
@@ -265,11 +292,14 @@ def test_full_disk_for_the_responses(
     ],
 )
 def test_resume_with_changed_settings(
-    refused: Run, tmp_path: Path, arguments: list[str], flags: str, difference: str
+    refused: Run,
+    tmp_path: Path,
+    arguments: list[str],
+    after_two_steps: Path,
+    flags: str,
+    difference: str,
 ) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mx, "save_safetensors", DiskFull(mx.save_safetensors, 2))
-        refused(train_drafter.main, *arguments, alone=False)
+    shutil.copytree(after_two_steps, tmp_path, dirs_exist_ok=True)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     changes = [*arguments, *flags.split(), "--resume"]
     sentence = refused(train_drafter.main, *changes, alone=False)
@@ -282,18 +312,16 @@ DAMAGED = ["settings.json", "log.jsonl", "network.safetensors", "optimizer.safet
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_resume_from_damaged_files(
-    refused: Run,
     tmp_path: Path,
     arguments: list[str],
+    after_four_steps: Path,
     finished: bytes,
     capsys: pytest.CaptureFixture[str],
     name: str,
 ) -> None:
     """A machine that lost its power leaves half a file; it is named, or there is a way without."""
     arguments += ["--evaluate-every", "1"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mx, "save_safetensors", DiskFull(mx.save_safetensors, 4))
-        refused(train_drafter.main, *arguments, alone=False)
+    shutil.copytree(after_four_steps, tmp_path, dirs_exist_ok=True)
     *_, path = sorted((tmp_path / "drafter.partial").rglob(name))
     cut(0.5)(path)
     status = train_drafter.main([*arguments, "--resume"])

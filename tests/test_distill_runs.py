@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from distillers import (
 from mlx import nn
 from tiny_models import tiny_model
 
-from mlx_distill import Examples, InputError
+from mlx_distill import Distilled, Examples, InputError
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation.adapters import AdapterConfig
@@ -39,6 +40,22 @@ from mlx_distill.distillation.training import distill
 from mlx_distill.training.config import TrainingConfig
 
 # ----------------------------------------------------------------------------------- a run's folder
+
+
+Finished = tuple[Path, Distilled, dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Return the folder of a run that met no obstacle, what it returned, and its student."""
+    folder, student = tmp_path_factory.mktemp("finished"), small()
+    return folder, run(folder, student, tiny_model("llama")), bits(student)
+
+
+@pytest.fixture
+def folder(finished: Finished, tmp_path: Path) -> Path:
+    """Return a copy of that folder."""
+    return shutil.copytree(finished[0], tmp_path / "run")
 
 
 def test_finished_run_returns_its_result(tmp_path: Path) -> None:
@@ -64,14 +81,13 @@ def test_finished_run_returns_its_result(tmp_path: Path) -> None:
     ],
 )
 def test_run_with_other_arguments_does_not_go_on(
-    tmp_path: Path, options: dict[str, Any], changed: str
+    folder: Path, options: dict[str, Any], changed: str
 ) -> None:
-    run(tmp_path, small(), tiny_model("llama"))
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     given = {"student": small(), "teacher": tiny_model("llama"), **options}
     with pytest.raises(InputError, match=rf"cannot resume with other settings: .*{changed}"):
-        run(tmp_path, **given)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        run(folder, **given)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_other_examples_are_other_data(tmp_path: Path) -> None:
@@ -84,22 +100,24 @@ def test_other_examples_are_other_data(tmp_path: Path) -> None:
             run(folder, nn.Linear(4, 3), nn.Linear(4, 3), Examples.of(**other))
 
 
-def test_checkpoints_without_settings_are_not_gone_on_with(tmp_path: Path) -> None:
-    run(tmp_path, small(), tiny_model("llama"))
-    (tmp_path / "settings.json").unlink()
+def test_checkpoints_without_settings_are_not_gone_on_with(folder: Path) -> None:
+    (folder / "settings.json").unlink()
     with pytest.raises(InputError, match=r"holds checkpoints and no settings\.json"):
-        run(tmp_path, small(), tiny_model("llama"))
+        run(folder, small(), tiny_model("llama"))
 
 
-def test_damaged_checkpoint_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    expected, found = small(), small()
-    run(tmp_path, expected, tiny_model("llama"))
-    newest = tmp_path / "step-0000006" / "optimizer.safetensors"
+def test_damaged_checkpoint_is_named(
+    folder: Path,
+    finished: Finished,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = small()
+    newest = folder / "step-0000006" / "optimizer.safetensors"
     newest.write_bytes(newest.read_bytes()[:-9])
-    run(tmp_path, found, tiny_model("llama"))
+    run(folder, found, tiny_model("llama"))
     said = "step-0000006 is damaged; going on from step-0000004"
     assert said in capsys.readouterr().err
-    assert bits(found) == bits(expected)
+    assert bits(found) == finished[2]
 
 
 def test_student_that_comes_to_nothing_on_held_out_texts(
@@ -223,10 +241,8 @@ class KillAt:
         pass
 
 
-@pytest.mark.parametrize("step", [2, 5])
-def test_killed_training_on_its_own_texts_ends_with_the_same_bits(
-    tmp_path: Path, step: int
-) -> None:
+def test_killed_training_on_its_own_texts_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """Killed twice: before there is a checkpoint, and behind the first one."""
     options: dict[str, Any] = {
         "losses": ["reverse_kl", "hidden_mse:weight=0.1"],
         "on_policy": OnPolicyConfig(
@@ -238,10 +254,11 @@ def test_killed_training_on_its_own_texts_ends_with_the_same_bits(
     }
     whole = small()
     expected = run(tmp_path / "whole", whole, tiny_model("llama"), **options)
-    with pytest.raises(Killed):
-        run(tmp_path / "parts", small(), tiny_model("llama"), callback=KillAt(step), **options)
+    for step in (2, 5):
+        with pytest.raises(Killed):
+            run(tmp_path / "parts", small(), tiny_model("llama"), callback=KillAt(step), **options)
+        mx.random.seed(123 + step)
     parts = small()
-    mx.random.seed(123)
     done = run(tmp_path / "parts", parts, tiny_model("llama"), **options)
     assert bits(parts) == bits(whole)
     assert done.log == expected.log
@@ -325,8 +342,8 @@ def test_killed_training_counts_on(tmp_path: Path, step: int) -> None:
     assert rows_of(tmp_path / "parts" / "log.jsonl") == done.log
 
 
-def test_a_log_that_a_kill_cut_goes_on(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", small(), tiny_model("llama"))
+def test_a_log_that_a_kill_cut_goes_on(tmp_path: Path, finished: Finished) -> None:
+    whole = finished[1]
     with pytest.raises(Killed):
         run(tmp_path / "parts", small(), tiny_model("llama"), callback=KillAt(5))
     log = tmp_path / "parts" / "log.jsonl"
@@ -414,9 +431,8 @@ def test_a_term_that_drowns_another_is_told(
     assert not run(tmp_path / "two", small(), tiny_model("llama"), losses=balanced).notes
 
 
-def test_a_training_in_another_thread_is_refused(tmp_path: Path) -> None:
+def test_a_training_in_another_thread_is_refused(tmp_path: Path, finished: Finished) -> None:
     """MLX's random state is the process's: what one draws, the other would not."""
-    alone = run(tmp_path / "alone", small(), tiny_model("llama"))
     said: list[str] = []
 
     def second() -> None:
@@ -435,7 +451,7 @@ def test_a_training_in_another_thread_is_refused(tmp_path: Path) -> None:
             pass
 
     done = run(tmp_path / "first", small(), tiny_model("llama"), callback=Starting())
-    assert done == alone
+    assert done == finished[1]
     assert "another thread of this process is training" in said[0]
     assert not (tmp_path / "second").exists()
 

@@ -182,6 +182,7 @@ def test_a_package_index_out_of_reach(
 
 
 def test_the_example_does_everything_once(
+    no_curves: None,
     example: ModuleType,
     chat_model: Path,
     tmp_path: Path,

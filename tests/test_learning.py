@@ -118,9 +118,12 @@ def test_it_learns_beside_ngrams(small: tuple[Any, Any], tmp_path: Path) -> None
     with Learner(tmp_path / "learned", drafter, *small, QUICK) as learner:
         before = weights(learner.drafter.network)
         for seed in range(6):
+            learned = any(one is not None and one.kept for one in rounds)
             assert answer(learner, seed) == answer(None, seed)
+            if learned:  # and it was with what was learned
+                break
             rounds.append(learner.learn())
-        assert any(one is not None and one.kept for one in rounds)
+        assert learned
         assert weights(learner.drafter.network) != before
 
 
@@ -205,16 +208,16 @@ def test_what_makes_drafts_worse_is_taken_back(small: tuple[Any, Any], tmp_path:
 
 
 def test_old_answers_make_room(small: tuple[Any, Any], tmp_path: Path) -> None:
-    drafter, config = random_drafter(*small), LearningConfig(learn_mb=0.02, learn_least=100)
+    drafter, config = random_drafter(*small), LearningConfig(learn_mb=0.01, learn_least=100)
     texts = tmp_path / "learned" / "texts"
     with Learner(tmp_path / "learned", drafter, *small, config) as learner:
         for seed in range(6):
-            written(small, learner.drafter, learner, temperature=1.0, seed=seed, max_tokens=40)
+            written(small, learner.drafter, learner, temperature=1.0, seed=seed, max_tokens=20)
             assert learner.learn() is None
     names = sorted(path.name for path in texts.iterdir())
     assert names[-1] == "0000005.safetensors"
     assert 1 < len(names) < 6
-    assert sum(path.stat().st_size for path in texts.iterdir()) <= 20_000
+    assert sum(path.stat().st_size for path in texts.iterdir()) <= 10_000
 
 
 def command(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, str]:
