@@ -20,6 +20,8 @@ from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.prompt_cache import prompt_caches
 
+pytestmark = pytest.mark.usefixtures("not_compiled")  # hybrids meet a hundred fused operations
+
 # Some windows are full before the answer, some are later, and one never.
 PROMPTS = [
     [int(token) for token in np.random.default_rng(4).integers(3, 96, size)]

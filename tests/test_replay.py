@@ -24,6 +24,8 @@ from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.target.target import Target
 
+pytestmark = pytest.mark.usefixtures("not_compiled")  # hybrids meet a hundred fused operations
+
 TEXT = [5, 17, 42, 8, 23, 61, 9]
 CHAIN = [11, 22, 33, 44]
 # One of each kind of cache: states alone, beside keys, in a list with keys or a window, and a cache
