@@ -20,7 +20,7 @@ from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.prompt_cache import prompt_caches
 
-pytestmark = pytest.mark.usefixtures("not_compiled")  # hybrids meet a hundred fused operations
+pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
 
 # Some windows are full before the answer, some are later, and one never.
 PROMPTS = [

@@ -12,6 +12,8 @@ from mlx_distill.losses.chunked import chunked_loss
 from mlx_distill.target.body import Body, ReplayedHead, TiedHead
 from mlx_distill.target.reading import read_whole
 
+pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
+
 TOKENS = mx.array([[5, 9, 33, 2, 7], [60, 1, 1, 4, 90]])
 
 

@@ -23,7 +23,7 @@ from mlx_distill.target.recurrent.rows import RowsCall
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_layout import TreeLayout
 
-pytestmark = pytest.mark.usefixtures("not_compiled")  # hybrids meet a hundred fused operations
+pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
 
 # Mixers that are taken apart, by each scan and by convolutions alone; mixers in rows; beside keys.
 MIXERS = ["mamba2", "qwen3_5", "kimi_linear", "bailing_hybrid", "lfm2", "falcon_h1"]

@@ -24,7 +24,7 @@ from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.target.target import Target
 
-pytestmark = pytest.mark.usefixtures("not_compiled")  # hybrids meet a hundred fused operations
+pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
 
 TEXT = [5, 17, 42, 8, 23, 61, 9]
 CHAIN = [11, 22, 33, 44]

@@ -16,6 +16,8 @@ from mlx_distill import InputError
 from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.target.layers import layer_list
 
+pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
+
 
 @functools.cache
 def teacher_of(name: str) -> Any:
