@@ -99,6 +99,7 @@ def test_knowing_drafters_are_followed(
     assert 2.5 < last.tokens_per_call < 4.5
 
 
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_equal_mlx_lm(pair: tuple[Any, Any], name: str) -> None:
     model = tiny_model(name)
