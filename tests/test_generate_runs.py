@@ -384,7 +384,10 @@ def test_draft_models_that_cannot_be(
 def test_tokenizers_of_draft_models_are_compared_by_what_they_encode(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """One with more tokens, which no text has, is the same; one that splits words is another."""
+    """One with more tokens, which no text has, is the same; one that splits words is another.
+
+    So is one that gives two words each other's numbers.
+    """
     options = ["--max-tokens", "4", "--json", "--draft-model", str(tmp_path / "draft")]
     shutil.copytree(bundled("stories-4m"), tmp_path / "draft")
     file = tmp_path / "draft" / "tokenizer.json"
@@ -394,6 +397,12 @@ def test_tokenizers_of_draft_models_are_compared_by_what_they_encode(
     known["added_tokens"].append(token | flags)
     file.write_text(json.dumps(known))
     assert generate.main(options) == 0
+    vocab, words = known["model"]["vocab"], ["\u2581It", "\u2581loo"]
+    swapped = dict(zip(words, [vocab[word] for word in words[::-1]], strict=True))
+    changed = {**known["model"], "vocab": {**vocab, **swapped}}
+    file.write_text(json.dumps({**known, "model": changed}))
+    assert generate.main(options) == 2
+    assert "they encode 'It' differently" in capsys.readouterr().err
     known["model"]["merges"] = known["model"]["merges"][:500]
     file.write_text(json.dumps(known))
     assert generate.main(options) == 2

@@ -33,7 +33,7 @@ def kept(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "support"), [("llama", "row"), ("mamba", "row"), ("gpt_bigcode", "chain")]
+    ("kind", "support"), [("llama", "row"), ("mamba", "row"), ("gpt_bigcode", "copies")]
 )
 def test_an_opened_model_is_not_tried_again(
     tries: list[int], tmp_path: Path, kind: str, support: str

@@ -1,6 +1,7 @@
 """Targets whose caches take nothing back, from a call to a text.
 
-Where there is no view of a cache, a chain is verified in one call and what is kept is read again.
+Where there is no view of a cache, a line is verified in one call, a tree by copies of the cache,
+and what is kept is read again.
 """
 
 from typing import Any
@@ -28,23 +29,30 @@ pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hun
 
 TEXT = [5, 17, 42, 8, 23, 61, 9]
 CHAIN = [11, 22, 33, 44]
+# Nodes, and which of them the chain is.
+LINE_OF_IT = PrefixTree.chain(mx.array(CHAIN)), [0, 1, 2, 3]
+TREE_OF_IT = (
+    PrefixTree.from_parents(mx.array([11, 50, 22, 33, 60, 44]), mx.array([0, 0, 0, 2, 1, 3]), 4),
+    [0, 2, 3, 5],
+)
 # One of each kind of cache: states alone, beside keys, in a list with keys or a window, and a cache
 # of the model's own; the states of mixers that are taken apart, and in rows.
 ARCHITECTURES = ("mamba2", "qwen3_5", "falcon_h1", "baichuan_m1", "recurrent_gemma", "deepseek_v41")
+ARCHITECTURES += ("llama4",)
 TREE, LINE = DraftPlan(3, 4, 8), DraftPlan(1, 4, 4)
 
 
 class Leaky(nn.Module):
     """The smallest recurrent model: a sum of what was read that fades."""
 
-    def __init__(self, cached: bool = True):
+    def __init__(self, cached: bool = True, batches: bool = True):
         super().__init__()
         self.embed = nn.Embedding(97, 16)
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(16, 97, bias=False)
         self.layers = [self.norm]
         self.model_type = "leaky"
-        self._cached = cached
+        self._cached, self._batches = cached, batches
         self._elsewhere: list[Any] = [None]
 
     def make_cache(self) -> list[ArraysCache]:
@@ -52,6 +60,8 @@ class Leaky(nn.Module):
         return [ArraysCache(1)]
 
     def __call__(self, tokens: mx.array, cache: Any = None) -> mx.array:
+        if tokens.shape[0] > 1 and not self._batches:
+            raise ValueError("one text at a time")
         kept = cache[0] if self._cached else self._elsewhere
         state = mx.zeros((tokens.shape[0], 16)) if kept[0] is None else kept[0]
         states = []
@@ -78,8 +88,10 @@ def read(target: Target, text: list[int]) -> list[Any]:
     return caches
 
 
-def test_a_recurrent_model_opens_as_a_chain() -> None:
+def test_a_model_that_takes_no_batches_takes_chains() -> None:
     target = Target.of(Leaky())
+    assert (target.support, target.reason) == ("copies", "")
+    target = Target.of(Leaky(batches=False))
     assert target.support == "chain"
     assert "cache (ArraysCache) holds no branches" in target.reason
 
@@ -92,14 +104,17 @@ def test_a_state_that_no_cache_holds_is_refused() -> None:
 
 @pytest.mark.parametrize("kept", [1, 2, 3, 4])
 @pytest.mark.parametrize("rewound", [None, 0, 1, 2])
-def test_what_is_kept_is_as_if_read_alone(kept: int, rewound: int | None) -> None:
+@pytest.mark.parametrize(("tree", "nodes"), [LINE_OF_IT, TREE_OF_IT])
+def test_what_is_kept_is_as_if_read_alone(
+    kept: int, rewound: int | None, tree: PrefixTree, nodes: list[int]
+) -> None:
     target = Target.of(Leaky())
     caches = read(target, TEXT)
-    call = target.verify(PrefixTree.chain(mx.array(CHAIN)), caches)
-    for number, logits in enumerate(call.logits, start=1):
+    call = target.verify(tree, caches)
+    for number, node in enumerate(nodes, start=1):
         expected = target.forward(mx.array([*TEXT, *CHAIN[:number]]), target.model.make_cache())
-        np.testing.assert_allclose(logits, expected[0][-1], atol=1e-4)
-    call.commit(list(range(kept)))
+        np.testing.assert_allclose(call.logits[node], expected[0][-1], atol=1e-4)
+    call.commit(nodes[:kept])
     end = kept
     if rewound is not None:
         end = min(kept, rewound)

@@ -119,7 +119,7 @@ def calibrate(
 def _tasks(pair: Pair, config: CalibrationConfig, contexts: Sequence[int]) -> dict[Name, Task]:
     """Return what is timed, by name, cycles of drafting left out; texts are read when needed."""
     reading = cache(partial(Reading.of, pair))
-    widths = (1,) if pair.target.support == "chain" else config.widths
+    widths = (1,) if pair.target.prefers_lines else config.widths
     tasks: dict[Name, Task] = {
         ("call", context, rows): _when_needed(lambda c=context, n=rows: reading(c).call(n))
         for context in contexts

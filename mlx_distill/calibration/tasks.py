@@ -67,7 +67,7 @@ class Reading:
         parents = mx.maximum(mx.arange(rows) - 1, 0) // 2
         depth = rows.bit_length() - 1
         tree = PrefixTree.from_parents(tokens, parents.astype(mx.int32), depth)
-        if self.pair.target.support == "chain":
+        if self.pair.target.prefers_lines:
             tree = PrefixTree.chain(tokens)
         mx.eval(tree.tokens, tree.parents, tree.mask, tree.depths)
 

@@ -148,7 +148,7 @@ class Decoding:
         if plan.tree == "beam":
             mx.async_eval(draft.tokens, draft.parents, draft.depths, draft.scores)
             return draft
-        chain = self.target.support == "chain"
+        chain = plan.beam_width == 1 and self.target.prefers_lines
         with phase("tree") as made:
             tree = (draft.best_chain if chain else draft.best_first)(plan.nodes)
             made(tree)

@@ -56,7 +56,8 @@ class Opened:
     """What was found about a model.
 
     Args:
-        support: "row" or "batch" (trees, see ``tree_cache``), "chain" or "none".
+        support: "row" or "batch" (trees, see ``tree_cache``), "copies" (trees, see ``copies``),
+            "chain" or "none".
         reason: Why ``support`` is not a tree, in one sentence; empty otherwise.
         vocab_size: Number of logits.
         hidden_size: Width of the hidden states; 0 if there are none.
@@ -114,7 +115,7 @@ def _ways(caches: list[LayerCache], kind: str | None) -> list[Support]:
     if all(map(can_branch, caches)) and kind not in PLACED_BY_SLOT:
         # States are one text's: nodes cannot be rows of a batch.
         ways = ["row"] if any(map(_is_recurrent, caches)) else ["row", "batch"]
-    return [*ways, "chain"] if all(map(can_restore, caches)) else ways
+    return [*ways, "copies", "chain"] if all(map(can_restore, caches)) else ways
 
 
 def _is_recurrent(cache: LayerCache) -> bool:
@@ -168,6 +169,8 @@ class _Trial:
             found = self._found(self.kept)
             read = [self._read(path) for path in self.paths]
             read.append(self._read(self.kept, self.prefix[:1]))
+            if any(row.shape != read[0].shape for row in found):  # of a state beside the caches
+                return False
             error = _mean(_errors(found, read))
             noise = max(_errors([self._plainly(self.paths[-1])], read[-2:-1]))
             wrong = self._wrong(read)

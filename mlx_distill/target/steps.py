@@ -8,7 +8,7 @@ It serves the models whose rows cannot be told to be exact when they go together
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx import nn
@@ -30,7 +30,6 @@ class StepsCall(TreeCall):
         after: Their states after each node.
         held: The nodes whose tokens the caches that append hold behind that, in their order.
         step: Reads a node again.
-        path: The committed one.
     """
 
     appended: Sequence[LayerCache]
@@ -38,7 +37,6 @@ class StepsCall(TreeCall):
     after: list[RestorePoint]
     held: list[int]
     step: Callable[[int], Computed]
-    path: list[int] = field(default_factory=list)
 
     def commit(self, path: list[int]) -> None:
         """Keep the nodes of ``path``; those that were written over are read again."""
@@ -95,5 +93,5 @@ def call_by_steps(
     return StepsCall(*whole, [], _nothing, caches, before, points, held, step)
 
 
-def _nothing(num_tokens: int) -> None:
+def _nothing(nodes: Sequence[int]) -> None:
     """Read nothing: steps need no views of the caches, whose replay this would be."""

@@ -60,7 +60,8 @@ class Target:
         InputError: If its logits are not numbers.
 
     Attributes:
-        support: "row" or "batch" (trees, see ``tree_cache``), "chain" or "none".
+        support: "row" or "batch" (trees, see ``tree_cache``), "copies" (trees, see ``copies``),
+            "chain" or "none".
         reason: Why ``support`` is not a tree, in one sentence; empty otherwise.
         embed: The input embedding, ``(…,) -> (…, E)``; None if there is none to be found.
         hidden_size: Width of the hidden states that the head sees; 0 if there are none.
@@ -101,7 +102,7 @@ class Target:
 
     def check_caches(self, caches: list[LayerCache]) -> None:
         """Raise InputError if a prompt cache is not one that this target can draft with."""
-        fits = can_restore if self.support == "chain" else can_branch
+        fits = can_restore if self.prefers_lines else can_branch
         wrong = sorted({type(cache).__name__ for cache in caches if not fits(cache)})
         if wrong:
             raise InputError(
@@ -187,6 +188,11 @@ class Target:
     @cached_property
     def _layers(self) -> JoinedLayers:
         return JoinedLayers(self.model)
+
+    @property
+    def prefers_lines(self) -> bool:
+        """Whether a line of nodes is the only tree, or one that costs far less than others."""
+        return self.support in ("copies", "chain")
 
     @property
     def takes_batches(self) -> bool:

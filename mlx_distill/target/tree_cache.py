@@ -13,12 +13,15 @@ Two layouts, chosen by the target:
   every mlx-lm model understands, because that is how it decodes batches.
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool
 from mlx.utils import tree_map
 from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
 
+from mlx_distill.target.copies import CopiedCache, PathRows
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.recurrent.view import RecurrentTreeCache
 from mlx_distill.target.restoring import APPENDING, restore, state_of
@@ -193,9 +196,9 @@ class ReplayedCache:
 class TreeCacheList:
     """The tree's view of a layer with several caches."""
 
-    def __init__(self, base: CacheList, layout: TreeLayout):
+    def __init__(self, base: CacheList, caches: Sequence["TreeView"]):
         self.base = base
-        self.caches = [tree_cache(cache, layout) for cache in base.caches]
+        self.caches = caches
 
     def __getitem__(self, index: int) -> "TreeView":
         return self.caches[index]
@@ -209,18 +212,28 @@ class TreeCacheList:
         return all(cache.rewind(num_tokens) for cache in self.caches)
 
 
-TreeView = TreeCache | RecurrentTreeCache | ReplayedCache | TreeCacheList
+TreeView = TreeCache | RecurrentTreeCache | ReplayedCache | CopiedCache | TreeCacheList
 
 
 def tree_cache(base: LayerCache, layout: TreeLayout) -> TreeView:
     """Return the view of one layer's cache for one tree call."""
     if isinstance(base, CacheList):
-        return TreeCacheList(base, layout)
+        return TreeCacheList(base, [tree_cache(cache, layout) for cache in base.caches])
     if layout.as_text and type(base) not in APPENDING:
         return ReplayedCache(base, layout)
     if type(base) is ArraysCache:
         return RecurrentTreeCache(base, layout)
     return (RotatingTreeCache if isinstance(base, RotatingKVCache) else TreeCache)(base, layout)
+
+
+def copied_cache(
+    base: LayerCache, read: LayerCache, layout: TreeLayout, rows: PathRows
+) -> CopiedCache | TreeCacheList:
+    """Return the view of one layer's cache whose copy read the paths of a tree."""
+    if isinstance(base, CacheList):
+        parts = zip(base.caches, read.caches, strict=True)
+        return TreeCacheList(base, [copied_cache(*part, layout, rows) for part in parts])
+    return CopiedCache(base, read, layout, rows)
 
 
 def can_branch(cache: LayerCache) -> bool:

@@ -16,15 +16,16 @@ from mlx import nn
 
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
+from mlx_distill.target.copies import PathRows, copied
 from mlx_distill.target.head import Head
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
 from mlx_distill.target.taps import Layer, heard_layers
-from mlx_distill.target.tree_cache import TreeView, can_trim, tree_cache
+from mlx_distill.target.tree_cache import TreeView, can_trim, copied_cache, tree_cache
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
 from mlx_distill.target.watching import listening
 
-Support = Literal["row", "batch", "chain", "none"]
+Support = Literal["row", "batch", "copies", "chain", "none"]
 
 
 class Computed(NamedTuple):
@@ -50,14 +51,20 @@ class TreeCall:
         hidden: What the target's head saw at every node.
         taps: What the tapped layers returned at every node.
         caches: The views of the caches that took part.
-        read_again: Reads the first so many nodes of a chain once more.
+        read_again: Reads some nodes once more, one after the other.
+
+    Attributes:
+        path: The nodes that were committed, root first.
     """
 
     logits: Float[mx.array, "N V"]
     hidden: Float[mx.array, "N D"]
     taps: tuple[Float[mx.array, "N _"], ...]
-    caches: list[TreeView]
-    read_again: Callable[[int], None]
+    caches: Sequence[TreeView]
+    read_again: Callable[[Sequence[int]], None]
+
+    def __post_init__(self) -> None:
+        self.path: Sequence[int] = ()
 
     def commit(self, path: list[int]) -> None:
         """Keep the nodes of ``path`` (root first) in the caches and drop the others.
@@ -65,6 +72,7 @@ class TreeCall:
         A view may ask for a replay: what it stands for cannot take anything back, as the state of
         a recurrent layer. Then all layers go back to before the call and read the path again.
         """
+        self.path = path
         if not all(view.commit(path) for view in self.caches):
             self._replay(len(path))
 
@@ -76,7 +84,7 @@ class TreeCall:
     def _replay(self, num_tokens: int) -> None:
         for view in self.caches:
             view.rewind(0)
-        self.read_again(num_tokens)
+        self.read_again(self.path[:num_tokens])
 
     def rebase(self, caches: list[LayerCache]) -> None:
         """Let the views stand for caches that were replaced, by quantised ones for example."""
@@ -128,7 +136,7 @@ def call_on_root(
     return RootCall(*observer(root[None], caches), [], _nothing, caches, start)
 
 
-def _nothing(num_tokens: int) -> None:
+def _nothing(nodes: Sequence[int]) -> None:
     """Read nothing again: a root's caches forget by their offsets."""
 
 
@@ -156,13 +164,14 @@ def call_on_tree(
             last bit; the tree's shape is read for that.
     """
 
-    def read_again(num_tokens: int) -> None:
-        call_on_text(model, head, tree.tokens[:num_tokens], caches)
+    def read_again(nodes: Sequence[int]) -> None:
+        call_on_text(model, head, tree.tokens[mx.array([*nodes])], caches)
 
     if tree.tokens.size == 1 and all(map(can_trim, caches)):
         return call_on_root(Observer(model, head, taps), tree.tokens, caches)
     start, batched = cached_tokens(caches), support == "batch" and tree.tokens.size > 1
-    in_line, as_text = tree.in_line or tree.tokens.size == 1, support == "chain"
+    in_line = tree.in_line or tree.tokens.size == 1
+    as_text = support == "chain" or (support == "copies" and in_line)
     layout = TreeLayout(
         tree.mask,
         tree.depths,
@@ -173,8 +182,16 @@ def call_on_tree(
         as_text,
         tree.paths() if exact else None,
     )
+    if support == "copies" and not in_line:
+        rows = PathRows.of(layout)
+        copies = [copied(cache, len(rows.rows)) for cache in caches]
+        logits, hidden, tapped = called(model, head, rows.spread(tree.tokens), copies, taps)
+        at = rows.collected
+        pairs = zip(caches, copies, strict=True)
+        views = [copied_cache(cache, read, layout, rows) for cache, read in pairs]
+        return TreeCall(at(logits), at(hidden), tuple(map(at, tapped)), views, read_again)
     views = [tree_cache(cache, layout) for cache in caches]
-    if support == "chain":
+    if as_text:
         return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views, read_again)
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
     span = tree_span.set(TreeSpan(start, tree.max_depth, exact=exact))
