@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -52,8 +51,8 @@ def first_other_encoding(one: Any, other: Any) -> str | None:
     of both stands for, which is not the same one in both, is looked at, too.
     """
     theirs = other.get_vocab()
-    moved = (i for token, i in one.get_vocab().items() if theirs.get(token, i) != i)
-    texts = (*SAMPLES, *(one.decode([i]) for i in islice(moved, MOST_MOVED)))
+    moved = sorted(i for token, i in one.get_vocab().items() if theirs.get(token, i) != i)
+    texts = (*SAMPLES, *(one.decode([i]) for i in moved[:MOST_MOVED]))
     differ = (text for text in texts if _encoded(one, text) != _encoded(other, text))
     return next(differ, None)
 
