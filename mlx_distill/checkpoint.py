@@ -12,7 +12,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_json, usable_path
 from mlx_distill.model_folder import check_model
-from mlx_distill.safetensors import check_safetensors
+from mlx_distill.safetensors import check_safetensors, refuse_pickled
 
 PACKAGE = Path(__file__).parent
 OWN_CODE = (
@@ -118,6 +118,7 @@ def local_folder(path_or_repo: str | Path) -> Path:
         return path
     name = str(path_or_repo)
     if path.exists():
+        refuse_pickled(path)
         raise InputError(f"{name} is a file; a model is a folder with config.json and weights")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"there is no folder {name}, and it is no name of a hub repository")

@@ -12,7 +12,7 @@ from typing import Any
 from mlx_distill import machine
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
-from mlx_distill.safetensors import BITS, Tensor, read_header
+from mlx_distill.safetensors import BITS, Tensor, read_header, refuse_pickled
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
@@ -101,6 +101,8 @@ def weight_files(path: Path) -> list[Path]:
         InputError: If there are none, or some of those that the index names are missing.
     """
     found = sorted(path.glob(WEIGHTS))
+    if not found:
+        refuse_pickled(path)
     named = _indexed(path / INDEX) if (path / INDEX).exists() else []
     missing = [name for name in named if not (path / name).exists()]
     if missing and (len(missing) < len(named) or not found):

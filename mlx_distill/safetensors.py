@@ -23,6 +23,18 @@ BITS = {
     **{"U64": 64, "I64": 64, "F64": 64, "C64": 64},
 }
 LONGEST_HEADER = 100_000_000  # bytes, as the format's own library has it
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def refuse_pickled(path: Path) -> None:
+    """Raise InputError if a file, or one of those in a folder, is pickled: it is never read."""
+    files = [path] if path.is_file() else sorted(path.glob("*"))
+    for file in files:
+        if file.suffix in PICKLED:
+            raise InputError(
+                f"{file} is pickled and could run code when it is read; where you trust it, load "
+                "it with PyTorch and write it with safetensors.torch.save_file"
+            )
 
 
 @dataclass(frozen=True)

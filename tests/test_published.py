@@ -213,7 +213,7 @@ def test_what_is_pickled_is_never_read(tmp_path: Path, model: Any, tokenizer: An
     published(tmp_path / "theirs", model)
     (tmp_path / "theirs" / "model.safetensors").unlink()
     (tmp_path / "theirs" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(InputError, match=r"pytorch_model.bin, which is pickled .*save_file"):
+    with pytest.raises(InputError, match=r"pytorch_model.bin is pickled .*save_file"):
         import_drafter(tmp_path / "theirs", tmp_path / "ours", Target.of(model), tokenizer)
 
 

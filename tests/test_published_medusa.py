@@ -161,7 +161,7 @@ def test_what_is_pickled_is_never_read(tmp_path: Path, model: Any, tokenizer: An
     published(tmp_path / "theirs", model)
     (tmp_path / "theirs" / "medusa_lm_head.safetensors").unlink()
     (tmp_path / "theirs" / "medusa_lm_head.pt").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    with pytest.raises(InputError, match=r"medusa_lm_head.pt, which is pickled .*save_file"):
+    with pytest.raises(InputError, match=r"medusa_lm_head.pt is pickled .*save_file"):
         import_published(tmp_path / "theirs", tmp_path / "ours", Target.of(model), tokenizer)
 
 

@@ -11,10 +11,9 @@ import mlx.core as mx
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
-from mlx_distill.safetensors import read_arrays, read_header
+from mlx_distill.safetensors import read_arrays, read_header, refuse_pickled
 from mlx_distill.untyped import Fields
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 MOST_NAMED = 8  # arrays in one sentence
 Shapes = dict[str, tuple[int, ...]]
 
@@ -23,9 +22,10 @@ def read_config(source: Path) -> Fields:
     """Return a folder's configuration.
 
     Raises:
-        InputError: If there is none.
+        InputError: If there is none; how what is pickled can be converted is said.
     """
     if not (source / "config.json").exists():
+        refuse_pickled(source)
         raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
     return read_json(source / "config.json")
 
@@ -39,12 +39,8 @@ def weights_file(source: Path) -> Path:
     files = sorted(source.glob("*.safetensors"))
     if len(files) == 1:
         return files[0]
-    pickled = sorted(file.name for file in source.iterdir() if file.suffix in PICKLED)
-    if pickled and not files:
-        raise InputError(
-            f"{source} holds {pickled[0]}, which is pickled and could run code when it is read; "
-            "write it with safetensors.torch.save_file where you trust it"
-        )
+    if not files:
+        refuse_pickled(source)
     raise InputError(f"{source} must hold one safetensors file, it holds {len(files)}")
 
 

@@ -23,6 +23,7 @@ from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
+from mlx_distill.safetensors import refuse_pickled
 from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
 from mlx_distill.untyped import Fields, Tokenizer
@@ -70,7 +71,10 @@ def load_drafter(
     config = _read_config(path)
     kind = config.pop("model_type", None)
     if not isinstance(kind, str) or kind not in LOADERS:
-        raise InputError(f"{path} holds a {kind}, not a {' or a '.join(LOADERS)}")
+        raise InputError(
+            f"{path} holds a {kind}, not a {' or a '.join(LOADERS)}; what others published is read "
+            "by convert --to ours"
+        )
     made_for = config.pop("target", None)
     if not isinstance(made_for, dict):
         raise InputError(f"{path}: the drafter's config lacks the field target")
@@ -122,5 +126,6 @@ def bundled_drafter(model: nn.Module, tokenizer: Tokenizer) -> tuple[Path, Draft
 
 def _read_config(path: Path) -> Fields:
     if not (path / "config.json").exists():
+        refuse_pickled(path)
         raise InputError(f"{path} holds no config.json, so it is not a drafter's folder")
     return read_json(path / "config.json")
