@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, ModelIn
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
@@ -51,11 +51,21 @@ def example(smollm2: ModuleType) -> ModuleType:
 def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the bundled stories-4m as a chat model whose answers end with a sentence."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    shutil.copytree(bundled("stories-4m"), folder)
-    _, tokenizer = mlx_distill.load(folder)
-    end = tokenizer.encode("a red ball.")[-1]
+    _, tokenizer = mlx_distill.load(bundled("stories-4m"))
+    return as_chat_model(bundled("stories-4m"), folder, [2, tokenizer.encode("a red ball.")[-1]])
+
+
+@pytest.fixture(scope="module")
+def random_chat_model(tmp_path_factory: pytest.TempPathFactory, model_in: ModelIn) -> Path:
+    """Return a tiny chat model some of whose answers end at once, some later, and some not."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    return as_chat_model(model_in("tiny", "float16"), folder, [2, *range(300, 4096, 10)])
+
+
+def as_chat_model(source: Path, folder: Path, ends: list[int]) -> Path:
+    shutil.copytree(source, folder)
     for name, change in (
-        ("config.json", {"eos_token_id": [2, end]}),
+        ("config.json", {"eos_token_id": ends}),
         ("tokenizer_config.json", {"chat_template": TEMPLATE.replace("<|im_end|>", "\n")}),
     ):
         content = json.loads((folder / name).read_text()) | change
@@ -184,14 +194,14 @@ def test_a_package_index_out_of_reach(
 def test_the_example_does_everything_once(
     no_curves: None,
     example: ModuleType,
-    chat_model: Path,
+    random_chat_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(example, "SHORT", example.Sizes(6, 2, 9, 2, 1, 2))
     run = tmp_path / "run"
-    arguments = ["--short", "--output", str(run), "--model", str(chat_model)]
+    arguments = ["--short", "--output", str(run), "--model", str(random_chat_model)]
     assert example.main(arguments) == 0
     out = capsys.readouterr().out
     assert "2 of 2 answers equal mlx-lm's, token by token" in out
@@ -201,10 +211,11 @@ def test_the_example_does_everything_once(
     learned = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     assert [row["messages"][1]["content"] for row in learned] == questions()[:6]
     written = (run / "drafter.responses.jsonl").read_text().splitlines()[1:]
-    ends = json.loads((chat_model / "config.json").read_text())["eos_token_id"]
+    ends = json.loads((random_chat_model / "config.json").read_text())["eos_token_id"]
     assert [row["finish_reason"] for row in learned] == [
         "stop" if json.loads(line)["response"][-1] in ends else "length" for line in written
     ]
+    assert {row["finish_reason"] for row in learned} == {"stop", "length"}
     assert (run / "labels" / "model.safetensors").read_bytes() != (
         run / "distilled" / "model.safetensors"
     ).read_bytes()

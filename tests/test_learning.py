@@ -75,9 +75,9 @@ def few_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LAWS: list[dict[str, Any]] = [
-    {"max_tokens": 6},
-    {"max_tokens": 8, "temperature": 0.8, "seed": 1},
-    {"max_tokens": 8, "temperature": 1.0, "seed": 4, "top_p": 0.9},
+    {"max_tokens": 5},
+    {"max_tokens": 6, "temperature": 0.8, "seed": 1},
+    {"max_tokens": 6, "temperature": 1.0, "seed": 4, "top_p": 0.9},
 ]
 
 

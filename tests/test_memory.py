@@ -40,11 +40,11 @@ DEEP = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 512}
 WIDE = {"num_hidden_layers": 1, "hidden_size": 32, "vocab_size": 32768}
 
 
-def teacher_of(kind: str) -> nn.Module:
+def teacher_of(kind: str, part: Path) -> nn.Module:
     """Return a teacher for a kind of students; it is small where it would hide what they take."""
     if "deep" in kind or "wide" in kind:
         return tiny_llama(**(WIDE if "wide" in kind else {}))
-    return load(MODELS / "stories-14m")[0]
+    return load(part)[0]
 
 
 def student_of(kind: str) -> nn.Module:
@@ -83,10 +83,10 @@ def student_of(kind: str) -> nn.Module:
     ],
 )
 def test_estimate_is_the_peak(
-    kind: str, work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, work: Work, bundled_part: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever is the largest: gradients, an update, held-out texts, or what is written."""
-    teacher, student = teacher_of(kind), student_of(kind)
+    teacher, student = teacher_of(kind, bundled_part), student_of(kind)
     # In words it is rounded to 10 MB, which is a seventh of the smallest.
     monkeypatch.setattr(memory, "in_words", lambda parts, _: str(sum(parts.values())))
     estimate = int(memory_estimate(student, [teacher], work))
