@@ -32,7 +32,7 @@ from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
 pytestmark = pytest.mark.usefixtures("quiet")
-SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3)
+SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3, cycles=2)
 SOME = Times(1.0, 0.1, 3)
 WHOLE = {("call", 16, 1): SOME, ("call", 16, 2): SOME, ("draft", 1, 1): SOME}
 COSTS = Costs((16,), (1, 2), ((1.0, 1.1),), (1,), (1,), ((0.1,),), 0.05, spread=0.02)
@@ -517,7 +517,7 @@ def test_switched_off_nothing_is_measured(
 @pytest.mark.parametrize("law", [{}, {"temperature": 1.0, "seed": 3}], ids=str)
 def test_a_planned_text_is_the_plain_one(pair: Pair, law: dict[str, Any]) -> None:
     """Whatever the planner's costs are: here every row is free, then dear."""
-    options: dict[str, Any] = {"max_tokens": 60, **law}
+    options: dict[str, Any] = {"max_tokens": 30, **law}
     expected = mlx_distill.generate(pair.model, pair.tokenizer, "Once upon a time", **options)
     rows, widths, lengths = (1, 2, 4, 8), (1, 2, 4), (1, 2, 4)
     drafts = ((0.01,) * 3,) * 3
@@ -561,7 +561,10 @@ def test_a_text_without_a_plan_is_planned_by_what_was_measured(
     ],
 )
 def test_flags_of_a_shape_keep_it(
-    flags: list[str], plan: DraftPlan | None, monkeypatch: pytest.MonkeyPatch
+    flags: list[str],
+    plan: DraftPlan | None,
+    bundled_once: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = importlib.import_module("mlx_distill.generate")
     seen: list[Any] = []
