@@ -19,7 +19,9 @@ from mlx_distill.benchmarking.dispatch_study import (
     CycleCounter,
     as_a_gpu_has_it,
     by_phase,
+    of_plain_step,
     of_target,
+    of_tree_call,
     shape,
 )
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu
@@ -38,6 +40,12 @@ APART = mx.contiguous(HEADS.transpose(0, 2, 1, 3))  # (1, H, N, D)
 WEIGHT = mx.ones((16,))
 OFFSETS = mx.arange(8)
 mx.eval(ROWS, HEADS, APART, WEIGHT, OFFSETS)
+
+
+@pytest.fixture(autouse=True)
+def short_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what is counted follow a short text: its length costs time, and no dispatches."""
+    monkeypatch.setattr(dispatch_study, "CONTEXT", 16)
 
 
 def written(x: mx.array) -> mx.array:
@@ -145,8 +153,8 @@ def test_a_call_on_a_tree_costs_little_more_than_a_plain_step(kind: str, layers:
 
 def test_a_norm_of_heads_costs_a_tree_no_copies() -> None:
     """Of gemma's whole depth, since mlx-lm's own call of several rows copies twice per layer."""
-    found = of_target(shape("gemma3_text"))
-    assert found["target_call_8"] <= 1.1 * found["plain_step"] + 12
+    model = shape("gemma3_text")
+    assert of_tree_call(model, 8) <= 1.1 * of_plain_step(model) + 12
 
 
 def test_a_fast_call_of_a_draft_is_one_operation() -> None:
@@ -198,23 +206,26 @@ def test_a_draft_is_counted_as_a_gpu_has_it(
     assert found["draft"] <= most
 
 
-@pytest.mark.parametrize(("drafter", "most"), [(REFERENCE, 33), (BUNDLED, 40)])
+@pytest.mark.parametrize(("drafter", "layers", "most"), [(REFERENCE, 2, 33), (BUNDLED, 8, 40)])
 def test_the_command(
     drafter: Path,
+    layers: int,
     most: int,
+    bundled_part: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 16)
     output = tmp_path / "dispatches.json"
-    pair = ["--model", str(bundled("stories-14m")), "--drafter", str(drafter)]
+    model = bundled_part if layers == 2 else bundled("stories-14m")
+    pair = ["--model", str(model), "--drafter", str(drafter)]
     pair += ["--num-prompts", "1"]
     assert benchmark.main([*pair, "--dispatches", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert {"commit", "machine", "versions", "config"} <= set(found)
     (target,) = found["targets"]
-    assert target["plain_step"] == 17 * 8 + 6
+    assert target["plain_step"] == 17 * layers + 6
     assert target["target_call_8"] <= 1.1 * target["plain_step"] + 12
     assert f"{found['cycles']['greedy']['rest']:.1f}" in capsys.readouterr().out
     kernels = found["with_kernels"]
