@@ -53,6 +53,7 @@ def test_a_clock_waits_for_what_parts_need_and_made(monkeypatch: pytest.MonkeyPa
 # -------------------------------------------------------------------------------------- the table
 
 
+@pytest.mark.usefixtures("bundled_once")
 @pytest.mark.parametrize("law", [[], ["--temp", "1"], ["--tree", "beam"]])
 def test_the_command(tmp_path: Path, law: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     output, traced = tmp_path / "profile.json", tmp_path / "trace.json"
