@@ -19,9 +19,9 @@ from mlx_distill.benchmarking.arms import measure
 from mlx_distill.benchmarking.benchmark import usable
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
-from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import Asked
 from mlx_distill.data.report import Report
+from mlx_distill.distillation import loss_memory
 
 generate = importlib.import_module("mlx_distill.generate")
 TINY = ["--num-prompts", "2", "--max-tokens", "6", "--timed-prompts", "1"]
@@ -43,11 +43,14 @@ def rows_of(tmp_path: Path, texts: list[str]) -> Path:
 
 
 def test_chats_are_never_cut(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    bundled_part: Path,
 ) -> None:
     """All prompts stay different and ask for an answer; too long ones are counted."""
     model = tmp_path / "model"
-    shutil.copytree(bundled("stories-14m"), model)
+    shutil.copytree(bundled_part, model)
     config = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT}))
     data = rows_of(tmp_path, ["Tom ran. " * 40, "Who?", "Where?", "When?"])
@@ -123,8 +126,9 @@ def test_benchmark_on_weights_as_a_gpu_loads_them(
 
 
 def test_generate_on_weights_as_a_gpu_loads_them(
-    tiny_pair: list[str], capsys: pytest.CaptureFixture[str]
+    tiny_pair: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(generate, "WARM_UP", 4)
     flags = ["--max-tokens", "16", "--compare", "--json"]
     for more in ([], ["--temp", "1", "--seed", "1"]):
         assert generate.main([*tiny_pair, *flags, *more]) == 0
@@ -163,13 +167,14 @@ def test_loss_memory(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More entries than 16 bits count, and more tokens than a chunk has."""
-    monkeypatch.setattr(benchmark, "loss_memory", partial(benchmark.loss_memory, width=32))
+    monkeypatch.setattr(benchmark, "loss_memory", partial(benchmark.loss_memory, width=8))
+    monkeypatch.setattr(loss_memory, "chunk_rows", lambda entries: 8)
     output = tmp_path / "memory.json"
-    assert benchmark.main(["--loss-memory", "520", "70000", "--output", str(output)]) == 0
+    assert benchmark.main(["--loss-memory", "20", "70000", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert found["chunked_bytes"] < found["whole_bytes"]
     assert found["gradient_difference"] < 1e-4
-    assert "520 tokens x 70,000 entries" in capsys.readouterr().out
+    assert "20 tokens x 70,000 entries" in capsys.readouterr().out
 
 
 def test_samplers(
