@@ -54,6 +54,7 @@ def test_it_runs_small_and_goes_on(
     monkeypatch.setattr(roofline, "LARGEST", 256)
     monkeypatch.setattr(studies, "GROWTH_TOKENS", 4)
     monkeypatch.setattr(studies, "GROWTH_RUNS", 1)
+    monkeypatch.setattr(studies, "SHARING_SHAPES", ((5, 4), (10, 4)))
     monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "0")
     folder = tmp_path / "run"
     pair = ["--model", str(bundled_part), "--drafter", str(REFERENCE)]
@@ -110,19 +111,30 @@ def test_durations_in_words(example: ModuleType, seconds: float, said: str) -> N
 # ----------------------------------------------------------------------------------- its libraries
 
 
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "as-is"])
-def test_precisions(precision: str, tmp_path: Path) -> None:
-    """A converted model reads text as the original does, as far as its precision goes."""
-    source = str(bundled("stories-4m"))
-    folder = in_precision(source, precision, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [f"stories-4m-{precision}"]
-    assert in_precision(source, precision, tmp_path) == folder
-    (before, tokenizer), (after, _) = (mlx_distill.load(path) for path in (source, folder))
+SOURCE = str(bundled("stories-4m"))
+
+
+@pytest.fixture(scope="module")
+def as_it_was() -> tuple[mx.array, mx.array]:
+    """Return a text, and the distributions in which the original reads it."""
+    model, tokenizer = mlx_distill.load(SOURCE)
     ids = mx.array([tokenizer.encode("Once upon a time there was")])
-    expected, found = (
-        mx.softmax(Target.of(model).read(ids)[0].astype(mx.float32), axis=-1)
-        for model in (before, after)
-    )
+    return ids, distributions(model, ids)
+
+
+def distributions(model: Any, ids: mx.array) -> mx.array:
+    return mx.softmax(Target.of(model).read(ids)[0].astype(mx.float32), axis=-1)
+
+
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "as-is"])
+def test_precisions(precision: str, tmp_path: Path, as_it_was: tuple[mx.array, mx.array]) -> None:
+    """A converted model reads text as the original does, as far as its precision goes."""
+    folder = in_precision(SOURCE, precision, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"stories-4m-{precision}"]
+    assert in_precision(SOURCE, precision, tmp_path) == folder
+    after, _ = mlx_distill.load(folder)
+    ids, expected = as_it_was
+    found = distributions(after, ids)
     assert mx.abs(expected - found).sum(axis=-1).mean().item() < (0.6 if "4" in precision else 0.1)
     quantised = any("scales" in module for module in after.modules())
     assert quantised == (precision != "fp16")
