@@ -55,12 +55,18 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def short_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a comparison begin after some cycles; its speeds are not looked at."""
+    monkeypatch.setattr(generate, "WARM_UP", 8)
+
+
 @pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the bundled model with a chat template."""
+def chat_model(tmp_path_factory: pytest.TempPathFactory, bundled_part: Path) -> Path:
+    """Return two layers of the bundled model with a chat template."""
     folder = tmp_path_factory.mktemp("chat") / "model"
     folder.mkdir()
-    for file in bundled("stories-14m").iterdir():
+    for file in bundled_part.iterdir():
         (folder / file.name).symlink_to(file)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").unlink()
