@@ -120,9 +120,17 @@ def test_example_runs(
     monkeypatch: pytest.MonkeyPatch,
     bundled_pair: tuple[Any, Any],
 ) -> None:
+    stream = mlx_distill.stream_generate
+
+    def short(*arguments: Any, max_tokens: int, **options: Any) -> Any:
+        return stream(*arguments, max_tokens=max_tokens // 8, **options)
+
     monkeypatch.setattr(mlx_distill, "load", lambda folder: bundled_pair)
+    monkeypatch.setattr(mlx_distill, "stream_generate", short)
     runpy.run_path(str(REPOSITORY / "examples" / "continue_story.py"), run_name="__main__")
-    assert len(capsys.readouterr().out) > 100
+    out = capsys.readouterr().out
+    assert len(out) > 200
+    assert out.count("tokens per call of the model]\n") == 3
 
 
 @pytest.mark.parametrize("flag", ["--model", "--drafter", "--draft-model", "--adapter-path"])
