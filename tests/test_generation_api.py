@@ -141,7 +141,7 @@ def test_counters_are_consistent(
     options = {"drafter": drafter, "plan": plan, "temperature": temperature, "seed": 7}
     from_draft, calls = 0, 0
     last = None
-    for last in mlx_distill.stream_generate(*pair, PROMPT, max_tokens=40, **options):
+    for last in mlx_distill.stream_generate(*pair, PROMPT, max_tokens=24, **options):
         from_draft += last.from_draft
         assert last.target_calls >= calls  # they never go back
         calls = last.target_calls
@@ -181,10 +181,10 @@ def test_drafter_saves_calls() -> None:
     """On the whole model that it was trained for."""
     pair = mlx_distill.load(bundled("stories-14m"))
     drafter = mlx_distill.load_drafter(REFERENCE, *pair)
-    *_, last = mlx_distill.stream_generate(*pair, PROMPT, drafter=drafter, max_tokens=60)
+    *_, last = mlx_distill.stream_generate(*pair, PROMPT, drafter=drafter, max_tokens=40)
     assert last.tokens_per_call > 2
     options = {"drafter": drafter, "plan": DraftPlan(4, 5, tree="beam")}
-    *_, last = mlx_distill.stream_generate(*pair, PROMPT, max_tokens=40, **options)
+    *_, last = mlx_distill.stream_generate(*pair, PROMPT, max_tokens=20, **options)
     assert last.verified_tokens < 0.9 * last.beam_tokens  # beams share prefixes
 
 
@@ -215,10 +215,10 @@ def test_kinds_of_prompts(pair: tuple[Any, Any], drafter: Any) -> None:
     ]
     for one in (drafter, None):
         texts = [
-            mlx_distill.generate(*pair, prompt, drafter=one, max_tokens=12) for prompt in prompts
+            mlx_distill.generate(*pair, prompt, drafter=one, max_tokens=7) for prompt in prompts
         ]
         assert texts == [texts[0]] * len(prompts)
-        assert texts[0] == mlx_lm.generate(*pair, PROMPT, max_tokens=12)
+        assert texts[0] == mlx_lm.generate(*pair, PROMPT, max_tokens=7)
 
 
 def test_bos_is_not_doubled(pair: tuple[Any, Any]) -> None:
