@@ -111,6 +111,12 @@ def bundled_pair(bundled_part: Path) -> tuple[Any, Any]:
 
 
 @pytest.fixture(scope="session")
+def whole_pair() -> tuple[Any, Any]:
+    """Return all of the bundled model, of which drafts are right, and its tokenizer; as above."""
+    return checkpoint.load(bundled("stories-14m"))
+
+
+@pytest.fixture(scope="session")
 def bundled_drafter(bundled_pair: tuple[Any, Any]) -> Any:
     """Return a drafter of the published form, trained for the bundled model, on those layers."""
     return mlx_distill.load_drafter(REFERENCE, *bundled_pair)

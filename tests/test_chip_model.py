@@ -22,7 +22,6 @@ from mlx_distill.benchmarking.chip_model import (
     published_curves,
 )
 from mlx_distill.benchmarking.traces import TracedText, record_trace
-from mlx_distill.checkpoint import bundled
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter
 
@@ -78,16 +77,18 @@ def with_taps(drafter: Any) -> BoundDrafter:
 
 
 @pytest.mark.parametrize("taps", [False, True])
-def test_a_recorded_trace_tells_what_drafting_comes_to(taps: bool) -> None:
+def test_a_recorded_trace_tells_what_drafting_comes_to(
+    taps: bool, whole_pair: tuple[Any, Any]
+) -> None:
     """Greedy decoding with a fixed shape makes as many tokens per call."""
-    pair = mlx_distill.load(bundled("stories-14m"))
+    pair = whole_pair
     drafter: Any = mlx_distill.load_drafter(REFERENCE, *pair)
     drafter = with_taps(drafter) if taps else drafter
     prompt = pair[1].encode("Ben had a red kite. One day")
-    trace = record_trace(pair, drafter, prompt, 0.0, max_tokens=60)
+    trace = record_trace(pair, drafter, prompt, 0.0, max_tokens=40)
     plan = DraftPlan(4, 4, 8)
     told = TracedText(trace["places"]).tokens_per_cycle(plan)
-    options: dict[str, Any] = {"drafter": drafter, "plan": plan, "max_tokens": 60}
+    options: dict[str, Any] = {"drafter": drafter, "plan": plan, "max_tokens": 40}
     *_, last = mlx_distill.stream_generate(*pair, prompt, **options)
     assert told == pytest.approx(last.tokens_per_call, rel=0.1)
 

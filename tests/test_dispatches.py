@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
-from mlx_distill import benchmark
+from mlx_distill import benchmark, cli
 from mlx_distill.benchmarking import dispatch_study
 from mlx_distill.benchmarking.dispatch_study import (
     CycleCounter,
@@ -206,26 +206,26 @@ def test_a_draft_is_counted_as_a_gpu_has_it(
     assert found["draft"] <= most
 
 
-@pytest.mark.parametrize(("drafter", "layers", "most"), [(REFERENCE, 2, 33), (BUNDLED, 8, 40)])
+@pytest.mark.parametrize(("drafter", "most"), [(REFERENCE, 33), (BUNDLED, 40)])
 def test_the_command(
     drafter: Path,
-    layers: int,
     most: int,
-    bundled_part: Path,
+    whole_pair: tuple[Any, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 16)
     output = tmp_path / "dispatches.json"
-    model = bundled_part if layers == 2 else bundled("stories-14m")
-    pair = ["--model", str(model), "--drafter", str(drafter)]
+    monkeypatch.setattr(dispatch_study, "NODES", (8,))
+    monkeypatch.setattr(cli, "load_model", lambda arguments: whole_pair)
+    pair = ["--model", str(bundled("stories-14m")), "--drafter", str(drafter)]
     pair += ["--num-prompts", "1"]
     assert benchmark.main([*pair, "--dispatches", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert {"commit", "machine", "versions", "config"} <= set(found)
     (target,) = found["targets"]
-    assert target["plain_step"] == 17 * layers + 6
+    assert target["plain_step"] == 17 * 8 + 6
     assert target["target_call_8"] <= 1.1 * target["plain_step"] + 12
     assert f"{found['cycles']['greedy']['rest']:.1f}" in capsys.readouterr().out
     kernels = found["with_kernels"]

@@ -177,14 +177,13 @@ def test_counters_without_drafter(pair: tuple[Any, Any]) -> None:
     assert last.tokens_per_call == 10 / 9
 
 
-def test_drafter_saves_calls() -> None:
+def test_drafter_saves_calls(whole_pair: tuple[Any, Any]) -> None:
     """On the whole model that it was trained for."""
-    pair = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(REFERENCE, *pair)
-    *_, last = mlx_distill.stream_generate(*pair, PROMPT, drafter=drafter, max_tokens=40)
+    drafter = mlx_distill.load_drafter(REFERENCE, *whole_pair)
+    *_, last = mlx_distill.stream_generate(*whole_pair, PROMPT, drafter=drafter, max_tokens=40)
     assert last.tokens_per_call > 2
     options = {"drafter": drafter, "plan": DraftPlan(4, 5, tree="beam")}
-    *_, last = mlx_distill.stream_generate(*pair, PROMPT, max_tokens=20, **options)
+    *_, last = mlx_distill.stream_generate(*whole_pair, PROMPT, max_tokens=20, **options)
     assert last.verified_tokens < 0.9 * last.beam_tokens  # beams share prefixes
 
 

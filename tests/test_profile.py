@@ -8,12 +8,12 @@ import mlx.core as mx
 import pytest
 from tiny_models import tiny_model
 
-from mlx_distill import benchmark
+from mlx_distill import benchmark, cli
 from mlx_distill.benchmarking import roofline
 from mlx_distill.benchmarking.roofline import Ceilings, Work, of_call
 from mlx_distill.speculation.phases import PHASES, PhaseClock, phase, watching
 
-TINY = ["--num-prompts", "2", "--max-tokens", "12", "--timed-prompts", "2", "--profile"]
+TINY = ["--num-prompts", "2", "--max-tokens", "12", "--timed-prompts", "1", "--profile"]
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +53,15 @@ def test_a_clock_waits_for_what_parts_need_and_made(monkeypatch: pytest.MonkeyPa
 # -------------------------------------------------------------------------------------- the table
 
 
-@pytest.mark.usefixtures("bundled_once")
 @pytest.mark.parametrize("law", [[], ["--temp", "1"], ["--tree", "beam"]])
-def test_the_command(tmp_path: Path, law: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    tmp_path: Path,
+    law: list[str],
+    whole_pair: tuple[Any, Any],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cli, "load_model", lambda arguments: whole_pair)
     output, traced = tmp_path / "profile.json", tmp_path / "trace.json"
     files = ["--output", str(output), "--trace", str(traced)]
     assert benchmark.main([*TINY, *law, *files]) == 0
