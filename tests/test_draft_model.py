@@ -1,8 +1,8 @@
 """A model that drafts: what, what its cache holds, and that texts are those without it."""
 
+import contextlib
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ import mlx_distill
 from mlx_distill import CacheConfig, DraftModelDrafter, DraftPlan, InputError
 from mlx_distill.arrays import log_probs
 from mlx_distill.core.sampling import TextNoise
-from mlx_distill.drafters.protocol import Closes, Drafter, DraftState, Features
+from mlx_distill.drafters.protocol import Drafter, DraftState, Features
 
 NOTHING = Features(mx.zeros((1, 4)))
 PROMPTS = "Once upon a time", "Tom and Lily went to the", "One day, a big dog"
@@ -41,7 +41,6 @@ def test_it_is_a_drafter() -> None:
     assert isinstance(drafter, Drafter)
     state = drafter.open(mx.array([1]), NOTHING)
     assert isinstance(state, DraftState)
-    assert isinstance(state, Closes)
 
 
 # What it drafts, against the model called on whole texts
@@ -188,7 +187,7 @@ def calls_of_mlx_lm(pair: tuple[Any, Any], small: nn.Module, first: list[int], *
     return len(rows) - 1  # the first reads the prompt
 
 
-@contextmanager
+@contextlib.contextmanager
 def counted_calls(model: nn.Module) -> Iterator[list[int]]:
     """Note how many rows every call of a model reads."""
     kind, rows = type(model), []
@@ -236,7 +235,7 @@ def test_coupled_draws_agree_more_often_than_independent_ones() -> None:
 # Conversations
 
 
-@pytest.mark.parametrize("end", [16, 7])
+@pytest.mark.parametrize("end", [16, 7, 1])
 def test_a_prompt_cache_of_both_models_goes_on(
     pair: tuple[Any, Any], small: nn.Module, end: int
 ) -> None:
@@ -255,6 +254,38 @@ def test_a_prompt_cache_of_both_models_goes_on(
         assert_equal_caches(part, expected)
     more = tokens_of(pair, [13], **options)
     assert more == tokens_of(pair, [*whole, 13], max_tokens=16)
+
+
+@pytest.mark.parametrize("call", [2, 5])
+@pytest.mark.parametrize("kinds", [("llama", "llama"), ("llama", "mamba2"), ("mamba2", "llama")])
+def test_an_interrupted_draft_leaves_both_models_with_the_text(
+    pair: tuple[Any, Any], kinds: tuple[str, str], call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when some layers of the draft model have read and others not, and once more then."""
+    model, small = map(tiny_model, kinds)
+    layer, counted = small.layers[1], itertools.count(1)
+    whole = type(layer).__call__
+
+    def torn(self: Any, *args: Any, **options: Any) -> Any:
+        if self is layer and 0 <= next(counted) - call < 2:
+            raise KeyboardInterrupt
+        return whole(self, *args, **options)
+
+    prompt, found = [3, 5, 7, 3, 5, 7, 3], []
+    caches = [*make_prompt_cache(model), *make_prompt_cache(small)]
+    options: dict[str, Any] = {"draft_model": small, "prompt_cache": caches, "max_tokens": 8}
+    texts = mlx_distill.stream_generate(model, pair[1], prompt, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(layer), "__call__", torn)
+        with contextlib.suppress(KeyboardInterrupt):
+            found.extend(one.token for one in texts)
+    assert 0 < len(found) < 8
+    size = len(make_prompt_cache(model))
+    for one, part in ((model, caches[:size]), (small, caches[size:])):
+        expected = make_prompt_cache(one)
+        mx.eval(one(mx.array([[*prompt, *found]]), cache=expected))
+        behind = [one(mx.array([[9]]), cache=held) for held in (part, expected)]
+        np.testing.assert_allclose(*map(np.array, behind), atol=1e-4)
 
 
 def test_a_prompt_cache_of_something_else_is_refused(

@@ -37,7 +37,7 @@ from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.reading import vocab_width
-from mlx_distill.target.restoring import RestorePoint
+from mlx_distill.target.restoring import RestorePoint, even_out
 from mlx_distill.target.target import Target
 from mlx_distill.target.tree_cache import can_trim
 
@@ -146,11 +146,24 @@ class DraftModelState:
             self._opened.restore(self.caches)
             self.num_read = 0
 
-    def close(self) -> None:
-        """Let caches that the caller goes on with hold all of the text that is known."""
-        if self.drafter.caches is not None:
-            self._take_in()
-            self._read(self.text[self.num_read :])
+    def hold(self, text: list[int]) -> None:
+        """Let the caches hold exactly a text that begins with the prompt, or nothing of it.
+
+        It may be repeated, and come after an interrupt: which layers have read more does not count.
+        """
+        kept = _num_equal(self.text[: self.num_read], text)
+        point = RestorePoint(())
+        if self._trims:
+            point.states = [_behind(state, kept) for state in self._opened.states]
+        else:
+            point, num_read = self._points[0]
+            if num_read > kept:
+                point, num_read = self._opened, 0
+            kept = num_read
+        point.restore(self.caches)
+        for cache in self.caches:
+            even_out(cache)
+        self._read(text[kept:])
 
     def _take_in(self) -> None:
         """Let the caches hold nothing but text; this waits for the target."""
@@ -293,3 +306,11 @@ def _num_equal(one: Iterable[int], other: Iterable[int]) -> int:
     """Return how many of the first tokens are the same."""
     pairs = zip(one, other, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _behind(state: object, num_tokens: int) -> object:
+    """Return the state of a cache that appends when it has read so many more tokens."""
+    if isinstance(state, list):
+        return [_behind(part, num_tokens) for part in state]
+    assert isinstance(state, int)
+    return state + num_tokens

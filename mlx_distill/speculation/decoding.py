@@ -88,11 +88,13 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
                 with stopwatch.away():
                     yield DecodedToken(token, *accepted.rows[number - 1], number < last)
     finally:
-        if isinstance(decoding.state, Closes):
-            decoding.state.close()
-        if decoding.keep_caches:
-            with mx.stream(generation_stream):
-                ledger.settle()
+        try:
+            if isinstance(decoding.state, Closes):
+                decoding.state.close()
+        finally:
+            if decoding.keep_caches:
+                with mx.stream(generation_stream):
+                    ledger.settle()
 
 
 def begin(

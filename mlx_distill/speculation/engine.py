@@ -250,8 +250,8 @@ class Engine:
         if self.draft_model is not None:
             drafter = self._draft_model_drafter(target, request)
             if request.prompt_cache is not None:
-                two = TwoCaches(caches, self.model, self.draft_model)
-                caches, drafter.caches = two.target, two.draft
+                two = TwoCaches(caches, self.model, drafter)
+                caches = two.target
         assert drafter is not None
         checks.check_drafter(drafter, target, self.tokenizer, request.planner)
         target.check_caches(caches)
@@ -259,7 +259,7 @@ class Engine:
         planner = planner if isinstance(planner, Planner) else planner()
         decoding = self._decoding(request, number, caches, (drafter, planner), max_tokens, counters)
         tokens = _with_drafting_threads(decoding, request.prompt)
-        return tokens if two is None else two.kept(tokens)
+        return tokens if two is None else two.kept(decoding, request.prompt, tokens)
 
     def _kind(self, request: Request, caches: PromptCache, max_tokens: int) -> Hashable | Alone:
         """Return which texts a text shares calls with, or why it shares none."""

@@ -9,15 +9,16 @@ a single assignment whenever a step is complete, so that an exception between an
 finds the record of before or that of after. Settling is idempotent: interrupted, it is repeated.
 """
 
-from typing import NamedTuple, NoReturn, TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, NoReturn
 
 import mlx.core as mx
-from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, RotatingKVCache
 
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
-from mlx_distill.target.restoring import RestorePoint, restore
+from mlx_distill.target.restoring import RestorePoint, even_out, restore
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import can_branch, can_trim
 
@@ -25,10 +26,6 @@ UNUSABLE = InputError(
     "the prompt cache cannot be used any more: its last text was interrupted while the model read; "
     "make a new one"
 )
-
-
-# Keys or values of a layer's cache; quantised ones are packed, with scales and perhaps biases.
-Rows: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
 
 
 class Unusable:
@@ -89,23 +86,8 @@ class Ledger:
         self.record = Record(None, call, 1, token)
 
     def settle(self) -> None:
-        """Let the cache hold the text; an interrupt meanwhile is raised when it does.
-
-        Raises:
-            KeyboardInterrupt: After the cache was settled.
-        """
-        interrupt = None
-        while True:
-            try:
-                self._settle()
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-            except BaseException:
-                give_up(self.caches)
-                raise
-        if interrupt is not None:
-            raise interrupt
+        """Let the cache hold the text; see ``insist``."""
+        insist(self._settle, self.caches)
 
     def _settle(self) -> None:
         record = self.record
@@ -116,7 +98,7 @@ class Ledger:
         if record.start is not None:
             record.start.restore(self.caches)
         for cache in self.caches:
-            _even_out(cache)
+            even_out(cache)
         if any(_is_torn(cache) for cache in self.caches):
             give_up(self.caches)
             return
@@ -161,7 +143,27 @@ class PlainLedger:
         elif any(number != wanted for number in read):
             give_up(self.caches)
         for cache in self.caches:
-            _even_out(cache)
+            even_out(cache)
+
+
+def insist(settle: Callable[[], None], caches: PromptCache) -> None:
+    """Do what can be repeated until it is done; other errors than interrupts give the caches up.
+
+    Raises:
+        KeyboardInterrupt: When it is done, if one came meanwhile.
+    """
+    interrupt = None
+    while True:
+        try:
+            settle()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+        except BaseException:
+            give_up(caches)
+            raise
+    if interrupt is not None:
+        raise interrupt
 
 
 def give_up(caches: PromptCache) -> None:
@@ -179,31 +181,6 @@ def _is_torn(cache: LayerCache) -> bool:
         return cache.keys is None or cache.values is None
     except (AttributeError, KeyError):
         return True
-
-
-def _even_out(cache: LayerCache) -> None:
-    """Give keys and values one length, where only one of them had grown."""
-    if isinstance(cache, CacheList):
-        for part in cache.caches:
-            _even_out(part)
-    elif isinstance(cache, KVCache | QuantizedKVCache) and cache.keys is not None:
-        if cache.offset == 0:
-            cache.keys = cache.values = None
-        elif _length(cache.keys) != _length(cache.values):
-            rows = slice(cache.offset)
-            held = [x for x in (cache.keys, cache.values) if x is not None]
-            cache.keys, cache.values = (_cut(x, rows) for x in held)
-
-
-def _length(x: Rows | None) -> int:
-    parts = x if isinstance(x, tuple | list) else [x]
-    return min(0 if part is None else part.shape[-2] for part in parts)
-
-
-def _cut(x: Rows, rows: slice) -> Rows:
-    if isinstance(x, mx.array):
-        return x[..., rows, :]
-    return tuple(part[..., rows, :] for part in x)
 
 
 def _state_at(cache: LayerCache, offset: int) -> object:

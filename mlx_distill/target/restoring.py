@@ -6,6 +6,7 @@ model computes changes them.
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -18,6 +19,9 @@ from mlx_lm.models.cache import (
 
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.window import InTreeLayout
+
+# Keys or values of a layer's cache; quantised ones are packed, with scales and perhaps biases.
+Rows: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
 
 APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
 
@@ -64,6 +68,20 @@ def restore(cache: LayerCache, state: object) -> None:
         vars(cache).update({name: _held(value) for name, value in state.items()})
 
 
+def even_out(cache: LayerCache) -> None:
+    """Give keys and values one length, where an interrupt has let only one of them grow."""
+    if isinstance(cache, CacheList):
+        for part in cache.caches:
+            even_out(part)
+    elif isinstance(cache, KVCache | QuantizedKVCache) and cache.keys is not None:
+        if cache.offset == 0:
+            cache.keys = cache.values = None
+        elif _length(cache.keys) != _length(cache.values):
+            rows = slice(cache.offset)
+            held = [x for x in (cache.keys, cache.values) if x is not None]
+            cache.keys, cache.values = (_cut(x, rows) for x in held)
+
+
 def can_restore(cache: LayerCache) -> bool:
     """Return whether a cache can be put back: whether all that it keeps is arrays and numbers."""
     if isinstance(cache, CacheList):
@@ -84,3 +102,14 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, mx.array | int | float | str)
+
+
+def _length(x: Rows | None) -> int:
+    parts = x if isinstance(x, tuple | list) else [x]
+    return min(0 if part is None else part.shape[-2] for part in parts)
+
+
+def _cut(x: Rows, rows: slice) -> Rows:
+    if isinstance(x, mx.array):
+        return x[..., rows, :]
+    return tuple(part[..., rows, :] for part in x)
