@@ -29,6 +29,20 @@ ROWS = [
 ]
 FLAGS = ["-m", "10", "--temp", "0.8", "--seed", "7", "--no-calibrate", "--batch", "2"]
 
+DAMAGED = [
+    "\0\0\0\n",
+    "\n",
+    "[0]\n",
+    '{"index": 2, "tex\n',
+    '{"text": "of no row"}\n',
+    '{"index": 99, "error": "of no row"}\n',
+    '{"index": -1, "error": "of no row"}\n',
+    '{"index": "2", "error": "of no row"}\n',
+    '{"index": true, "error": "of no row"}\n',
+    '{"index": 2, "error": 5}\n',
+    '{"index": 2, "text": "lacks the rest"}\n',
+]
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -86,9 +100,9 @@ def test_what_was_stopped_goes_on(
     writing = tmp_path / "answers.jsonl.writing"
     lines = writing.read_text().splitlines(keepends=True)
     assert not output.exists()
-    # A line that the kill has cut, and one that says what nobody would write again.
-    changed = json.loads(lines[-1]) | {"error": "kept"}
-    writing.write_text("".join([*lines[:-1], json.dumps(changed) + "\n", lines[-1][:9]]))
+    # A line that the kill has cut, one that says what nobody would write again, and damaged ones.
+    changed = json.loads(lines[-1]) | {"finish_reason": "kept"}
+    writing.write_text("".join([*lines[:-1], json.dumps(changed) + "\n", *DAMAGED, lines[-1][:9]]))
     assert generate.main([*asked, *FLAGS, "--seed", "8"]) == 2  # answers of another run
     assert not output.exists()
     found = written(file, output, "--batch", "3")

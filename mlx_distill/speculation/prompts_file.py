@@ -11,6 +11,7 @@ What was stopped goes on from there, in the same way or not at all. When the las
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,6 +26,7 @@ from mlx_distill.data.prompts import read_each
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.limits import check_value, hints
 from mlx_distill.locks import locked
+from mlx_distill.parsing import parse_json
 from mlx_distill.speculation.batch_generation import BATCH, Answer, stream_answers
 from mlx_distill.speculation.requests import Request
 from mlx_distill.untyped import Fields, Settings, Tokenizer
@@ -34,6 +36,16 @@ __all__ = ["BATCH", "answer_file"]
 FORMAT_VERSION = 1
 # What a row may say of its own answer.
 OWN = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+# What a record holds.
+FAILED = {"index": int, "error": str}
+ANSWERED = {
+    "index": int,
+    "text": str,
+    "finish_reason": str,
+    "prompt_tokens": int,
+    "generation_tokens": int,
+}
+_LINE = re.compile("[^\n]*\n|[^\n]+$")  # others than a line's end are no end of a record
 Rows = Sequence[tuple[Settings, list[int] | InputError]]
 Numbered = tuple[int, Fields]
 # Of files beside the output: what was written so far, who writes, and what is about to be it.
@@ -98,7 +110,7 @@ def _kept(
     writing, lock, whole = (output.with_name(output.name + end) for end in ENDINGS)
     header = json.dumps({"format_version": FORMAT_VERSION, "prompts": _hash(rows), **settings})
     with locked(lock, output):
-        records = _resume(writing, header)
+        records = _resume(writing, header, len(rows))
         bar.update(len(records))
         left = [index for index in range(len(rows)) if index not in records]
         try:
@@ -178,8 +190,10 @@ def _record(index: int, answer: Answer) -> Fields:
     }
 
 
-def _resume(writing: Path, header: str) -> dict[int, Fields]:
-    """Return what was kept, by index; a line that a kill has cut is dropped.
+def _resume(writing: Path, header: str, num_rows: int) -> dict[int, Fields]:
+    """Return what was kept, by index; what is damaged is dropped, and so written again.
+
+    A kill cuts a line, and a machine that loses its power may leave anything.
 
     Raises:
         InputError: If it was written in another way.
@@ -187,7 +201,7 @@ def _resume(writing: Path, header: str) -> dict[int, Fields]:
     if not writing.exists() or not writing.stat().st_size:
         writing.write_text(header + "\n", encoding="utf-8")
         return {}
-    first, *lines = writing.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
+    first, *lines = _LINE.findall(writing.read_bytes().decode("utf-8", "replace"))
     if first != header + "\n" and header.startswith(first):  # killed while it was written
         first, lines = header + "\n", []
     if first != header + "\n":
@@ -195,10 +209,22 @@ def _resume(writing: Path, header: str) -> dict[int, Fields]:
             f"{writing} was begun with other prompts or settings; go on with the same ones, or "
             "remove it"
         )
-    whole = [line for line in lines if line.endswith("\n")]
-    writing.write_text("".join([first, *whole]), encoding="utf-8")
-    records = [json.loads(line) for line in whole]
-    return {record["index"]: record for record in records}
+    found = [(line, _kept_record(line, num_rows)) for line in lines]
+    writing.write_text("".join([first, *(line for line, one in found if one)]), encoding="utf-8")
+    return {record["index"]: record for _, record in found if record}
+
+
+def _kept_record(line: str, num_rows: int) -> Fields | None:
+    """Return the record that a line holds, as ``_record`` has made it; None if it holds none."""
+    try:
+        record = parse_json(line)
+    except InputError:
+        return None
+    if not line.endswith("\n") or not isinstance(record, dict):
+        return None
+    kinds = {name: type(value) for name, value in record.items()}
+    known = kinds in (ANSWERED, FAILED) and 0 <= record["index"] < num_rows
+    return record if known else None
 
 
 def _hash(rows: Rows) -> str:
