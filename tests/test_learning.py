@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from mlx_distill import DraftPlan, InputError, checkpoint, stream_generate
 from mlx_distill.distillation import learning as module
 from mlx_distill.distillation.learning import Learner
 from mlx_distill.distillation.learning_folder import Learned
+from mlx_distill.distillation.recording import HeardText
+from mlx_distill.distillation.replay import Replay
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.learning_config import LearningConfig
@@ -26,6 +29,7 @@ from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.registry import load_drafter
+from mlx_distill.files import write_arrays
 from mlx_distill.target.target import Target
 
 generate = importlib.import_module("mlx_distill.generate")
@@ -274,6 +278,44 @@ def test_what_cannot_be_learned(
     assert re.search(sentence, found), found
     after = {path: path.read_bytes() for path in before}
     assert after == before
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "reason"),
+    [
+        ("hidden", lambda x: None, "it holds ahead, tap-0, tokens"),
+        ("hidden", lambda x: x[:, :-1], r"the widths \[63, 64\]"),
+        ("tap-0", lambda x: x[:, :-1], r"the widths \[64, 63\]"),
+        ("tap-0", lambda x: x.astype(mx.int32), "no numbers"),
+        ("hidden", lambda x: x[1:], "do not fit each other"),
+        ("tokens", lambda x: x[None], "do not fit each other"),
+        ("tokens", lambda x: x.astype(mx.float32), "do not fit each other"),
+        ("tokens", lambda x: x + 10**8, "tokens that the model does not have"),
+        ("tokens", lambda x: x - 10**8, "tokens that the model does not have"),
+        ("ahead", lambda x: x + 1, "rows that are not there"),
+        ("ahead", lambda x: x - 2, "rows that are not there"),
+    ],
+)
+def test_a_damaged_text_is_named(
+    tmp_path: Path, name: str, changed: Callable[[mx.array], mx.array | None], reason: str
+) -> None:
+    """Before anything is read from it: what lies beyond an array would end the process."""
+
+    def opened() -> Replay:
+        return Replay(tmp_path, 10**6, lambda ids: ids, mx.float32, 97, [64, None])
+
+    text = HeardText([3, 5, 7, 9], mx.zeros((4, 64)), (mx.zeros((4, 64)),), 2)
+    replay = opened()
+    for _ in range(2):
+        replay.add(text)
+    (tmp_path / "0000001 copy.safetensors").write_text("nobody's")
+    assert opened().numbers(held_out=None) == [0, 1]
+    path = tmp_path / "0000001.safetensors"
+    arrays: dict[str, Any] = {**mx.load(str(path))}  # pyright: ignore
+    arrays[name] = changed(arrays[name])
+    write_arrays(path, {key: x for key, x in arrays.items() if x is not None})
+    with pytest.raises(InputError, match=f"0000001.safetensors is damaged: .*{reason}"):
+        opened()
 
 
 @pytest.fixture

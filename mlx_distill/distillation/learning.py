@@ -105,9 +105,10 @@ class Learner:
         try:
             self._folder = self._open.enter_context(LearningFolder.held(folder, known))
             texts, size = self._folder.texts, int(1e6 * self.config.learn_mb)
-            dtype = drafter.embed(mx.array([0])).dtype
+            embed, dtype = _in_float32(drafter.embed), drafter.embed(mx.array([0])).dtype
+            target, widths = Target.of(model), [shape.hidden_size, *(None for _ in shape.taps)]
             try:
-                self._replay = Replay(texts, size, _in_float32(drafter.embed), dtype)
+                self._replay = Replay(texts, size, embed, dtype, target.vocab_size, widths)
             except InputError as error:
                 raise self._folder.damaged(str(error)) from None
             self._begin(drafter, model, tokenizer)
