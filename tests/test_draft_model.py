@@ -284,8 +284,8 @@ def test_an_interrupted_draft_leaves_both_models_with_the_text(
     for one, part in ((model, caches[:size]), (small, caches[size:])):
         expected = make_prompt_cache(one)
         mx.eval(one(mx.array([[*prompt, *found]]), cache=expected))
-        behind = [one(mx.array([[9]]), cache=held) for held in (part, expected)]
-        np.testing.assert_allclose(*map(np.array, behind), atol=1e-4)
+        goes_on, right = (np.array(one(mx.array([[9]]), cache=held)) for held in (part, expected))
+        np.testing.assert_allclose(goes_on, right, atol=1e-4)
 
 
 def test_a_prompt_cache_of_something_else_is_refused(
