@@ -296,6 +296,8 @@ def test_a_prompt_cache_of_something_else_is_refused(
     said = f"has {size - 1} layers; the model has {size}, with its draft model {size + 1}"
     with pytest.raises(InputError, match=said):
         tokens_of(pair, [5], draft_model=small, prompt_cache=caches)
+    with pytest.raises(InputError, match=f"has {size - 1} layers; the model has {size}$"):
+        tokens_of(pair, [5], prompt_cache=caches)
 
 
 # Bad input

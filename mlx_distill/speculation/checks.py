@@ -64,6 +64,16 @@ def check_request(
     return min(request.max_tokens, room)
 
 
+def check_layers(model: nn.Module, caches: PromptCache) -> None:
+    """Raise InputError if a prompt cache is another model's.
+
+    With fewer layers, a model of mlx-lm computes as many of its own and says nothing.
+    """
+    size = len(make_prompt_cache(model))
+    if len(caches) != size:
+        raise InputError(f"the prompt cache has {len(caches)} layers; the model has {size}")
+
+
 def check_drafter(
     drafter: object, target: Target, tokenizer: TokenizerWrapper, planner: object = None
 ) -> None:

@@ -334,6 +334,8 @@ class Engine:
         caches = request.prompt_cache
         if caches is None:
             caches = prompt_caches(self.model, request.cache.max_kv_size)
+        elif self.draft_model is None:
+            checks.check_layers(self.model, caches)
         if self.draft_model is not None:
             checks.check_windows(self.num_draft_tokens, caches)
         return caches
