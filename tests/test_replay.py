@@ -13,7 +13,7 @@ import pytest
 from drafting import KnowingDrafter, random_drafter, with_eos
 from mlx import nn
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache, make_prompt_cache
 from test_architectures import assert_same_caches
 from test_taps import EverySecond
 from tiny_models import tiny_model
@@ -147,6 +147,24 @@ def test_texts_and_caches_are_mlx_lms(tokenizer: Any, name: str) -> None:
         assert_same_caches(caches, expected_caches)
         assert drafter is not knowing or found[-1].tokens_per_call > 3
     assert found[-1].tokens_per_call > 1.3
+
+
+@pytest.mark.parametrize(("tree", "nodes"), [LINE_OF_IT, TREE_OF_IT])
+def test_windows_that_keep_their_first_tokens(tree: PrefixTree, nodes: list[int]) -> None:
+    """Several tokens at once see what they see one by one; mlx-lm's mask drops the first ones."""
+    target = Target.of(tiny_model("gpt_bigcode"))
+    assert target.support == "copies"
+    drafted, plain = ([RotatingKVCache(16, keep=4) for _ in target.model.layers] for _ in range(2))
+    for token in [*TEXT, *TEXT, *TEXT]:
+        for caches in (drafted, plain):
+            target.forward(mx.array([token]), caches)
+    call = target.verify(tree, drafted)
+    for node, token in zip(nodes, CHAIN, strict=True):
+        expected = target.forward(mx.array([token]), plain)[0][0]
+        np.testing.assert_allclose(call.logits[node], expected, atol=1e-4)
+    call.commit(nodes)
+    found, expected = (target.forward(mx.array([7]), caches)[0] for caches in (drafted, plain))
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_a_text_that_is_left_can_be_gone_on_with(tokenizer: Any) -> None:

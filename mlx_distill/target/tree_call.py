@@ -24,6 +24,7 @@ from mlx_distill.target.tree_cache import TreeView, can_trim, copied_cache, tree
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
 from mlx_distill.target.watching import listening
+from mlx_distill.target.window import as_steps
 
 Support = Literal["row", "batch", "copies", "chain", "none"]
 
@@ -165,7 +166,8 @@ def call_on_tree(
     """
 
     def read_again(nodes: Sequence[int]) -> None:
-        call_on_text(model, head, tree.tokens[mx.array([*nodes])], caches)
+        with as_steps(caches):
+            call_on_text(model, head, tree.tokens[mx.array([*nodes])], caches)
 
     if tree.tokens.size == 1 and all(map(can_trim, caches)):
         return call_on_root(Observer(model, head, taps), tree.tokens, caches)
@@ -185,14 +187,17 @@ def call_on_tree(
     if support == "copies" and not in_line:
         rows = PathRows.of(layout)
         copies = [copied(cache, len(rows.rows)) for cache in caches]
-        logits, hidden, tapped = called(model, head, rows.spread(tree.tokens), copies, taps)
+        with as_steps(copies):
+            logits, hidden, tapped = called(model, head, rows.spread(tree.tokens), copies, taps)
         at = rows.collected
         pairs = zip(caches, copies, strict=True)
         views = [copied_cache(cache, read, layout, rows) for cache, read in pairs]
         return TreeCall(at(logits), at(hidden), tuple(map(at, tapped)), views, read_again)
     views = [tree_cache(cache, layout) for cache in caches]
     if as_text:
-        return TreeCall(*call_on_text(model, head, tree.tokens, caches, taps), views, read_again)
+        with as_steps(caches):
+            read = call_on_text(model, head, tree.tokens, caches, taps)
+        return TreeCall(*read, views, read_again)
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
     span = tree_span.set(TreeSpan(start, tree.max_depth, exact=exact))
     try:

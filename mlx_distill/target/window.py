@@ -12,6 +12,7 @@ Whatever asks a cache in this layout for its arrays, plain decoding among it, ge
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_distill.compat import RING_NAMES, ring_index, set_ring
+from mlx_distill.target.layer_cache import LayerCache, leaves
 
 ROOM, STEP = 32, 256
 
@@ -154,6 +156,39 @@ class InTreeLayout(RotatingKVCache):
 
 # What mlx-lm saves with a cache is its class's name.
 InTreeLayout.__name__ = RotatingKVCache.__name__
+
+
+class AsSteps(RotatingKVCache):
+    """A rotating cache that lets several tokens see what each would see in a step of its own.
+
+    mlx-lm's mask lets the first tokens go, which are to stay, where the oldest others should.
+    """
+
+    def make_mask(
+        self, N: int, window_size: int | None = None, return_array: bool = False
+    ) -> mx.array | str | None:
+        """Return which slots each of ``N`` tokens attends to."""
+        if N == 1 or window_size or self.offset + N <= self.max_size:
+            return super().make_mask(N, window_size, return_array)
+        past = min(self.offset, self.max_size - 1)
+        slots = mx.arange(past + N)
+        held = mx.where(slots < self.keep, slots, slots + self.offset - past)
+        own = mx.arange(self.offset, self.offset + N)[:, None]
+        recent = held > own - (self.max_size - self.keep)
+        return (held <= own) & (recent | (held < self.keep))
+
+
+@contextmanager
+def as_steps(caches: Sequence[LayerCache]) -> Iterator[None]:
+    """Let windows that keep their first tokens be ``AsSteps``, within."""
+    rings = [one for one in leaves(caches) if type(one) is RotatingKVCache and one.keep]
+    for ring in rings:
+        ring.__class__ = AsSteps
+    try:
+        yield
+    finally:
+        for ring in rings:
+            ring.__class__ = RotatingKVCache
 
 
 def window_of(cache: RotatingKVCache, num_nodes: int) -> Window:
