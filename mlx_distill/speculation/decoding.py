@@ -93,8 +93,16 @@ def decode(decoding: Decoding, prompt: Int[mx.array, " T"]) -> DecodedTokens:
                 decoding.state.close()
         finally:
             if decoding.keep_caches:
-                with mx.stream(generation_stream):
-                    ledger.settle()
+                try:
+                    _settle(decoding)
+                except KeyboardInterrupt:  # perhaps before it had begun; it may be repeated
+                    _settle(decoding)
+                    raise
+
+
+def _settle(decoding: Decoding) -> None:
+    with mx.stream(generation_stream):
+        decoding.ledger.settle()
 
 
 def begin(
