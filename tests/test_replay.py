@@ -23,6 +23,7 @@ from mlx_distill import DraftPlan
 from mlx_distill.checkpoint import bundled
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.drafters.ngram import NGramDrafter
+from mlx_distill.errors import InputError
 from mlx_distill.target.target import Target
 
 pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
@@ -165,6 +166,12 @@ def test_windows_that_keep_their_first_tokens(tree: PrefixTree, nodes: list[int]
     call.commit(nodes)
     found, expected = (target.forward(mx.array([7]), caches)[0] for caches in (drafted, plain))
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_window_in_which_positions_stand_still_is_refused() -> None:
+    target = Target.of(tiny_model("afm7"))
+    with pytest.raises(InputError, match=r"RotatingKVCache.* cannot hold the drafts"):
+        target.check_caches([RotatingKVCache(16, keep=4)])
 
 
 def test_a_text_that_is_left_can_be_gone_on_with(tokenizer: Any) -> None:

@@ -31,6 +31,8 @@ from mlx_distill.target.tree_rope import wrap_ropes
 NOT_CAUSAL = {"phi3small"}
 # Beyond its block budget it places queries by their slot: siblings would count as successors.
 PLACED_BY_SLOT = {"minimax_m3_vl", "minimax_m3"}
+# The number of slots is the position for some of its layers, so in a full window it stands still.
+COUNTS_SLOTS = {"afm7"}
 
 # Any tokens do in float32. In half precision some texts are all but noise (the first tokens of a
 # vocabulary are often marks), so others are tried, too: what is wrong is wrong in all of them.

@@ -14,6 +14,7 @@ from functools import cached_property
 import mlx.core as mx
 from jaxtyping import Float, Int
 from mlx import nn
+from mlx_lm.models.cache import RotatingKVCache
 
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
@@ -27,7 +28,7 @@ from mlx_distill.target.context import context_length
 from mlx_distill.target.head import Head
 from mlx_distill.target.joined_layers import JoinedLayers, layers_chosen
 from mlx_distill.target.layer_cache import LayerCache
-from mlx_distill.target.opening import Opened, open_model
+from mlx_distill.target.opening import COUNTS_SLOTS, Opened, open_model
 from mlx_distill.target.products import Products
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.restoring import can_restore
@@ -103,7 +104,14 @@ class Target:
     def check_caches(self, caches: list[LayerCache]) -> None:
         """Raise InputError if a prompt cache is not one that this target can draft with."""
         fits = can_restore if self.prefers_lines else can_branch
-        wrong = sorted({type(cache).__name__ for cache in caches if not fits(cache)})
+        slots = getattr(self.model, "model_type", None) in COUNTS_SLOTS
+        wrong = sorted(
+            {
+                type(cache).__name__
+                for cache in caches
+                if not fits(cache) or (slots and isinstance(cache, RotatingKVCache))
+            }
+        )
         if wrong:
             raise InputError(
                 f"the cache ({', '.join(wrong)}) cannot hold the drafts of this model; "
