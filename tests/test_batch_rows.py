@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from drafting import KnowingDrafter, with_eos, written_together
+from drafting import KnowingDrafter, KnowingState, with_eos, written_together
 from test_architectures import assert_same_caches
 from tiny_models import tiny_model
 
@@ -18,6 +18,7 @@ from mlx_distill.drafters.protocol import FixedPlanner
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
+from mlx_distill.target.layer_cache import cached_tokens
 from mlx_distill.target.prompt_cache import prompt_caches
 
 pytestmark = pytest.mark.usefixtures("not_compiled")  # so many kinds fuse a hundred
@@ -167,3 +168,30 @@ def test_what_ends_early_leaves_what_was_handed_out(pair: tuple[Any, Any], name:
             for token in [*text.prompt.tolist(), *tokens]:
                 model(mx.array([[token]]), cache=fresh)
             assert_same_caches(text.prompt_cache or [], fresh)
+
+
+def test_a_draft_that_does_not_end_well_leaves_every_text_what_it_was_handed_out(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close(state: KnowingState) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(KnowingState, "close", close, raising=False)
+    model, tokenizer = model_of("mistral"), with_eos(pair[1], set())
+    texts = [replace(one, max_tokens=20) for one in requests(CacheConfig(), model, 3)]
+    engine = Engine(model, tokenizer, knowing(model), batch=2)
+    found: dict[int, list[int]] = {engine.submit(one): [] for one in texts}
+    for _ in range(3):
+        for one in engine.step():
+            found[one.request].append(one.response.token)
+    with pytest.raises(KeyboardInterrupt):
+        engine.close()
+    assert not engine.busy
+    assert list(map(bool, found.values())) == [True, True, False]
+    for text, tokens in zip(texts, found.values(), strict=True):
+        if not tokens:  # the third one waits
+            assert cached_tokens(text.prompt_cache or []) == 0
+            continue
+        fresh = prompt_caches(model)
+        model(mx.array([[*text.prompt.tolist(), *tokens]]), cache=fresh)
+        assert_same_caches(text.prompt_cache or [], fresh)

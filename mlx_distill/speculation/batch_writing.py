@@ -104,10 +104,11 @@ class BatchWriter:
     def close(self) -> None:
         """End all texts."""
         self._texts = {}
-        self._running.close()
-        for batch in self.batches.values():
-            batch.abandon()
-        self.batches = {}
+        with ExitStack() as stack:
+            for batch in self.batches.values():
+                stack.callback(batch.abandon)
+            stack.callback(self._running.close)
+            self.batches = {}
 
     def _responses(self, one: Written) -> Iterator[Emitted | Failed]:
         text = one.text

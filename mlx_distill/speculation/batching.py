@@ -16,6 +16,7 @@ example, leaves every row as long as it was, which is what its text was handed o
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import TypeVar
 
 import mlx.core as mx
@@ -66,9 +67,14 @@ class TextBatch:
     def leave(self, text: BatchedText) -> None:
         """End a text; a cache that is kept holds what was handed out."""
         text.ended = True
+        try:
+            if isinstance(text.decoding.state, Closes):
+                text.decoding.state.close()
+        finally:
+            self._let_go(text)
+
+    def _let_go(self, text: BatchedText) -> None:
         decoding = text.decoding
-        if isinstance(decoding.state, Closes):
-            decoding.state.close()
         if not decoding.keep_caches:
             self.waiting = [one for one in self.waiting if one is not text]
         elif text in self.waiting:
@@ -108,10 +114,13 @@ class TextBatch:
         return written
 
     def abandon(self) -> None:
-        """End all texts after a call that broke off."""
-        for text in [*self.waiting, *self.texts]:
-            self.leave(text)
-        self.texts, self.rows, self.flight = [], None, None
+        """End all texts after a call that broke off, whatever one of them meets."""
+        try:
+            with ExitStack() as stack:
+                for text in [*self.waiting, *self.texts]:
+                    stack.callback(self.leave, text)
+        finally:
+            self.texts, self.rows, self.flight = [], None, None
 
     def _goes_on(self) -> bool:
         """Return whether the next call is that of the same texts, whatever was drawn."""

@@ -17,6 +17,7 @@ import itertools
 import sys
 import time
 from collections.abc import Hashable
+from contextlib import ExitStack
 from functools import cached_property
 
 import mlx.core as mx
@@ -185,9 +186,10 @@ class Engine:
         self._together.cancel(number)
 
     def close(self) -> None:
-        """End all texts."""
-        for number in self.texts:
-            self.cancel(number)
+        """End all texts, whatever one of them meets."""
+        with ExitStack() as stack:
+            for number in self.texts:
+                stack.callback(self.cancel, number)
 
     def _advance(self) -> None:
         if self._ready or self._failed:  # of a step that raised
