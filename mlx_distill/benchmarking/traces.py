@@ -45,7 +45,7 @@ class TracedText:
         if not places or not all(_is_place(place) for place in places):
             raise InputError("a trace must hold places: parents in order, and the nodes that came")
         self.tree = cache(self._tree)
-        self._whole = cache(self._draft_at)
+        self.draft = cache(self._draft)
 
     def tokens_per_cycle(self, plan: DraftPlan) -> float:
         """Return the tokens that a cycle of one shape adds, over the whole text."""
@@ -57,7 +57,7 @@ class TracedText:
 
     def _tree(self, place: int, plan: DraftPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the parents of a shape's tree at a place, and the path that is accepted."""
-        parents, right, where = self._whole(place % len(self.places))
+        parents, right, where = self.draft(place % len(self.places))
         kept = [
             node
             for node, (depth, beam) in enumerate(where)
@@ -67,7 +67,7 @@ class TracedText:
         path = (0, *(index[node] for node in right if node in index))
         return tuple(index[parents[node]] for node in kept), path
 
-    def _draft_at(self, place: int) -> tuple[Sequence[int], Sequence[int], list[tuple[int, int]]]:
+    def _draft(self, place: int) -> tuple[Sequence[int], Sequence[int], list[tuple[int, int]]]:
         """Return the parents, what came, and each node's depth and the narrowest beam with it."""
         parents, right = self.places[place]
         depths, beams, counts = [0], [0], [1]
