@@ -1,5 +1,6 @@
 """Decoding with a drafter against mlx-lm's own loop: its tokens, and what the loop itself does."""
 
+import itertools
 import threading
 from itertools import islice
 from pathlib import Path
@@ -109,15 +110,15 @@ def test_architectures_equal_mlx_lm(pair: tuple[Any, Any], name: str) -> None:
     options: dict[str, Any] = {"max_tokens": 24}
     expected = seen(plain((model, tokenizer), prompt, prompt_cache=expected_cache, **options))
     knowing = KnowingDrafter(model, prompt, 40)
-    tree, beams = DraftPlan(3, 4, 8), DraftPlan(3, 4, tree="beam")
-    drafting = [(one, plan) for one in (knowing, knowing.hiding()) for plan in (tree, beams)]
-    for drafter, plan in [(random_drafter(model, 60), tree), *drafting]:
+    shapes = DraftPlan(3, 4, 8), DraftPlan(3, 4, tree="beam"), DraftPlan(1, 4, 5)
+    several = random_drafter(model, 60), knowing, knowing.hiding()
+    for drafter, plan in itertools.product(several, shapes):
         cache = make_prompt_cache(model)
         options |= {"drafter": drafter, "plan": plan, "prompt_cache": cache}
         assert seen(ours((model, tokenizer), prompt, **options)) == expected
         assert_equal_caches(cache, expected_cache)
-    options["drafter"] = knowing
-    *_, last = ours((model, tokenizer), prompt, **options | {"prompt_cache": None})
+    options |= {"drafter": knowing, "plan": shapes[0], "prompt_cache": None}
+    *_, last = ours((model, tokenizer), prompt, **options)
     assert last.tokens_per_call > 3
 
 
