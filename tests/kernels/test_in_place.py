@@ -1,6 +1,5 @@
 """Kernels where they are used: a tree's call with all of them, executed by the harness."""
 
-import itertools
 from collections.abc import Collection
 from typing import Any
 
@@ -20,7 +19,7 @@ from mlx_distill.kernels.program import launching
 from mlx_distill.kernels.tree_attention import tree_attention
 from mlx_distill.target.joined_layers import NAMES
 from mlx_distill.target.target import Target
-from tests.kernels.harness import Harness, no_compiler
+from tests.kernels.harness import Harness, compile_what_is_launched, no_compiler
 
 pytestmark = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
 
@@ -47,12 +46,17 @@ def test_a_trees_call_with_kernels_says_what_it_says_without(
         used.add(operation.name)
         return operation.kernel(*args, **options)
 
-    expected = target.verify(TREE, _read(model))
-    with forced(but=apart), launching(Harness(seed=3)), performing(noting):
-        found = target.verify(TREE, _read(model))
-        mx.eval(found.logits)
+    def verified() -> mx.array:
+        with forced(but=apart), performing(noting):
+            return target.verify(TREE, _read(model)).logits
+
+    expected = target.verify(TREE, _read(model)).logits
+    compile_what_is_launched(verified)
+    with launching(Harness(seed=3)):
+        found = verified()
+        mx.eval(found)
     assert used == {"few_rows", "tree_attention", *({"tree_rope"} if apart else NAMES)}
-    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["dense", "affine", "mxfp4"])
@@ -60,13 +64,17 @@ def test_a_product_does_not_depend_on_how_many_rows_there_are(kind: str) -> None
     harness = Harness(seed=5)
     cases = (case for case in few_rows.cases(2) if case.args[0].dtype == mx.float16)
     chosen = (case for case in cases if _kind(case.args) == kind and case.args[0].shape[0] > 9)
-    for case in itertools.islice(chosen, 1):
-        x, *rest = case.args
-        with launching(harness):
-            whole = few_rows.kernel(x[:MOST_ROWS], *rest)
-            for row in (0, 7, x.shape[0] - 1):
-                alone = few_rows.kernel(x[row : row + 1], *rest)
-                assert mx.array_equal(whole[row], alone[0], equal_nan=True).item()
+    x, *rest = next(chosen).args
+
+    def products(*rows: int) -> list[mx.array]:
+        return [few_rows.kernel(x[row : row + 1], *rest) for row in rows]
+
+    compile_what_is_launched(lambda: (few_rows.kernel(x[:MOST_ROWS], *rest), products(0)))
+    rows = (0, 7, x.shape[0] - 1)
+    with launching(harness):
+        whole = few_rows.kernel(x[:MOST_ROWS], *rest)
+        for row, alone in zip(rows, products(*rows), strict=True):
+            assert mx.array_equal(whole[row], alone[0], equal_nan=True).item()
 
 
 def test_attention_does_not_depend_on_which_nodes_there_are() -> None:
@@ -77,14 +85,22 @@ def test_attention_does_not_depend_on_which_nodes_there_are() -> None:
     mask = mx.tril(mx.ones((nodes, past + nodes), mx.bool_), past)
     inside = mask[:, past:]
     chain = q[..., past : past + nodes, :]
-    with launching(Harness(seed=4)):
+
+    def attended() -> list[mx.array]:
+        """Return what all of them see, and each alone."""
         args = k[..., : past + nodes, :], v[..., : past + nodes, :], mask, inside, 0.2
-        whole = tree_attention.kernel(chain, *args)
+        found = [tree_attention.kernel(chain, *args)]
         for node in range(nodes):
             end = past + node + 1
             seen = k[..., :end, :], v[..., :end, :], mask[:1, :end], inside[:1, :1], 0.2
-            alone = tree_attention.kernel(chain[..., node : node + 1, :], *seen)
-            np.testing.assert_array_equal(whole[..., node : node + 1, :], alone)
+            found.append(tree_attention.kernel(chain[..., node : node + 1, :], *seen))
+        return found
+
+    compile_what_is_launched(attended)
+    with launching(Harness(seed=4)):
+        whole, *each = attended()
+    for node, alone in enumerate(each):
+        np.testing.assert_array_equal(whole[..., node : node + 1, :], alone)
 
 
 def _kind(args: tuple[Any, ...]) -> str:
