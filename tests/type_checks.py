@@ -2,9 +2,12 @@
 
 jaxtyping's import hook checks each call with two copies of the function's signature and binds the
 arguments of both. Here beartype checks the function itself, once, and a scope for the names of axes
-is opened only where an annotation has axes: the same mistakes are found in a third of the time.
+is opened only where an annotation has axes. And an array of an annotation's type, with sizes that
+agree, is found to be one without the copies that jaxtyping keeps of a scope in case it is none: the
+same mistakes are found in a sixth of the time.
 """
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -13,6 +16,9 @@ from typing import Any, get_args
 
 import jaxtyping
 from beartype import beartype
+from jaxtyping._storage import get_shape_memo, pop_shape_memo, push_shape_memo
+
+Axis = str | int | None
 
 _jaxtyped = jaxtyping.jaxtyped
 _made: set[CodeType] = set()  # of functions in functions
@@ -21,12 +27,26 @@ _made: set[CodeType] = set()  # of functions in functions
 def install(package: str) -> None:
     """Check every call into a package that has not been imported yet."""
     jaxtyping.jaxtyped = _decorator  # what the hook puts before every function, by this name
+    _look_at_arrays_first()
     jaxtyping.install_import_hook(package, "beartype.beartype")
 
 
 def _decorator(**options: Any) -> Callable[[Any], Any]:
     whole = _jaxtyped(**options)
-    return lambda thing: checked(thing) if _can_be_checked(thing) else whole(thing)
+
+    def decorated(thing: Any) -> Any:
+        if inspect.isclass(thing):
+            return _checked_as_it_is_made(thing)
+        return checked(thing) if _can_be_checked(thing) else whole(thing)
+
+    return decorated
+
+
+def _checked_as_it_is_made(kind: type) -> type:
+    """Check the fields that a dataclass is given; of other classes, each method is checked."""
+    if dataclasses.is_dataclass(kind) and "__init__" in vars(kind):
+        kind.__init__ = _checked(kind.__init__)
+    return kind
 
 
 def _can_be_checked(thing: Any) -> bool:
@@ -46,6 +66,10 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         if function.__code__ in _made:
             return function
         _made.add(function.__code__)
+    return _checked(function)
+
+
+def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
     typed = functools.cache(lambda: beartype(function))
     if not any(map(_has_axes, function.__annotations__.values())):
 
@@ -59,8 +83,11 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def in_a_scope(*args: Any, **kwargs: Any) -> Any:
         __tracebackhide__ = True
-        with _jaxtyped("context"):
+        push_shape_memo({})
+        try:
             return typed()(*args, **kwargs)
+        finally:
+            pop_shape_memo()
 
     return in_a_scope
 
@@ -72,3 +99,50 @@ def _has_axes(annotation: Any) -> bool:
     if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
         return True
     return any(map(_has_axes, get_args(annotation)))
+
+
+def _look_at_arrays_first() -> None:
+    """Let arrays be compared with annotations quickly; what does not agree, as jaxtyping does."""
+    kind = type(jaxtyping.AbstractArray)
+    whole = kind.__instancecheck__
+    # Axes by annotations and the types of numbers that these allow.
+    allowed: dict[tuple[Any, Any], tuple[Axis, ...] | None] = {}
+
+    def look(annotation: Any, thing: Any) -> bool:
+        if type(thing) is not annotation.array_type:
+            return whole(annotation, thing)
+        kinds = annotation, thing.dtype
+        if _agree(thing.shape, allowed.get(kinds)):
+            return True
+        found = whole(annotation, thing)
+        if found:
+            allowed[kinds] = _axes(annotation.dim_str)
+        return found
+
+    kind.__instancecheck__ = look
+
+
+def _axes(text: str) -> tuple[Axis, ...] | None:
+    """Return the name or size of every axis, or None for any; None if some mean something else."""
+    words = text.split()
+    if not all(word.isidentifier() or word.isdecimal() for word in words):
+        return None
+    return tuple(
+        None if word.startswith("_") else int(word) if word.isdecimal() else word for word in words
+    )
+
+
+def _agree(shape: tuple[int, ...], axes: tuple[Axis, ...] | None) -> bool:
+    """Return whether sizes are those of the scope's axes; then the scope knows the new ones."""
+    if axes is None or len(shape) != len(axes):
+        return False
+    known = get_shape_memo()[0]
+    new: dict[str, int] = {}
+    for size, axis in zip(shape, axes):  # noqa: B905 (a hundred thousand times a second)
+        if axis.__class__ is str:
+            axis = known[axis] if axis in known else new.setdefault(axis, size)
+        if axis != size and axis is not None:
+            return False
+    if new:
+        known.update(new)
+    return True
