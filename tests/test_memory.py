@@ -78,7 +78,7 @@ def student_of(kind: str) -> nn.Module:
         ("lora", Work(Batch(2, 128))),
         ("4-bit lora", Work(Batch(4, 32))),
         ("lora", Work(Batch(1, 20), written=Batch(64, 20))),
-        ("wide lora", Work(Batch(1, 4), judged=Batch(2, 128))),
+        ("wide lora", Work(Batch(1, 4), judged=Batch(2, 64))),
         ("wide lora", Work(Batch(1, 4), written=Batch(64, 4))),
     ],
 )
@@ -95,6 +95,7 @@ def test_estimate_is_the_peak(
     gc.collect()  # or what others left is freed meanwhile
     before = mx.get_active_memory() - networks  # what other tests left
     mx.reset_peak_memory()
+    steps = 1 if "lora" in kind else 2  # what the first one leaves is more than a little of others
     count = max(2 * work.learned.size, work.written.size if work.written else 0)
     distill(
         student,
@@ -102,7 +103,7 @@ def test_estimate_is_the_peak(
         some_texts(count, work.learned.width),
         folder=tmp_path,
         valid=some_texts(work.judged.size, work.judged.width) if work.judged else None,
-        training=TrainingConfig(steps=2, accumulate=2 if work.accumulated else 1),
+        training=TrainingConfig(steps=steps, accumulate=2 if work.accumulated else 1),
         batch_size=work.learned.size,
         on_policy=OnPolicyConfig(on_policy=1.0, rollout_max_tokens=4) if work.written else None,
         quiet=True,
@@ -118,14 +119,15 @@ def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize("command", ["cache", "evaluate"])
 def test_reading_is_estimated(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, bundled_part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of four long texts at once, by a teacher whose answers are kept, or by two models."""
     data = tmp_path / "data.jsonl"
     count = 6 if command == "cache" else 4
     story = "Once upon a time there was a dog. " * 30
     data.write_text("".join(json.dumps({"text": f"{n}. {story}"}) + "\n" for n in range(count)))
-    teacher, flags = str(MODELS / "stories-14m"), ["--data", str(data), "--batch-size", "4"]
+    teacher = bundled_part if command == "cache" else MODELS / "stories-14m"
+    flags = ["--teacher", str(teacher), "--data", str(data), "--batch-size", "4"]
     gc.collect()
     before = mx.get_active_memory()  # what other tests left
     mx.reset_peak_memory()
@@ -135,7 +137,7 @@ def test_reading_is_estimated(
     else:
         flags += ["--student", f"small={MODELS / 'stories-4m'}", "--speed-tokens", "0"]
         module = "mlx_distill.evaluate"
-    assert importlib.import_module(module).main(["--teacher", teacher, *flags]) == 0
+    assert importlib.import_module(module).main(flags) == 0
     found = re.search(r"about ([0-9.]+) GB", capsys.readouterr().err)
     assert found
     assert float(found[1]) * 1e9 == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
