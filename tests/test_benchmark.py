@@ -112,6 +112,7 @@ def tiny_pair(
     return ["--model", str(tiny_on_a_gpu), "--drafter", str(drafters[name])]
 
 
+@pytest.mark.usefixtures("not_compiled")
 def test_benchmark_on_weights_as_a_gpu_loads_them(
     tiny_pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -125,11 +126,12 @@ def test_benchmark_on_weights_as_a_gpu_loads_them(
     assert "A cycle takes" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("not_compiled")
 def test_generate_on_weights_as_a_gpu_loads_them(
     tiny_pair: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate, "WARM_UP", 4)
-    flags = ["--max-tokens", "16", "--compare", "--json"]
+    flags = ["--max-tokens", "8", "--compare", "--json"]
     for more in ([], ["--temp", "1", "--seed", "1"]):
         assert generate.main([*tiny_pair, *flags, *more]) == 0
         found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -295,8 +295,8 @@ def test_a_view_is_what_the_target_says_of_each_answer_alone(pair: tuple[Any, An
 @pytest.mark.parametrize(
     ("batch_size", "length", "exit_dim", "blocks", "kind"),
     [
-        *((4, 80, None, 0, "recurrent"), (2, 24, 2048, 0, "recurrent")),
-        *((6, 80, None, 1, "recurrent"), (4, 80, None, 0, "medusa")),
+        *((4, 80, None, 0, "recurrent"), (2, 24, 1024, 0, "recurrent")),
+        *((4, 60, None, 1, "recurrent"), (4, 80, None, 0, "medusa")),
     ],
 )
 def test_memory_is_estimated(
@@ -374,6 +374,7 @@ def test_command_on_weights_as_a_gpu_loads_them(
     """The drafter learns in the model's type and drafts for it."""
     output = tmp_path / "drafter"
     flags = [*arguments(output), "--model", str(tiny_on_a_gpu), "--evaluate-every", "2"]
+    flags += ["--checkpoint-every", "12"]
     assert train_drafter.main([*flags, "--learning-rate", "0.01"]) == 0
     assert "memory: about" in capsys.readouterr().err
     log = figures(output)["log"]
