@@ -4,6 +4,7 @@ A simulated text knows for each of its places what any shape of draft would have
 best fixed shape is known in hindsight. Time is a sum of costs; nothing is timed.
 """
 
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -42,11 +43,17 @@ class Text(TracedText):
 
     def fixed(self, machine: Costs, plan: DraftPlan, num_tokens: int) -> float:
         """Return the tokens per plain step's time with one shape throughout."""
+        place, cycles = self.written(plan, num_tokens)
+        return place / (cycles * machine.cycle(plan, plan.nodes, 128) / machine.plain(128))
+
+    @functools.cache  # noqa: B019  (the same on every machine, and there are few texts)
+    def written(self, plan: DraftPlan, num_tokens: int) -> tuple[int, int]:
+        """Return the tokens, at least so many, and the cycles that write them with one shape."""
         place = cycles = 0
         while place < num_tokens:
-            place += len(self.tree(place, plan)[1])
+            place += self.num_tokens(place, plan)
             cycles += 1
-        return place / (cycles * machine.cycle(plan, plan.nodes, 128) / machine.plain(128))
+        return place, cycles
 
     def best(self, machine: Costs, num_tokens: int) -> float:
         """Return the same of the best fixed shape, which may be none at all."""

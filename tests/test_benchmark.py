@@ -179,6 +179,7 @@ def test_loss_memory(
     assert "20 tokens x 70,000 entries" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("not_compiled")
 def test_samplers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,26 +46,39 @@ class TracedText:
             raise InputError("a trace must hold places: parents in order, and the nodes that came")
         self.tree = cache(self._tree)
         self.draft = cache(self._draft)
+        self.came = cache(self._came)
 
     def tokens_per_cycle(self, plan: DraftPlan) -> float:
         """Return the tokens that a cycle of one shape adds, over the whole text."""
         place = cycles = 0
         while place < len(self.places):
-            place += len(self.tree(place, plan)[1])
+            place += self.num_tokens(place, plan)
             cycles += 1
         return place / cycles
 
+    def num_tokens(self, place: int, plan: DraftPlan) -> int:
+        """Return the tokens that a cycle of a shape adds at a place."""
+        came = self.came(place % len(self.places), plan.beam_width, plan.draft_length)
+        return 1 + sum(rank < plan.nodes for rank in came)
+
     def _tree(self, place: int, plan: DraftPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the parents of a shape's tree at a place, and the path that is accepted."""
-        parents, right, where = self.draft(place % len(self.places))
-        kept = [
-            node
-            for node, (depth, beam) in enumerate(where)
-            if depth <= plan.draft_length and beam < plan.beam_width
-        ][: plan.nodes]
+        place %= len(self.places)
+        parents, right, _ = self.draft(place)
+        kept = self._held(place, plan.beam_width, plan.draft_length)[: plan.nodes]
         index = {node: number for number, node in enumerate(kept)}
         path = (0, *(index[node] for node in right if node in index))
         return tuple(index[parents[node]] for node in kept), path
+
+    def _held(self, place: int, width: int, length: int) -> list[int]:
+        """Return the nodes that beams of a width and a length hold."""
+        where = self.draft(place)[2]
+        return [n for n, (depth, beam) in enumerate(where) if depth <= length and beam < width]
+
+    def _came(self, place: int, width: int, length: int) -> list[int]:
+        """Return where those stand, among the nodes that such beams hold, with which it went on."""
+        ranks = {node: rank for rank, node in enumerate(self._held(place, width, length))}
+        return [ranks[node] for node in self.draft(place)[1] if node in ranks]
 
     def _draft(self, place: int) -> tuple[Sequence[int], Sequence[int], list[tuple[int, int]]]:
         """Return the parents, what came, and each node's depth and the narrowest beam with it."""
