@@ -87,6 +87,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_setup() -> None:
+    """Check every function's calls anew in each test."""
+    type_checks.begin()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Return the folder of shared data and checkpoints, or skip the test."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import Float
-from type_checks import checked
+from type_checks import CALLS, begin, checked
 
 from mlx_distill.arrays import to_number
 from mlx_distill.core.draft import Draft
@@ -101,3 +101,18 @@ def test_a_function_in_a_function_is_checked_as_it_is_made_first():
     with pytest.raises(BeartypeCallHintViolation):
         first("a")
     assert second("a") == "aa"
+
+
+def test_the_first_calls_of_every_test_are_checked():
+    def twice(x: int) -> int:
+        return 2 * x
+
+    typed = checked(twice)
+    for _ in range(CALLS - 1):
+        typed(1)
+    with pytest.raises(BeartypeCallHintViolation):
+        typed("a")
+    assert typed("a") == "aa"
+    begin()
+    with pytest.raises(BeartypeCallHintViolation):
+        typed("a")
