@@ -16,7 +16,7 @@ from mlx_distill.benchmarking import studies
 from mlx_distill.benchmarking.arms import OURS, Bench
 from mlx_distill.checkpoint import bundled
 
-pytestmark = pytest.mark.usefixtures("no_hub", "bundled_once")
+pytestmark = pytest.mark.usefixtures("no_hub", "bundled_once", "not_compiled")
 
 
 def png_size(path: Path) -> tuple[int, int]:
@@ -66,7 +66,7 @@ def test_benchmark_sampling_sharing_and_draft_model(
 ) -> None:
     output = tmp_path / "result.json"
     monkeypatch.setattr(studies, "SHARING_SHAPES", ((5, 4), (10, 4)))
-    more = ["--sharing", "--temp", "1", "--tree", "beam"]
+    more = ["--sharing", "--temp", "1", "--tree", "beam", "--max-tokens", "6"]
     model = ["--draft-model", str(bundled("stories-4m")), "--num-draft-tokens", "2"]
     files = ["--data", str(prompts), "--output", str(output)]
     assert benchmark.main([*TINY, *more, *model, *files]) == 0

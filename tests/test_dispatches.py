@@ -215,7 +215,7 @@ def test_the_command(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 16)
+    monkeypatch.setattr(dispatch_study, "TEXT_TOKENS", 8)
     output = tmp_path / "dispatches.json"
     monkeypatch.setattr(dispatch_study, "NODES", (8,))
     monkeypatch.setattr(cli, "load_model", lambda arguments: whole_pair)

@@ -122,7 +122,7 @@ def test_it_learns_beside_ngrams(small: tuple[Any, Any], tmp_path: Path) -> None
     def answer(learner: Learner | None, seed: int) -> list[int]:
         ngrams = NGramDrafter(shortest=2, store_tokens=0)
         mixed = MixedDrafter(learner.drafter if learner else drafter, ngrams)
-        law = {"temperature": 1.0, "seed": seed, "top_k": 2, "max_tokens": 24}
+        law = {"temperature": 1.0, "seed": seed, "top_k": 2, "max_tokens": 12}
         responses = stream_generate(*small, prompt, drafter=mixed, plan=DraftPlan(), **law)
         return [one.token for one in (learner.listen(responses) if learner else responses)]
 

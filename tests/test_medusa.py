@@ -302,9 +302,9 @@ TINY = [
         "--batch-size",
         "2",
     ),
-    *("--max-tokens", "8", "--held-out", "2", "--steps", "12", "--checkpoint-every", "6"),
+    *("--max-tokens", "8", "--held-out", "2", "--steps", "8", "--checkpoint-every", "8"),
     *("--max-prompts", "6", "--prompt-tokens", "6", "--response-batch-size", "2"),
-    *("--evaluate-every", "6", "--seed", "4", "--learning-rate", "0.01"),
+    *("--evaluate-every", "4", "--seed", "4", "--learning-rate", "0.01"),
 ]
 
 

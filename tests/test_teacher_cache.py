@@ -279,7 +279,7 @@ def test_logits_that_are_no_numbers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("vocab_size", "most"), [(V, 262), (70_000, 390)])
 def test_bytes_per_token(tmp_path: Path, vocab_size: int, most: int) -> None:
     texts = make_texts(12, vocab_size=vocab_size)
-    texts += [Text(list(range(200))) for _ in range(2)]
+    texts.append(Text(list(range(200))))
     teacher = make_teacher(vocab_size)
     header = {**HEADER, "vocab_size": vocab_size}
     write(tmp_path, texts=texts, teacher=teacher, header=header, k=64, texts_per_shard=256)
