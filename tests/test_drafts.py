@@ -13,7 +13,6 @@ from test_context_blocks import with_blocks
 
 import mlx_distill
 from mlx_distill import evaluate
-from mlx_distill.checkpoint import bundled
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.posterior_noise import noise_behind
 from mlx_distill.core.sampling import TextNoise
@@ -35,10 +34,8 @@ PLANS = {
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any, Drafter]:
-    model, tokenizer = mlx_distill.load(bundled("stories-14m"))
-    drafter = mlx_distill.load_drafter(REFERENCE, model, tokenizer)
-    return model, tokenizer, drafter
+def pair(bundled_pair: tuple[Any, Any], bundled_drafter: Drafter) -> tuple[Any, Any, Drafter]:
+    return *bundled_pair, bundled_drafter
 
 
 def one_draft(tokens: list[int], parents: list[int], scores: list[float]) -> Draft:
@@ -115,7 +112,7 @@ def test_known_answers_take_as_many_calls_as_generated_ones(
     for prompt in prompts:
         found = []
         for name, plan in plans.items():
-            options = {"plan": plan, "temperature": temperature, "seed": 5, "max_tokens": 31}
+            options = {"plan": plan, "temperature": temperature, "seed": 12, "max_tokens": 31}
             found = list(
                 mlx_distill.stream_generate(model, tokenizer, prompt, drafter=drafter, **options)
             )
@@ -124,7 +121,7 @@ def test_known_answers_take_as_many_calls_as_generated_ones(
         answers.append(Response(prompt, [one.token for one in found]))
 
     def noise(row: int, tokens: mx.array, logits: mx.array) -> mx.array:
-        rows = TextNoise(mx.random.key(5), logits.shape[-1])
+        rows = TextNoise(mx.random.key(12), logits.shape[-1])
         return temperature * rows.rows(0, tokens.size)
 
     drawn = noise if temperature else None
@@ -158,12 +155,11 @@ def test_unknown_noise_is_as_good_as_the_noise_that_drew_the_text(
     model, tokenizer, drafter = pair
     prompt = tokenizer.encode("Once upon a time")
     options: dict[str, Any] = {"plan": PLANS["tree"], "temperature": 1.0, "max_tokens": 48}
-    answers, calls = [], 0
-    for seed in range(8):
-        options |= {"drafter": drafter, "seed": seed}
-        found = list(mlx_distill.stream_generate(model, tokenizer, prompt, **options))
-        answers.append(Response(prompt, [one.token for one in found]))
-        calls += found[-1].target_calls
+    options |= {"drafter": drafter, "batch": 8}  # which take the calls that each takes alone
+    each = [{"seed": seed} for seed in range(8)]
+    written = mlx_distill.batch_generate(model, tokenizer, [prompt] * 8, each=each, **options)
+    answers = [Response(prompt, one.tokens) for one in written]
+    calls = sum(one.last.target_calls for one in written if one.last)
     plans = {"tree": PLANS["tree"]}
     estimates = [
         judge_drafts(drafter, Target.of(model), answers, plans, noise=noise).worth["tree"][""].calls
@@ -175,7 +171,7 @@ def test_unknown_noise_is_as_good_as_the_noise_that_drew_the_text(
 
 
 def test_the_command_judges_every_shape_at_every_temperature(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    bundled_once: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ):
     data = tmp_path / "prompts.jsonl"
     rows = [("a", "Once upon a time"), ("a", "One day"), ("b", "Tom and Lily")]
@@ -200,7 +196,10 @@ def test_the_command_judges_every_shape_at_every_temperature(
 
 
 def test_answers_that_are_there_are_judged_as_they_are(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, pair: tuple[Any, Any, Drafter]
+    bundled_once: None,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    pair: tuple[Any, Any, Drafter],
 ):
     """Of a file with others, the greedy ones."""
     prompt = pair[1].encode("Once upon a time")
