@@ -45,6 +45,11 @@ def model_of(name: str) -> Any:
     return tiny_model(name, **packed)
 
 
+@functools.cache
+def knowing_of(name: str) -> KnowingDrafter:
+    return knowing(model_of(name))
+
+
 def knowing(model: Any) -> KnowingDrafter:
     """Return a drafter that knows, and hides, what the model writes greedily after the prompts."""
     several = [KnowingDrafter(model, prompt, 14, hide=True) for prompt in PROMPTS]
@@ -78,7 +83,7 @@ def test_texts_and_caches_are_those_alone(
     model, tokenizer = model_of(name), with_eos(pair[1], set())
     alone = requests(cache, model, 5)
     expected = [written_together(Engine(model, tokenizer), [one])[0] for one in alone]
-    drafter = knowing(model)
+    drafter = knowing_of(name)
     for drafts, count in ((drafter, 1), (drafter, 2), (drafter, 5), (None, 5)):
         together = requests(cache, model, count)
         assert (
@@ -100,7 +105,7 @@ def test_a_window_gets_room_for_larger_trees(pair: tuple[Any, Any]) -> None:
         def shape(self, text: int, outcome: object) -> DraftPlan:
             return next(shapes, DraftPlan(3, 3, 6))
 
-    drafter = knowing(model)
+    drafter = knowing_of("mistral")
     alone = requests(CacheConfig(), model, 2)
     expected = [written_together(Engine(model, tokenizer), [one])[0] for one in alone]
     texts = requests(CacheConfig(), model, 2)
@@ -140,7 +145,7 @@ class Interrupting:
 def test_what_ends_early_leaves_what_was_handed_out(pair: tuple[Any, Any], name: str) -> None:
     """A text is cancelled while a call is on its way, and an interrupt ends the other."""
     model, tokenizer = model_of(name), with_eos(pair[1], set())
-    drafter = knowing(model).hiding()
+    drafter = knowing_of(name).hiding()
     for calls, cancelled in ((4, 2), (7, 5)):
         planner = Interrupting(calls)
         texts = [replace(one, planner=planner) for one in requests(CacheConfig(), model, 2)]

@@ -25,7 +25,7 @@ def pair(bundled_pair: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def tokens_of(pair: tuple[Any, Any], prompt: Any = PROMPT, **options: Any) -> list[int]:
-    options = {"temperature": 1.0, "seed": 3, "max_tokens": 24, **options}
+    options = {"temperature": 1.0, "seed": 3, "max_tokens": 16, **options}
     return [one.token for one in mlx_distill.stream_generate(*pair, prompt, **options)]
 
 
@@ -55,10 +55,17 @@ def test_a_text_has_the_targets_law(
     for part in ("embed_tokens", "norm"):
         draft_model.model[part].weight = target.model[part].weight
     draft_model.lm_head.weight = target.lm_head.weight[:90]
-    options = {"draft_model": draft_model, "max_tokens": 400, **LAW}
-    text = tokens_of((target, with_eos(pair[1], set())), [1], **options)
-    whole = mx.array([[1, *text[:-1]]])
-    p, q = (sampling_law(np.array(model(whole)[0]), **LAW) for model in (target, draft_model))
+    options = {"draft_model": draft_model, "max_tokens": 100, "batch": 4, **LAW}
+    each = [{"seed": seed} for seed in range(4)]  # more than a block of noise each
+    tokenizer = with_eos(pair[1], set())
+    answers = mlx_distill.batch_generate(target, tokenizer, [[1]] * 4, each=each, **options)
+    texts = np.array([one.tokens for one in answers])
+    whole = mx.array(np.pad(texts[:, :-1], [(0, 0), (1, 0)], constant_values=1))
+    p, q = (
+        sampling_law(np.array(model(whole)).reshape(400, -1), **LAW)
+        for model in (target, draft_model)
+    )
+    text = texts.reshape(-1)
     overrated = np.pad(q, [(0, 0), (0, p.shape[1] - q.shape[1])]) - p
     order = np.argsort(overrated, axis=1)
     ranked = np.take_along_axis(p, order, axis=1)
@@ -151,7 +158,7 @@ def test_filters_in_doubt_look_at_all_tokens(
     """Of three candidates, most of the mass is somewhere else; the likeliest alone is certain."""
     monkeypatch.setattr(filters, "CANDIDATES", 3)
     model = pair[0]
-    text = tokens_of(pair, draft_model=small, top_p=0.9)
+    text = tokens_of(pair, draft_model=small, top_p=0.9, max_tokens=24)
     ids = pair[1].encode(PROMPT)
     logits = model(mx.array([[*ids, *text]]))[0, len(ids) - 1 : -1]
     law = sampling_law(np.array(logits), top_p=0.9)

@@ -197,9 +197,11 @@ def drawn(p: np.ndarray, q: np.ndarray, scheme: Scheme, count: int) -> np.ndarra
     for depth in range(L):
         laws = q[(*where, *[np.zeros(count, int)] * (L - depth))][:, depth]
         where.append(pick(laws, random))
-    lengths, laws = scheme(p[tuple(where)], q[tuple(where)][:, :L], np.stack(where, axis=-1))
-    accepted = pick(lengths, random)
-    token = pick(laws[np.arange(count), accepted], random)
+    codes, which = np.unique(where[0] * V + where[1], return_inverse=True)  # few are different
+    chains = codes // V, codes % V
+    lengths, laws = scheme(p[chains], q[chains][:, :L], np.stack(chains, axis=-1))
+    accepted = pick(lengths[which], random)
+    token = pick(laws[which, accepted], random)
     first = np.where(accepted > 0, where[0], token)
     behind = pick(p[first, 0][:, 1], random)  # of those that wrote one token alone
     second = np.where(accepted > 1, where[1], np.where(accepted == 1, token, behind))

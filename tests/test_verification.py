@@ -309,7 +309,6 @@ def draws_at_all_nodes(
 ) -> np.ndarray:
     """Return independent draws at all the nodes of a tree, one set of draws per row."""
     logits = mx.array(np.array([target.logits(path) for path in node_paths(tree)], np.float32))
-    logits = mx.broadcast_to(logits, (NUM_DRAWS, *logits.shape))
     # As in the decoding loop: nodes of the same depth share their noise.
     shape = (NUM_DRAWS, max(tree.depths.tolist()) + 1, target.vocab_size)
     noise = mx.take(mx.random.gumbel(shape, key=key), tree.depths, axis=1)
@@ -323,10 +322,11 @@ def three_tokens(
     text = np.full((len(tokens), 3), -1)
     text[:, : tokens.shape[1]] = tokens[:, :3]
     for place, key_here in enumerate(mx.random.split(key, 3)):
-        logits = target.table(place)[tuple(text[:, :place].T)].astype(np.float32)
-        logits = mx.broadcast_to(mx.array(logits), (len(text), target.vocab_size))
-        plain = np.array(sample(logits, sampling, mx.random.gumbel(logits.shape, key=key_here)))
-        text[:, place] = np.where(count > place, text[:, place], plain)
+        short = np.flatnonzero(count <= place)
+        if short.size:
+            logits = mx.array(target.table(place)[tuple(text[short, :place].T)], mx.float32)
+            noise = mx.random.gumbel(logits.shape, key=key_here)
+            text[short, place] = np.array(sample(logits, sampling, noise))
     return text
 
 
