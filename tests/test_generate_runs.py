@@ -136,8 +136,15 @@ def test_generate_finds_the_bundled_drafter_of_a_model(
     assert last_line(out)["drafted_tokens"] == 0
 
 
-@pytest.mark.parametrize("change", [{"tokenizer_hash": "another"}, {"num_layers": 9}], ids=str)
-@pytest.mark.parametrize("main", [generate.main, benchmark.main, calibrate.main])
+@pytest.mark.parametrize(
+    ("main", "change"),
+    [
+        (generate.main, {"tokenizer_hash": "another"}),
+        (generate.main, {"num_layers": 9}),
+        (benchmark.main, {"tokenizer_hash": "another"}),
+        (calibrate.main, {"num_layers": 9}),
+    ],
+)
 def test_a_bundled_drafter_of_another_target_is_not_used(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -442,10 +449,10 @@ def test_adapters_are_those_of_mlx_lm(
 ) -> None:
     model, tokenizer = mlx_lm.load(str(bundled("stories-14m")), adapter_path=str(adapters))
     model.set_dtype(mx.float32)
-    text = mlx_lm.generate(model, tokenizer, "Once upon a time", max_tokens=24)
-    assert text != expected
+    text = mlx_lm.generate(model, tokenizer, "Once upon a time", max_tokens=12)
+    assert not expected.startswith(text)
     for flags in (["--no-drafter"], []):
-        arguments = ["--adapter-path", str(adapters), "--max-tokens", "24", *flags]
+        arguments = ["--adapter-path", str(adapters), "--max-tokens", "12", *flags]
         assert generate.main(arguments) == 0
         assert capsys.readouterr().out == text + "\n"
 

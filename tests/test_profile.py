@@ -13,7 +13,7 @@ from mlx_distill.benchmarking import roofline
 from mlx_distill.benchmarking.roofline import Ceilings, Work, of_call
 from mlx_distill.speculation.phases import PHASES, PhaseClock, phase, watching
 
-TINY = ["--num-prompts", "2", "--max-tokens", "12", "--timed-prompts", "1", "--profile"]
+TINY = ["--num-prompts", "1", "--max-tokens", "12", "--timed-prompts", "1", "--profile"]
 
 
 @pytest.fixture(autouse=True)

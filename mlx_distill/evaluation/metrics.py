@@ -93,10 +93,7 @@ def report(
         name: figures({key: values.sum(axis=0) for key, values in one.items()})
         for name, one in sums.items()
     }
-    drawn = {
-        name: figures({key: resampled(values, num_samples, seed) for key, values in one.items()})
-        for name, one in sums.items()
-    }
+    drawn = {name: figures(_resampled(one, num_samples, seed)) for name, one in sums.items()}
     students = [name for name in sums if name != teacher]
     if teacher is not None and len(students) > 1:
         for some in (whole, drawn):
@@ -155,6 +152,18 @@ def resampled(sums: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
         counts = np.bincount(random.integers(num_texts, size=num_texts), minlength=num_texts)
         drawn[row] = counts.astype(np.float64) @ flat
     return drawn.reshape(-1, *sums.shape[1:])
+
+
+def _resampled(sums: Sums, num_samples: int, seed: int) -> Sums:
+    """Return ``resampled`` sums by name; texts are drawn once for all of them."""
+    flat = {name: values.reshape(len(values), -1) for name, values in sums.items()}
+    places = np.cumsum([values.shape[1] for values in flat.values()])[:-1]
+    drawn = resampled(np.concatenate(list(flat.values()), axis=1), num_samples, seed)
+    parts = np.split(drawn, places, axis=1)
+    return {
+        name: part.reshape(-1, *values.shape[1:])
+        for (name, values), part in zip(sums.items(), parts, strict=True)
+    }
 
 
 def with_interval(value: Any, samples: np.ndarray) -> dict[str, Any]:
