@@ -237,7 +237,7 @@ def test_sorted_distributions_are_learned_from_another_tokenizer(
         texts,
         losses=["sorted_l1", "hard:weight=0.1"],
         valid=texts,
-        training={"steps": 30, "checkpoint_every": 30},
+        training={"steps": 6, "checkpoint_every": 6},
     )
     losses = [row["sorted_l1"] for row in done.log]
     assert all(0 <= loss <= 2 for loss in losses)

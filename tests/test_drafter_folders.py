@@ -59,12 +59,12 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
 def test_a_padded_head_is_no_other_target(padded: tuple[Any, Any]) -> None:
     drafter = mlx_distill.load_drafter(REFERENCE, *padded)
     for law in ({}, {"temperature": 1.0, "seed": 2}):
-        options: dict[str, Any] = {"max_tokens": 24, **law}
+        options: dict[str, Any] = {"max_tokens": 16, **law}
         expected = mlx_distill.generate(*padded, "Once upon a time", **options)
         options["drafter"] = drafter
-        *_, last = mlx_distill.stream_generate(*padded, "Once upon a time", **options)
-        assert last.tokens_per_call > 1.2
-        assert mlx_distill.generate(*padded, "Once upon a time", **options) == expected
+        found = list(mlx_distill.stream_generate(*padded, "Once upon a time", **options))
+        assert found[-1].tokens_per_call > 1.2
+        assert "".join(one.text for one in found) == expected
 
 
 def test_without_a_tokenizer_another_width_is_another_target(padded: tuple[Any, Any]) -> None:
@@ -218,6 +218,7 @@ def wide(bundled_pair: tuple[Any, Any], tmp_path: Path) -> Path:
     return tmp_path / "wide"
 
 
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_a_quantised_drafter_is_nearly_the_same_in_less_space(
     bundled_pair: tuple[Any, Any], tmp_path: Path, wide: Path, bits: int
@@ -235,8 +236,8 @@ def test_a_quantised_drafter_is_nearly_the_same_in_less_space(
     )
     assert after < before * (bits + 3) / 32
     assert (tmp_path / "small/README.md").read_text() == "# wide"
-    expected = mlx_distill.generate(*bundled_pair, "Once upon a time", max_tokens=12)
-    options: dict[str, Any] = {"drafter": drafter, "max_tokens": 12}
+    expected = mlx_distill.generate(*bundled_pair, "Once upon a time", max_tokens=6)
+    options: dict[str, Any] = {"drafter": drafter, "max_tokens": 6}
     assert mlx_distill.generate(*bundled_pair, "Once upon a time", **options) == expected
 
 
