@@ -26,7 +26,7 @@ from mlx_distill.speculation.ledger import Unusable
 
 PROMPT = [5, 17, 42, 8, 23, 61, 9]
 MAX_TOKENS = 14
-MOMENTS = 12
+MOMENTS = 30
 QUANTISED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}
 KINDS = ("growing", "window", "quantised", "processors", "hiding", "plain")
 

@@ -125,13 +125,13 @@ def text_and_end(
     caches = make_prompt_cache(model)
     if way == "window":
         caches = [RotatingKVCache(12, 4) for _ in model.layers]
-    options = {**OPTIONS[way], "prompt_cache": caches, "max_tokens": 32, **options}
+    options = {**OPTIONS[way], "prompt_cache": caches, "max_tokens": 24, **options}
     text = mlx_distill.stream_generate(model, tokenizer, TEXT, **options)
     tokens = [response.token for response in text]
     options = {"prompt_cache": caches, "max_tokens": 5}
     later = mlx_distill.stream_generate(model, tokenizer, [7], **options)
     end = [response.token for response in later]
-    assert {cache.offset for cache in caches} == {len(TEXT) + 32 + 1 + 5}
+    assert {cache.offset for cache in caches} == {len(TEXT) + 24 + 1 + 5}
     return tokens, end
 
 
@@ -155,7 +155,7 @@ def test_no_call_is_made_for_what_follows_the_last_token(
     target = Target.of(model)
     verify = target.verify
     monkeypatch.setattr(target, "verify", lambda *a: called.append(a) or verify(*a))
-    options = {"drafter": KnowingDrafter(model, TEXT, 40), "plan": plan, "max_tokens": max_tokens}
+    options = {"drafter": KnowingDrafter(model, TEXT, 14), "plan": plan, "max_tokens": max_tokens}
     *_, last = mlx_distill.stream_generate(model, tokenizer, TEXT, **options)
     assert last.generation_tokens == max_tokens
     assert len(called) == last.target_calls

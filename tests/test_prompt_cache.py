@@ -42,6 +42,7 @@ def test_full_attention_rotates_as_in_mlx_lm(name: str) -> None:
     assert all(cache.keys.shape[2] == 16 for cache in caches)
 
 
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize(
     "name", ["llama", "llama-sliding", "gemma3n", "longcat_flash", "falcon_h1", "llama4", "gpt_oss"]
 )
@@ -57,6 +58,7 @@ def test_no_layer_grows_with_the_text(name: str) -> None:
     assert max(part.keys.shape[2] for part in rings) <= 16
 
 
+@pytest.mark.usefixtures("not_compiled")
 @pytest.mark.parametrize("name", ["llama", "gemma3n", "longcat_flash", "qwen2_moe"])
 def test_trees_see_what_plain_decoding_remembers(name: str) -> None:
     model = tiny_model(name)
