@@ -148,3 +148,24 @@ def test_what_was_found_is_kept_and_shown(
     said = capsys.readouterr().out
     assert "walk" in said
     assert "it is off" in said
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        3,
+        ["walk"],
+        [{"name": "walk"}],
+        [{"name": "walk", "fault": None, "kernel_s": 1e-6, "twin_s": 2e-6}],
+        [{"name": "walk", "fault": "", "kernel_s": "1e-6", "twin_s": 2e-6}],
+        [{"name": ["walk"], "fault": "", "kernel_s": 1e-6, "twin_s": 2e-6}],
+        [{"name": "walk", "fault": "", "kernel_s": 1e-6, "twin_s": 2e-6, "else": 1}],
+    ],
+)
+def test_no_kernel_is_trusted_by_a_damaged_file(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernels: Any
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = store.identity(pair)
+    store.remember(known, "calibration", {"costs": COSTS.to_dict(), "kernels": kernels})
+    assert not trusted(store.find_kernels(known))

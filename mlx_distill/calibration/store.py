@@ -28,6 +28,7 @@ from mlx_distill.files import cache_folder, read_json, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.kernels.choice import VARIABLE
 from mlx_distill.kernels.probe import Verdict
+from mlx_distill.limits import check_value, hints
 from mlx_distill.speculation.costs import Costs
 
 FORMAT = 6
@@ -114,10 +115,15 @@ def is_loaded(costs: Costs) -> bool:
 def find_kernels(known: Mapping[str, Any]) -> list[Verdict]:
     """Return what was found of the kernels with a calibration; nothing where it cannot be read."""
     try:
-        rows = read_json(file_of(known)).get("kernels", [])
-        return [Verdict(**row) for row in rows]
-    except (InputError, OSError, TypeError):
+        return [_verdict(**row) for row in read_json(file_of(known)).get("kernels", [])]
+    except (InputError, OSError, TypeError, KeyError):
         return []
+
+
+def _verdict(**values: Any) -> Verdict:
+    for name, value in values.items():
+        check_value(name, value, hints(Verdict)[name])
+    return Verdict(**values)
 
 
 def keep(known: Mapping[str, Any], calibration: Calibration, weights: str = "") -> bool:
