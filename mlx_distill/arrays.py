@@ -79,6 +79,11 @@ def to_number(array: mx.array) -> int | float:
     return value
 
 
+def all_finite(*arrays: mx.array) -> bool:
+    """Return whether no value is infinite or NaN; this waits until all are computed."""
+    return bool(to_number(mx.stack([mx.isfinite(array).all() for array in arrays]).all()))
+
+
 def num_bytes(tree: Any) -> int:
     """Return the size of all arrays of a tree, such as a model's parameters."""
     leaves = (leaf for _, leaf in tree_flatten(tree))

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from mlx_distill import DraftPlan, InputError, checkpoint, stream_generate
 from mlx_distill.distillation import learning as module
 from mlx_distill.distillation.learning import Learner
 from mlx_distill.distillation.learning_folder import Learned
-from mlx_distill.distillation.recording import HeardText
+from mlx_distill.distillation.recording import HeardText, Recording
 from mlx_distill.distillation.replay import Replay
 from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import fingerprint
@@ -218,6 +219,26 @@ def test_what_makes_drafts_worse_is_taken_back(small: tuple[Any, Any], tmp_path:
             assert again.before == pytest.approx(rounds[0].before, rel=0.5)
 
 
+def test_nothing_is_learned_of_what_is_no_number(
+    small: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would stay in the optimiser's moments, and every later round would be taken back."""
+    heard = Recording.text
+    with Learner(tmp_path / "learned", random_drafter(*small), *small, QUICK) as learner:
+        for array in ("hidden", "taps"):
+            written(small, learner.drafter, learner, max_tokens=6)
+
+            def overflown(recording: Recording, array: str = array) -> HeardText:
+                text = heard(recording)
+                wrong = text.hidden.at[2, 1].add(mx.inf)
+                return replace(text, **{array: wrong if array == "hidden" else (wrong,)})
+
+            monkeypatch.setattr(Recording, "text", overflown)
+            assert learner.learn() is None
+            monkeypatch.setattr(Recording, "text", heard)
+    assert not (tmp_path / "learned" / "texts").exists()
+
+
 def test_old_answers_make_room(small: tuple[Any, Any], tmp_path: Path) -> None:
     drafter, config = random_drafter(*small), LearningConfig(learn_mb=0.01, learn_least=100)
     texts = tmp_path / "learned" / "texts"
@@ -301,6 +322,8 @@ def test_what_cannot_be_learned(
         ("tokens", lambda x: x - 10**8, "tokens that the model does not have"),
         ("ahead", lambda x: x + 1, "rows that are not there"),
         ("ahead", lambda x: x - 2, "rows that are not there"),
+        ("hidden", lambda x: x + mx.nan, "not all finite"),
+        ("tap-0", lambda x: x - mx.inf, "not all finite"),
     ],
 )
 def test_a_damaged_text_is_named(

@@ -184,7 +184,7 @@ class Learner:
         """
         heard, self._texts = self._texts, []
         texts = [one.text().until(self._ends) for one in heard]
-        texts = [text for text in texts if len(text.tokens) >= text.num_prompt + 2]
+        texts = [t for t in texts if len(t.tokens) >= t.num_prompt + 2 and t.is_finite]
         if not texts:
             return None
         self._folder.write()  # whose folder it is, before anything else

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from mlx_distill.arrays import to_host
+from mlx_distill.arrays import all_finite, to_host
 from mlx_distill.core.draft import Draft
 from mlx_distill.drafters.protocol import DraftPlan, DraftState, Features
 
@@ -43,6 +43,11 @@ class HeardText:
         rows = slice(min(self.num_prompt + count, MOST_ROWS))
         taps = tuple(tap[rows] for tap in self.taps)
         return HeardText(self.tokens[rows], self.hidden[rows], taps, self.num_prompt)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all that was computed is: from anything else nothing is learned, ever after."""
+        return all_finite(self.hidden, *self.taps)
 
     @property
     def ahead(self) -> list[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_distill.arrays import to_host
+from mlx_distill.arrays import all_finite, to_host
 from mlx_distill.distillation.drafter import TargetView
 from mlx_distill.distillation.feature_store import short
 from mlx_distill.distillation.recording import HeardText
@@ -137,4 +137,6 @@ def _checked(path: Path, vocab_size: int, widths: Sequence[int | None]) -> list[
         raise InputError(f"{path} is damaged: it holds tokens that the model does not have")
     if min(ahead) < -1 or any(n >= count - place for place, n in enumerate(ahead)) or ahead[-1]:
         raise InputError(f"{path} is damaged: its answer has rows that are not there")
+    if not all_finite(*(arrays[name] for name in names)):
+        raise InputError(f"{path} is damaged: its features are not all finite")
     return [*found]

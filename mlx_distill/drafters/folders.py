@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_distill.arrays import to_host, to_number
+from mlx_distill.arrays import all_finite, to_host
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.networks import Network, Shape, change_shape
 from mlx_distill.drafters.packing import unpacked
@@ -171,5 +171,5 @@ def _check_numbers(network: Network, weights: Path) -> None:
     """Raise InputError if a weight is no finite number: nothing useful would be drafted."""
     arrays: dict[str, mx.array] = dict(tree_flatten(network.trainable_parameters()))
     for name, array in arrays.items():
-        if not to_number(mx.isfinite(array).all()):
+        if not all_finite(array):
             raise InputError(f"{weights}: {name} holds values that are no finite numbers")
