@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_distill.arrays import to_number
+from mlx_distill.arrays import all_finite
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
 from mlx_distill.safetensors import read_arrays, read_header, refuse_pickled
@@ -78,7 +78,7 @@ def read_finite(weights: Path, names: dict[str, str]) -> dict[str, mx.array]:
         InputError: If one holds what is no finite number; all such are named.
     """
     arrays = {names[name]: x for name, x in read_arrays(weights).items() if names[name]}
-    wrong = [name for name, x in arrays.items() if not to_number(mx.isfinite(x).all())]
+    wrong = [name for name, x in arrays.items() if not all_finite(x)]
     if wrong:
         raise InputError(f"{weights}: {_listed(wrong)} holds values that are no finite numbers")
     return arrays
