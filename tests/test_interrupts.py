@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from drafting import KnowingDrafter, assert_equal_caches, with_eos
 from half_models import tiny_llama
-from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from tiny_models import tiny_model
 
 import mlx_distill
@@ -208,15 +208,16 @@ def test_a_state_that_cannot_be_taken_back_says_so(pair: tuple[Any, Any]) -> Non
             use()
 
 
+@pytest.mark.parametrize("kind", ["growing", "window"])
+@pytest.mark.parametrize("num_tokens", range(8, 12))
 def test_an_interrupt_while_the_cache_is_settled_is_raised_afterwards(
-    pair: tuple[Any, Any], answer: list[int], monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Any, Any], kind: str, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    caches = make_prompt_cache(pair[0])
-    drafter = KnowingDrafter(pair[0], PROMPT, 20)
-    stream = mlx_distill.stream_generate(*pair, PROMPT, prompt_cache=caches, drafter=drafter)
-    found = [next(stream).token for _ in range(4)]
-    offset, interrupts = KVCache.__dict__.get("offset"), [KeyboardInterrupt, KeyboardInterrupt]
-    assert offset is None
+    """A window that is full lets a token go for one that is read; it may be read again."""
+    caches = new_caches(kind, pair[0])
+    stream = responses(kind, pair, caches, KnowingDrafter(pair[0], PROMPT, 20))
+    found = [next(stream).token for _ in range(num_tokens)]
+    interrupts = [KeyboardInterrupt, KeyboardInterrupt]
     evaluate = mx.eval
 
     def interrupt(*arrays: Any) -> None:
@@ -228,4 +229,7 @@ def test_an_interrupt_while_the_cache_is_settled_is_raised_afterwards(
     with pytest.raises(KeyboardInterrupt):
         stream.close()
     assert not interrupts
-    assert {cache.offset for cache in caches} == {len(PROMPT) + len(found)}
+    monkeypatch.undo()
+    expected = caches_by_length(kind, pair[0], [*PROMPT, *found, 0])[len(PROMPT) + num_tokens]
+    assert {cache.offset for cache in caches} == {len(PROMPT) + num_tokens}
+    assert_equal_caches(caches, expected)

@@ -26,7 +26,7 @@ from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.recurrent.view import RecurrentTreeCache
 from mlx_distill.target.restoring import APPENDING, restore, state_of
 from mlx_distill.target.tree_layout import TreeLayout
-from mlx_distill.target.window import InTreeLayout, window_of
+from mlx_distill.target.window import InTreeLayout, move_into, window_of
 
 # Keys and values, or what stands for them: quantised ones are tuples.
 Fetched = tuple[object, object] | None
@@ -170,6 +170,15 @@ class RotatingTreeCache(TreeCache):
             rows = mx.array(path)
             self.window.write([mx.take(x, rows, axis=-2) for x in self.nodes], self.layout.start)
         return self.rewind(len(path))
+
+    def rewind(self, num_tokens: int) -> bool:
+        """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree.
+
+        If the cache was given its own layout since, it is given the window again: there a token
+        that was read takes the place of one that the text then still needs.
+        """
+        move_into(self.window, self.base)
+        return super().rewind(num_tokens)
 
 
 class ReplayedCache:

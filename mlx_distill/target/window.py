@@ -200,11 +200,17 @@ def window_of(cache: RotatingKVCache, num_nodes: int) -> Window:
     if window is not None and 2 * num_nodes <= window.capacity - window.size:
         return window
     window = Window.of(cache, max(ROOM, 2 * num_nodes))
-    for name in RING_NAMES:
-        delattr(cache, name)
-    cache.__class__ = InTreeLayout
-    vars(cache)["window"] = window
+    move_into(window, cache)
     return window
+
+
+def move_into(window: Window, cache: RotatingKVCache) -> None:
+    """Let a window hold a cache's content, whatever held it before."""
+    if vars(cache).get("window") is not window:
+        for name in RING_NAMES:
+            vars(cache).pop(name, None)
+        cache.__class__ = InTreeLayout
+        vars(cache)["window"] = window  # at last: an interrupt leaves it undone, not half done
 
 
 def settle(cache: RotatingKVCache) -> None:
