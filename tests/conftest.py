@@ -159,6 +159,12 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def unchecked_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the package be called as its users do, without the type checks of the tests."""
+    monkeypatch.setattr(type_checks, "CALLS", 0)
+
+
+@pytest.fixture
 def not_compiled() -> Iterator[None]:
     """Let MLX fuse nothing, which takes a C++ compiler off a GPU, where this is not looked at."""
     mx.disable_compile()

@@ -188,6 +188,7 @@ def test_a_damaged_manifest_is_refused(folder: Path, fields: dict[str, Any]) -> 
             action(folder)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     "fields",
     [

@@ -3,7 +3,6 @@
 from itertools import product
 from typing import Any
 
-import jaxtyping
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -276,12 +275,6 @@ def test_a_configuration_is_read_from_a_dictionary():
         {**FIELDS, "rnn": True, "embedding_size": 3, "draft_vocab_size": 11}
     )
     assert (config.rnn, config.embedding_size, config.draft_vocab_size) == (True, 3, 11)
-
-
-@pytest.fixture
-def unchecked_types(monkeypatch: pytest.MonkeyPatch):
-    """Call the package as its users do: without the type checks of the tests."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.usefixtures("unchecked_types")

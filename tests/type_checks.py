@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import jaxtyping
 from beartype import beartype
+from jaxtyping._storage import _has_shape_memo as _is_in_a_scope
 from jaxtyping._storage import get_shape_memo, pop_shape_memo, push_shape_memo
 
 Axis = str | int | None
@@ -33,6 +34,8 @@ _calls: Counter[Callable[..., Any]] = Counter()
 def begin() -> None:
     """Check every function's calls again: a test begins."""
     _calls.clear()
+    while _is_in_a_scope():  # an interrupt has left it open
+        pop_shape_memo()
 
 
 def install(package: str) -> None:
