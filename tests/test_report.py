@@ -269,6 +269,7 @@ def test_a_growing_context(pair: tuple[Any, Any, Any], monkeypatch: pytest.Monke
     found = growth(bench, [[1, 5, 6, 7]], DraftPlan(), 300)
     assert [row["context"] for row in found] == [128, 128, 256, 256, 300, 300]
     assert all(row["tokens_per_s"] > 0 and row["peak_memory_bytes"] > 0 for row in found)
+    assert [row["ratio"]["median"] for row in found if row["arm"] == PLAIN] == [1.0] * 3
 
 
 def test_classes_of_prompts(tmp_path: Path, pair: tuple[Any, Any, Any]) -> None:

@@ -1,6 +1,7 @@
 """What is measured beside the arms: parts of a cycle, shared prefixes, shapes, memory."""
 
 import copy
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,8 +12,9 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_distill import machine
-from mlx_distill.benchmarking.arms import OURS, Bench, Sample, measure
-from mlx_distill.benchmarking.figures import summary
+from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, measure
+from mlx_distill.benchmarking.batches import side_by_side
+from mlx_distill.benchmarking.figures import spread, summary
 from mlx_distill.benchmarking.profile import run_profile
 from mlx_distill.benchmarking.recording import record
 from mlx_distill.data.prompts import Asked
@@ -54,7 +56,8 @@ def growth(
     """Return every arm's speed and peak memory after texts of growing length.
 
     The lengths double up to ``longest``, or as far as the model reads; the texts are the prompts
-    one after the other, and none ends before all tokens are written. The arms take turns.
+    one after the other, from another one on in each turn, and none ends before all tokens are
+    written. The arms write side by side, as ``side_by_side`` has it, once the prompts are read.
     """
     endless = copy.copy(bench.tokenizer)
     endless.eos_token_ids = set()  # a chat that is cut may be answered with three tokens
@@ -63,23 +66,35 @@ def growth(
     limit = text_limit(bench.model)
     longest = longest if limit is None else min(longest, limit - GROWTH_TOKENS)
     lengths = [n for n in (SHORTEST * 2**k for k in range(24)) if n < longest]
-    text = [token for prompt in prompts for token in prompt]
     arms, rows = short.arms(plan), []
     for length in tqdm([*lengths, longest], desc="contexts", leave=False):
-        prompt = (text * (length // len(text) + 1))[:length]
-        samples: dict[str, list[Sample]] = {name: [] for name in arms}
-        for turn in range(GROWTH_RUNS + 1):
-            for name, decode in arms.items():
-                sample = measure(decode, prompt, bench.config.seed)
-                if turn and len(sample.tokens) > 1:  # the first compiles what is compiled
-                    samples[name].append(sample)
-        for name, found in samples.items():
-            if found:
-                speed = statistics.median(sample.tokens_per_s for sample in found)
-                peak = max(sample.peak_memory_bytes for sample in found)
-                figures = {"tokens_per_s": speed, "peak_memory_bytes": peak}
-                rows.append({"context": length, "arm": name, **figures})
+        prompt = _running(prompts, 0, length)  # and what is compiled is compiled
+        peaks = {name: measure(decode, prompt, bench.config.seed) for name, decode in arms.items()}
+        speeds: dict[str, list[float]] = {name: [] for name in arms}
+        for turn in range(GROWTH_RUNS):
+            prompt = _running(prompts, turn, length)
+            writing = {name: map(_one, arm(prompt, turn)) for name, arm in arms.items()}
+            for text in writing.values():
+                next(text)
+            for name, speed in side_by_side(writing).items():
+                speeds[name].append(speed)
+        for name, found in speeds.items():
+            ratios = [a / b for a, b in zip(found, speeds[PLAIN], strict=True)]
+            figures = {"tokens_per_s": statistics.median(found), "ratio": spread(ratios)}
+            peak = peaks[name].peak_memory_bytes
+            rows.append({"context": length, "arm": name, **figures, "peak_memory_bytes": peak})
     return rows
+
+
+def _one(_: object) -> int:
+    return 1
+
+
+def _running(prompts: Sequence[list[int]], first: int, length: int) -> list[int]:
+    """Return so many tokens of prompts one after the other, from one of them on."""
+    numbers = (number % len(prompts) for number in itertools.count(first))
+    tokens = itertools.chain.from_iterable(prompts[number] for number in numbers)
+    return list(itertools.islice(tokens, length))
 
 
 def trees(
