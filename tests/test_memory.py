@@ -93,9 +93,11 @@ def test_estimate_is_the_peak(
     mx.eval(student.parameters(), teacher.parameters())
     networks = num_bytes([student.parameters(), teacher.parameters()])
     gc.collect()  # or what others left is freed meanwhile
+    mx.synchronize()
     before = mx.get_active_memory() - networks  # what other tests left
     mx.reset_peak_memory()
-    steps = 1 if "lora" in kind else 2  # what the first one leaves is more than a little of others
+    # What the first step leaves is more than a little of others; texts that are written differ.
+    steps = 1 if "lora" in kind and not work.written else 2
     count = max(2 * work.learned.size, work.written.size if work.written else 0)
     distill(
         student,
