@@ -1,13 +1,7 @@
-"""Ctrl-C at any moment: the prompt cache holds the prompt and what was handed out, or says so.
-
-The moments are calls and returns, those of built-in functions too, counted by a profiler: it raises
-KeyboardInterrupt where a signal's handler would.
-"""
+"""Ctrl-C at any moment: the prompt cache holds the prompt and what was handed out, or says so."""
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +10,7 @@ import numpy as np
 import pytest
 from drafting import KnowingDrafter, assert_equal_caches, with_eos
 from half_models import tiny_llama
+from interrupting import interrupted
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from tiny_models import tiny_model
 
@@ -29,22 +24,6 @@ MAX_TOKENS = 14
 MOMENTS = 30
 QUANTISED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}
 KINDS = ("growing", "window", "quantised", "processors", "hiding", "plain")
-
-
-class Countdown:
-    """A profiler that interrupts at a moment; without one it counts them."""
-
-    def __init__(self, moment: int | None = None):
-        self.moment = moment
-        self.count = 0
-
-    def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        self.count += 1
-        # Between a block and the release of its lock no signal is handled: the next moment, then.
-        releases = event == "c_call" and argument.__name__ == "__exit__"
-        if self.moment is not None and self.count >= self.moment and not releases:
-            self.moment = None
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +70,15 @@ def responses(kind: str, pair: tuple[Any, Any], caches: list[Any], drafter: Any)
     return mlx_distill.stream_generate(*pair, PROMPT, **options)
 
 
-def interrupted(make: Callable[[], Iterator[Any]], moment: int | None) -> tuple[list[int], int]:
+def written(make: Callable[[], Iterator[Any]], moment: int | None) -> tuple[list[int], int]:
     """Return the tokens that came before the interrupt, and how many moments there were."""
-    found, countdown = [], Countdown(moment)
-    try:
-        stream = make()
-        sys.setprofile(countdown)
+    found: list[int] = []
+
+    def write(stream: Iterator[Any]) -> None:
         for response in stream:
             found.append(response.token)
-        sys.setprofile(None)
-    except KeyboardInterrupt:
-        sys.setprofile(None)
-    return found, countdown.count
+
+    return found, interrupted(write, moment, make())
 
 
 # Where an iterator is being thrown away, Python reports the interrupt and goes on.
@@ -117,12 +93,12 @@ def test_the_cache_holds_what_was_handed_out(
     expected = caches_by_length(kind, model, PROMPT + answer)
     drafter = KnowingDrafter(model, PROMPT, 20, hide=kind == "hiding")
     run = lambda caches: lambda: responses(kind, pair, caches, drafter)  # noqa: E731
-    interrupted(run(new_caches(kind, model)), None)  # what is compiled is compiled
-    _, total = interrupted(run(new_caches(kind, model)), None)
+    written(run(new_caches(kind, model)), None)  # what is compiled is compiled
+    _, total = written(run(new_caches(kind, model)), None)
     places = set()
     for moment in np.linspace(1, total, MOMENTS).astype(int).tolist():
         caches = new_caches(kind, model)
-        found, _ = interrupted(run(caches), moment)
+        found, _ = written(run(caches), moment)
         assert found == answer[: len(found)]
         if kind == "window" and isinstance(caches[0], Unusable):
             continue  # in the instant in which the window's arrays are written

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+from interrupting import interrupted
 from mlx import nn
 from tiny_models import tiny_model
 
 from mlx_distill.target.body import Body
 from mlx_distill.target.head import find_head
 from mlx_distill.target.taps import tapped
-from mlx_distill.target.watching import Heard, listening, listening_once
+from mlx_distill.target.watching import Heard, hearing, listening, listening_once
 
 TOKENS = mx.array([[5, 9, 33, 2, 7]])
 
@@ -33,6 +34,20 @@ def test_the_latest_listener_stands_outermost() -> None:
         with listening([Heard(module, doubled)]):
             np.testing.assert_allclose(module(mx.ones((1, 3))), 4 * plain + 2)
     np.testing.assert_array_equal(module(mx.ones((1, 3))), plain)
+
+
+def test_nothing_stands_around_once_a_call_was_interrupted() -> None:
+    module = nn.Linear(3, 3, bias=False)
+    plain = module(mx.ones((1, 3)))
+
+    def outer(x: mx.array) -> mx.array:
+        return hearing([Heard(module, doubled)], module, x)
+
+    call = lambda: hearing([Heard(module, doubled)], outer, mx.ones((1, 3)))  # noqa: E731
+    np.testing.assert_allclose(call(), 4 * plain)
+    for moment in range(1, interrupted(call, None) + 1):
+        interrupted(call, moment)
+        np.testing.assert_array_equal(module(mx.ones((1, 3))), plain, f"moment {moment}")
 
 
 def test_a_look_leaves_no_watched_class_behind() -> None:

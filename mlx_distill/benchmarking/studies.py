@@ -3,7 +3,7 @@
 import copy
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -73,7 +73,9 @@ def growth(
         speeds: dict[str, list[float]] = {name: [] for name in arms}
         for turn in range(GROWTH_RUNS):
             prompt = _running(prompts, turn, length)
-            writing = {name: map(_one, arm(prompt, turn)) for name, arm in arms.items()}
+            writing: dict[str, Iterator[int]] = {
+                name: map(_one, arm(prompt, turn)) for name, arm in arms.items()
+            }
             for text in writing.values():
                 next(text)
             for name, speed in side_by_side(writing).items():

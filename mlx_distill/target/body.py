@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.target.head import Head, find_head
 from mlx_distill.target.reading import fresh_inputs, read_whole
-from mlx_distill.target.watching import Call, Heard, listening
+from mlx_distill.target.watching import Call, Heard, hearing
 
 
 class Body:
@@ -62,8 +62,8 @@ class Body:
             raise _Reached(hidden)
 
         try:
-            with listening([Heard(self.place.module, stop, self.place.method)]):
-                read_whole(self.network, inputs)
+            heard = [Heard(self.place.module, stop, self.place.method)]
+            hearing(heard, read_whole, self.network, inputs)
         except _Reached as reached:
             return reached.hidden
         raise RuntimeError("the model's head was not called; was the model changed?")
@@ -120,8 +120,8 @@ class ReplayedHead(nn.Module):
         heard = [] if place.body is None else [Heard(place.body, skip)]
         if place.given:
             heard.append(Heard(place.module, give, place.method))
-        with listening(heard):
-            logits = read_whole(self._network, mx.zeros(rows.shape[:2], mx.int32))
+        tokens = mx.zeros(rows.shape[:2], mx.int32)
+        logits = hearing(heard, read_whole, self._network, tokens)
         return logits.reshape(*hidden.shape[:-1], -1)
 
     def trainable_parameters(self) -> dict[str, object]:

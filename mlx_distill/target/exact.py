@@ -16,7 +16,6 @@ Where few rows are multiplied by a kernel, a single row is, too, with and withou
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import mlx.core as mx
@@ -39,6 +38,7 @@ from mlx_distill.target.tree_call import (
     call_on_text,
     call_on_tree,
 )
+from mlx_distill.target.watching import Heard, hearing
 
 # A tree with branches at every depth; its nodes' tokens, and the text before it.
 _PARENTS = [0, 0, 0, 1, 1, 2, 3, 0, 4, 6, 6, 7, 9, 2, 12, 5]
@@ -70,21 +70,17 @@ class ExactTarget(Target):
         """Return logits, hidden states and taps of consecutive tokens; a single one is exact."""
         if tokens.size > 1:
             return super().observe(tokens, caches, taps)
-        with self.products.of_few_rows(exact=True):
-            return super().observe(tokens, caches, taps)
+        return hearing(self._rows, super().observe, tokens, caches, taps)
 
     def verify(
         self, tree: PrefixTree, caches: list[LayerCache], taps: Sequence[int] = ()
     ) -> TreeCall:
         """Return the target's word on every node of a tree, as steps of plain decoding say it."""
         few = tree.tokens.size <= MOST_ROWS and all(map(can_trim, caches))
-        with self.products.of_few_rows(exact=True):
-            if few and (self.together or tree.tokens.size == 1):
-                exact = tree.tokens.size > 1
-                return call_on_tree(
-                    self.model, self.head, tree, caches, self.support, taps, exact=exact
-                )
-            return call_by_steps(self.model, self.head, tree, caches, taps)
+        if few and (self.together or tree.tokens.size == 1):
+            call = self.model, self.head, tree, caches, self.support, taps
+            return hearing(self._rows, call_on_tree, *call, exact=tree.tokens.size > 1)
+        return hearing(self._rows, call_by_steps, self.model, self.head, tree, caches, taps)
 
     def as_drawn(self, logits: Float[mx.array, "N V"]) -> Float[mx.array, "N V"]:
         """Return the log-probabilities that mlx-lm's loop makes, in the model's precision.
@@ -94,7 +90,12 @@ class ExactTarget(Target):
         rows = [logits[row : row + 1] for row in range(logits.shape[0])]
         return mx.concatenate([row - mx.logsumexp(row, keepdims=True) for row in rows])
 
-    def _kernels(self) -> AbstractContextManager[object]:
+    def _by_kernels(self) -> Sequence[Heard]:
+        return self._rows
+
+    @property
+    def _rows(self) -> Sequence[Heard]:
+        """What has to be heard so that a row's bits do not depend on those beside it."""
         return self.products.of_few_rows(exact=True)
 
     def steps(self) -> nn.Module:
@@ -110,16 +111,15 @@ class ExactTarget(Target):
         if not all(map(can_trim, caches)):
             return False
         try:
-            with self.products.of_few_rows(exact=True):
-                call = call_on_tree(self.model, self.head, tree, caches, self.support, exact=True)
-                mx.eval(call.logits, call.hidden)
+            to_call = self.model, self.head, tree, caches, self.support
+            call = hearing(self._rows, call_on_tree, *to_call, exact=True)
+            mx.eval(call.logits, call.hidden)
         except (NotExactError, ValueError, TypeError, RuntimeError):
             return False
         call.commit(_KEPT)
         after = self.observe(tree.tokens[:1], caches).logits
         caches = self._read()
-        with self.products.of_few_rows(exact=True):
-            steps = call_by_steps(self.model, self.head, tree, caches)
+        steps = hearing(self._rows, call_by_steps, self.model, self.head, tree, caches)
         steps.commit(_KEPT)
         expected = self.observe(tree.tokens[:1], caches).logits
         found, wanted = [call.logits, call.hidden, after], [steps.logits, steps.hidden, expected]
@@ -149,5 +149,5 @@ class ExactSteps(nn.Module):
         """Return the model's logits."""
         if tokens.shape[1] > 1:
             return self._model(tokens, **options)
-        with self._products.of_few_rows(exact=True):
-            return self._model(tokens, **options)
+        heard = self._products.of_few_rows(exact=True)
+        return hearing(heard, self._model, tokens, **options)

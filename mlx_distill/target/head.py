@@ -9,15 +9,13 @@ Most models have a module for the head, and the hidden states are what it is giv
 embedding returns. Drafters are given the hidden states; losses make logits of some of them.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 from mlx import nn
 
-from mlx_distill.target.watching import METHODS, Call, Heard, listening, listening_once
+from mlx_distill.target.watching import METHODS, Call, Heard, listening_once
 
 
 @dataclass(frozen=True)
@@ -38,13 +36,6 @@ class Head:
     given: bool
     body: nn.Module | None
     behind: tuple[nn.Module, ...]
-
-    @contextmanager
-    def seen(self) -> Iterator[list[mx.array]]:
-        """Collect the hidden states of the calls from this thread within."""
-        found: list[mx.array] = []
-        with listening([self.heard(found)]):
-            yield found
 
     def heard(self, found: list[mx.array]) -> Heard:
         """Return what has to stand around the module so that hidden states are collected."""

@@ -8,8 +8,7 @@ heads qwen3, and so have other models whose files say the same. During a tree's 
 of these kernels were chosen, such a layer is made here; other layers and calls stay as they are.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
@@ -27,7 +26,7 @@ from mlx_distill.target.attention import attend_nodes
 from mlx_distill.target.products import matrix_of
 from mlx_distill.target.tree_cache import TreeCache
 from mlx_distill.target.tree_rope import turning_of
-from mlx_distill.target.watching import Call, Heard, listening, own_call
+from mlx_distill.target.watching import Call, Heard, own_call
 
 OPERATIONS = (joined, tree_turns, added, gated)
 NAMES = frozenset(operation.name for operation in OPERATIONS)
@@ -50,11 +49,9 @@ class JoinedLayers:
             Heard(layer, partial(_of_nodes, layer)) for layer in model.modules() if _is_known(layer)
         ]
 
-    @contextmanager
-    def of_few_rows(self) -> Iterator[None]:
-        """Make the layers so within, of the nodes of a tree."""
-        with listening(self._heard):
-            yield
+    def of_few_rows(self) -> Sequence[Heard]:
+        """Return what has to be heard so that the layers are made so of the nodes of a tree."""
+        return self._heard
 
 
 def _is_known(layer: Any) -> bool:

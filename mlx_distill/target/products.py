@@ -6,8 +6,7 @@ or, where rows are to be exact, in a way that gives a row the same bits whatever
 modules, their classes and all other calls stay as they are.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 
 import mlx.core as mx
@@ -16,7 +15,7 @@ from mlx import nn
 
 from mlx_distill.kernels.product_source import MOST_ROWS, Matrix, Packed
 from mlx_distill.kernels.products import few_rows, few_rows_chosen, one_by_one
-from mlx_distill.target.watching import Call, Heard, listening
+from mlx_distill.target.watching import Call, Heard
 
 _METHODS = {
     nn.Linear: "__call__",
@@ -41,18 +40,13 @@ class Products:
         ]
         self._heard = {exact: self._all(exact) for exact in (False, True)}
 
-    @contextmanager
-    def of_few_rows(self, exact: bool) -> Iterator[None]:
-        """Multiply few rows in the chosen way within.
+    def of_few_rows(self, exact: bool) -> Sequence[Heard]:
+        """Return what has to be heard so that few rows are multiplied in the chosen way.
 
         Args:
             exact: Whether a row's product must not depend on how many rows there are.
         """
-        if not exact and not few_rows_chosen():
-            yield
-            return
-        with listening(self._heard[exact]):
-            yield
+        return self._heard[exact]
 
     def _all(self, exact: bool) -> Sequence[Heard]:
         return [

@@ -73,13 +73,14 @@ def even_out(cache: LayerCache) -> None:
     if isinstance(cache, CacheList):
         for part in cache.caches:
             even_out(part)
-    elif isinstance(cache, KVCache | QuantizedKVCache) and cache.keys is not None:
-        if cache.offset == 0:
+    elif isinstance(cache, APPENDING) and cache.keys is not None:
+        held = cache.offset - getattr(cache, "start_position", 0)
+        if held == 0:
             cache.keys = cache.values = None
         elif _length(cache.keys) != _length(cache.values):
-            rows = slice(cache.offset)
-            held = [x for x in (cache.keys, cache.values) if x is not None]
-            cache.keys, cache.values = (_cut(x, rows) for x in held)
+            rows = slice(held)
+            arrays = [x for x in (cache.keys, cache.values) if x is not None]
+            cache.keys, cache.values = (_cut(x, rows) for x in arrays)
 
 
 def can_restore(cache: LayerCache) -> bool:

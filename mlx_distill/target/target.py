@@ -8,7 +8,6 @@ up in a list but found out when it is opened (``opening``).
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cached_property
 
 import mlx.core as mx
@@ -44,6 +43,7 @@ from mlx_distill.target.tree_call import (
     call_on_tree,
     called,
 )
+from mlx_distill.target.watching import Heard, hearing
 
 _opening = threading.Lock()
 
@@ -142,8 +142,8 @@ class Target:
         self, texts: Int[mx.array, "B T"]
     ) -> tuple[Float[mx.array, "B T V"], Float[mx.array, "B T D"]]:
         """Return logits and hidden states of whole texts, right-padded; nothing is cached."""
-        with self.head.seen() as seen:
-            logits = read_whole(self.model, texts)
+        seen: list[mx.array] = []
+        logits = hearing([self.head.heard(seen)], read_whole, self.model, texts)
         return logits, seen[-1].reshape(*texts.shape, -1)
 
     def verify(
@@ -156,8 +156,8 @@ class Target:
             caches: The prompt cache, which does not hold the root yet.
             taps: Numbers of the layers whose outputs the call has, too.
         """
-        with self._kernels():
-            return call_on_tree(self.model, self.head, tree, caches, self.support, taps)
+        call = self.model, self.head, tree, caches, self.support, taps
+        return hearing(self._by_kernels(), call_on_tree, *call)
 
     def stepper(
         self, taps: Sequence[int] = ()
@@ -169,24 +169,20 @@ class Target:
         observer = Observer(self.model, self.head, taps)
 
         def step(root: Int[mx.array, " 1"], caches: list[LayerCache]) -> RootCall:
-            with self._kernels():
-                return call_on_root(observer, root, caches)
+            return hearing(self._by_kernels(), call_on_root, observer, root, caches)
 
         return step
 
-    def _kernels(self) -> AbstractContextManager[object]:
-        """Let the kernels that were chosen make calls of a few rows, within."""
+    def _by_kernels(self) -> Sequence[Heard]:
+        """Return what has to be heard so that the kernels that were chosen make calls of few rows.
+
+        Nothing is looked for where none was.
+        """
         if attends_by_kernel():
             wrap_attentions(self.model)
-        products, layers = few_rows_chosen(), layers_chosen()
-        if not (products or layers):
-            return nullcontext()
-        made = ExitStack()
-        if products:
-            made.enter_context(self.products.of_few_rows(exact=False))
-        if layers:
-            made.enter_context(self._layers.of_few_rows())
-        return made
+        products = self.products.of_few_rows(exact=False) if few_rows_chosen() else ()
+        layers = self._layers.of_few_rows() if layers_chosen() else ()
+        return (*products, *layers)
 
     @cached_property
     def products(self) -> Products:

@@ -23,7 +23,7 @@ from mlx_distill.target.taps import Layer, heard_layers
 from mlx_distill.target.tree_cache import TreeView, can_trim, copied_cache, tree_cache
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
-from mlx_distill.target.watching import listening
+from mlx_distill.target.watching import during, hearing
 from mlx_distill.target.window import as_steps
 
 Support = Literal["row", "batch", "copies", "chain", "none"]
@@ -199,11 +199,9 @@ def call_on_tree(
             read = call_on_text(model, head, tree.tokens, caches, taps)
         return TreeCall(*read, views, read_again)
     tokens = tree.tokens[:, None] if batched else tree.tokens[None]
-    span = tree_span.set(TreeSpan(start, tree.max_depth, exact=exact))
-    try:
-        return TreeCall(*called(model, head, tokens, views, taps), views, read_again)
-    finally:
-        tree_span.reset(span)
+    span = TreeSpan(start, tree.max_depth, exact=exact)
+    computed = during(tree_span, span, called, model, head, tokens, views, taps)
+    return TreeCall(*computed, views, read_again)
 
 
 def called(
@@ -231,12 +229,11 @@ class Observer:
         self._seen: list[mx.array] = []
         self._outputs: dict[Layer, mx.array] = {}
         heard = [head.heard(self._seen), *heard_layers(model, taps, self._outputs)]
-        self._listening = listening(heard)
+        self._heard = heard
 
     def __call__(self, tokens: Int[mx.array, "B T"], caches: Sequence[LayerCache]) -> Computed:
         """Return what the model computes at tokens."""
-        with self._listening:
-            logits = self._model(tokens, cache=caches)
+        logits = hearing(self._heard, self._model, tokens, cache=caches)
         if not self._seen:
             raise RuntimeError("the head's input was not seen; was the model changed after load?")
         rows = tuple(_rows(self._outputs.pop(tap, None), tokens.shape, tap) for tap in self._taps)

@@ -51,7 +51,7 @@ class TreeSpan:
     rotations: dict[object, mx.array] = field(default_factory=dict)
 
 
-tree_span: ContextVar[TreeSpan] = ContextVar("tree_span")
+tree_span: ContextVar[TreeSpan | None] = ContextVar("tree_span", default=None)
 
 
 class Turning(NamedTuple):
@@ -66,6 +66,13 @@ class Turning(NamedTuple):
     table: Float[mx.array, "N D"]
     dims: int
     by_two: bool
+
+
+def _span() -> TreeSpan:
+    """Return where the tree lies that is verified."""
+    span = tree_span.get()
+    assert span is not None
+    return span
 
 
 def turning_of(rope: nn.Module, positions: mx.array, width: int) -> Turning | None:
@@ -110,12 +117,12 @@ class _TreeRope(Called):
         if self.takes_vectors:
             try:
                 alone = len(args) + len(kwargs) == 1
-                if alone and not tree_span.get().exact and chosen(tree_rope.name):
+                if alone and not _span().exact and chosen(tree_rope.name):
                     found = self.turning(offset, x.shape[-1])
                     if found is not None:
                         return tree_rope(x, *found)
                 by_head = self._lie_by_head(x)
-                if alone and _on_cpu() and not tree_span.get().exact:
+                if alone and _on_cpu() and not _span().exact:
                     nodes = self._multiply(x[0].transpose(1, 0, 2), offset)
                     return nodes.transpose(1, 0, 2)[None]
                 if by_head and alone:
@@ -126,7 +133,7 @@ class _TreeRope(Called):
             except ValueError:  # the rope asks whether the offset is above a limit
                 self.takes_vectors = False
         nodes = x.transpose(2, 1, 0, 3)
-        span = tree_span.get()
+        span = _span()
         rotated = call(nodes, offset=span.start)
         for position in range(span.start + 1, span.start + span.depth + 1):
             here = (offset == position)[:, None, None, None]
@@ -165,7 +172,7 @@ class _TreeRope(Called):
     ) -> Float[mx.array, "N D"]:
         """Return the cosine and sine of the nodes' pairs, which ropes of one kind share."""
         call = super().__call__
-        tables, kind = tree_span.get().rotations, ("table", self._kind(width), dims, by_two)
+        tables, kind = _span().rotations, ("table", self._kind(width), dims, by_two)
         if kind not in tables:
             firsts = _firsts(positions.size, width, dims, by_two)
             tables[kind] = call(firsts, offset=positions)[:, 0, 0]
@@ -215,7 +222,7 @@ class _TreeRope(Called):
         """Rotate the nodes by matrices, which ropes of one kind share."""
         call = super().__call__
         width = nodes.shape[-1]
-        rotations = tree_span.get().rotations
+        rotations = _span().rotations
         kind = self._kind(width)
         if kind not in rotations:
             basis = mx.broadcast_to(mx.eye(width)[:, None], (positions.size, width, 1, width))
@@ -237,7 +244,7 @@ def _on_cpu() -> bool:
 
 def _for_heads(positions: mx.array, heads: int) -> mx.array:
     """Return the positions of all heads' nodes, which the layers share."""
-    rotations = tree_span.get().rotations
+    rotations = _span().rotations
     if heads not in rotations:
         rotations[heads] = mx.tile(positions, heads)
     return rotations[heads]
@@ -251,7 +258,7 @@ def _is_batch(offset: object, x: mx.array) -> TypeGuard[mx.array]:
         return offset.shape == (x.shape[0], x.shape[-2])
     # Off the GPU, single tokens are rotated by matrices, too.
     one_each = offset.size == x.shape[0] and x.shape[-2] == 1 and _on_cpu()
-    span = tree_span.get(None)
+    span = tree_span.get()
     return one_each and span is not None and span.batched
 
 

@@ -4,13 +4,19 @@ A watched module gets a class of its own: one that asks whether anybody listens 
 otherwise does what it did. So nothing about a model changes during a call, a thread that taps a
 model is not heard by another one that calls it, and a copy of a watched model is a watched model.
 Parameters and names stay as they are, and gradients flow as ever.
+
+Ctrl-C may end a call anywhere, and the model is called again in the next answer. What stood around
+the modules of the one before would still be there if an interrupt came between a context and its
+``with``; ``hearing`` leaves no such place.
 """
 
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 from mlx import nn
 
@@ -28,30 +34,61 @@ class Heard(NamedTuple):
     method: str = "__call__"
 
 
-class _Here(threading.local):
-    """What stands around methods in this thread, by module and method; the outermost last."""
+Result = TypeVar("Result")
+Value = TypeVar("Value")
 
-    def __init__(self) -> None:
-        self.around: dict[tuple[int, str], list[Call]] = {}
-
-
-_here = _Here()
+# What stands around methods in this thread, by module and method; the outermost last.
+_Around = Mapping[tuple[int, str], tuple[Call, ...]]
+_around: ContextVar[_Around] = ContextVar("around", default=MappingProxyType({}))
 _changing = threading.RLock()  # a class that one thread needs must not be taken back by another
 
 
-class listening:  # a function to its callers; every call of a target enters it
-    """Let callables stand around methods, in this thread, within; the latest outermost."""
+def during(
+    variable: ContextVar[Value],
+    value: Value,
+    call: Callable[..., Result],
+    *args: Any,
+    **kwargs: Any,
+) -> Result:
+    """Return what a call returns, during which a variable with a default has a value.
 
-    def __init__(self, heard: Iterable[Heard]):
-        self._heard = list(heard)
+    An interrupt may come between any two lines, and before any function of Python. So the value is
+    given within ``try``, and taken back by one call that is none.
+    """
+    before = variable.get()
+    try:
+        variable.set(value)
+        return call(*args, **kwargs)
+    finally:
+        variable.set(before)
 
-    def __enter__(self) -> None:
-        for one in self._heard:
-            watch(one.module)
-        _stand(self._heard)
 
-    def __exit__(self, *error: object) -> None:
-        _leave(self._heard)
+def hearing(
+    heard: Sequence[Heard], call: Callable[..., Result], *args: Any, **kwargs: Any
+) -> Result:
+    """Return what a call returns while callables stand around methods, in this thread.
+
+    The latest stands outermost.
+    """
+    if not heard:
+        return call(*args, **kwargs)
+    for one in heard:
+        watch(one.module)
+    return during(_around, _standing(heard), call, *args, **kwargs)
+
+
+@contextmanager
+def listening(heard: Iterable[Heard]) -> Iterator[None]:
+    """Do the same within, where nothing interrupts, or nothing comes afterwards."""
+    heard = list(heard)
+    for one in heard:
+        watch(one.module)
+    before = _around.get()
+    try:
+        _around.set(_standing(heard))
+        yield
+    finally:
+        _around.set(before)
 
 
 @contextmanager
@@ -65,11 +102,8 @@ def listening_once(heard: Iterable[Heard]) -> Iterator[None]:
         kinds = [(one.module, type(one.module)) for one in heard]
         taken = [(module, kind) for module, kind in kinds if watch(module)]
         try:
-            _stand(heard)
-            try:
+            with listening(heard):
                 yield
-            finally:
-                _leave(heard)
         finally:
             for module, kind in taken:
                 module.__class__ = kind
@@ -91,18 +125,13 @@ def own_call(kind: type[nn.Module]) -> object:
     return next((vars(one)["__call__"] for one in kinds if "__call__" in vars(one)), None)
 
 
-def _stand(heard: Sequence[Heard]) -> None:
+def _standing(heard: Sequence[Heard]) -> dict[tuple[int, str], tuple[Call, ...]]:
+    """Return what stands around methods once these do, too."""
+    around = dict(_around.get())
     for one in heard:
-        _here.around.setdefault((id(one.module), one.method), []).append(one.around)
-
-
-def _leave(heard: Sequence[Heard]) -> None:
-    around = _here.around
-    for one in reversed(heard):
         key = (id(one.module), one.method)
-        around[key].pop()
-        if not around[key]:
-            del around[key]
+        around[key] = (*around.get(key, ()), one.around)
+    return around
 
 
 @functools.cache
@@ -119,7 +148,7 @@ def _asking(kind: type[nn.Module], name: str) -> Call:
     # its former class back.
     @functools.wraps(method)
     def ask(self: nn.Module, *args: object, **kwargs: object) -> object:
-        around = _here.around
+        around = _around.get()
         if not around or (id(self), name) not in around:
             return method(self, *args, **kwargs)
         call = functools.partial(method, self)

@@ -15,6 +15,7 @@ from mlx_distill.target.batch.view import RowsView, view_of
 from mlx_distill.target.head import Head
 from mlx_distill.target.tree_call import Computed, called
 from mlx_distill.target.tree_rope import TreeSpan, tree_span
+from mlx_distill.target.watching import during
 
 
 @dataclass
@@ -106,11 +107,8 @@ def _called(
     views = [view_of(layer, layout) for layer in rows.layers]
     tokens = mx.maximum(tokens, 0)  # padding is not a token
     packing = layout.packing
-    span = tree_span.set(TreeSpan(0, 0, batched=packing is None))
-    try:
-        computed = called(model, head, tokens, views, taps)
-    finally:
-        tree_span.reset(span)
+    span = TreeSpan(0, 0, batched=packing is None)
+    computed = during(tree_span, span, called, model, head, tokens, views, taps)
     if packing is not None:
         return RowsCall(*computed, rows, views, packing)
     shaped = [x.reshape(*tokens.shape, -1) for x in (*computed[:2], *computed.taps)]

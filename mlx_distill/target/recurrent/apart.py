@@ -26,7 +26,7 @@ from mlx_distill.target.recurrent.linear_attention import linear_attention_on_tr
 from mlx_distill.target.recurrent.mamba2 import mamba2_on_tree
 from mlx_distill.target.recurrent.view import Arguments, Named, StatesView, replaced
 from mlx_distill.target.tree_layout import TreeLayout
-from mlx_distill.target.watching import Call, Heard, listening
+from mlx_distill.target.watching import Call, Heard, during, hearing
 
 StateAt = Callable[[int], mx.array]
 
@@ -91,12 +91,7 @@ class ApartCall:
         states = self.view.line if self.layout.in_line else self.view.fresh()
         args, kwargs = replaced(args, kwargs, self.view, states)
         heard = [Heard(x, functools.partial(self._convolve, x)) for x in self.convolutions]
-        token = _running.set(self)
-        try:
-            with listening(heard):
-                return call(*args, **kwargs)
-        finally:
-            _running.reset(token)
+        return during(_running, self, hearing, heard, call, *args, **kwargs)
 
     def _convolve(self, module: nn.Module, call: Call, x: mx.array) -> mx.array:
         """Return a convolution at every node of what lies behind its state."""

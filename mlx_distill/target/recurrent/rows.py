@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import ArraysCache
 
 from mlx_distill.target.recurrent.view import Arguments, Named, StatesView, replaced
-from mlx_distill.target.watching import Call, Heard, listening
+from mlx_distill.target.watching import Call, Heard, hearing
 
 
 class RowsCall:
@@ -74,8 +74,8 @@ class RowsCall:
             return change(x) if _holds(x, layout.num_texts, layout.num_nodes) else x
 
         heard = [Heard(x, functools.partial(project, x)) for x in self.projections]
-        with listening(heard):
-            return self.call(*map(changed, args), **{n: changed(x) for n, x in kwargs.items()})
+        named = {name: changed(x) for name, x in kwargs.items()}
+        return hearing(heard, self.call, *map(changed, args), **named)
 
     def _project(self, module: nn.Module, call: Call, x: mx.array) -> mx.array:
         """Return a projection of the rows, made once for every node."""
