@@ -4,6 +4,7 @@ The moments are calls and returns, those of built-in functions too, counted by a
 KeyboardInterrupt where a signal's handler would.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -23,7 +24,9 @@ class Countdown:
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         self.count += 1
         takes_back = event == "c_call" and argument.__name__ in TAKES_BACK
-        if self.moment is not None and self.count >= self.moment and not takes_back:
+        # Nor where a generator yields; raised there, it would end without its ``finally``.
+        yields = event == "return" and frame.f_code.co_flags & inspect.CO_GENERATOR
+        if self.moment is not None and self.count >= self.moment and not (takes_back or yields):
             self.moment = None
             raise KeyboardInterrupt
 
