@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from interrupting import interrupted
 from mlx import nn
 from tiny_models import tiny_model
@@ -36,6 +37,7 @@ def test_the_latest_listener_stands_outermost() -> None:
     np.testing.assert_array_equal(module(mx.ones((1, 3))), plain)
 
 
+@pytest.mark.usefixtures("unchecked_types")
 def test_nothing_stands_around_once_a_call_was_interrupted() -> None:
     module = nn.Linear(3, 3, bias=False)
     plain = module(mx.ones((1, 3)))
