@@ -11,13 +11,15 @@ import pytest
 from drafting import KnowingDrafter, assert_equal_caches, with_eos
 from half_models import tiny_llama
 from interrupting import interrupted
-from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ChunkedKVCache, KVCache, RotatingKVCache, make_prompt_cache
 from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import CacheConfig, InputError
 from mlx_distill.checkpoint import bundled
 from mlx_distill.speculation.ledger import Unusable
+from mlx_distill.target.restoring import even_out
+from mlx_distill.target.window import AsSteps
 
 PROMPT = [5, 17, 42, 8, 23, 61, 9]
 MAX_TOKENS = 14
@@ -209,3 +211,21 @@ def test_an_interrupt_while_the_cache_is_settled_is_raised_afterwards(
     expected = caches_by_length(kind, pair[0], [*PROMPT, *found, 0])[len(PROMPT) + num_tokens]
     assert {cache.offset for cache in caches} == {len(PROMPT) + num_tokens}
     assert_equal_caches(caches, expected)
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: ChunkedKVCache(1024)])
+def test_keys_that_have_grown_without_values_are_cut(make: Callable[[], Any]) -> None:
+    cache, rows = make(), mx.ones((1, 1, 254, 2))
+    cache.update_and_fetch(rows[..., :5, :], rows[..., :5, :])
+    cache.keys = mx.concatenate([cache.keys, cache.keys], axis=2)
+    even_out(cache)
+    keys, values = cache.update_and_fetch(rows, rows)
+    assert keys.shape == values.shape == (1, 1, 259, 2)
+    assert mx.array_equal(keys, values)
+
+
+def test_a_window_that_was_left_as_steps_is_one_again() -> None:
+    window = RotatingKVCache(max_size=12, keep=4)
+    window.__class__ = AsSteps
+    even_out(window)
+    assert type(window) is RotatingKVCache

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_distill.target.layer_cache import LayerCache
-from mlx_distill.target.window import InTreeLayout
+from mlx_distill.target.window import AsSteps, InTreeLayout
 
 # Keys or values of a layer's cache; quantised ones are packed, with scales and perhaps biases.
 Rows: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
@@ -69,10 +69,15 @@ def restore(cache: LayerCache, state: object) -> None:
 
 
 def even_out(cache: LayerCache) -> None:
-    """Give keys and values one length, where an interrupt has let only one of them grow."""
+    """Give keys and values one length, where an interrupt has let only one of them grow.
+
+    And a window the class that it had.
+    """
     if isinstance(cache, CacheList):
         for part in cache.caches:
             even_out(part)
+    elif type(cache) is AsSteps:
+        cache.__class__ = RotatingKVCache
     elif isinstance(cache, APPENDING) and cache.keys is not None:
         held = cache.offset - getattr(cache, "start_position", 0)
         if held == 0:

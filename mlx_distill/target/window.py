@@ -182,9 +182,9 @@ class AsSteps(RotatingKVCache):
 def as_steps(caches: Sequence[LayerCache]) -> Iterator[None]:
     """Let windows that keep their first tokens be ``AsSteps``, within."""
     rings = [one for one in leaves(caches) if type(one) is RotatingKVCache and one.keep]
-    for ring in rings:
-        ring.__class__ = AsSteps
     try:
+        for ring in rings:
+            ring.__class__ = AsSteps
         yield
     finally:
         for ring in rings:
