@@ -18,7 +18,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_distill.target.layer_cache import LayerCache
-from mlx_distill.target.window import AsSteps, InTreeLayout
+from mlx_distill.target.window import InTreeLayout, own_class
 
 # Keys or values of a layer's cache; quantised ones are packed, with scales and perhaps biases.
 Rows: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
@@ -76,8 +76,8 @@ def even_out(cache: LayerCache) -> None:
     if isinstance(cache, CacheList):
         for part in cache.caches:
             even_out(part)
-    elif type(cache) is AsSteps:
-        cache.__class__ = RotatingKVCache
+    elif isinstance(cache, RotatingKVCache):
+        own_class(cache)
     elif isinstance(cache, APPENDING) and cache.keys is not None:
         held = cache.offset - getattr(cache, "start_position", 0)
         if held == 0:

@@ -191,6 +191,12 @@ def as_steps(caches: Sequence[LayerCache]) -> Iterator[None]:
             ring.__class__ = RotatingKVCache
 
 
+def own_class(cache: RotatingKVCache) -> None:
+    """Let a window be what it was, where ``as_steps`` was interrupted."""
+    if cache.__class__ is AsSteps:
+        cache.__class__ = RotatingKVCache
+
+
 def window_of(cache: RotatingKVCache, num_nodes: int) -> Window:
     """Return the window that holds a cache's content, with room for trees; it stays there.
 
