@@ -35,6 +35,7 @@ def flags(output: Path, answers: str | Path, *more: str) -> list[str]:
     ("asked", "forms"),
     [
         (["--bits", "4"], ["4 bits"]),
+        (["--head-rank", "160"], ["a head of rank 160"]),
         (["--head-rank", "160", "--bits", "8"], ["a head of rank 160", "8 bits"]),
     ],
 )

@@ -136,15 +136,8 @@ def test_generate_finds_the_bundled_drafter_of_a_model(
     assert last_line(out)["drafted_tokens"] == 0
 
 
-@pytest.mark.parametrize(
-    ("main", "change"),
-    [
-        (generate.main, {"tokenizer_hash": "another"}),
-        (generate.main, {"num_layers": 9}),
-        (benchmark.main, {"tokenizer_hash": "another"}),
-        (calibrate.main, {"num_layers": 9}),
-    ],
-)
+@pytest.mark.parametrize("change", [{"tokenizer_hash": "another"}, {"num_layers": 9}], ids=str)
+@pytest.mark.parametrize("main", [generate.main, benchmark.main, calibrate.main])
 def test_a_bundled_drafter_of_another_target_is_not_used(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

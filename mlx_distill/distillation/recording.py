@@ -46,7 +46,7 @@ class HeardText:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all that was computed is: from anything else nothing is learned, ever after."""
+        """Whether all numbers are; others would stay in the moments of whoever learns from them."""
         return all_finite(self.hidden, *self.taps)
 
     @property

@@ -228,8 +228,7 @@ class Observer:
         self._model, self._taps = model, taps
         self._seen: list[mx.array] = []
         self._outputs: dict[Layer, mx.array] = {}
-        heard = [head.heard(self._seen), *heard_layers(model, taps, self._outputs)]
-        self._heard = heard
+        self._heard = [head.heard(self._seen), *heard_layers(model, taps, self._outputs)]
 
     def __call__(self, tokens: Int[mx.array, "B T"], caches: Sequence[LayerCache]) -> Computed:
         """Return what the model computes at tokens."""

@@ -79,7 +79,10 @@ def hearing(
 
 @contextmanager
 def listening(heard: Iterable[Heard]) -> Iterator[None]:
-    """Do the same within, where nothing interrupts, or nothing comes afterwards."""
+    """Let callables stand around methods, in this thread, within; see ``hearing``.
+
+    For what ends with the process when it is interrupted, as a training does.
+    """
     heard = list(heard)
     for one in heard:
         watch(one.module)
