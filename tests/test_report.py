@@ -310,6 +310,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert benchmark.main([*sizes, *sweep, "--output", str(output)]) == 0
     read = Reader(first.read_text(encoding="utf-8"))
     assert {"Trees", "Where a cycle's time goes", "With a growing context"} <= set(read.words)
+    assert "stories-14m with its bundled drafter, temperature 0" in read.words
     assert benchmark.main(["--results", str(output), "--report", str(again)]) == 0
     assert again.read_text() == first.read_text()
 

@@ -17,6 +17,7 @@ from mlx_distill.benchmarking.published import published
 from mlx_distill.errors import InputError, one_line
 
 TEMPLATE = files("mlx_distill") / "benchmarking" / "page_template.html"
+MODEL = "stories-14m"  # where none is named
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
@@ -68,9 +69,8 @@ def _of(result: Mapping[str, Any], number: int) -> Iterator[str]:
 def _heading(result: Mapping[str, Any], number: int) -> str:
     machine, config = result["machine"], result.get("config", {})
     versions = ", ".join(f"{name} {value}" for name, value in result.get("versions", {}).items())
-    pair = " with ".join(
-        str(config.get(name) or "the bundled one") for name in ("model", "drafter")
-    )
+    drafter = config.get("drafter") or "its bundled drafter"
+    pair = f"{config.get('model') or MODEL} with {drafter}"
     law = f"temperature {config['temperature']:g}" if "temperature" in config else "costs"
     title = result.get("title") or f"{pair}, {law}"
     told = [
@@ -303,7 +303,7 @@ def _published(results: Sequence[Mapping[str, Any]]) -> str:
                 (
                     f"{arm['arm']} (measured here)",
                     one["machine"]["processor"],
-                    config.get("model") or "stories-14m",
+                    config.get("model") or MODEL,
                     one.get("dtype", ""),
                     f"T={law:g}" if law else "greedy",
                     "",
