@@ -105,3 +105,11 @@ def num_parameters(model: nn.Module) -> int:
             added = num_values([module["scales"], module.get("biases")])
             count += packed * 32 // bits - packed - added
     return count
+
+
+def by_columns(matrix: Float[mx.array, "I O"]) -> Float[mx.array, "I O"]:
+    """Return a matrix that lies in memory as the weights of a linear layer do, transposed.
+
+    A few rows are multiplied with it faster: every number of a product is read from one place.
+    """
+    return mx.contiguous(matrix.T).T

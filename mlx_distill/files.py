@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from mlx_distill.safetensors import check_safetensors
 
 __all__ = [
     "arrays_hash",
-    "cache_folder",
     "check_safetensors",
     "output_path",
     "read_json",
@@ -34,13 +32,6 @@ __all__ = [
 ]
 
 LONGEST_LINE = 2**28  # characters of a row; a compressed file of zeros has no line's end
-
-
-def cache_folder(name: str) -> Path:
-    """Return the folder of what is remembered for this user, of one kind."""
-    known = os.environ.get("XDG_CACHE_HOME")
-    home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return (Path(known) if known else home) / "mlx_distill" / name
 
 
 def usable_path(name: str | Path, what: str) -> Path:

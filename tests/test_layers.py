@@ -20,7 +20,7 @@ LAYERS = {
     "data": "data",
     "arrays": "core losses kernels",
     "ground": "errors interrupts regular limits locks parsing safetensors names arrays files "
-    "machine openblas config compat untyped",
+    "machine openblas row_products user_cache config compat untyped",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 

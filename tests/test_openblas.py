@@ -12,6 +12,7 @@ from half_models import REFERENCE
 
 import mlx_distill
 from mlx_distill import openblas
+from mlx_distill.row_products import SWITCH
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux loads OpenBLAS")
 
@@ -49,8 +50,9 @@ def mapped():
 
 
 @needs_openblas
-def test_importing_the_package_puts_openblas_first() -> None:
-    """A symbol is looked up in the order of loading; the first BLAS found is OpenBLAS."""
+@pytest.mark.parametrize("products", [False, True])
+def test_importing_the_package_puts_openblas_first(products: bool) -> None:
+    """A symbol is looked up in the order of loading; before OpenBLAS are our own products."""
     done = run(
         MAPPED
         + """
@@ -71,12 +73,15 @@ for symbol in ("cblas_sgemm", "sgemm_", "openblas_get_num_threads"):
     assert everything.dladdr(address, ctypes.byref(place))
     print(place.file.decode())
 assert mx.array_equal(mx.full((8, 8), 2.0) @ mx.eye(8), mx.full((8, 8), 2.0))
-"""
+""",
+        **{SWITCH: str(int(products and openblas.multiplies_rows()))},
     )
     assert done.stderr == ""
     files = done.stdout.split()
     assert len(files) == 3
-    assert all("openblas" in file for file in files), files
+    first = "products" if products and openblas.multiplies_rows() else "openblas"
+    assert first in files[0]
+    assert all("openblas" in file for file in files[1:]), files
 
 
 MISSING = """

@@ -17,19 +17,20 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_distill import machine
+from mlx_distill import machine, openblas
 from mlx_distill.calibration.measuring import Calibration, summary
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.timing import LOADED
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import cache_folder, read_json, write_whole
+from mlx_distill.files import read_json, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.kernels.choice import VARIABLE
 from mlx_distill.kernels.probe import Verdict
 from mlx_distill.limits import check_value, hints
 from mlx_distill.speculation.costs import Costs
+from mlx_distill.user_cache import cache_folder
 
 FORMAT = 6
 # The spread of what turned out to be wrong, and how often it may: measuring takes 20 seconds.
@@ -51,6 +52,7 @@ def identity(pair: Pair) -> dict[str, Any]:
         "drafter": f"{type(pair.drafter).__name__} {drafter or ''}".strip(),
         "drafter_weights": {} if network is None else _precision(network),
         "cache": {"kv_bits": pair.cache.kv_bits, "max_kv_size": pair.cache.max_kv_size},
+        **({"row_products": True} if openblas.multiplies_rows() else {}),
         **({"exact_rows": True} if pair.exact_rows else {}),
     }
 

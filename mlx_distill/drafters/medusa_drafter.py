@@ -255,7 +255,7 @@ class Stacks:
         """Return the logits of the first heads, each of its own row."""
         if self.own is None:
             return self.shared(x)
-        return (self.own[: x.shape[0]] @ x[..., None]).squeeze(-1)
+        return (x[:, None] @ self.own[: x.shape[0]].swapaxes(1, 2)).squeeze(1)
 
     def logits(self, x: Float[mx.array, "S D"], number: int) -> Float[mx.array, "S K"]:
         """Return one head's logits of many rows."""

@@ -15,6 +15,7 @@ draft may be any, so this costs acceptance at the most.
 import mlx.core as mx
 from jaxtyping import Float, Int
 
+from mlx_distill.arrays import by_columns
 from mlx_distill.core.beam_search import Listed
 
 DIRECTIONS, LISTED = 128, 512
@@ -34,8 +35,8 @@ class Shortlist:
         self._weight = weight
         some = weight[:: max(1, weight.shape[0] // ASKED_ROWS)]
         _, directions = mx.linalg.eigh(some.T @ some, stream=mx.cpu)
-        self._basis = mx.contiguous(directions[:, -DIRECTIONS:])
-        self._narrow = mx.contiguous((weight @ self._basis).T)
+        self._basis = by_columns(directions[:, -DIRECTIONS:])
+        self._narrow = mx.contiguous(weight @ self._basis).T
         mx.eval(self._basis, self._narrow)
 
     @staticmethod
@@ -62,8 +63,10 @@ class Shortlist:
         about = (x @ self._basis) @ self._narrow
         if noise is not None:
             about = about + noise
-        columns = mx.argpartition(-about, kth=LISTED, axis=-1)[:, :LISTED]
-        logits = (self._weight[columns] @ x[..., None]).squeeze(-1)
+        columns = mx.argmax(about.reshape(about.shape[0], -1, LISTED), axis=1) * LISTED + mx.arange(
+            LISTED
+        )
+        logits = (x[:, None] @ self._weight[columns].swapaxes(-1, -2)).squeeze(-2)
         if noise is not None:
             noise = mx.broadcast_to(noise, about.shape)
             logits = logits + mx.take_along_axis(noise, columns, axis=-1)

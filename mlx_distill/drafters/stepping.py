@@ -24,6 +24,7 @@ import mlx.core as mx
 from jaxtyping import Float, Integer
 from mlx import nn
 
+from mlx_distill.arrays import by_columns
 from mlx_distill.drafters.recurrent import RecurrentDrafter, ResidualBlock
 
 Context = tuple[mx.array, mx.array]  # the hidden state, and what the joined matrices make of it
@@ -74,7 +75,7 @@ class Steps:
         self._reads = self._firsts = None
         if network.config.context_state:
             first = slice(self.joined.of_state.shape[1] - self.joined.widths[2], None)
-            self._recurrence = mx.contiguous(self.joined.of_state[:, first])
+            self._recurrence = by_columns(self.joined.of_state[:, first])
             self._recurrence_bias = mx.contiguous(self.joined.state_bias[first])
             mx.eval(self._recurrence, self._recurrence_bias)
         # A compiled draft would make them every time, and on the stream of this thread only.
@@ -212,5 +213,11 @@ def join(network: RecurrentDrafter) -> Joined:
         mx.concatenate([*of_state, *recurrence, nothing], axis=1),
         mx.concatenate(biases_of_state),
     )
-    of_hidden, bias, of_state, state_bias = (mx.contiguous(x.astype(dtype)) for x in arrays)
-    return Joined(of_hidden, bias, of_state, state_bias, widths)
+    of_hidden, bias, of_state, state_bias = (x.astype(dtype) for x in arrays)
+    return Joined(
+        by_columns(of_hidden),
+        mx.contiguous(bias),
+        by_columns(of_state),
+        mx.contiguous(state_bias),
+        widths,
+    )

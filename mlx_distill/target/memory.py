@@ -18,10 +18,11 @@ from mlx_lm.models import base, cache
 
 from mlx_distill import machine
 from mlx_distill.errors import InputError
-from mlx_distill.files import cache_folder, read_json, write_whole
+from mlx_distill.files import read_json, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.target.target import Target
 from mlx_distill.untyped import Fields
+from mlx_distill.user_cache import cache_folder
 
 # With these the same operations round otherwise.
 ENVIRONMENT = ("MLX_ENABLE_TF32", "MLX_DISABLE_COMPILE")
