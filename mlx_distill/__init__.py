@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from mlx_distill import interrupts
-from mlx_distill.openblas import load_openblas
+from mlx_distill.blas.openblas import load_openblas
 
 interrupts.begin()
 load_openblas()  # has to come before the first import of mlx.core

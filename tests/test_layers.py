@@ -20,7 +20,7 @@ LAYERS = {
     "data": "data",
     "arrays": "core losses kernels",
     "ground": "errors interrupts regular limits locks parsing safetensors names arrays files "
-    "machine openblas row_products user_cache config compat untyped",
+    "machine blas user_cache config compat untyped",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 

@@ -11,8 +11,8 @@ import pytest
 from half_models import REFERENCE
 
 import mlx_distill
-from mlx_distill import openblas
-from mlx_distill.row_products import SWITCH
+from mlx_distill.blas import openblas
+from mlx_distill.blas.row_products import SWITCH
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux loads OpenBLAS")
 
@@ -40,7 +40,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 PACKAGE = """
-from mlx_distill import openblas
+from mlx_distill.blas import openblas
 """
 MAPPED = """
 def mapped():
@@ -101,7 +101,7 @@ def test_missing_library_is_said_once() -> None:
     code = """
 import mlx_distill
 import mlx_distill.generate
-from mlx_distill.openblas import drafting_threads
+from mlx_distill.blas.openblas import drafting_threads
 with drafting_threads():
     print("still works")
 import mlx.core as mx

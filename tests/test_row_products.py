@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_distill import row_products
+from mlx_distill.blas import row_products
 from mlx_distill.user_cache import cache_folder
 
 pytestmark = [
@@ -135,7 +135,7 @@ FORKED = """
 import os
 import mlx_distill
 import mlx.core as mx
-from mlx_distill import openblas
+from mlx_distill.blas import openblas
 
 assert openblas.multiplies_rows()
 mx.set_default_device(mx.cpu)
@@ -173,7 +173,9 @@ def test_a_forked_process_multiplies_without_the_threads(products: ctypes.CDLL) 
     assert run(FORKED).stdout == "0 (512.0, 512.0)\n"
 
 
-USED = "import mlx_distill; from mlx_distill import openblas; print(openblas.multiplies_rows())"
+USED = (
+    "import mlx_distill; from mlx_distill.blas import openblas; print(openblas.multiplies_rows())"
+)
 
 
 def kept(cache: Path) -> list[Path]:
@@ -202,6 +204,7 @@ def test_a_library_is_built_once_and_again_after_damage(
     file.write_bytes(file.read_bytes()[:-1000])
     done = run(USED, **environment)
     assert (done.stdout, done.stderr) == ("True\n", "")
+    (file,) = kept(tmp_path)
     assert row_products._digest(file) == file.stem.split("-")[2]
 
 

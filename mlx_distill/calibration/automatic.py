@@ -6,7 +6,7 @@ import time
 import weakref
 from functools import partial
 
-from mlx_distill import openblas
+from mlx_distill.blas import openblas
 from mlx_distill.calibration.crowding import crowding
 from mlx_distill.calibration.measuring import calibrate, quick_config
 from mlx_distill.calibration.pair import Pair

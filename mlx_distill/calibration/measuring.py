@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from mlx_distill import openblas
+from mlx_distill.blas import openblas
 from mlx_distill.calibration.config import COARSE, QUICK, SLOW_STEP_S, CalibrationConfig
 from mlx_distill.calibration.crowding import crowding
 from mlx_distill.calibration.kernels import probe_kernels

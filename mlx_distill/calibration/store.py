@@ -17,7 +17,8 @@ import mlx.core as mx
 from mlx import nn
 from mlx.utils import tree_flatten
 
-from mlx_distill import machine, openblas
+from mlx_distill import machine
+from mlx_distill.blas import openblas
 from mlx_distill.calibration.measuring import Calibration, summary
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.timing import LOADED

@@ -6,12 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_distill.blas.openblas import drafting_threads
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.timing import Clock, Task
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.protocol import DraftPlan, Features, FixedPlanner
-from mlx_distill.openblas import drafting_threads
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request

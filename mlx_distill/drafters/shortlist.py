@@ -63,12 +63,19 @@ class Shortlist:
         about = (x @ self._basis) @ self._narrow
         if noise is not None:
             about = about + noise
-        columns = mx.argmax(about.reshape(about.shape[0], -1, LISTED), axis=1) * LISTED + mx.arange(
-            LISTED
-        )
+        columns = self._best_of_each(about)
         logits = (x[:, None] @ self._weight[columns].swapaxes(-1, -2)).squeeze(-2)
         if noise is not None:
             noise = mx.broadcast_to(noise, about.shape)
             logits = logits + mx.take_along_axis(noise, columns, axis=-1)
         tokens = columns if token_ids is None else token_ids[columns]
         return Listed(sharpness * logits, tokens)
+
+    @staticmethod
+    def _best_of_each(logits: Float[mx.array, "W V"]) -> Int[mx.array, "W C"]:
+        """Return the best column of every group; the n-th has each LISTED-th column from n on."""
+        rows, columns = logits.shape
+        if spare := -columns % LISTED:
+            logits = mx.pad(logits, [(0, 0), (0, spare)], constant_values=-mx.inf)
+        groups = logits.reshape(rows, -1, LISTED)
+        return mx.argmax(groups, axis=1) * LISTED + mx.arange(LISTED)

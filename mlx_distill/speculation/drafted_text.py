@@ -7,12 +7,12 @@ from typing import NamedTuple, TypeAlias
 import mlx.core as mx
 from jaxtyping import Float, Int
 
+from mlx_distill.blas.openblas import let_draft
 from mlx_distill.core.block_verification import OnceNoise
 from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling, TextNoise
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Outcome, Planner
-from mlx_distill.openblas import let_draft
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import Ledger
 from mlx_distill.speculation.phases import phase

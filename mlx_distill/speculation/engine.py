@@ -25,13 +25,13 @@ from mlx import nn
 from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_distill.blas.openblas import drafting_threads, let_draft
 from mlx_distill.compat import wired
 from mlx_distill.core.sampling import TextNoise
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
 from mlx_distill.drafters.protocol import Drafter, Planner
 from mlx_distill.limits import check_value
-from mlx_distill.openblas import drafting_threads, let_draft
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
 from mlx_distill.speculation.batched_text import BatchedText

@@ -17,11 +17,11 @@ from jaxtyping import Int
 from mlx_lm.generate import generation_stream
 
 from mlx_distill.arrays import to_number
+from mlx_distill.blas.openblas import let_draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.verification import follow
 from mlx_distill.drafters.protocol import Features, Listens, Rests
 from mlx_distill.kernels.sampler import draw_tokens
-from mlx_distill.openblas import let_draft
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.cycle import Cycle, RootReport, failed_after
 from mlx_distill.speculation.drafted_text import DecodedToken, Decoding

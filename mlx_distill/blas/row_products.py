@@ -101,6 +101,8 @@ def _build(folder: Path, library: str) -> tuple[int, Path] | None:
         except subprocess.CalledProcessError:
             rows = 0
             made.write_bytes(b"")
+        for damaged in folder.glob(f"{_key()}-*.so"):
+            damaged.unlink(missing_ok=True)
         kept = folder / f"{_key()}-{rows}-{_digest(made)}.so"
         made.replace(kept)
     return rows, kept

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
-from mlx_distill.row_products import load_row_products
+from mlx_distill.blas.row_products import load_row_products
 
 HINT = (
     "mlx_distill: OpenBLAS was not found, so matrix products run up to 60 times slower; "
