@@ -308,12 +308,15 @@ void use(Gemm gemm, int (*threads)(), int rows) {
 void cblas_sgemm(int order, int trans_x, int trans_w, int m, int n, int k, float alpha,
                  const float* x, int ldx, const float* w, int ldw, float beta, float* y, int ldy) {
     const bool by_rows = trans_x == NO_TRANSPOSE || (m == 1 && ldx == 1);  // a row is both
-    const bool few = order == ROW_MAJOR && by_rows && 0 < m && m <= most_rows && 0 < n && 0 < k;
-    const Product product{m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy, n};
-    if (few && trans_w == TRANSPOSE)
-        multiply(product);
-    else if (few && trans_w == NO_TRANSPOSE && n <= NARROW)
-        multiply_narrow(product);
+    const bool vector = n == 1 && ldy == 1 && (trans_w == TRANSPOSE || ldw == 1);
+    if (order != ROW_MAJOR || !by_rows || m < 1 || n < 1 || k < 1)
+        blas(order, trans_x, trans_w, m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy);
+    else if (vector)  // is the one row, and x the matrix
+        multiply({1, m, k, alpha, w, k, x, ldx, beta, y, m, m});
+    else if (m <= most_rows && trans_w == TRANSPOSE)
+        multiply({m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy, n});
+    else if (m <= most_rows && n <= NARROW)
+        multiply_narrow({m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy, n});
     else
         blas(order, trans_x, trans_w, m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy);
 }

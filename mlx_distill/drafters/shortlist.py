@@ -7,7 +7,7 @@ in the basis's directions names the columns that are worth asking, and only thei
     columns = best of  (x B) (W B)'      B: the R directions that W's rows lie in most
     logits  = x W[columns]'
 
-Of SmolLM2's drafter, 99 % of the four likeliest of 16,384 tokens are among 512 that 128 directions
+Of SmolLM2's drafter, 98 % of the four likeliest of 16,384 tokens are among 512 that 128 directions
 of 576 name, and a third of the bytes is read. Columns that are not listed count as impossible; a
 draft may be any, so this costs acceptance at the most.
 """
