@@ -34,13 +34,13 @@ def load_openblas(library: str = "libopenblas.so.0") -> bool:
     """
     if sys.platform != "linux":
         return False
-    global _openblas, _row_products
+    global _openblas, _most_rows
     imported = "mlx.core" in sys.modules
     try:
         loaded = _is_loaded("libopenblas")
         _openblas = ctypes.CDLL(library)
         if not imported and not loaded:
-            _row_products = load_row_products(_openblas, library)
+            _most_rows = load_row_products(_openblas, library)
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
     except OSError:
         print(HINT, file=sys.stderr)
@@ -98,9 +98,12 @@ _users, _threads, _for_drafts, _used = 0, 0, 0, 0
 _preferred: int | None = None
 
 
-def multiplies_rows() -> bool:
-    """Return whether products of a few rows are our own and not OpenBLAS's."""
-    return _row_products
+def most_rows() -> int:
+    """Return up to how many rows of float32 are multiplied by our own products.
+
+    There a row's product with a matrix has the same bits beside any others. 0: OpenBLAS does all.
+    """
+    return _most_rows
 
 
 def is_set_by_user() -> bool:
@@ -148,7 +151,7 @@ def fastest_threads(library: ctypes.CDLL, threads: int) -> int:
 
 
 _openblas: ctypes.CDLL | None = None
-_row_products = False
+_most_rows = 0
 
 
 def _is_loaded(name: str) -> bool:

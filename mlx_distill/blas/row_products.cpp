@@ -20,6 +20,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace {
@@ -210,7 +211,7 @@ void multiply_narrow(const Product& p) {
 
 // One product at a time and the threads that help with it. `ticket` holds how many may help, the
 // next chunk and the number of chunks: whoever raises it has that chunk. A thread that comes late
-// takes none, so that a product never waits for a thread that the system does not run.
+// takes none, so that a product waits for chunks that were begun and not for threads.
 struct Team {
     std::mutex busy;
     Product product;
@@ -263,16 +264,20 @@ struct Team {
     }
 
     void multiply(const Product& asked, long chunks, int helpers) {
-        for (; started < helpers; started++) std::thread(&Team::help, this, started).detach();
+        try {
+            for (; started < helpers; started++) std::thread(&Team::help, this, started).detach();
+        } catch (const std::system_error&) {  // the system gives no more
+            helpers = started;
+        }
         product = asked;
         done = 0;
-        ticket = uint64_t(helpers) << 48 | uint64_t(chunks);
+        ticket = uint64_t(std::max(helpers, 1)) << 48 | uint64_t(chunks);  // 0 is who asks, too
         if (asleep) {
             std::lock_guard lock(sleep);
             wake.notify_all();
         }
         work(0);
-        while (done.load() < chunks) relax();
+        for (int i = 0; done.load() < chunks; i++) i < 1000 ? relax() : void(sched_yield());
     }
 };
 

@@ -26,8 +26,8 @@ COMPILER = ("g++", "-std=c++17", "-O3", "-march=native", "-pthread")
 LONGEST_BUILD_S = 120
 
 
-def load_row_products(blas: ctypes.CDLL, library: str) -> bool:
-    """Put the products in front of a BLAS, and return whether they are used.
+def load_row_products(blas: ctypes.CDLL, library: str) -> int:
+    """Put the products in front of a BLAS, and return up to how many rows they are used; 0 is none.
 
     Symbols of what is loaded globally first win, so it comes before the BLAS is.
 
@@ -36,19 +36,19 @@ def load_row_products(blas: ctypes.CDLL, library: str) -> bool:
         library: Its name.
     """
     if os.environ.get(SWITCH) == "0":
-        return False
+        return 0
     try:
         folder = cache_folder("products")
         rows, file = _find(folder) or _build(folder, library) or (0, None)
         if not rows:
-            return False
+            return 0
         products = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
     except (OSError, RuntimeError):  # no folder, no home, or a library that cannot be loaded
-        return False
+        return 0
     address = ctypes.c_void_p
     gemm, threads = blas.cblas_sgemm, blas.openblas_get_num_threads
     products.use(ctypes.cast(gemm, address), ctypes.cast(threads, address), rows)
-    return True
+    return rows
 
 
 def _key() -> str:

@@ -53,7 +53,7 @@ def identity(pair: Pair) -> dict[str, Any]:
         "drafter": f"{type(pair.drafter).__name__} {drafter or ''}".strip(),
         "drafter_weights": {} if network is None else _precision(network),
         "cache": {"kv_bits": pair.cache.kv_bits, "max_kv_size": pair.cache.max_kv_size},
-        **({"row_products": True} if openblas.multiplies_rows() else {}),
+        **({"row_products": openblas.most_rows()} if openblas.most_rows() else {}),
         **({"exact_rows": True} if pair.exact_rows else {}),
     }
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float
 
+from mlx_distill.blas import openblas
 from mlx_distill.kernels.choice import Case, Operation, chosen
 from mlx_distill.kernels.product_cases import exact, matrix, off, tried
 from mlx_distill.kernels.product_source import Matrix, Packed, launch, takes
@@ -46,11 +47,14 @@ def one_by_one(
     The rows are a batch of matrices of one row, by copies of the weights that take no memory: MLX
     multiplies such one after the other, and would otherwise make one matrix of them. Packed weights
     are multiplied row by row anyway on a CPU, and by vectors on a GPU, if the rows are a batch.
+    Our own products of a few rows keep a row's bits themselves.
     """
     count, rows = x.shape[0], x[:, None]
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    kept = packed is not None or (x.dtype == mx.float32 and count <= openblas.most_rows())
+    if on_cpu and kept:
+        return _twin(x, weight, bias, packed)
     if packed is not None:
-        if mx.default_device() == mx.Device(mx.cpu):
-            return _twin(x, weight, bias, packed)
         return mx.concatenate([_twin(row, weight, bias, packed) for row in rows])
     matrices = mx.broadcast_to(weight.T, (count, weight.shape[1], weight.shape[0]))
     return (rows @ matrices if bias is None else mx.addmm(bias, rows, matrices))[:, 0]
