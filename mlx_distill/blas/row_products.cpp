@@ -10,6 +10,11 @@
 //
 // Layout: x (m, k), w (n, k) or (k, n), and y (m, n), row by row, ld floats from row to row.
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
@@ -17,8 +22,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
+#include <cstring>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -80,10 +87,39 @@ Vector load(const float* from) {
     return lanes;
 }
 
+// Load the last few of a row; the other lanes are 0. A loop over single numbers would be rounded in
+// one way or another, as the compiler likes it.
+Vector load(const float* from, int count) {
+    Vector lanes = {};
+    std::memcpy(&lanes, from, count * sizeof(float));
+    return lanes;
+}
+
+Vector spread(float value) { return value - Vector{}; }
+
+// Return a * b + c with one rounding. Written out: a compiler that avoids chains of these for some
+// processors does so in one function and not in the next, and a row's bits would depend on it.
+Vector fused(Vector a, Vector b, Vector c) {
+#if defined(__AVX512F__)
+    return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+    return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;
+#endif
+}
+
 float sum(Vector lanes) {
     for (int half = LANES / 2; half; half /= 2)
         for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
     return lanes[0];
+}
+
+// Add a product to what is there, scaled; by 0, that is not read.
+void scale(float product, float beta, float& to) {
+    to = beta == 0 ? product : std::fma(beta, to, product);
 }
 
 // Multiply R rows of x with C rows of w, and fetch F of the rows of w from `ahead` on.
@@ -102,16 +138,17 @@ void multiply(const Product& p, const float* x, const float* w, const float* ahe
         for (int r = 0; r < R; r++) {
             Vector row = load(x + r * p.ldx + k);
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) sums[r][c] += row * columns[c];
+            for (int c = 0; c < C; c++) sums[r][c] = fused(row, columns[c], sums[r][c]);
         }
     }
-    for (int r = 0; r < R; r++)
+    if (const int left = p.k - k)
         for (int c = 0; c < C; c++) {
-            float value = sum(sums[r][c]);
-            for (int i = k; i < p.k; i++) value += x[r * p.ldx + i] * w[c * p.ldw + i];
-            float& to = y[r * p.ldy + c];
-            to = p.alpha * value + (p.beta == 0 ? 0 : p.beta * to);
+            const Vector column = load(w + c * p.ldw + k, left);
+            for (int r = 0; r < R; r++)
+                sums[r][c] = fused(load(x + r * p.ldx + k, left), column, sums[r][c]);
         }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) scale(p.alpha * sum(sums[r][c]), p.beta, y[r * p.ldy + c]);
 }
 
 template <int C, int F>
@@ -169,14 +206,13 @@ void multiply_down(const Product& p, const float* x, const float* w, int depth, 
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
-            for (int c = 0; c < C; c++) sums[r][c] += x[r * p.ldx + k] * columns[c];
+            for (int c = 0; c < C; c++)
+                sums[r][c] = fused(spread(x[r * p.ldx + k]), columns[c], sums[r][c]);
     }
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++)
-            for (int i = 0; i < LANES; i++) {
-                float& to = y[r * p.ldy + c * LANES + i];
-                to = p.alpha * sums[r][c][i] + (beta == 0 ? 0 : beta * to);
-            }
+            for (int i = 0; i < LANES; i++)
+                scale(p.alpha * sums[r][c][i], beta, y[r * p.ldy + c * LANES + i]);
 }
 
 template <int C>
@@ -199,13 +235,15 @@ void multiply_narrow(const Product& p) {
             multiply_down<2>(p, k, column, depth, beta);
         for (; column + LANES <= p.n; column += LANES)
             multiply_down<1>(p, k, column, depth, beta);
-        for (; column < p.n; column++)
-            for (int row = 0; row < p.m; row++) {
-                float value = 0, &to = p.y[row * p.ldy + column];
-                for (int i = k; i < k + depth; i++)
-                    value += p.x[row * p.ldx + i] * p.w[i * p.ldw + column];
-                to = p.alpha * value + (beta == 0 ? 0 : beta * to);
-            }
+        const int left = p.n - column;
+        for (int row = 0; left && row < p.m; row++) {
+            Vector lanes = {};
+            for (int i = k; i < k + depth; i++)
+                lanes = fused(spread(p.x[row * p.ldx + i]),
+                              load(p.w + i * p.ldw + column, left), lanes);
+            for (int i = 0; i < left; i++)
+                scale(p.alpha * lanes[i], beta, p.y[row * p.ldy + column + i]);
+        }
     }
 }
 
