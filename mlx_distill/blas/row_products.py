@@ -15,10 +15,12 @@ import hashlib
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 from mlx_distill.user_cache import cache_folder
 
+HINT = "mlx_distill: compiling products of a few rows for this machine, once"
 SWITCH = "MLX_DISTILL_ROW_PRODUCTS"  # 0: OpenBLAS alone, to compare
 SOURCE = Path(__file__).with_name("row_products.cpp")
 PROBE = Path(__file__).with_name("row_products_probe.cpp")
@@ -78,13 +80,21 @@ def _build(folder: Path, library: str) -> tuple[int, Path] | None:
 
     What cannot be compiled, or is wrong, is kept as an empty one for 0 rows: it is not tried again.
     """
+    import fcntl
     import subprocess
     import tempfile
 
     if shutil.which(COMPILER[0]) is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as place:
+    with (
+        open(folder / "building", "w") as lock,
+        tempfile.TemporaryDirectory(prefix="building-", dir=folder) as place,
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if found := _find(folder):  # another process has built it meanwhile
+            return found
+        print(HINT, file=sys.stderr)
         made, probe = Path(place, "products.so"), Path(place, "probe")
 
         def run(*command: str | Path) -> str:
