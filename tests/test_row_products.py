@@ -37,7 +37,7 @@ def products(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = ctypes.CDLL(made)
     address = ctypes.c_void_p
     gemm, threads = blas.cblas_sgemm, blas.openblas_get_num_threads
-    library.use(ctypes.cast(gemm, address), ctypes.cast(threads, address), ROWS)
+    library.mlx_distill_use(ctypes.cast(gemm, address), ctypes.cast(threads, address), ROWS)
     return library
 
 

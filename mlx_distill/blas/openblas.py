@@ -101,7 +101,8 @@ _preferred: int | None = None
 def most_rows() -> int:
     """Return up to how many rows of float32 are multiplied by our own products.
 
-    There a row's product with a matrix has the same bits beside any others. 0: OpenBLAS does all.
+    There a row's product with a matrix has the same bits beside any others, if both lie row by row.
+    0: OpenBLAS does all.
     """
     return _most_rows
 

@@ -337,10 +337,10 @@ void multiply(Product p) {
 
 }  // namespace
 
-extern "C" {
+#define EXPORTED extern "C" __attribute__((visibility("default")))
 
 // Use a BLAS for what is not done here, so many threads as it says, and up to so many rows of x.
-void use(Gemm gemm, int (*threads)(), int rows) {
+EXPORTED void mlx_distill_use(Gemm gemm, int (*threads)(), int rows) {
     blas = gemm;
     num_threads = threads;
     most_rows = rows;
@@ -348,19 +348,18 @@ void use(Gemm gemm, int (*threads)(), int rows) {
     process = getpid();
 }
 
-void cblas_sgemm(int order, int trans_x, int trans_w, int m, int n, int k, float alpha,
-                 const float* x, int ldx, const float* w, int ldw, float beta, float* y, int ldy) {
+EXPORTED void cblas_sgemm(int order, int trans_x, int trans_w, int m, int n, int k, float alpha,
+                          const float* x, int ldx, const float* w, int ldw, float beta, float* y,
+                          int ldy) {
     const bool by_rows = trans_x == NO_TRANSPOSE || (m == 1 && ldx == 1);  // a row is both
-    const bool vector = n == 1 && ldy == 1 && (trans_w == TRANSPOSE || ldw == 1);
-    if (order != ROW_MAJOR || !by_rows || m < 1 || n < 1 || k < 1)
-        blas(order, trans_x, trans_w, m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy);
-    else if (vector)  // is the one row, and x the matrix
+    const bool ours = order == ROW_MAJOR && by_rows && m > 0 && n > 0 && k > 0 && alpha != 0;
+    const bool as_row = trans_w == TRANSPOSE || (trans_w == NO_TRANSPOSE && ldw == 1);
+    if (ours && n == 1 && ldy == 1 && as_row)  // a vector is the one row, and x the matrix
         multiply({1, m, k, alpha, w, k, x, ldx, beta, y, m, m});
-    else if (m <= most_rows && trans_w == TRANSPOSE)
+    else if (ours && m <= most_rows && trans_w == TRANSPOSE)
         multiply({m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy, n});
-    else if (m <= most_rows && n <= NARROW)
+    else if (ours && m <= most_rows && trans_w == NO_TRANSPOSE && n <= NARROW)
         multiply_narrow({m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy, n});
     else
         blas(order, trans_x, trans_w, m, n, k, alpha, x, ldx, w, ldw, beta, y, ldy);
-}
 }

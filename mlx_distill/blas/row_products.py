@@ -24,7 +24,7 @@ HINT = "mlx_distill: compiling products of a few rows for this machine, once"
 SWITCH = "MLX_DISTILL_ROW_PRODUCTS"  # 0: OpenBLAS alone, to compare
 SOURCE = Path(__file__).with_name("row_products.cpp")
 PROBE = Path(__file__).with_name("row_products_probe.cpp")
-COMPILER = ("g++", "-std=c++17", "-O3", "-march=native", "-pthread")
+COMPILER = ("g++", "-std=c++17", "-O3", "-march=native", "-fvisibility=hidden", "-pthread")
 LONGEST_BUILD_S = 120
 
 
@@ -39,18 +39,21 @@ def load_row_products(blas: ctypes.CDLL, library: str) -> int:
     """
     if os.environ.get(SWITCH) == "0":
         return 0
+    address = ctypes.c_void_p
     try:
         folder = cache_folder("products")
         rows, file = _find(folder) or _build(folder, library) or (0, None)
         if not rows:
             return 0
-        products = ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
-    except (OSError, RuntimeError):  # no folder, no home, or a library that cannot be loaded
-        return 0
-    address = ctypes.c_void_p
-    gemm, threads = blas.cblas_sgemm, blas.openblas_get_num_threads
-    products.use(ctypes.cast(gemm, address), ctypes.cast(threads, address), rows)
-    return rows
+        products = ctypes.CDLL(str(file))
+        gemm, threads = blas.cblas_sgemm, blas.openblas_get_num_threads
+        products.mlx_distill_use(ctypes.cast(gemm, address), ctypes.cast(threads, address), rows)
+        ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)  # what it calls is known by now
+        first = ctypes.cast(ctypes.CDLL(None).cblas_sgemm, address).value
+        won = first == ctypes.cast(products.cblas_sgemm, address).value
+    except (OSError, RuntimeError, AttributeError, ValueError):
+        return 0  # no folder, no home, a library that cannot be loaded or is another one
+    return rows if won else 0
 
 
 def _key() -> str:
@@ -87,32 +90,30 @@ def _build(folder: Path, library: str) -> tuple[int, Path] | None:
     if shutil.which(COMPILER[0]) is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    with (
-        open(folder / "building", "w") as lock,
-        tempfile.TemporaryDirectory(prefix="building-", dir=folder) as place,
-    ):
+    with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if found := _find(folder):  # another process has built it meanwhile
             return found
         print(HINT, file=sys.stderr)
-        made, probe = Path(place, "products.so"), Path(place, "probe")
+        for left in folder.glob("building-*"):
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="building-", dir=folder) as place:
+            made, probe = Path(place, "products.so"), Path(place, "probe")
 
-        def run(*command: str | Path) -> str:
-            return subprocess.run(
-                command, check=True, capture_output=True, text=True, timeout=LONGEST_BUILD_S
-            ).stdout
+            def run(*command: str | Path) -> bytes:
+                return subprocess.run(
+                    command, check=True, capture_output=True, timeout=LONGEST_BUILD_S
+                ).stdout
 
-        try:
-            run(*COMPILER, "-shared", "-fPIC", SOURCE, "-o", made)
-            run(*COMPILER, PROBE, "-o", probe, "-ldl")
-            rows = int(run(probe, made, library))
-        except subprocess.TimeoutExpired:
-            return None
-        except subprocess.CalledProcessError:
-            rows = 0
-            made.write_bytes(b"")
-        for damaged in folder.glob(f"{_key()}-*.so"):
-            damaged.unlink(missing_ok=True)
-        kept = folder / f"{_key()}-{rows}-{_digest(made)}.so"
-        made.replace(kept)
-    return rows, kept
+            try:
+                run(*COMPILER, "-shared", "-fPIC", SOURCE, "-o", made)
+                run(*COMPILER, PROBE, "-o", probe, "-ldl")
+                rows = int(run(probe, made, library))
+            except (OSError, subprocess.SubprocessError):
+                rows = 0
+                made.write_bytes(b"")
+            for damaged in folder.glob(f"{_key()}-*.so"):
+                damaged.unlink(missing_ok=True)
+            kept = folder / f"{_key()}-{rows}-{_digest(made)}.so"
+            made.replace(kept)
+            return rows, kept

@@ -47,13 +47,13 @@ def one_by_one(
     The rows are a batch of matrices of one row, by copies of the weights that take no memory: MLX
     multiplies such one after the other, and would otherwise make one matrix of them. Packed weights
     are multiplied row by row anyway on a CPU, and by vectors on a GPU, if the rows are a batch.
-    Our own products of a few rows keep a row's bits themselves.
+    Our own products of a few rows keep a row's bits themselves, where rows lie behind each other.
     """
     count, rows = x.shape[0], x[:, None]
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     kept = packed is not None or (x.dtype == mx.float32 and count <= openblas.most_rows())
     if on_cpu and kept:
-        return _twin(x, weight, bias, packed)
+        return _twin(mx.contiguous(x), mx.contiguous(weight), bias, packed)
     if packed is not None:
         return mx.concatenate([_twin(row, weight, bias, packed) for row in rows])
     matrices = mx.broadcast_to(weight.T, (count, weight.shape[1], weight.shape[0]))
