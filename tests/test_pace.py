@@ -46,6 +46,30 @@ def test_a_machine_that_drifts_changes_no_price(period: int) -> None:
         assert pace.price(1.5) == pytest.approx(1.5, rel=0.1)
 
 
+@pytest.mark.parametrize("foretold", [1.1, 1.2, 1.5])
+def test_drafts_that_are_dearer_in_another_text_are_not_taken_for_a_slow_machine(
+    foretold: float,
+) -> None:
+    """Though no plain step is seen: else a text that loses would seem to gain."""
+    pace, random = cycles(1.0, 1.0, 200), np.random.default_rng(0)
+    pace.another_text()
+    took = [pace.learn(foretold, 1.5 * random.lognormal(0, 0.05)) for _ in range(60)]
+    right = max(1.5, foretold)
+    assert np.mean(took) == pytest.approx(right, rel=0.06)
+    assert pace.price(foretold) == pytest.approx(right, rel=0.06)
+
+
+def test_many_texts_at_once_are_no_less_known_than_one() -> None:
+    prices = []
+    for number in (1, 64):
+        pace = cycles(1.3, 1.0, 200)
+        for _ in range(number):
+            pace.another_text()
+        pace.learn(1.5, 3.0)
+        prices.append(pace.price(1.5))
+    assert prices[1] == pytest.approx(prices[0])
+
+
 def test_a_stall_counts_as_a_slow_cycle() -> None:
     pace = cycles(1.0, 1.0, 200)
     assert pace.learn(1.5, 500.0) < 2.6

@@ -19,10 +19,12 @@ import math
 
 import numpy as np
 
-# Per cycle, as shares: how far both drift together, and what drafting adds by itself.
-DRIFT, OWN_DRIFT = 0.02, 0.003
-# How far one cycle is off by chance; how far c and d are unknown at first, together and apart.
-NOISE, FIRST, FIRST_APART = 0.15, 0.3, 0.3
+# Per cycle, as shares: how far both drift together, and what drafting adds by itself. What is too
+# dear for long is so by itself: plain steps that nobody sees are not taken to be as slow.
+DRIFT, OWN_DRIFT = 0.01, 0.01
+# How far one cycle is off by chance; how far c and d are unknown at first, together and apart, and
+# how far d is in another text, which has another context.
+NOISE, FIRST, FIRST_APART, APART = 0.15, 0.3, 0.3, 0.4
 OUTLIER = 3.0
 ALWAYS = 0.25  # a
 # However it looks, drafting adds no less and no more than this, compared with what was foretold.
@@ -51,6 +53,11 @@ class Pace:
     def was_crowded(self) -> bool:
         """Whether steps are so much faster than foretold that this was measured beside others."""
         return self._step + SURELY * math.sqrt(self._step_var) < CROWDED
+
+    def another_text(self) -> None:
+        """Take note that what follows is another text: what drafts add to its steps may differ."""
+        apart = self._more_var - self._both**2 / self._step_var
+        self._more_var += max(0.0, (APART * self._more) ** 2 - apart)
 
     def prices(self, foretold: np.ndarray) -> np.ndarray:
         """Return what cycles take, in plain steps of now; ``foretold`` is in those of then."""

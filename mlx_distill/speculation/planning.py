@@ -53,8 +53,9 @@ FIRST_WAIT, LAST_WAIT = 8, 128
 # A text that follows a parked one waits as long as that one would have, but no longer than the
 # first of these; with every further text that is parked the wait is doubled, up to the second. So
 # does the first text, where next to nothing of the default shape's drafts was accepted while the
-# costs were measured: a cycle brought less than so many tokens.
-AT_FIRST, MOST_AT_FIRST, NEXT_TO_NOTHING = 32, 128, 1.1
+# costs were measured: a cycle brought less than so many tokens. Where drafts have ever paid, waits
+# are only this share as long, and what was written plainly at the end of other texts counts.
+AT_FIRST, MOST_AT_FIRST, NEXT_TO_NOTHING, ONCE_PAID = 32, 128, 1.1, 1 / 4
 # A trial of a drafter that has not proved itself is over after so many drafts in vain.
 IN_VAIN = 2
 # What a trial finds weighs against so many cycles of what was known before; a new text begins with
@@ -166,9 +167,12 @@ class AdaptivePlanner:
         self._used = np.zeros(self._most_tokens.shape, np.bool_)
         size = int(max(self.nodes, default=1))
         self._known = Acceptance(costs.lengths, costs.widths, size)
-        # Tokens that a new text waits: none, if the text that chose last is drafted for.
+        # Tokens until a new text is tried: none, if the text that chose last is drafted for.
         brought = max(costs.cycle_tokens, costs.sampled_cycle_tokens)  # few cycles may mislead
         self._wait = AT_FIRST if 0 < brought < NEXT_TO_NOTHING else 0
+        self._has_paid = False  # drafts, in any text so far
+        self._is_tried = False  # with some success in the latest text, which may have ended then
+        self._plain_tokens = 0  # since anything was drafted, in all texts
         self._pace = Pace()
         self._look_after, self._unseen = FIRST_LOOK, 0  # timed drafts, also since a plain step
         self._texts: OrderedDict[int, TextState] = OrderedDict()
@@ -196,6 +200,7 @@ class AdaptivePlanner:
         state.tokens += steps
         state.context += steps
         state.parked += steps
+        self._plain_tokens += steps
         if seconds is not None:
             self._learn_step(seconds / steps, state.context)
 
@@ -219,7 +224,9 @@ class AdaptivePlanner:
         state = self._texts.get(text)
         if state is None or (outcome is None and state.seen is not None):
             known, wait = self._known.copy(OTHERS_CYCLES), self._wait
-            state = TextState(known, at_first=wait, wait=max(FIRST_WAIT, wait), resume=wait)
+            state = TextState(known, at_first=wait, wait=max(FIRST_WAIT, wait))
+            state.resume = 0 if self._is_tried else max(0, wait - self._plain_tokens)
+            self._pace.another_text()
             self._texts[text] = state
             if len(self._texts) > TEXTS:
                 self._texts.popitem(last=False)
@@ -232,6 +239,7 @@ class AdaptivePlanner:
         state.tokens += gained
         state.context = outcome.cached_tokens + gained
         asked = state.asked[0] or state.asked[1]
+        self._plain_tokens = self._plain_tokens + 1 if size == 1 else 0
         if size == 1 or asked is None:
             self._learn_plain(state, outcome.seconds)
             return
@@ -243,6 +251,7 @@ class AdaptivePlanner:
             state.in_vain = None
         elif state.in_vain is not None:
             state.in_vain += 1
+        self._is_tried = state.in_vain is None
 
     def _price(self, state: TextState, asked: Shape, size: int, seconds: float | None) -> float:
         """Return what a cycle took, in plain steps.
@@ -314,12 +323,15 @@ class AdaptivePlanner:
             self._park(state)
             return
         self._wait, state.wait = 0, FIRST_WAIT
+        self._has_paid |= state.acceptance.cycles >= PROVED_CYCLES
         state.cycles = CYCLES
 
     def _park(self, state: TextState) -> None:
         """Decode plainly for a while, in the texts that follow, too."""
-        others = max(2 * state.at_first, min(state.wait, AT_FIRST))
-        self._wait = min(others, MOST_AT_FIRST)
+        share = ONCE_PAID if self._has_paid else 1.0
+        others = max(2 * state.at_first, min(state.wait, round(share * AT_FIRST)))
+        self._wait = min(others, round(share * MOST_AT_FIRST))
+        self._is_tried = False
         self._wait_on(state)
 
     def _wait_on(self, state: TextState) -> None:
@@ -329,7 +341,7 @@ class AdaptivePlanner:
 
     def _try(self, state: TextState) -> None:
         """Draft again, whatever is known: what a trial finds weighs more than what was before."""
-        if state.resume:
+        if state.resume or state.at_first:
             state.acceptance = state.acceptance.copy(OLD_CYCLES)
         state.in_vain = 0
         state.shape = self._best(state, 0.0)
