@@ -53,9 +53,11 @@ constexpr int LANES = 4;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4)));
 
-constexpr int COLUMNS = 3;  // rows of w that are multiplied at once: 3 x 4 sums fill 16 registers
-constexpr int ROWS = 4;     // rows of x that are multiplied at once
+// Rows of x and rows of w that are multiplied at once: as many sums as there is room for in 16
+// registers, or in the 32 of AVX-512.
+constexpr int ROWS = LANES == 16 ? 6 : 4, COLUMNS = LANES == 16 ? 4 : 3;
 constexpr int NARROW = 256;   // columns of a w that is not transposed
+constexpr int DOWN = 4;       // rows of x that are multiplied with it at once
 constexpr int DEPTH = 256;    // rows of it that are multiplied at once; they stay in the cache
 constexpr long CHUNK_BYTES = 64 << 10;  // of w: what a thread takes at a time, some microseconds
 constexpr long LEAST_BYTES = 256 << 10;  // a smaller w is multiplied by the thread that asks
@@ -111,15 +113,46 @@ Vector fused(Vector a, Vector b, Vector c) {
 #endif
 }
 
-float sum(Vector lanes) {
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+// Return the sums of every two lanes that lie `HALF` apart, of a in the lanes without that bit and
+// of b in those with it.
+template <int HALF>
+Vector folded(Vector a, Vector b) {
+    typedef int Places __attribute__((vector_size(4 * LANES)));
+    Places first, second;
+    for (int i = 0; i < LANES; i++) {
+        first[i] = i & HALF ? LANES + i - HALF : i;
+        second[i] = i & HALF ? LANES + i : i + HALF;
+    }
+    return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+}
+
+// Return the sums of the lanes of N vectors, a lane for each; halves are added to halves, whatever
+// N is. One by one that took longer than the multiplication of rows as short as a head.
+template <int N, int HALF = LANES / 2>
+Vector sums_of(Vector* lanes) {
+    for (int i = 0; i < std::min(N, HALF); i++)
+        lanes[i] = folded<HALF>(lanes[i], lanes[i + HALF < N ? i + HALF : i]);
+    if constexpr (HALF == 1)
+        return lanes[0];
+    else
+        return sums_of<std::min(N, HALF), HALF / 2>(lanes);
 }
 
 // Add a product to what is there, scaled; by 0, that is not read.
 void scale(float product, float beta, float& to) {
     to = beta == 0 ? product : std::fma(beta, to, product);
+}
+
+// Write the sums of the lanes of N vectors, so many of them in a row.
+template <int N>
+void write(const Product& p, Vector* lanes, int columns, float* y, int place = 0) {
+    constexpr int now = std::min(N, LANES);
+    const Vector found = sums_of<now>(lanes) * p.alpha;
+    for (int i = 0; i < now; i++, place++) {
+        float& to = y[place / columns * p.ldy + place % columns];
+        to = p.beta == 0 ? found[i] : std::fma(p.beta, to, found[i]);
+    }
+    if constexpr (N > LANES) write<N - LANES>(p, lanes + LANES, columns, y, place);
 }
 
 // Multiply R rows of x with C rows of w, and fetch F of the rows of w from `ahead` on.
@@ -129,15 +162,15 @@ void multiply(const Product& p, const float* x, const float* w, const float* ahe
     int k = 0;
     for (; k + LANES <= p.k; k += LANES) {
         if (k % 16 == 0)  // a line of the cache holds 16
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int f = 0; f < F; f++) __builtin_prefetch(ahead + f * p.ldw + k, 0, 2);
         Vector columns[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) columns[c] = load(w + c * p.ldw + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++) {
             Vector row = load(x + r * p.ldx + k);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < C; c++) sums[r][c] = fused(row, columns[c], sums[r][c]);
         }
     }
@@ -147,8 +180,7 @@ void multiply(const Product& p, const float* x, const float* w, const float* ahe
             for (int r = 0; r < R; r++)
                 sums[r][c] = fused(load(x + r * p.ldx + k, left), column, sums[r][c]);
         }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) scale(p.alpha * sum(sums[r][c]), p.beta, y[r * p.ldy + c]);
+    write<R * C>(p, sums[0], C, y);
 }
 
 template <int C, int F>
@@ -158,7 +190,9 @@ void multiply(int rows, const Product& p, const float* x, const float* w, const 
         case 1: return multiply<1, C, F>(p, x, w, ahead, y);
         case 2: return multiply<2, C, F>(p, x, w, ahead, y);
         case 3: return multiply<3, C, F>(p, x, w, ahead, y);
-        default: return multiply<4, C, F>(p, x, w, ahead, y);
+        case 4: return multiply<4, C, F>(p, x, w, ahead, y);
+        case 5: return multiply<std::min(5, ROWS), C, F>(p, x, w, ahead, y);
+        default: return multiply<ROWS, C, F>(p, x, w, ahead, y);
     }
 }
 
@@ -177,8 +211,9 @@ void columns(const Product& p, long column) {
         switch (fetch) {
             case 0: multiply<C, 0>(rows, p, x, w, from, y); break;
             case 1: multiply<C, 1>(rows, p, x, w, from, y); break;
-            case 2: multiply<C, 2>(rows, p, x, w, from, y); break;
-            default: multiply<C, 3>(rows, p, x, w, from, y); break;
+            case 2: multiply<C, std::min(2, C)>(rows, p, x, w, from, y); break;
+            case 3: multiply<C, std::min(3, C)>(rows, p, x, w, from, y); break;
+            default: multiply<C, C>(rows, p, x, w, from, y); break;
         }
         fetched += fetch;
         x += rows * p.ldx;
@@ -201,11 +236,11 @@ void multiply_down(const Product& p, const float* x, const float* w, int depth, 
     Vector sums[R][C] = {};
     for (int k = 0; k < depth; k++) {
         Vector columns[C];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int c = 0; c < C; c++) columns[c] = load(w + k * p.ldw + c * LANES);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int c = 0; c < C; c++)
                 sums[r][c] = fused(spread(x[r * p.ldx + k]), columns[c], sums[r][c]);
     }
@@ -220,8 +255,8 @@ void multiply_down(const Product& p, int k, int column, int depth, float beta) {
     const float *x = p.x + k, *w = p.w + k * p.ldw + column;
     float* y = p.y + column;
     int row = 0;
-    for (; row + ROWS <= p.m; row += ROWS)
-        multiply_down<ROWS, C>(p, x + row * p.ldx, w, depth, beta, y + row * p.ldy);
+    for (; row + DOWN <= p.m; row += DOWN)
+        multiply_down<DOWN, C>(p, x + row * p.ldx, w, depth, beta, y + row * p.ldy);
     for (; row < p.m; row++)
         multiply_down<1, C>(p, x + row * p.ldx, w, depth, beta, y + row * p.ldy);
 }

@@ -1,9 +1,7 @@
 """Attention of a tree's nodes, taken over from a model's attention modules during a call.
 
-mlx-lm's modules call the function ``scaled_dot_product_attention`` of their file. A module that is
-taught here gets a class of its own, under the same name, that runs the very code of its former one
-with another function under that name: it does what the former did, but for the nodes of a tree it
-may attend as was chosen (``kernels``), or, where rows are to be exact, node by node:
+Modules that are taught (``teaching``) do what they did, but for the nodes of a tree they may attend
+as was chosen (``kernels``, ``powers``), or, where rows are to be exact, node by node:
 
     cached keys   k k k k k        nodes  A B C D, B and C children of A, D a child of B
     A attends to  k k k k k A      D attends to  k k k k k A B D
@@ -14,7 +12,6 @@ of the same terms in the same order.
 
 import functools
 from collections.abc import Callable, Sequence
-from types import FunctionType
 from typing import TypeAlias, cast
 
 import mlx.core as mx
@@ -24,12 +21,12 @@ from mlx_lm.models.base import scaled_dot_product_attention
 
 from mlx_distill.kernels.choice import chosen
 from mlx_distill.kernels.tree_attention import MOST_NODES, tree_attention
+from mlx_distill.target import powers
 from mlx_distill.target.batch.view import KeyRowsView
+from mlx_distill.target.teaching import teach
 from mlx_distill.target.tree_cache import TreeCache
 from mlx_distill.target.tree_layout import TreeLayout
-from mlx_distill.target.watching import own_call
 
-NAME = scaled_dot_product_attention.__name__
 Attend: TypeAlias = Callable[..., mx.array]
 # Keys or values; quantised ones are three arrays.
 Kept: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
@@ -40,32 +37,8 @@ class NotExactError(Exception):
 
 
 def wrap_attentions(model: nn.Module) -> None:
-    """Teach every attention module of a model to take the nodes of a tree.
-
-    The modules stay where they are, with their parameters and their type.
-    """
-    for module in model.modules():
-        kind = type(module)
-        if not hasattr(kind, "attends_to_trees") and _calls_attention(kind):
-            module.__class__ = _taught(kind)
-
-
-def _calls_attention(kind: type[nn.Module]) -> bool:
-    call = own_call(kind)
-    if not isinstance(call, FunctionType) or NAME not in call.__code__.co_names:
-        return False
-    return call.__globals__.get(NAME) is scaled_dot_product_attention
-
-
-@functools.cache
-def _taught(kind: type[nn.Module]) -> type[nn.Module]:
-    kind = getattr(kind, "watched_class", kind)
-    call = own_call(kind)
-    assert isinstance(call, FunctionType)
-    names = {**call.__globals__, NAME: attend_nodes}
-    own = FunctionType(call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
-    own.__kwdefaults__ = call.__kwdefaults__
-    return type(kind.__name__, (kind,), {"__call__": own, "attends_to_trees": True})
+    """Teach every attention module of a model to take the nodes of a tree."""
+    teach(model, scaled_dot_product_attention, attend_nodes)
 
 
 def attend_nodes(
@@ -91,15 +64,11 @@ def attend_nodes(
             raise NotExactError
         return _node_by_node(attend, queries, keys, values, layout, layout.exact_paths)
     few = sinks is None and not layout.batched and layout.num_nodes <= MOST_NODES
-    if (
-        plain
-        and few
-        and attends_by_kernel()
-        and isinstance(keys, mx.array)
-        and isinstance(values, mx.array)
-        and isinstance(mask, mx.array)
-    ):
-        return tree_attention(queries, keys, values, mask, layout.mask, scale)
+    if isinstance(keys, mx.array) and isinstance(values, mx.array) and isinstance(mask, mx.array):
+        if plain and few and attends_by_kernel():
+            return tree_attention(queries, keys, values, mask, layout.mask, scale)
+        if sinks is None and powers.attend(queries, keys, values, mask):
+            return powers.attention(queries, keys, values, mask, scale)
     return attend(queries, keys, values, mask=mask)
 
 

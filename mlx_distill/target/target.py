@@ -19,6 +19,7 @@ from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
 from mlx_distill.kernels.products import few_rows_chosen
+from mlx_distill.target import powers
 from mlx_distill.target.attention import attends_by_kernel, wrap_attentions
 from mlx_distill.target.batch.call import RowsCall, call_on_forest, call_on_tokens
 from mlx_distill.target.batch.rows import Rows
@@ -43,7 +44,7 @@ from mlx_distill.target.tree_call import (
     call_on_tree,
     called,
 )
-from mlx_distill.target.watching import Heard, hearing
+from mlx_distill.target.watching import Heard, during, hearing
 
 _opening = threading.Lock()
 
@@ -157,7 +158,17 @@ class Target:
             taps: Numbers of the layers whose outputs the call has, too.
         """
         call = self.model, self.head, tree, caches, self.support, taps
-        return hearing(self._by_kernels(), call_on_tree, *call)
+        heard = self._by_kernels()
+        if tree.tokens.size > 1 and powers.taken() and self._knows_powers:
+            return during(powers.in_use, True, hearing, heard, call_on_tree, *call)
+        return hearing(heard, call_on_tree, *call)
+
+    @cached_property
+    def _knows_powers(self) -> bool:
+        """Whether the modules have been taught to use them; they are when this is asked."""
+        wrap_attentions(self.model)
+        powers.teach_gates(self.model)
+        return True
 
     def stepper(
         self, taps: Sequence[int] = ()

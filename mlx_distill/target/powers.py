@@ -1,0 +1,94 @@
+"""Exponentials of a call of several rows on a processor, as powers of two.
+
+    exp(x) = 2 ** (x log2 e)
+
+Where MLX was built for any x86 processor it computes an exponential in about 10 ns, by a
+polynomial whose every term is a call of the C library; a power is one call, of 3 ns. Softmax and
+SwiGLU have most of them: half of what further rows add to a call of a small model. A probe finds
+out which is faster here. Single rows are left as mlx-lm computes them, and so is everything where
+rows are to be exact: results differ from those in the last places.
+"""
+
+import math
+import statistics
+import time
+from contextvars import ContextVar
+from functools import cache, partial
+
+import mlx.core as mx
+from jaxtyping import Bool, Float
+from mlx import nn
+from mlx_lm.models.activations import swiglu
+
+from mlx_distill.kernels.choice import mode
+from mlx_distill.target.teaching import teach
+
+LOG2_E = math.log2(math.e)
+BARRED = -1e30  # of a score, before its power is 0
+# A power has to take no more than this share of an exponential's time.
+CLEARLY, NUMBERS, ROUNDS = 0.7, 1 << 15, 5
+
+# Whether modules that are taught use them, in this thread.
+in_use: ContextVar[bool] = ContextVar("powers_in_use", default=False)
+
+
+def taken() -> bool:
+    """Return whether calls of several rows use powers: on a processor where they are faster."""
+    if mx.default_device() != mx.Device(mx.cpu) or mode() == "off":
+        return False
+    return mode() == "force" or _are_faster()
+
+
+def teach_gates(model: nn.Module) -> None:
+    """Teach a model's gates to use powers where these are in use."""
+    teach(model, swiglu, gate)
+
+
+@cache
+def _are_faster() -> bool:
+    numbers = mx.random.normal((NUMBERS,), key=mx.random.key(0))
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(ROUNDS):
+        for powers in (True, False):
+            start = time.perf_counter()
+            mx.eval(mx.power(2.0, numbers) if powers else mx.exp(numbers))
+            seconds[powers].append(time.perf_counter() - start)
+    return statistics.median(seconds[True]) <= CLEARLY * statistics.median(seconds[False])
+
+
+def gate(gates: mx.array, rows: mx.array) -> mx.array:
+    """Return SiLU of the gates, times the rows: mlx-lm's function, or the same by powers."""
+    if in_use.get() and gates.dtype == rows.dtype == mx.float32:
+        return _gate(gates, rows)
+    return swiglu(gates, rows)
+
+
+@partial(mx.compile, shapeless=True)
+def _gate(gates: mx.array, rows: mx.array) -> mx.array:
+    return gates * rows / (1 + mx.power(2.0, gates * -LOG2_E))
+
+
+def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> bool:
+    """Return whether powers are in use, and made of such attention."""
+    if not in_use.get() or queries.shape[0] != 1 or mask.ndim != 2:
+        return False
+    whole = queries.dtype == keys.dtype == values.dtype == mx.float32
+    return whole and mask.dtype == mx.bool_
+
+
+def attention(
+    queries: Float[mx.array, "1 H N D"],
+    keys: Float[mx.array, "1 G S D"],
+    values: Float[mx.array, "1 G S V"],
+    mask: Bool[mx.array, "N S"],
+    scale: float,
+) -> Float[mx.array, "1 H N V"]:
+    """Return ``mx.fast.scaled_dot_product_attention``; heads of a group share a product."""
+    _, heads, nodes, width = queries.shape
+    groups, total = keys.shape[1:3]
+    grouped = (scale * LOG2_E * queries).reshape(1, groups, -1, width)
+    scores = (grouped @ keys.swapaxes(-1, -2)).reshape(1, heads, nodes, total)
+    scores = mx.where(mask, scores, BARRED)
+    weights = mx.power(2.0, scores - scores.max(axis=-1, keepdims=True))
+    seen = weights.reshape(1, groups, -1, total) @ values
+    return seen.reshape(1, heads, nodes, -1) / weights.sum(axis=-1, keepdims=True)
