@@ -27,7 +27,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -35,7 +34,6 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.arrays import in_memory
 from mlx_distill.benchmarking.kernel_regions import Node, within_kernels
-from mlx_distill.target import powers
 
 VIEWS = frozenset(
     (
@@ -161,11 +159,8 @@ def _one(shape: tuple[int, ...], dtype: mx.Dtype, *inputs: object) -> mx.array:
     return mx.logcumsumexp(zeros, axis=-1)
 
 
-def _stand_ins(sent: Sent) -> list[tuple[object, str, Callable[..., Any]]]:
-    """Return what stands for the functions of ``mx.fast``, which off a GPU are many operations.
-
-    What is done otherwise on a processor is left as it is on a GPU.
-    """
+def _stand_ins(sent: Sent) -> list[tuple[object, str, Callable[..., mx.array]]]:
+    """Return what stands for the functions of ``mx.fast``, which off a GPU are many operations."""
 
     def norm(x: mx.array, weight: mx.array | None, *rest: object, **_: object) -> mx.array:
         sent.needs(x, _rows_together)
@@ -192,8 +187,7 @@ def _stand_ins(sent: Sent) -> list[tuple[object, str, Callable[..., Any]]]:
         "rope": rope,
         "scaled_dot_product_attention": attention,
     }
-    own: list[tuple[object, str, Callable[..., Any]]] = [(powers, "taken", lambda: False)]
-    return own + [(mx.fast, name, stand_in) for name, stand_in in stand_ins.items()]
+    return [(mx.fast, name, stand_in) for name, stand_in in stand_ins.items()]
 
 
 def _reshapes(sent: Sent) -> list[tuple[object, str, Callable[..., mx.array]]]:

@@ -19,7 +19,7 @@ made again every few cycles. Four things keep it calm and safe:
 """
 
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,8 @@ MOST_CREDIT = 6.0
 # Another shape has to promise so much more, and one that was never used so much more again; but
 # once so many are in use, a further one as much as this.
 CLEARLY, NEW_SHAPE, FURTHER_SHAPE, MANY_SHAPES = 1.015, 1.01, 1.1, 8
+# Widths and lengths that were not measured are chosen, too, up to this one.
+MOST_BETWEEN = 4
 # Cycles between two choices, and those that a trial has.
 CYCLES, TRIAL = 8, 5
 # After so many timed cycles without a plain step some are made, to know what they take: at first,
@@ -161,12 +163,13 @@ class AdaptivePlanner:
         self._doubt = doubt
         most = costs.rows[-1] // batch
         self.nodes = np.array([n for n in costs.rows if 1 < n <= most], np.int32)
-        self._draft_s = np.array([[costs.draft(w, n) for w in costs.widths] for n in costs.lengths])
-        longest = np.minimum(np.array(costs.lengths)[:, None, None], self.nodes - 1)
-        self._most_tokens = np.repeat(longest + 1, len(costs.widths), axis=1)
+        self.widths, self.lengths = (_filled(x) for x in (costs.widths, costs.lengths))
+        self._draft_s = np.array([[costs.draft(w, n) for w in self.widths] for n in self.lengths])
+        longest = np.minimum(np.array(self.lengths)[:, None, None], self.nodes - 1)
+        self._most_tokens = np.repeat(longest + 1, len(self.widths), axis=1)
         self._used = np.zeros(self._most_tokens.shape, np.bool_)
         size = int(max(self.nodes, default=1))
-        self._known = Acceptance(costs.lengths, costs.widths, size)
+        self._known = Acceptance(self.lengths, self.widths, size)
         # Tokens until a new text is tried: none, if the text that chose last is drafted for.
         brought = max(costs.cycle_tokens, costs.sampled_cycle_tokens)  # few cycles may mislead
         self._wait = AT_FIRST if 0 < brought < NEXT_TO_NOTHING else 0
@@ -403,10 +406,15 @@ class AdaptivePlanner:
     def _shape_at(self, place: tuple[np.intp, ...], foretold: np.ndarray) -> Shape:
         self._used[place] = True
         length, width, size = map(int, place)
-        costs = self.costs
-        plan = DraftPlan(costs.widths[width], costs.lengths[length], int(self.nodes[size]))
+        plan = DraftPlan(self.widths[width], self.lengths[length], int(self.nodes[size]))
         alone = float(foretold[place])
         return Shape(plan, (length, width, size), self._pace.price(alone), alone)
+
+
+def _filled(measured: Sequence[int]) -> list[int]:
+    """Return the sizes that were measured, and the small ones between them."""
+    between = range(measured[0], min(measured[-1], MOST_BETWEEN))
+    return sorted({*measured, *between})
 
 
 def _trust(speed: float) -> float:

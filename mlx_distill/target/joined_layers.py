@@ -22,6 +22,7 @@ from mlx_distill.kernels.choice import chosen
 from mlx_distill.kernels.layer_products import added, gated, joined
 from mlx_distill.kernels.product_source import MOST_ROWS, Norm
 from mlx_distill.kernels.tree_turns import tree_turns
+from mlx_distill.target import powers
 from mlx_distill.target.attention import attend_nodes
 from mlx_distill.target.products import matrix_of
 from mlx_distill.target.tree_cache import TreeCache
@@ -75,9 +76,9 @@ def _says(module: nn.Module, known: type[nn.Module]) -> bool:
     if one.co_code != two.co_code or one.co_names != two.co_names or one.co_consts != two.co_consts:
         return False
     names = [name for name in two.co_names if name in other.__globals__]
-    # Attention may have been taught to take nodes.
-    means = own.__globals__.get
-    return all(means(name) in (other.__globals__[name], attend_nodes) for name in names)
+    # Attention may have been taught to take nodes, and gates to use powers.
+    means, taught = own.__globals__.get, (attend_nodes, powers.gate)
+    return all(means(name) in (other.__globals__[name], *taught) for name in names)
 
 
 def _of_nodes(

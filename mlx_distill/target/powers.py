@@ -65,7 +65,7 @@ def gate(gates: mx.array, rows: mx.array) -> mx.array:
 
 @partial(mx.compile, shapeless=True)
 def _gate(gates: mx.array, rows: mx.array) -> mx.array:
-    return gates * rows / (1 + mx.power(2.0, gates * -LOG2_E))
+    return gates / (1 + mx.power(2.0, gates * -LOG2_E)) * rows
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> bool:
