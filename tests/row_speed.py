@@ -1,4 +1,4 @@
-"""What a call of a model takes with a few rows, with our own products of a few rows and without.
+"""What a call of a model takes with a few rows: by a BLAS, by our own products, and with powers.
 
     python tests/row_speed.py --model M [--rows 1 2 4 8 16 32] [--context 128] [--output times.json]
 
@@ -17,28 +17,44 @@ from pathlib import Path
 from mlx_distill import machine
 from mlx_distill.blas.row_products import SWITCH
 from mlx_distill.checkpoint import bundled
+from mlx_distill.kernels.choice import VARIABLE
+
+ARMS = {
+    "OpenBLAS": {SWITCH: "0", VARIABLE: "off"},
+    "own products": {SWITCH: "1", VARIABLE: "off"},
+    "and powers": {SWITCH: "1", VARIABLE: "probe"},
+}
 
 
 def measure(model: str, rows: list[int], context: int, rounds: int) -> dict[int, list[float]]:
     """Return the milliseconds of calls behind a context, by their rows, interleaved."""
     import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
     from mlx_lm.utils import load
+
+    from mlx_distill.core.prefix_tree import PrefixTree
+    from mlx_distill.target.prompt_cache import prompt_caches
+    from mlx_distill.target.target import Target
 
     loaded = load(model)[0]
     loaded.set_dtype(mx.float32)
-    cache = make_prompt_cache(loaded)
-    loaded(mx.arange(100, 100 + context)[None], cache=cache)
+    target, caches = Target.of(loaded), prompt_caches(loaded)
+    target.forward(mx.arange(100, 100 + context), caches)
+    trees = {}
+    for number in rows:  # a node's children are twice as far
+        parents = mx.maximum(mx.arange(number) - 1, 0) // 2
+        tokens = mx.arange(300, 300 + number)
+        trees[number] = PrefixTree.from_parents(tokens, parents, number.bit_length())
     times: dict[int, list[float]] = {number: [] for number in rows}
     for turn in range(rounds + 1):
         for number, taken in times.items():
-            tokens = mx.arange(300, 300 + number)[None]
-            mx.eval(tokens, [layer.state for layer in cache])
+            mx.eval(trees[number].mask, [cache.state for cache in caches])
             start = time.perf_counter()
-            mx.eval(loaded(tokens, cache=cache))
+            call = target.verify(trees[number], caches)
+            mx.eval(call.logits)
             if turn:
                 taken.append(1e3 * (time.perf_counter() - start))
-            trim_prompt_cache(cache, number)
+            call.commit([0])
+            call.rewind(0)
     return times
 
 
@@ -55,14 +71,14 @@ def main() -> None:
     if args.once:
         print(json.dumps(measure(args.model, args.rows, args.context, args.rounds)))
         return
-    found: dict[str, dict[str, list[float]]] = {"OpenBLAS": {}, "own products": {}}
+    found: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
     for _ in range(args.processes):
-        for switch, times in zip("01", found.values(), strict=True):
+        for arm, switches in ARMS.items():
             command = [sys.executable, __file__, "--once", *sys.argv[1:]]
-            environment = os.environ | {SWITCH: switch}
+            environment = os.environ | switches
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
             for number, taken in json.loads(done.stdout).items():
-                times.setdefault(number, []).extend(taken)
+                found[arm].setdefault(number, []).extend(taken)
     medians = {
         arm: {number: round(statistics.median(taken), 2) for number, taken in times.items()}
         for arm, times in found.items()

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from mlx_distill.arrays import by_columns
 from mlx_distill.core.beam_search import Listed
 
-DIRECTIONS, LISTED = 128, 256
+DIRECTIONS, LISTED = 128, 512
 # Finding the directions takes time with the cube of the width: 0.1 s at 576. A part of the rows
 # tells them.
 WIDEST, ASKED_ROWS = 1024, 4096
