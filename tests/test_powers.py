@@ -16,6 +16,7 @@ from mlx_distill.kernels import choice
 from mlx_distill.target import powers
 from mlx_distill.target.exact import ExactTarget
 from mlx_distill.target.target import Target
+from mlx_distill.target.watching import Heard, hearing, watch
 
 TEXT = mx.array([5, 9, 33, 2, 7, 11, 5])
 TREE = PrefixTree.from_beams([[1, 2, 3, 9], [1, 4, 5], [1, 2, 7, 8], [1, 6]])
@@ -24,7 +25,7 @@ TREE = PrefixTree.from_beams([[1, 2, 3, 9], [1, 4, 5], [1, 2, 7, 8], [1, 6]])
 @pytest.fixture
 def by_powers(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are used, whatever a probe would find."""
-    monkeypatch.setattr(powers, "_are_faster", lambda: True)
+    monkeypatch.setattr(powers, "taken", lambda: True)
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 8.0, 100.0])
@@ -92,6 +93,36 @@ def test_nodes_take_them_and_single_rows_prompts_and_exact_rows_do_not(by_powers
     assert not powers.in_use.get()
 
 
+def test_every_layer_takes_them(by_powers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    for name in ("attention", "_gate"):
+        own: Callable[..., mx.array] = getattr(powers, name)
+
+        def counted(*args: Any, name: str = name, own: Callable[..., mx.array] = own) -> mx.array:
+            calls.append(name)
+            return own(*args)
+
+        monkeypatch.setattr(powers, name, counted)
+    model = tiny_llama()
+    _nodes(Target.of(model))
+    assert calls == ["attention", "_gate"] * len(model.layers)
+
+
+def test_a_watched_module_is_taught_and_still_watched(by_powers: None) -> None:
+    model, seen = tiny_llama(), []
+    mlp = model.layers[0].mlp
+
+    def heard(call: Callable[..., mx.array], *args: Any) -> mx.array:
+        seen.append(args[0].shape)
+        return call(*args)
+
+    watch(mlp)
+    target = Target.of(model)
+    before = _nodes(target)
+    assert mx.array_equal(hearing([Heard(mlp, heard)], _nodes, target), before)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("kind", ["gemma3_text", "qwen3", "gpt_oss", "mixtral", "deepseek_v2"])
 def test_models_of_other_gates_windows_and_sinks_say_the_same(by_powers: None, kind: str) -> None:
     model = tiny_model(kind)
@@ -114,6 +145,7 @@ def test_an_error_within_a_call_leaves_nothing_behind(
 
 def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for faster in (True, False):
+        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
         monkeypatch.setattr(powers, "_are_faster", lambda found=faster: found)
         for how, taken in (("off", False), ("force", True), ("probe", faster)):
             monkeypatch.setenv(choice.VARIABLE, how)
@@ -140,8 +172,7 @@ def _nodes(target: Target, tree: PrefixTree = TREE, taken: bool = True) -> mx.ar
     caches = make_prompt_cache(target.model)
     target.forward(TEXT, caches)
     with pytest.MonkeyPatch.context() as patch:
-        if not taken:
-            patch.setenv(choice.VARIABLE, "off")
+        patch.setattr(powers, "taken", lambda: taken)
         logits = target.verify(tree, caches).logits
     mx.eval(logits)
     return logits

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -24,16 +25,29 @@ ROW_MAJOR, NO_TRANSPOSE, TRANSPOSE = 101, 111, 112
 ROWS = 64
 
 
-@pytest.fixture(scope="module")
-def products(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The library, which the package has built for this machine, with OpenBLAS behind it."""
+WITHOUT = ["-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else []
+
+
+@pytest.fixture(scope="module", params=["as built", *WITHOUT])
+def products(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> ctypes.CDLL:
+    """The library, which the package has built for this machine, with OpenBLAS behind it.
+
+    Built anew for processors of narrower registers, too.
+    """
     try:
         blas = ctypes.CDLL(LIBRARY)
     except OSError:
         pytest.skip("OpenBLAS is not installed")
     found = row_products._find(cache_folder("products"))
     assert found, "the package builds it when it is imported"
-    made = shutil.copy(found[1], tmp_path_factory.mktemp("products"))  # apart from the one in use
+    made = tmp_path_factory.mktemp("products") / "products.so"
+    if request.param == "as built":
+        shutil.copy(found[1], made)  # apart from the one in use
+    else:
+        command = [*row_products.COMPILER, request.param, "-shared", "-fPIC"]
+        subprocess.run([*command, row_products.SOURCE, "-o", made], check=True)
     library = ctypes.CDLL(made)
     address = ctypes.c_void_p
     gemm, threads = blas.cblas_sgemm, blas.openblas_get_num_threads

@@ -148,17 +148,15 @@ template <int N>
 void write(const Product& p, Vector* lanes, int columns, float* y, int place = 0) {
     constexpr int now = std::min(N, LANES);
     const Vector found = sums_of<now>(lanes) * p.alpha;
-    for (int i = 0; i < now; i++, place++) {
-        float& to = y[place / columns * p.ldy + place % columns];
-        to = p.beta == 0 ? found[i] : std::fma(p.beta, to, found[i]);
-    }
+    for (int i = 0; i < now; i++, place++)
+        scale(found[i], p.beta, y[place / columns * p.ldy + place % columns]);
     if constexpr (N > LANES) write<N - LANES>(p, lanes + LANES, columns, y, place);
 }
 
 // Multiply R rows of x with C rows of w, and fetch F of the rows of w from `ahead` on.
 template <int R, int C, int F>
 void multiply(const Product& p, const float* x, const float* w, const float* ahead, float* y) {
-    Vector sums[R][C] = {};
+    Vector sums[R * C] = {};
     int k = 0;
     for (; k + LANES <= p.k; k += LANES) {
         if (k % 16 == 0)  // a line of the cache holds 16
@@ -171,16 +169,18 @@ void multiply(const Product& p, const float* x, const float* w, const float* ahe
         for (int r = 0; r < R; r++) {
             Vector row = load(x + r * p.ldx + k);
 #pragma GCC unroll 8
-            for (int c = 0; c < C; c++) sums[r][c] = fused(row, columns[c], sums[r][c]);
+            for (int c = 0; c < C; c++) sums[r * C + c] = fused(row, columns[c], sums[r * C + c]);
         }
     }
     if (const int left = p.k - k)
         for (int c = 0; c < C; c++) {
             const Vector column = load(w + c * p.ldw + k, left);
-            for (int r = 0; r < R; r++)
-                sums[r][c] = fused(load(x + r * p.ldx + k, left), column, sums[r][c]);
+            for (int r = 0; r < R; r++) {
+                const Vector row = load(x + r * p.ldx + k, left);
+                sums[r * C + c] = fused(row, column, sums[r * C + c]);
+            }
         }
-    write<R * C>(p, sums[0], C, y);
+    write<R * C>(p, sums, C, y);
 }
 
 template <int C, int F>

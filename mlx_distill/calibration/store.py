@@ -31,9 +31,10 @@ from mlx_distill.kernels.choice import VARIABLE
 from mlx_distill.kernels.probe import Verdict
 from mlx_distill.limits import check_value, hints
 from mlx_distill.speculation.costs import Costs
+from mlx_distill.target import powers
 from mlx_distill.user_cache import cache_folder
 
-FORMAT = 6
+FORMAT = 7
 # The spread of what turned out to be wrong, and how often it may: measuring takes 20 seconds.
 DOUBTED, MOST_DOUBTS = 2 * LOADED, 3
 Made = TypeVar("Made")
@@ -54,6 +55,7 @@ def identity(pair: Pair) -> dict[str, Any]:
         "drafter_weights": {} if network is None else _precision(network),
         "cache": {"kv_bits": pair.cache.kv_bits, "max_kv_size": pair.cache.max_kv_size},
         **({"row_products": openblas.most_rows()} if openblas.most_rows() else {}),
+        **({"powers": True} if powers.taken() else {}),
         **({"exact_rows": True} if pair.exact_rows else {}),
     }
 

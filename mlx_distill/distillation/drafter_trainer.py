@@ -24,6 +24,7 @@ from mlx_distill.distillation.drafter import (
     TargetView,
     acceptance_by_depth,
     drafter_loss,
+    unroll,
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.feature_store import FeatureStore
@@ -35,6 +36,7 @@ from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.medusa import MedusaHeads
 from mlx_distill.drafters.networks import Network, network_of
 from mlx_distill.drafters.recurrent import Past
+from mlx_distill.drafters.shortlist import Directions, directions_of, is_wide
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.target.target import Target
@@ -176,6 +178,21 @@ class DrafterTrainer:
         """Return how sure the drafter may be, by held-out drafts; None if there are none."""
         starts = self._fitted_on()
         return starts and fitted_confidence(self.network, starts, self.target_logits)
+
+    def directions(self) -> Directions | None:
+        """Return those that the head's inputs lie in; None where no shortlist asks for them."""
+        if isinstance(self.network, MedusaHeads) or not is_wide(self.network.head.weight):
+            return None
+        inputs = self.head_inputs()
+        return None if inputs is None else directions_of(self.network.head.weight, inputs)
+
+    def head_inputs(self) -> Float[mx.array, "N E"] | None:
+        """Return what the head is given in held-out drafts; None if there are none."""
+        starts = self._fitted_on()
+        if starts is None:
+            return None
+        inputs, kept = unroll(self.network, starts), np.flatnonzero(np.array(starts.mask))
+        return inputs.reshape(-1, inputs.shape[-1])[mx.array(kept)]
 
     def choice_rates(self) -> tuple[tuple[float, ...], ...]:
         """Return how often Medusa heads' choices are right; nothing of other drafters."""

@@ -233,7 +233,7 @@ def _write(
     }
     if own:
         files["prompts.jsonl"] = as_rows(own)
-    save_drafter(output, trainer.network, known, files)
+    save_drafter(output, trainer.network, known, files, trainer.directions())
 
 
 def _with_confidence(trainer: DrafterTrainer) -> dict[str, float]:

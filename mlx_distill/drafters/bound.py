@@ -20,7 +20,7 @@ from mlx_distill.drafters.last_seen import LastSeen
 from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Features
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
-from mlx_distill.drafters.shortlist import Shortlist
+from mlx_distill.drafters.shortlist import Directions, Shortlist
 from mlx_distill.drafters.stepping import Carried, Steps
 
 # Up to this size each, what tokens add to the state and make of it as roots is tabulated once,
@@ -40,6 +40,7 @@ class BoundDrafter:
         embed: The target's input embedding.
         target: Fingerprint of the target that the network was trained for.
         on_gpu: Whether drafts are made as a GPU has them made; None asks the device in use.
+        directions: That the head's inputs lie in; None if they are not known.
 
     Attributes:
         taps: The target's layers that the context is made of, too.
@@ -58,8 +59,10 @@ class BoundDrafter:
         embed: nn.Module,
         target: Fingerprint,
         on_gpu: bool | None = None,
+        directions: Directions | None = None,
     ):
         self.network = network
+        self.directions = directions
         self.embed = embed
         self.target = target
         self._on_gpu = mx.default_device() == mx.Device(mx.gpu) if on_gpu is None else on_gpu
@@ -130,7 +133,7 @@ class BoundDrafter:
         if self._on_gpu:  # operations count there, and not bytes
             return
         if self._shortlist is None and Shortlist.pays(self.network.head.weight):
-            self._shortlist = Shortlist(self.network.head.weight)
+            self._shortlist = Shortlist(self.network.head.weight, self.directions)
             self.searches.forget()  # they ask the whole head
 
     def _search(

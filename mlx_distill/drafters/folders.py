@@ -15,6 +15,7 @@ from mlx_distill.arrays import all_finite, to_host
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.networks import Network, Shape, change_shape
 from mlx_distill.drafters.packing import unpacked
+from mlx_distill.drafters.shortlist import FILE, Directions
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import whole_folder, write_whole
 from mlx_distill.model_folder import check_quantization
@@ -81,7 +82,11 @@ def fill(network: Network, path: Path, quantization: dict[str, Any] | None, targ
 
 
 def save_drafter(
-    folder: Path, network: Network, target: Fingerprint, files: dict[str, str]
+    folder: Path,
+    network: Network,
+    target: Fingerprint,
+    files: dict[str, str],
+    directions: Directions | None = None,
 ) -> None:
     """Write a drafter's folder; it appears complete or not at all.
 
@@ -90,6 +95,7 @@ def save_drafter(
         network: The drafter; written in its type, in which it was judged.
         target: The fingerprint of its target.
         files: Further text files by name, the model card among them.
+        directions: That the head's inputs lie in, for a shortlist; None to write none.
 
     Raises:
         InputError: If it cannot be written; nothing is left behind.
@@ -101,6 +107,9 @@ def save_drafter(
         for name, text in files.items():
             write_whole(writing / name, text)
         mx.save_safetensors(str(weights_of(writing)), weights, {"format": "mlx"})
+        if directions is not None:
+            halves = {name: x.astype(mx.bfloat16) for name, x in directions._asdict().items()}
+            mx.save_safetensors(str(writing / FILE), halves, {"format": "mlx"})
 
 
 def configuration(network: Network, target: Fingerprint) -> dict[str, Any]:

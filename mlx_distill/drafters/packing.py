@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_distill.drafters.networks import SHAPES
+from mlx_distill.drafters.shortlist import FILE as DIRECTIONS_FILE
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
 from mlx_distill.safetensors import check_safetensors, read_arrays
@@ -61,14 +62,15 @@ def read_unquantised(source: Path) -> tuple[Fields, dict[str, mx.array]]:
 
 
 def write_changed(source: Path, output: Path, config: Fields, arrays: dict[str, mx.array]) -> None:
-    """Write a drafter's folder anew with other arrays, and all text files of the old one.
+    """Write a drafter's folder anew with other arrays of the same head, and all other files.
 
     Raises:
         InputError: If the new folder exists, or cannot be written; nothing is left behind.
     """
     with whole_folder(output) as writing:
         for file in source.iterdir():
-            if file.is_file() and file.suffix not in (".safetensors", ""):
+            kept = file.suffix not in (".safetensors", "") or file.name == DIRECTIONS_FILE
+            if file.is_file() and kept:
                 shutil.copyfile(file, writing / file.name)
         write_whole(writing / "config.json", json.dumps(config, indent=2))
         mx.save_safetensors(str(writing / "model.safetensors"), arrays, {"format": "mlx"})

@@ -6,6 +6,7 @@ from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.folders import fill, read_shape
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
+from mlx_distill.drafters.shortlist import read_directions
 from mlx_distill.target.target import Target
 from mlx_distill.untyped import Fields
 
@@ -28,4 +29,5 @@ def load(path: Path, fields: Fields, target: Target, made_for: Fingerprint) -> B
     network = RecurrentDrafter(shape)
     fill(network, path, quantization, target)
     assert target.embed is not None
-    return BoundDrafter(network, target.embed, made_for)
+    directions = read_directions(path, network.head.weight.shape[1])
+    return BoundDrafter(network, target.embed, made_for, directions=directions)

@@ -14,8 +14,9 @@ made again every few cycles. Four things keep it calm and safe:
   be accepted. So a useless drafter costs at most those few percent.
 * Where nothing pays, the text is parked: decoded plainly. It is tried again now and then, more and
   more rarely, for acceptance changes within a text. A text that follows a parked one waits, too,
-  before it is first tried, and the longer, the more of them came to nothing. A trial of a drafter
-  that has never proved itself is over as soon as its first drafts come to nothing.
+  before it is first tried, and the longer, the more of them came to nothing; what was written
+  plainly in the others counts, so that short texts are tried as often as long ones. A trial of a
+  drafter that has never proved itself is over as soon as its first drafts come to nothing.
 """
 
 from collections import OrderedDict, deque
@@ -55,8 +56,8 @@ FIRST_WAIT, LAST_WAIT = 8, 128
 # A text that follows a parked one waits as long as that one would have, but no longer than the
 # first of these; with every further text that is parked the wait is doubled, up to the second. So
 # does the first text, where next to nothing of the default shape's drafts was accepted while the
-# costs were measured: a cycle brought less than so many tokens. Where drafts have ever paid, waits
-# are only this share as long, and what was written plainly at the end of other texts counts.
+# costs were measured: a cycle brought less than so many tokens. What was written plainly in texts
+# before counts. Where drafts have ever paid, these waits are only this share as long.
 AT_FIRST, MOST_AT_FIRST, NEXT_TO_NOTHING, ONCE_PAID = 32, 128, 1.1, 1 / 4
 # A trial of a drafter that has not proved itself is over after so many drafts in vain.
 IN_VAIN = 2
@@ -95,7 +96,9 @@ class TextState:
         balance: Plain steps that drafting has saved so far, less those it cost.
         shape: In use; None while the text is parked.
         cycles: Until the next choice.
-        at_first: Tokens that it waited before anything was drafted.
+        at_first: Tokens that are written plainly before anything is drafted, in texts before, too.
+        goes_on: Whether a trial does that the text before was too short for.
+        was_tried: Whether anything was drafted, or was to be.
         wait: Tokens of the next pause.
         resume: When the parked text is tried again, in tokens.
         waiting: Whether it is parked only until it is known what the draft under way came to.
@@ -114,6 +117,8 @@ class TextState:
     shape: Shape | None = None
     cycles: int = 0
     at_first: int = 0
+    goes_on: bool = False
+    was_tried: bool = False
     wait: int = FIRST_WAIT
     resume: int = 0
     waiting: bool = False
@@ -174,7 +179,8 @@ class AdaptivePlanner:
         brought = max(costs.cycle_tokens, costs.sampled_cycle_tokens)  # few cycles may mislead
         self._wait = AT_FIRST if 0 < brought < NEXT_TO_NOTHING else 0
         self._has_paid = False  # drafts, in any text so far
-        self._is_tried = False  # with some success in the latest text, which may have ended then
+        # The latest text, where its first drafts were some good and it may have ended then.
+        self._tried: TextState | None = None
         self._plain_tokens = 0  # since anything was drafted, in all texts
         self._pace = Pace()
         self._look_after, self._unseen = FIRST_LOOK, 0  # timed drafts, also since a plain step
@@ -193,7 +199,7 @@ class AdaptivePlanner:
         state = self._heard(text, outcome)
         if not state.is_parked or self._unseen >= self._look_after:
             return 0
-        return state.resume - state.tokens
+        return self._until_tried(state)
 
     def rested(self, text: int, steps: int, seconds: float | None) -> None:
         """Take in that so many steps were made; many texts later, theirs may be forgotten."""
@@ -209,7 +215,7 @@ class AdaptivePlanner:
 
     @property
     def is_parked(self) -> bool:
-        """Whether nothing pays in the latest text, so that the next one waits."""
+        """Whether nothing pays in the latest text, so that those after it may have to wait."""
         return self._wait > 0
 
     def _heard(self, text: int, outcome: Outcome | None) -> TextState:
@@ -228,7 +234,10 @@ class AdaptivePlanner:
         if state is None or (outcome is None and state.seen is not None):
             known, wait = self._known.copy(OTHERS_CYCLES), self._wait
             state = TextState(known, at_first=wait, wait=max(FIRST_WAIT, wait))
-            state.resume = 0 if self._is_tried else max(0, wait - self._plain_tokens)
+            if self._tried is not None:
+                # What a shorter text lost in advance may not be lost again.
+                left = max(0.0, 1 - self._tried.tokens / IN_ADVANCE)
+                state.goes_on, state.balance = True, left * min(0.0, self._tried.balance)
             self._pace.another_text()
             self._texts[text] = state
             if len(self._texts) > TEXTS:
@@ -254,7 +263,8 @@ class AdaptivePlanner:
             state.in_vain = None
         elif state.in_vain is not None:
             state.in_vain += 1
-        self._is_tried = state.in_vain is None
+        hopeful = state.in_vain is None and (state.shape is not None or state.waiting)
+        self._tried = state if hopeful else None
 
     def _price(self, state: TextState, asked: Shape, size: int, seconds: float | None) -> float:
         """Return what a cycle took, in plain steps.
@@ -308,7 +318,7 @@ class AdaptivePlanner:
             state.looks, state.shape, state.waiting = state.looks - 1, None, True
             return
         if state.shape is None and not state.waiting:
-            if state.tokens >= state.resume:
+            if self._until_tried(state) <= 0:
                 self._try(state)
             return
         if state.in_vain is not None and state.in_vain >= IN_VAIN and not state.trust:
@@ -329,12 +339,18 @@ class AdaptivePlanner:
         self._has_paid |= state.acceptance.cycles >= PROVED_CYCLES
         state.cycles = CYCLES
 
+    def _until_tried(self, state: TextState) -> int:
+        """Return in how many tokens a parked text is tried; at first, others' count, too."""
+        if state.was_tried:
+            return state.resume - state.tokens
+        return 0 if state.goes_on else state.at_first - self._plain_tokens
+
     def _park(self, state: TextState) -> None:
         """Decode plainly for a while, in the texts that follow, too."""
         share = ONCE_PAID if self._has_paid else 1.0
         others = max(2 * state.at_first, min(state.wait, round(share * AT_FIRST)))
         self._wait = min(others, round(share * MOST_AT_FIRST))
-        self._is_tried = False
+        self._tried = None
         self._wait_on(state)
 
     def _wait_on(self, state: TextState) -> None:
@@ -344,14 +360,16 @@ class AdaptivePlanner:
 
     def _try(self, state: TextState) -> None:
         """Draft again, whatever is known: what a trial finds weighs more than what was before."""
-        if state.resume or state.at_first:
+        if state.was_tried or state.at_first:
             state.acceptance = state.acceptance.copy(OLD_CYCLES)
-        state.in_vain = 0
+        state.was_tried, state.in_vain = True, 0
         state.shape = self._best(state, 0.0)
         if state.shape is None and self._can_pay(self._prices(state.context)).any():
             state.park(FIRST_WAIT)  # it may soon be affordable
         elif state.shape is None:
             self._wait_on(state)
+        else:
+            self._plain_tokens = 0  # others that wait do so from now on
         state.cycles = TRIAL
 
     @property
@@ -413,7 +431,7 @@ class AdaptivePlanner:
 
 def _filled(measured: Sequence[int]) -> list[int]:
     """Return the sizes that were measured, and the small ones between them."""
-    between = range(measured[0], min(measured[-1], MOST_BETWEEN))
+    between = range(measured[0], min(measured[-1], MOST_BETWEEN + 1))
     return sorted({*measured, *between})
 
 

@@ -67,7 +67,7 @@ def attend_nodes(
     if isinstance(keys, mx.array) and isinstance(values, mx.array) and isinstance(mask, mx.array):
         if plain and few and attends_by_kernel():
             return tree_attention(queries, keys, values, mask, layout.mask, scale)
-        if sinks is None and powers.attend(queries, keys, values, mask):
+        if sinks is None and powers.takes(queries, keys, values, mask):
             return powers.attention(queries, keys, values, mask, scale)
     return attend(queries, keys, values, mask=mask)
 

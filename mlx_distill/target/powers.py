@@ -68,7 +68,7 @@ def _gate(gates: mx.array, rows: mx.array) -> mx.array:
     return gates / (1 + mx.power(2.0, gates * -LOG2_E)) * rows
 
 
-def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> bool:
+def takes(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> bool:
     """Return whether powers are in use, and made of such attention."""
     if not in_use.get() or queries.shape[0] != 1 or mask.ndim != 2:
         return False

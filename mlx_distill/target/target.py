@@ -81,6 +81,7 @@ class Target:
         self.vocab_size = opened.vocab_size
         self.context = context_length(model)
         self._head = opened.head
+        self._knows_powers = False
 
     @classmethod
     def of(cls, model: nn.Module, known: str | None = None) -> "Target":
@@ -159,16 +160,17 @@ class Target:
         """
         call = self.model, self.head, tree, caches, self.support, taps
         heard = self._by_kernels()
-        if tree.tokens.size > 1 and powers.taken() and self._knows_powers:
+        if tree.tokens.size > 1 and powers.taken():
+            self._teach_powers()
             return during(powers.in_use, True, hearing, heard, call_on_tree, *call)
         return hearing(heard, call_on_tree, *call)
 
-    @cached_property
-    def _knows_powers(self) -> bool:
-        """Whether the modules have been taught to use them; they are when this is asked."""
-        wrap_attentions(self.model)
-        powers.teach_gates(self.model)
-        return True
+    def _teach_powers(self) -> None:
+        """Teach the modules to use them, once."""
+        if not self._knows_powers:
+            wrap_attentions(self.model)
+            powers.teach_gates(self.model)
+            self._knows_powers = True
 
     def stepper(
         self, taps: Sequence[int] = ()

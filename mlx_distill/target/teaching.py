@@ -13,17 +13,22 @@ from typing import Any
 
 from mlx import nn
 
-from mlx_distill.target.watching import own_call
+from mlx_distill.target.watching import changing, own_call, watch
 
 Function = Callable[..., Any]
 
 
 def teach(model: nn.Module, function: Function, other: Function) -> None:
     """Let every module of a model that calls a function of mlx-lm's call another one instead."""
-    for module in model.modules():
-        kind = type(module)
-        if _calls(kind, function):
-            module.__class__ = _taught(getattr(kind, "watched_class", kind), function, other)
+    with changing:
+        for module in model.modules():
+            kind = type(module)
+            if not _calls(kind, function):
+                continue
+            watched = getattr(kind, "watched_class", None)
+            module.__class__ = _taught(watched or kind, function, other)
+            if watched is not None:
+                watch(module)
 
 
 def _name(function: Function) -> str:

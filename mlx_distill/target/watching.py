@@ -40,7 +40,7 @@ Value = TypeVar("Value")
 # What stands around methods in this thread, by module and method; the outermost last.
 _Around = Mapping[tuple[int, str], tuple[Call, ...]]
 _around: ContextVar[_Around] = ContextVar("around", default=MappingProxyType({}))
-_changing = threading.RLock()  # a class that one thread needs must not be taken back by another
+changing = threading.RLock()  # a class that one thread needs must not be taken back by another
 
 
 def during(
@@ -100,7 +100,7 @@ def listening_once(heard: Iterable[Heard]) -> Iterator[None]:
 
     A watched call costs a third of a microsecond more, which is little for a few modules.
     """
-    with _changing:
+    with changing:
         heard = list(heard)
         kinds = [(one.module, type(one.module)) for one in heard]
         taken = [(module, kind) for module, kind in kinds if watch(module)]
@@ -114,7 +114,7 @@ def listening_once(heard: Iterable[Heard]) -> Iterator[None]:
 
 def watch(module: nn.Module) -> bool:
     """Give a module its watched class; return whether it did not have it."""
-    with _changing:
+    with changing:
         kind = type(module)
         if hasattr(kind, "watched_class"):
             return False
