@@ -41,6 +41,7 @@ from mlx_distill.distillation.responses import (
     read_responses,
     write_responses,
 )
+from mlx_distill.drafters import shortlist
 from mlx_distill.drafters.fingerprint import fingerprint
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import TrainingConfig
@@ -528,3 +529,23 @@ def test_two_trainings_do_not_share_a_file(
         assert [path.name for path in tmp_path.iterdir()] == ["answers.jsonl"]
         other.kill()  # what it held is let go
     assert train_drafter.main(flags) == 0
+
+
+def test_a_wide_heads_directions_lie_beside_it_and_are_kept_when_it_is_packed(
+    arguments: Arguments,
+    pair: tuple[Any, Any],
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not (finished / shortlist.FILE).exists()
+    monkeypatch.setattr(shortlist, "DIRECTIONS", 8)
+    monkeypatch.setattr(shortlist, "LISTED", 16)
+    assert train_drafter.main([*arguments(tmp_path / "wide"), "--steps", "2"]) == 0
+    mlx_distill.quantize_drafter(tmp_path / "wide", tmp_path / "packed", 8)
+    for name in ("wide", "packed"):
+        drafter: Any = mlx_distill.load_drafter(tmp_path / name, *pair)
+        assert drafter.directions.into.shape == (32, 8)
+    assert (tmp_path / "wide" / shortlist.FILE).read_bytes() == (
+        tmp_path / "packed" / shortlist.FILE
+    ).read_bytes()
