@@ -24,8 +24,9 @@ TREE = PrefixTree.from_beams([[1, 2, 3, 9], [1, 4, 5], [1, 2, 7, 8], [1, 6]])
 
 @pytest.fixture
 def by_powers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are used, whatever a probe would find."""
+    """They are used, whatever a probe would find, and for the smallest attention."""
     monkeypatch.setattr(powers, "taken", lambda: True)
+    monkeypatch.setattr(powers, "LEAST_WEIGHTS", 0)
 
 
 @pytest.mark.parametrize("size", [0.0, 1.0, 8.0, 100.0])
@@ -106,6 +107,15 @@ def test_every_layer_takes_them(by_powers: None, monkeypatch: pytest.MonkeyPatch
     model = tiny_llama()
     _nodes(Target.of(model))
     assert calls == ["attention", "_gate"] * len(model.layers)
+
+
+def test_small_attention_is_left_to_mlx(by_powers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    heads, past, nodes = 4, len(TEXT), len(TREE.tokens)
+    monkeypatch.setattr(powers, "LEAST_WEIGHTS", heads * nodes * (past + nodes) + 1)
+    calls: list[int] = []
+    monkeypatch.setattr(powers, "attention", lambda *args: calls.append(1))
+    _nodes(Target.of(tiny_llama()))
+    assert not calls
 
 
 def test_a_watched_module_is_taught_and_still_watched(by_powers: None) -> None:

@@ -1,7 +1,8 @@
 """Whether an operation is done by its kernel or by its twin: decided here and nowhere else.
 
 ``MLX_DISTILL_KERNELS`` says how: ``off`` never takes a kernel, ``probe``, the default, takes those
-that were found right and faster on this machine, ``force`` takes all. Without a GPU there are none.
+that were found right and faster on this machine, ``force`` takes all. Without a GPU there are none;
+what calls of several rows do otherwise on a processor (``target.powers``) goes by the same word.
 """
 
 import os

@@ -25,6 +25,8 @@ from mlx_distill.target.teaching import teach
 
 LOG2_E = math.log2(math.e)
 BARRED = -1e30  # of a score, before its power is 0
+# Attention written out takes some operations more: with fewer weights that costs what powers save.
+LEAST_WEIGHTS = 1 << 13
 # A power has to take no more than this share of an exponential's time.
 CLEARLY, NUMBERS, ROUNDS = 0.7, 1 << 15, 5
 
@@ -69,8 +71,11 @@ def _gate(gates: mx.array, rows: mx.array) -> mx.array:
 
 
 def takes(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> bool:
-    """Return whether powers are in use, and made of such attention."""
-    if not in_use.get() or queries.shape[0] != 1 or mask.ndim != 2:
+    """Return whether powers are in use, and worth it for such attention."""
+    batch, heads, nodes, _ = queries.shape
+    if not in_use.get() or batch != 1 or mask.ndim != 2:
+        return False
+    if heads * nodes * keys.shape[2] < LEAST_WEIGHTS:
         return False
     whole = queries.dtype == keys.dtype == values.dtype == mx.float32
     return whole and mask.dtype == mx.bool_
