@@ -17,21 +17,24 @@ from pathlib import Path
 from mlx_distill import machine
 from mlx_distill.blas.row_products import SWITCH
 from mlx_distill.checkpoint import bundled
-from mlx_distill.kernels.choice import VARIABLE
 
-ARMS = {
-    "OpenBLAS": {SWITCH: "0", VARIABLE: "off"},
-    "own products": {SWITCH: "1", VARIABLE: "off"},
-    "and powers": {SWITCH: "1", VARIABLE: "probe"},
-}
+# By whether our products are used, and powers.
+ARMS = {"OpenBLAS": ("0", False), "own products": ("1", False), "and powers": ("1", True)}
 
 
-def measure(model: str, rows: list[int], context: int, rounds: int) -> dict[int, list[float]]:
-    """Return the milliseconds of calls behind a context, by their rows, interleaved."""
+Times = dict[int, list[float]]
+
+
+def measure(model: str, rows: list[int], context: int, rounds: int) -> list[Times]:
+    """Return the milliseconds of calls behind a context, by their rows, interleaved.
+
+    Without powers, and with them.
+    """
     import mlx.core as mx
     from mlx_lm.utils import load
 
     from mlx_distill.core.prefix_tree import PrefixTree
+    from mlx_distill.target import powers
     from mlx_distill.target.prompt_cache import prompt_caches
     from mlx_distill.target.target import Target
 
@@ -44,17 +47,19 @@ def measure(model: str, rows: list[int], context: int, rounds: int) -> dict[int,
         parents = mx.maximum(mx.arange(number) - 1, 0) // 2
         tokens = mx.arange(300, 300 + number)
         trees[number] = PrefixTree.from_parents(tokens, parents, number.bit_length())
-    times: dict[int, list[float]] = {number: [] for number in rows}
+    times: list[Times] = [{number: [] for number in rows} for _ in range(2)]
     for turn in range(rounds + 1):
-        for number, taken in times.items():
-            mx.eval(trees[number].mask, [cache.state for cache in caches])
-            start = time.perf_counter()
-            call = target.verify(trees[number], caches)
-            mx.eval(call.logits)
-            if turn:
-                taken.append(1e3 * (time.perf_counter() - start))
-            call.commit([0])
-            call.rewind(0)
+        for number in rows:
+            for taken in (False, True):
+                powers.taken = lambda taken=taken: taken
+                mx.eval(trees[number].mask, [cache.state for cache in caches])
+                start = time.perf_counter()
+                call = target.verify(trees[number], caches)
+                mx.eval(call.logits)
+                if turn:
+                    times[taken][number].append(1e3 * (time.perf_counter() - start))
+                call.commit([0])
+                call.rewind(0)
     return times
 
 
@@ -73,12 +78,15 @@ def main() -> None:
         return
     found: dict[str, dict[str, list[float]]] = {arm: {} for arm in ARMS}
     for _ in range(args.processes):
-        for arm, switches in ARMS.items():
+        for switch in "01":
             command = [sys.executable, __file__, "--once", *sys.argv[1:]]
-            environment = os.environ | switches
+            environment = os.environ | {SWITCH: switch}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-            for number, taken in json.loads(done.stdout).items():
-                found[arm].setdefault(number, []).extend(taken)
+            measured = json.loads(done.stdout)
+            for arm, (products, taken) in ARMS.items():
+                if products == switch:
+                    for number, one in measured[taken].items():
+                        found[arm].setdefault(number, []).extend(one)
     medians = {
         arm: {number: round(statistics.median(taken), 2) for number, taken in times.items()}
         for arm, times in found.items()
