@@ -113,7 +113,7 @@ def test_estimate_is_the_peak(
     # How far the host is ahead of the processor decides how much there is at once; where layers are
     # computed again, one of 0.80, 0.93 and 1.00 of the estimate was measured from run to run.
     least = 0.75 if "checkpointed" in kind else 0.85
-    assert least < (mx.get_peak_memory() - before) / estimate < 1.17
+    assert least < (mx.get_peak_memory() - before) / estimate < 1.15
 
 
 def test_more_than_the_machine_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

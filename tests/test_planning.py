@@ -212,9 +212,7 @@ def test_drafts_that_are_too_dear_in_truth_are_given_up(texts: dict[str, Text]) 
     for number in range(6):
         run = Run(texts["drawn"], foretold, planner, number, drifting(4.0))
         slowest.append(run.until(200))
-    # A machine that drifts by a third and cycles that are off by a tenth hide it from one or other.
-    assert np.median(slowest[1:]) > 0.97
-    assert min(slowest[1:]) > 0.95
+    assert min(slowest[1:]) > 0.97
     assert Run(texts["drawn"], foretold, AdaptivePlanner(foretold)).until(200) > 1.2
     good = Run(texts["drawn"], foretold, AdaptivePlanner(foretold), 0, drifting(1.0))
     assert good.until(200) > 1.2

@@ -26,7 +26,7 @@ from mlx_distill.target.teaching import teach
 LOG2_E = math.log2(math.e)
 BARRED = -1e30  # of a score, before its power is 0
 # Attention written out takes some operations more: with fewer weights that costs what powers save.
-LEAST_WEIGHTS = 1 << 13
+LEAST_WEIGHTS = 1 << 11
 # A power has to take no more than this share of an exponential's time.
 CLEARLY, NUMBERS, ROUNDS = 0.7, 1 << 15, 5
 
