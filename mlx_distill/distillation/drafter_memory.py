@@ -11,7 +11,7 @@ from mlx_distill.distillation.memory import (
     trained_arrays,
     update_bytes,
 )
-from mlx_distill.distillation.start_order import SPREAD
+from mlx_distill.distillation.start_order import spread_of
 from mlx_distill.drafters.context_blocks import HEAD_DIM
 from mlx_distill.drafters.medusa import MedusaConfig
 from mlx_distill.drafters.networks import Network, Shape, network_of
@@ -106,8 +106,8 @@ def _block_bytes(
 ) -> tuple[int, int]:
     """Return what context blocks keep that read the texts of a step, and take for gradients."""
     window = shape.context_window
-    # Every second row of a step's answers is a start; both ends of these may lie in other steps.
-    rows = min(tokens, SPREAD * config.starts * 9 // 8 + 2 * window)
+    # Both ends of a step's answers may lie in other steps.
+    rows = min(tokens, spread_of(config.starts) * config.starts * 9 // 8 + 2 * window)
     rows += -rows % (window * max(1, PAST_ROWS // window))
     width, inner = shape.hidden_size, shape.context_heads * HEAD_DIM
     scores = shape.context_heads * 2 * window

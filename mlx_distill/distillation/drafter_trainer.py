@@ -30,7 +30,7 @@ from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.feature_store import FeatureStore
 from mlx_distill.distillation.own_samples import Own, columns_of
 from mlx_distill.distillation.responses import Response
-from mlx_distill.distillation.start_order import SPREAD, StartOrder
+from mlx_distill.distillation.start_order import StartOrder, spread_of
 from mlx_distill.distillation.target_reader import TargetReader, text_of
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.medusa import MedusaHeads
@@ -83,7 +83,7 @@ class DrafterTrainer:
         learned = [text_of(one) for row, one in enumerate(responses) if row not in held]
         self.training = sorted(learned, key=lambda text: len(text.tokens))  # as a view has them
         self.reader = TargetReader(target, config.taps(target), config.batch_size, config.look_back)
-        self.spread = SPREAD if config.context_blocks else 0
+        self.spread = spread_of(config.starts) if config.context_blocks else 0
         self.network, self.coverage = self._network(start)
         rows, row_bytes = (
             [self.reader.num_rows(text) for text in self.training],

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Where a step takes its starts from few answers, they are every second one of these.
-SPREAD = 2
+# Where a step takes its starts from few answers, these have twice as many, and at least so many:
+# 256 starts in two or three answers teach less than ones in twenty.
+LEAST_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class StepStarts:
 
     group: int
     numbers: np.ndarray
+
+
+def spread_of(count: int) -> int:
+    """Return among how many times their number the starts of a step are chosen."""
+    return max(2, LEAST_TOKENS // count)
 
 
 class StartOrder:

@@ -64,22 +64,27 @@ class ContextBlock(nn.Module):
         joint = self.qkv(_norm(x)).reshape(batch, length, 3, -1, HEAD_DIM)
         return joint.transpose(2, 0, 3, 1, 4)
 
-    def added(
+    def attended(
         self,
-        x: Float[mx.array, "B T D"],
         queries: Float[mx.array, "B H T 64"],
         rows: Float[mx.array, "2 B H S 64"],
         mask: mx.array,
-    ) -> Float[mx.array, "B T D"]:
-        """Return what the block adds to its input; the queries are those of the last rows."""
+    ) -> Float[mx.array, "B T I"]:
+        """Return what the attention sees; the queries are those of the last rows."""
         keys, values = _rotated(rows[0], 0), rows[1]
         queries = _rotated(queries, keys.shape[2] - queries.shape[2])
         seen = mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=HEAD_DIM**-0.5, mask=mask
         )
-        attended = self.out(seen.swapaxes(1, 2).reshape(*x.shape[:2], -1))
-        gate, up = mx.split(self.gate_up(_norm(x + attended)), 2, axis=-1)
-        return attended + self.down(nn.silu(gate) * up)
+        return seen.swapaxes(1, 2).flatten(2)
+
+    def added(
+        self, x: Float[mx.array, "... D"], attended: Float[mx.array, "... I"]
+    ) -> Float[mx.array, "... D"]:
+        """Return what the block adds to its input, row by row."""
+        joined = self.out(attended)
+        gate, up = mx.split(self.gate_up(_norm(x + joined)), 2, axis=-1)
+        return joined + self.down(nn.silu(gate) * up)
 
 
 class ContextBlocks(nn.Module):
@@ -106,29 +111,35 @@ class ContextBlocks(nn.Module):
         hidden: Float[mx.array, "M D"],
         following: Float[mx.array, "M E"],
         behind: Int[mx.array, " M"],
-    ) -> Float[mx.array, "M D"]:
-        """Return the contexts at all rows of some texts, whole or from somewhere on.
+        places: Int[mx.array, " S"] | None = None,
+    ) -> Float[mx.array, "S D"]:
+        """Return the contexts at rows of some texts, which are whole or begin somewhere.
 
         The rows are cut into pieces of a window, and each sees its own piece and the one before.
+        Of the last block, what is behind its attention is computed for the asked rows alone.
 
         Args:
             hidden: What the target computed; M is a multiple of the window.
             following: Embedding of the token that follows each.
             behind: How many of the rows before each belong to its text.
+            places: The rows that are asked for; None for all.
         """
         window = self.window
-        x = self._begin(hidden, following).reshape(-1, window, hidden.shape[-1])
+        x = self._begin(hidden, following)
         place, key = mx.arange(window)[:, None], mx.arange(2 * window)[None]
         within = (key <= window + place) & (key > place)
         mask = within & (key >= window + place - behind.reshape(-1, window, 1))
         added = mx.zeros_like(x)
         for layer in self.layers:
-            joint = layer.project(x + added)
+            joint = layer.project((x + added).reshape(-1, window, x.shape[-1]))
             queries, rows = joint[0], joint[1:]
             before = mx.concatenate([mx.zeros_like(rows[:, :1]), rows[:, :-1]], axis=1)
             rows = mx.concatenate([before, rows], axis=3)
-            added = added + layer.added(x + added, queries, rows, mask[:, None])
-        return hidden + added.reshape(hidden.shape)
+            attended = layer.attended(queries, rows, mask[:, None]).flatten(0, 1)
+            if layer is self.layers[-1] and places is not None:
+                hidden, x, added, attended = (y[places] for y in (hidden, x, added, attended))
+            added = added + layer.added(x + added, attended)
+        return hidden + added
 
     def nothing(self, dtype: mx.Dtype) -> Kept:
         """Return what is kept of a text before anything of it was read."""
@@ -152,21 +163,23 @@ class ContextBlocks(nn.Module):
             count: How many there are, at least 1.
         """
         window = self.window
-        x = self._begin(hidden, following)[None]
+        x = self._begin(hidden, following)
         # Constants: a GPU is sent nothing for them.
-        place = mx.array(np.arange(x.shape[1])[:, None])
-        key = mx.array(np.arange(window + x.shape[1])[None])
+        place = mx.array(np.arange(x.shape[0])[:, None])
+        key = mx.array(np.arange(window + x.shape[0])[None])
         mask = (key <= window + place) & (key > place) & (key >= window - kept.known)
         last = count + mx.array(np.arange(window))
         added, rows_kept = mx.zeros_like(x), []
         for layer, before in zip(self.layers, kept.rows, strict=True):
-            joint = layer.project(x + added)
+            joint = layer.project((x + added)[None])
             rows = mx.concatenate([before[:, None], joint[1:]], axis=3)
-            added = added + layer.added(x + added, joint[0], rows, mask)
             rows_kept.append(mx.take(rows[:, 0], last, axis=2))
-        context = (hidden + added[0])[count - 1]
+            attended = layer.attended(joint[0], rows, mask)[0]
+            if layer is self.layers[-1]:
+                hidden, x, added, attended = (y[count - 1] for y in (hidden, x, added, attended))
+            added = added + layer.added(x + added, attended)
         known = mx.minimum(kept.known + count, window).astype(kept.known.dtype)
-        return context, Kept(mx.stack(rows_kept), known)
+        return hidden + added, Kept(mx.stack(rows_kept), known)
 
     def _begin(
         self, hidden: Float[mx.array, "M D"], following: Float[mx.array, "M E"]

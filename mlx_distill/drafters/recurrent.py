@@ -227,7 +227,7 @@ class RecurrentDrafter(nn.Module):
         """
         hidden = self.joined(hidden, taps)
         if past is not None:
-            hidden = self.blocks(hidden, past.following, past.behind)[past.places]
+            hidden = self.blocks(hidden, past.following, past.behind, past.places)
         context, state = self.context(hidden), self.begin(hidden)
         features = []
         for token in mx.split(self.read(embeddings), embeddings.shape[1], axis=1):

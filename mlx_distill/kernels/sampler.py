@@ -6,7 +6,8 @@ sixteenth of the numbers it may be; float32 is exhausted after 8 such passes.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Bool, Float, Int
@@ -354,6 +355,9 @@ Args:
 """
 
 
+DrawTokens: TypeAlias = Callable[..., tuple[mx.array, mx.array, mx.array | None]]
+
+
 def draw_tokens(
     logits: Float[mx.array, "N V"],
     sampling: Sampling,
@@ -361,8 +365,23 @@ def draw_tokens(
     places: Int[mx.array, " N"] | None = None,
 ) -> tuple[Int[mx.array, " N"], Float[mx.array, " N"], Bool[mx.array, " N"] | None]:
     """Return the tokens, the greatest logits and what is certain, as ``draw`` does; no more."""
-    if chosen(draw.name):
-        drawn = draw(logits, sampling, noise, places)
-        return drawn.tokens, drawn.greatest, drawn.certain
+    return chosen_draw()(logits, sampling, noise, places)
+
+
+def chosen_draw() -> DrawTokens:
+    """Return what ``draw_tokens`` does from now on: for many draws, it is chosen once."""
+    return _draw_by_choice if chosen(draw.name) else _draw_by_twin
+
+
+def _draw_by_choice(
+    logits: mx.array, sampling: Sampling, noise: Noise | None, places: mx.array | None = None
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    drawn = draw(logits, sampling, noise, places)
+    return drawn.tokens, drawn.greatest, drawn.certain
+
+
+def _draw_by_twin(
+    logits: mx.array, sampling: Sampling, noise: Noise | None, places: mx.array | None = None
+) -> tuple[mx.array, mx.array, mx.array | None]:
     tokens, certain = _tokens(logits, sampling, noise, places)
     return tokens, logits.max(axis=-1), certain

@@ -159,6 +159,13 @@ class Engine:
         self._texts[number] = self._responses(writer, tokens)
         return number
 
+    def responses(self, number: int) -> Responses:
+        """Yield what a text comes to that is written by itself, and alone: no step is needed."""
+        try:
+            yield from self._texts[number]
+        finally:
+            self.cancel(number)
+
     def step(self) -> list[Emitted]:
         """Return the next tokens of every text that has not ended.
 

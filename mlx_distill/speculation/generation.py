@@ -123,7 +123,7 @@ def stream_generate(
         prompt_cache=prompt_cache,
     )
     # Whatever can be refused is refused now, not when the first token is asked for.
-    responses = _stream(engine, engine.submit(request))
+    responses = engine.responses(engine.submit(request))
     return responses if chosen is None else chosen.listen(responses)
 
 
@@ -182,15 +182,6 @@ def planner_for(
 def chain_of(num_tokens: int) -> DraftPlan:
     """Return the shape of a draft of so many tokens in a row."""
     return DraftPlan(1, num_tokens, num_tokens + 1)
-
-
-def _stream(engine: Engine, number: int) -> Responses:
-    try:
-        while engine.busy:
-            for emitted in engine.step():
-                yield emitted.response
-    finally:
-        engine.cancel(number)
 
 
 def generate(

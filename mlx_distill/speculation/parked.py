@@ -21,7 +21,7 @@ from mlx_distill.blas.openblas import let_draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.verification import follow
 from mlx_distill.drafters.protocol import Features, Listens, Rests
-from mlx_distill.kernels.sampler import draw_tokens
+from mlx_distill.kernels.sampler import DrawTokens, chosen_draw
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.cycle import Cycle, RootReport, failed_after
 from mlx_distill.speculation.drafted_text import DecodedToken, Decoding
@@ -82,12 +82,12 @@ def resting(
     assert decoding.state is not None
     step = Step(cycle.tree.tokens, cycle.call, cycle.report)
     listener = _listener(decoding)
-    read = decoding.target.stepper(decoding.drafter.taps)
+    read, draw = decoding.target.stepper(decoding.drafter.taps), chosen_draw()
     place, end = cycle.start, cycle.start + steps
     while place < end and not (listener and listener.wakes(step.root)):
         call, report = step.call, step.report
         decoding.state.accept(step.root, Features(call.hidden, None, call.taps))
-        step = _launch(decoding, read, report.drawn, place + 1)
+        step = _launch(decoding, read, draw, report.drawn, place + 1)
         if report.failed.item():
             raise failed_after(place)
         place += 1
@@ -111,14 +111,16 @@ def _listener(decoding: Decoding) -> Listens | None:
     return state if decoding.is_silent and isinstance(state, Listens) else None
 
 
-def _launch(decoding: Decoding, read: Reads, root: Int[mx.array, " 1"], place: int) -> Step:
+def _launch(
+    decoding: Decoding, read: Reads, draw: DrawTokens, root: Int[mx.array, " 1"], place: int
+) -> Step:
     """Send a token to the target, and draw the text's token of a place behind it."""
     let_draft(False)
     with mx.stream(generation_stream):
         call = read(root, decoding.caches)
         noise = decoding.rows(place, 1)
         logits = decoding.target.as_drawn(call.logits)
-        drawn, greatest, _ = draw_tokens(logits, decoding.sampling, noise)
+        drawn, greatest, _ = draw(logits, decoding.sampling, noise)
         report = RootReport(drawn, mx.isnan(greatest), None)
         mx.async_eval(report.drawn, report.failed)
     return Step(root, call, report)

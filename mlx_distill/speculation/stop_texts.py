@@ -19,6 +19,8 @@ class StopCutter:
 
     def feed(self, piece: str, last: bool = False) -> str:
         """Return what can be handed out after one more piece; after the last one, everything."""
+        if not self.stop:
+            return piece
         text = self._held + piece
         found = [place for place in map(text.find, self.stop) if place >= 0]
         if found:

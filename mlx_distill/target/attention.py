@@ -31,6 +31,8 @@ Attend: TypeAlias = Callable[..., mx.array]
 # Keys or values; quantised ones are three arrays.
 Kept: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
 
+_attend = cast(Attend, scaled_dot_product_attention)  # a mask may be a word, too
+
 
 class NotExactError(Exception):
     """Attention that is not known to be the same for a row whatever goes with it."""
@@ -51,8 +53,9 @@ def attend_nodes(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Return what mlx-lm's function does; of the nodes of a tree, in the way that was chosen."""
-    own = functools.partial(scaled_dot_product_attention, cache=cache, scale=scale, sinks=sinks)
-    attend = cast(Attend, own)  # a mask may be a word, too
+    if not isinstance(cache, TreeCache | KeyRowsView):
+        return _attend(queries, keys, values, cache, scale, mask, sinks)
+    attend = functools.partial(_attend, cache=cache, scale=scale, sinks=sinks)
     if isinstance(cache, KeyRowsView) and cache.layout.packing is not None:
         packing = cache.layout.packing
         return packing.line(attend(packing.rows(queries), keys, values, mask=mask))

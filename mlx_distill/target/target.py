@@ -8,7 +8,7 @@ up in a list but found out when it is opened (``opening``).
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -180,11 +180,8 @@ class Target:
         Its caches have to append.
         """
         observer = Observer(self.model, self.head, taps)
-
-        def step(root: Int[mx.array, " 1"], caches: list[LayerCache]) -> RootCall:
-            return hearing(self._by_kernels(), call_on_root, observer, root, caches)
-
-        return step
+        step, heard = partial(call_on_root, observer), self._by_kernels()
+        return partial(hearing, heard, step) if heard else step
 
     def _by_kernels(self) -> Sequence[Heard]:
         """Return what has to be heard so that the kernels that were chosen make calls of few rows.

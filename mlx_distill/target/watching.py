@@ -114,6 +114,8 @@ def listening_once(heard: Iterable[Heard]) -> Iterator[None]:
 
 def watch(module: nn.Module) -> bool:
     """Give a module its watched class; return whether it did not have it."""
+    if hasattr(type(module), "watched_class"):
+        return False
     with changing:
         kind = type(module)
         if hasattr(kind, "watched_class"):
