@@ -104,6 +104,9 @@ def test_blocks_equal_their_formulas(num_blocks: int) -> None:
     for text in (slice(0, 9), slice(9, 14)):
         expected = slow_contexts(blocks, hidden[text], following[text], 2)
         np.testing.assert_allclose(found[text], expected, rtol=1e-3, atol=1e-4)
+    places = mx.array([12, 0, 3, 3])
+    some = blocks(mx.array(hidden), mx.array(following), mx.array(behind), places)
+    np.testing.assert_allclose(some, found[places], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 2])

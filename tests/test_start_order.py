@@ -3,14 +3,16 @@
 import numpy as np
 import pytest
 
-from mlx_distill.distillation.start_order import StartOrder
+from mlx_distill.distillation.start_order import LEAST_TOKENS, StartOrder, spread_of
 
 SIZES = [5, 0, 9, 3, 12, 7, 1]
 ROWS = [6, 1, 10, 4, 13, 8, 2]
 
 
-def order_of(most_rows: int, count: int = 4, seed: int = 0, spread: int = 0) -> StartOrder:
-    return StartOrder(SIZES, ROWS, most_rows, count, seed, spread)
+def order_of(
+    most_rows: int, count: int = 4, seed: int = 0, spread: int = 0, share: float = 1.0
+) -> StartOrder:
+    return StartOrder(SIZES, ROWS, most_rows, count, seed, spread, share)
 
 
 @pytest.mark.parametrize("most_rows", [1, 14, 20, 100])
@@ -66,3 +68,22 @@ def test_a_step_may_take_its_starts_from_few_answers(spread: int):
     assert any(np.any(np.diff(numbers) < 0) for numbers in first)  # in no order
     later = [order.at(order.steps_per_epoch + step).numbers for step in range(len(first))]
     assert not all(np.array_equal(*pair) for pair in zip(first, later, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 256, 1000, 2048, 4096])
+def test_the_answers_of_a_step_are_many_or_have_twice_its_starts(count: int):
+    assert count * spread_of(count) >= min(2 * count, LEAST_TOKENS - count)
+    assert count * spread_of(count) <= max(2 * count, LEAST_TOKENS)
+
+
+@pytest.mark.parametrize("spread", [0, 1, 2])
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 9), (0.5, 4), (0.25, 2), (0.01, 1)])
+def test_an_epoch_may_learn_a_share_and_another_epoch_others(share: float, steps: int, spread: int):
+    order = order_of(100, spread=spread, share=share)  # of 37 places
+    assert order.steps_per_epoch == steps
+    epochs = [
+        {number for step in range(steps) for number in order.at(epoch * steps + step).numbers}
+        for epoch in range(80)
+    ]
+    assert all(len(seen) == 4 * steps for seen in epochs)
+    assert len(set.union(*epochs)) == 37  # sooner or later all of them

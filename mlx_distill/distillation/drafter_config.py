@@ -59,6 +59,9 @@ class DrafterTraining:
         self_unroll: Share of the training, at its end, in which drafts go on with the drafter's own
             samples, as in decoding, and end where one is not what the target wrote.
         starts: Drafts per step.
+        start_share: Share of the places in the answers at which an epoch lets drafts start, chosen
+            anew in every epoch. Where the target reads the answers again in each, or is small, the
+            drafts of all places are most of the time, and neighbours teach much the same.
         epochs: How often every answer is learned. Without it, the number of steps decides.
         feature_gb: Memory for what the target computes of the answers, in gigabytes. What is more
             is computed again in every epoch, in parts of that size. Without it, a quarter of the
@@ -89,6 +92,7 @@ class DrafterTraining:
     loss: Annotated[str, OneOf("kl", "lk")] = "kl"
     self_unroll: Annotated[float, Between(0, 1)] = 0.0
     starts: Count = 2048
+    start_share: Annotated[float, Between(above=0, high=1)] = 1.0
     epochs: Annotated[float | None, Between(above=0, high=10**6)] = None
     feature_gb: Annotated[float | None, Between(above=0, high=10**6)] = None
     own_prompts: Count = 2000

@@ -107,7 +107,8 @@ def _block_bytes(
     """Return what context blocks keep that read the texts of a step, and take for gradients."""
     window = shape.context_window
     # Both ends of a step's answers may lie in other steps.
-    rows = min(tokens, spread_of(config.starts) * config.starts * 9 // 8 + 2 * window)
+    tokens_each = max(spread_of(config.starts), 1 / config.start_share)
+    rows = min(tokens, int(tokens_each * config.starts * 9 / 8) + 2 * window)
     rows += -rows % (window * max(1, PAST_ROWS // window))
     width, inner = shape.hidden_size, shape.context_heads * HEAD_DIM
     scores = shape.context_heads * 2 * window

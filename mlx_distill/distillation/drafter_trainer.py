@@ -96,6 +96,7 @@ class DrafterTrainer:
             config.starts,
             config.seed,
             self.spread,
+            config.start_share,
         )
         if not self.order.groups:
             raise InputError("no answer has two tokens; there is nothing to learn")

@@ -12,6 +12,7 @@ Where their texts are read with them, that would be nearly all texts in every st
 takes its starts from a few.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,6 +51,7 @@ class StartOrder:
         count: Starts of a step; a smaller group has fewer.
         seed: Decides.
         spread: The answers of a step have so many times its starts; 0 takes them from all.
+        share: Of the places in the answers, those at which an epoch has starts; others in another.
 
     Attributes:
         groups: The answers of each group, in ascending order.
@@ -63,9 +65,11 @@ class StartOrder:
         count: int,
         seed: int,
         spread: int = 0,
+        share: float = 1.0,
     ):
         self._seed = seed
         self._spread = spread
+        self._share = share
         self._sizes: list[int] = []
         self.groups: list[list[int]] = []
         total = most_rows + 1
@@ -83,12 +87,13 @@ class StartOrder:
             group.sort()
         self._of_answers = [[sizes[answer] for answer in group] for group in self.groups]
         self._counts = [min(count, size) for size in self._sizes]
-        self._steps = [size // count for size, count in zip(self._sizes, self._counts, strict=True)]
+        pairs = zip(self._sizes, self._counts, strict=True)
+        self._steps = [max(1, int(size * share) // count) for size, count in pairs]
         self._known: tuple[tuple[int, int], np.ndarray] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """How many steps see every answer once; the last starts of a group may be left out."""
+        """How many steps see the answers once; the last starts of a group may be left out."""
         return sum(self._steps)
 
     def at(self, step: int) -> StepStarts:
@@ -118,7 +123,9 @@ class StartOrder:
         sizes, count = self._of_answers[group], self._counts[group]
         runs = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
         starts = np.concatenate([runs[one] for one in random.permutation(len(runs)).tolist()])
-        for first in range(0, starts.size, self._spread * count):
-            random.shuffle(starts[first : first + self._spread * count])
-        whole = starts[: self._steps[group] * count].reshape(-1, count)
+        size, parts = self._spread * count, []
+        for first in range(0, starts.size, size):
+            part = random.permutation(starts[first : first + size])
+            parts.append(part[: math.ceil(part.size * self._share)])
+        whole = np.concatenate(parts)[: self._steps[group] * count].reshape(-1, count)
         return whole[random.permutation(len(whole))].reshape(-1)
