@@ -120,9 +120,10 @@ def test_a_pair_is_measured(pair: Pair) -> None:
     assert costs.contexts == (16, 32)
     assert costs.rows == (1, 2, 4)
     assert all(time == 1.0 for row in (*costs.call_s, *costs.draft_s) for time in row)
-    assert len(found.times) == 2 * 3 + 2 * 2 + 2 * 2
+    assert len(found.times) == 2 * 3 + 2 * 2 + 2 * 3
     for law in (costs, costs.sampled()):
-        assert law.overhead_s == 1 - (1 + 1)  # a cycle, less a call and a draft
+        # A cycle, less a call and a draft.
+        assert law.overhead_s == law.line_overhead_s == 1 - (1 + 1)
         assert law.plain_overhead_s == 0
         assert 1 <= law.cycle_tokens <= 5
     assert costs.spread == 0

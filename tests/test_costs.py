@@ -51,7 +51,20 @@ def test_what_runs_at_the_same_time_is_not_counted_twice() -> None:
     assert ahead.cycle(DraftPlan(4, 4), 8, 100) == COSTS.cycle(DraftPlan(4, 4), 8, 100)
     assert ahead.sampled().plain(100) == pytest.approx(1.0)
     assert ahead.sampled().cycle(DraftPlan(4, 4), 8, 100) == pytest.approx(1.7 + 0.4 + 0.3)
-    assert replace(COSTS, plain_overhead_s=-9.0, overhead_s=-9.0).plain(100) > 0
+    far = replace(COSTS, plain_overhead_s=-9.0, overhead_s=-9.0)
+    assert far.plain(100) > 0
+    assert far.cycle(DraftPlan(4, 4), 8, 100) > 0
+
+
+def test_a_line_has_a_rest_of_its_own() -> None:
+    """Of a call no more is done meanwhile than of a plain step's."""
+    line = replace(COSTS, plain_overhead_s=-0.3, line_overhead_s=-0.2, sampled_line_overhead_s=0.4)
+    assert line.cycle(DraftPlan(1, 4, 5), 4, 100) == pytest.approx(1.3 + 0.2 - 0.2)
+    assert line.cycle(DraftPlan(1, 2, 3), 4, 100) == pytest.approx(1.3 + 0.1 - 0.2)
+    assert line.cycle(DraftPlan(4, 4), 8, 100) == COSTS.cycle(DraftPlan(4, 4), 8, 100)
+    assert line.sampled().cycle(DraftPlan(1, 4, 5), 4, 100) == pytest.approx(1.3 + 0.2 + 0.4)
+    least = replace(line, line_overhead_s=-2.0)
+    assert least.cycle(DraftPlan(1, 4, 5), 4, 100) == pytest.approx(1.3 - 0.3)
 
 
 @pytest.mark.parametrize("costs", [COSTS, replace(COSTS, contexts=(300,), call_s=COSTS.call_s[1:])])
@@ -86,6 +99,7 @@ def test_json_and_back() -> None:
         ({"draft_s": [[0.1, "x"], [0.1, 0.2]]}, "draft_s must hold times"),
         ({"call_s": [[0.0, 1, 1, 1], [1, 1, 1, 1]]}, "call_s must hold times above 0"),
         ({"overhead_s": float("nan")}, "overhead_s must be a number"),
+        ({"line_overhead_s": float("inf")}, "line_overhead_s must be a number"),
         ({"sampled_plain_overhead_s": "0"}, "sampled_plain_overhead_s must be a number"),
         ({"threads": 0}, "threads must be a whole number"),
         ({"threads": 1.5}, "threads must be a whole number"),

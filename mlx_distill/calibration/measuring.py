@@ -16,7 +16,7 @@ from mlx_distill.calibration.config import COARSE, QUICK, SLOW_STEP_S, Calibrati
 from mlx_distill.calibration.crowding import crowding
 from mlx_distill.calibration.kernels import probe_kernels
 from mlx_distill.calibration.pair import Pair
-from mlx_distill.calibration.tasks import PLAN, Decoding, Reading
+from mlx_distill.calibration.tasks import LINE, PLAN, Decoding, Reading
 from mlx_distill.calibration.timing import Clock, Task, Times, time_in_turn, typical_spread
 from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.drafters.bound import settle
@@ -44,7 +44,7 @@ class Calibration:
         costs: For the planner.
         times: Of every task, by what it was: ("call", context, rows), ("draft", width, length),
             ("plain", temperature) for a step of mlx-lm's loop, ("cycle", temperature) for one of
-            the loop that drafts.
+            the loop that drafts, and ("line", temperature) for one that drafts a line.
         kernels: What was found of the kernels, with which all of this was measured; empty where
             none can be used.
     """
@@ -94,10 +94,12 @@ def calibrate(
     context, *_ = contexts = usable_contexts(pair, config)
     kernels = probe_kernels(pair, context, clock)
     threads = _choose_threads(pair, config, context, clock, start + config.deadline_s / 5)
-    whole = {law: Decoding(pair, PLAN, law, context, config.cycles) for law in LAWS}
-    tasks = _tasks(pair, config, contexts) | {
-        ("cycle", law.temperature): decoding for law, decoding in whole.items()
+    whole: dict[Name, Decoding] = {
+        (kind, law.temperature): Decoding(pair, plan, law, context, config.cycles)
+        for law in LAWS
+        for kind, plan in _whole_shapes(pair).items()
     }
+    tasks = {**_tasks(pair, config, contexts), **whole}
     ordered = {name: tasks[name] for name in sorted(_mixed(tasks), key=_importance(context))}
     others: list[float] = []
 
@@ -109,11 +111,16 @@ def calibrate(
     times = time_in_turn(ordered, config.rounds, config.limit_s, clock, watched, until)
     spread = max(typical_spread(times.values()), statistics.median(others))
     costs = replace(_costs(times), threads=threads, spread=spread)
-    nodes = [decoding.nodes for decoding in whole.values()]
-    costs = _with_overheads(costs, times, nodes, context)
-    greedy, sampled = _promised(pair, whole, context, clock, until)
+    costs = _with_overheads(pair, costs, times, whole, context)
+    default = {law: whole["cycle", law.temperature] for law in LAWS}
+    greedy, sampled = _promised(pair, default, context, clock, until)
     costs = replace(costs, cycle_tokens=greedy, sampled_cycle_tokens=sampled)
     return Calibration(costs, times, kernels)
+
+
+def _whole_shapes(pair: Pair) -> dict[str, DraftPlan]:
+    """Return the shapes of the cycles that are timed whole, by what they are called."""
+    return {"cycle": PLAN} if pair.target.prefers_lines else {"cycle": PLAN, "line": LINE}
 
 
 def _tasks(pair: Pair, config: CalibrationConfig, contexts: Sequence[int]) -> dict[Name, Task]:
@@ -155,8 +162,8 @@ def _importance(context: int) -> Callable[[Name], int]:
             return 4
         if name == ("call", context, 1):
             return 0
-        if kind in ("plain", "cycle"):
-            return 1 if of[0] == GREEDY.temperature else 3
+        if kind in ("plain", "cycle", "line"):
+            return (2 if kind == "line" else 1) if of[0] == GREEDY.temperature else 3
         default = (context, PLAN.nodes), (PLAN.beam_width, PLAN.draft_length)
         return 2 if tuple(of) == default[kind == "draft"] else 3
 
@@ -270,29 +277,42 @@ def _mixed(tasks: dict[tuple[Any, ...], Task]) -> dict[tuple[Any, ...], Task]:
 
 
 def _with_overheads(
-    costs: Costs, times: dict[tuple[Any, ...], Times], nodes: Sequence[int], context: int
+    pair: Pair,
+    costs: Costs,
+    times: Mapping[Name, Times],
+    whole: Mapping[Name, Decoding],
+    context: int,
 ) -> Costs:
     """Return the costs with what whole steps and cycles take beyond their parts.
 
     Args:
+        pair: Whose costs they are.
         costs: Of the parts.
         times: Of everything. What is missing is taken to be as at the other law, or nothing.
-        nodes: That a cycle verified, at each of the laws. Where the drafter had nothing to say, the
-            cycle was a plain step and tells nothing.
+        whole: What decoded in cycles, and knows how many nodes they verified. Where the drafter had
+            nothing to say, a cycle was a plain step and tells nothing.
         context: At which they were timed.
     """
-    plain, cycle = [0.0], [0.0]
-    for law, size in zip(LAWS, nodes, strict=True):
-        step, whole = (times.get((name, law.temperature)) for name in ("plain", "cycle"))
-        plain.append(step.median_s - costs.plain(context) if step else plain[-1])
-        more = whole.median_s - costs.cycle(PLAN, size, context) if whole and size > 1 else 0.0
-        cycle.append(more if whole else cycle[-1])
+    found: dict[str, list[float]] = {"plain": [], "cycle": [], "line": []}
+    for law in LAWS:
+        step = times.get(("plain", law.temperature))
+        if step:
+            found["plain"].append(step.median_s - costs.plain(context))
+        for kind, plan in _whole_shapes(pair).items():
+            name = kind, law.temperature
+            if name in times:
+                size = whole[name].nodes
+                more = times[name].median_s - costs.cycle(plan, size, context)
+                found[kind].append(more if size > 1 else 0.0)
+    (plain, cycle), line = (found[kind] or [0.0] for kind in ("plain", "cycle")), found["line"]
     return replace(
         costs,
-        overhead_s=cycle[1],
-        plain_overhead_s=plain[1],
-        sampled_overhead_s=cycle[2],
-        sampled_plain_overhead_s=plain[2],
+        overhead_s=cycle[0],
+        plain_overhead_s=plain[0],
+        line_overhead_s=line[0] if line else None,
+        sampled_overhead_s=cycle[-1],
+        sampled_plain_overhead_s=plain[-1],
+        sampled_line_overhead_s=line[-1] if line else None,
     )
 
 

@@ -32,9 +32,12 @@ def show(costs: Costs) -> None:
         table.add_row(str(width), *(f"{1e3 * seconds:.2f}" for seconds in row))
     console.print(table)
     for name, law in (("temperature 0", costs), ("temperature 1", costs.sampled())):
+        line = ""
+        if law.line_overhead_s is not None:
+            line = f", {1e3 * law.line_overhead_s:.2f} ms where a line is drafted"
         console.print(
             f"At {name}, a plain step: {1e3 * law.plain(law.contexts[0]):.2f} ms; the rest of a "
-            f"cycle: {1e3 * law.overhead_s:.2f} ms"
+            f"cycle: {1e3 * law.overhead_s:.2f} ms{line}"
         )
     if costs.threads:
         console.print(f"Drafting is fastest here with {costs.threads} threads of OpenBLAS")

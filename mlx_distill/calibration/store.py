@@ -34,7 +34,7 @@ from mlx_distill.speculation.costs import Costs
 from mlx_distill.target import powers
 from mlx_distill.user_cache import cache_folder
 
-FORMAT = 7
+FORMAT = 8
 # The spread of what turned out to be wrong, and how often it may: measuring takes 20 seconds.
 DOUBTED, MOST_DOUBTS = 2 * LOADED, 3
 Made = TypeVar("Made")

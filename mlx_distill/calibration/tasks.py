@@ -17,8 +17,8 @@ from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.prompt_cache import prompt_caches
 
-# The shape of the drafts of cycles that are timed whole.
-PLAN = DraftPlan()
+# The shapes of the drafts of cycles that are timed whole: a tree, and a line.
+PLAN, LINE = DraftPlan(), DraftPlan(1, 4, 5)
 # Prompt of what is timed whole; with a longer one most of the time would be spent reading it.
 MOST_PROMPT = 16
 

@@ -35,6 +35,8 @@ OVERHEADS = (
     "sampled_overhead_s",
     "sampled_plain_overhead_s",
 )
+# The same of cycles that draft a line, where these were timed.
+LINES = "line_overhead_s", "sampled_line_overhead_s"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Costs:
         plain_overhead_s: What a step of plain decoding takes beyond its call.
         sampled_overhead_s: As ``overhead_s``, where tokens are drawn and not the likeliest.
         sampled_plain_overhead_s: As ``plain_overhead_s``, where tokens are drawn.
+        line_overhead_s: As ``overhead_s``, where a line is drafted: no tree is chosen and walked
+            then, and the device is waited for less. None if that was not measured.
+        sampled_line_overhead_s: As ``line_overhead_s``, where tokens are drawn.
         cycle_tokens: What a cycle of the default shape added to the text that was measured on;
             0 if that is not known.
         sampled_cycle_tokens: As ``cycle_tokens``, where tokens are drawn.
@@ -72,6 +77,8 @@ class Costs:
     plain_overhead_s: float = 0.0
     sampled_overhead_s: float = 0.0
     sampled_plain_overhead_s: float = 0.0
+    line_overhead_s: float | None = None
+    sampled_line_overhead_s: float | None = None
     cycle_tokens: float = 0.0
     sampled_cycle_tokens: float = 0.0
     threads: int | None = None
@@ -110,16 +117,32 @@ class Costs:
 
     def cycle(self, plan: DraftPlan, num_nodes: int, context: int, batch: int = 1) -> float:
         """Return the seconds of a cycle that verifies a tree of so many nodes for every text."""
-        draft_s = np.array(self.draft(plan.beam_width, plan.draft_length))
-        return float(self.cycles(draft_s, [batch * num_nodes], context)[0])
+        rest_s = np.array(self.rest(plan.beam_width, plan.draft_length))
+        return float(self.cycles(rest_s, [batch * num_nodes], context)[0])
 
     def cycles(
-        self, draft_s: np.ndarray, rows: Sequence[int] | np.ndarray, context: int
+        self, rest_s: np.ndarray, rows: Sequence[int] | np.ndarray, context: int
     ) -> np.ndarray:
-        """Return the seconds of cycles by their drafts' seconds and their calls' rows."""
+        """Return the seconds of cycles by what they take beyond their calls, and these calls' rows.
+
+        Args:
+            rest_s: As ``rest`` returns it, for any shapes.
+            rows: Of the calls.
+            context: Tokens before them.
+        """
         call_s = self.calls(rows, context)
-        # Below zero it is what a draft does beside something else: never more than the draft.
-        return call_s + np.maximum(draft_s[..., None] + self.overhead_s, 0)
+        return np.maximum(call_s + rest_s[..., None], LEAST * call_s)
+
+    def rest(self, width: int, length: int) -> float:
+        """Return the seconds of a cycle's draft and of all else beside its call.
+
+        Below zero it is what is done at the same time: a draft at the most, and of the call what of
+        a plain step's is.
+        """
+        line = width == 1 and self.line_overhead_s is not None
+        overhead_s = self.line_overhead_s if line else self.overhead_s
+        assert overhead_s is not None
+        return max(self.draft(width, length) + overhead_s, min(0.0, self.plain_overhead_s))
 
     def sampled(self) -> "Costs":
         """Return what decoding costs where tokens are drawn."""
@@ -127,6 +150,7 @@ class Costs:
             self,
             overhead_s=self.sampled_overhead_s,
             plain_overhead_s=self.sampled_plain_overhead_s,
+            line_overhead_s=self.sampled_line_overhead_s,
             cycle_tokens=self.sampled_cycle_tokens,
         )
 
@@ -184,7 +208,9 @@ def _check(values: Settings) -> None:
     threads = values["threads"]
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
-    for name in OVERHEADS:
+    for name in (*OVERHEADS, *LINES):
+        if name in LINES and values[name] is None:
+            continue
         if not (_is_number(values[name]) and math.isfinite(values[name])):
             raise InputError(f"{name} must be a number, got {values[name]!r}")
     if not all(time > 0 for row in values["call_s"] for time in row):

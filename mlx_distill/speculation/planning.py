@@ -169,7 +169,7 @@ class AdaptivePlanner:
         most = costs.rows[-1] // batch
         self.nodes = np.array([n for n in costs.rows if 1 < n <= most], np.int32)
         self.widths, self.lengths = (_filled(x) for x in (costs.widths, costs.lengths))
-        self._draft_s = np.array([[costs.draft(w, n) for w in self.widths] for n in self.lengths])
+        self._rest_s = np.array([[costs.rest(w, n) for w in self.widths] for n in self.lengths])
         longest = np.minimum(np.array(self.lengths)[:, None, None], self.nodes - 1)
         self._most_tokens = np.repeat(longest + 1, len(self.widths), axis=1)
         self._used = np.zeros(self._most_tokens.shape, np.bool_)
@@ -418,7 +418,7 @@ class AdaptivePlanner:
 
     def _foretold(self, context: int) -> np.ndarray:
         """Return what a cycle of every shape should take, in plain steps, uncorrected."""
-        cycle_s = self.costs.cycles(self._draft_s, self.batch * self.nodes, context)
+        cycle_s = self.costs.cycles(self._rest_s, self.batch * self.nodes, context)
         return cycle_s / self.costs.plain(context, self.batch)
 
     def _shape_at(self, place: tuple[np.intp, ...], foretold: np.ndarray) -> Shape:
