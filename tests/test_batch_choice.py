@@ -1,5 +1,6 @@
 """How texts are written together is whatever is fastest, and that is remembered."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from mlx_distill.calibration.pair import Pair
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.speculation.batch_planning import MEMORY, SHAPES, BatchPlanner
+from mlx_distill.speculation.batch_writing import Failed
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.plain_batch import PlainBatch
 from mlx_distill.speculation.requests import Request
@@ -179,3 +181,33 @@ def test_ways_are_timed(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) 
     found, _ = batches.timed(Pair(*pair, NoDrafter()), 2, clock=lambda: float(next(ticks)))
     step_s = 1.0 / batches.STEPS
     assert found == Found(step_s, step_s, 2 * step_s)
+
+
+@pytest.mark.parametrize("after", [1, 4])
+def test_logits_that_become_no_numbers_end_a_text(bundled_pair: Any, after: int) -> None:
+    model, tokenizer = copy.deepcopy(bundled_pair[0]), bundled_pair[1]
+    norm = model.model.norm
+    left = [10**9]
+
+    class Late(type(norm)):
+        def __call__(self, x: mx.array) -> mx.array:
+            left[0] -= 1
+            return super().__call__(x) * (1.0 if left[0] >= 0 else mx.nan)
+
+    norm.__class__ = Late
+    engine = Engine(model, tokenizer, batch=2, plain_batches=True)
+    for _ in range(2):
+        engine.submit(Request(mx.array(tokenizer.encode("Once upon a time")), max_tokens=20))
+    found: dict[int, list[int]] = {}
+    errors = []
+    while engine.busy:
+        for one in engine.advance():
+            if isinstance(one, Failed):
+                errors.append(str(one.error))
+                continue
+            found.setdefault(one.request, []).append(one.response.token)
+            if len(found) == 2 and all(len(tokens) >= after for tokens in found.values()):
+                left[0] = min(left[0], 0)
+    assert len(errors) == 2
+    assert all("not numbers" in error for error in errors)
+    assert all(set(tokens) != {0} and 0 not in tokens[1:] for tokens in found.values())

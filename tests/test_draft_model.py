@@ -321,3 +321,44 @@ def test_a_drafter_and_a_draft_model_exclude_each_other(
     options: dict[str, Any] = {"draft_model": small, "drafter": mlx_distill.NGramDrafter()}
     with pytest.raises(InputError, match="exclude each other"):
         tokens_of(pair, [5], **options)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("plan", [None, TREE])
+def test_nothing_is_drafted_behind_the_last_position(
+    pair: tuple[Any, Any], temperature: float, plan: DraftPlan | None
+) -> None:
+    """A table of positions is never asked for a row behind its last one."""
+    target, limit = tiny_model("llama"), 24
+    draft_model: Any = tiny_model("gpt2", n_positions=limit)
+    asked: list[int] = []
+    table, look = draft_model.model.wpe, type(draft_model.model.wpe).__call__
+
+    class Watched(type(table)):
+        def __call__(self, positions: mx.array) -> mx.array:
+            asked.append(int(positions.max().item()))
+            return look(self, positions)
+
+    options = {"temperature": temperature, "top_k": 1, "max_tokens": 60}
+    plain = tokens_of((target, pair[1]), [1, 2, 3], **options)
+    table.__class__ = Watched
+    drafted = tokens_of(
+        (target, pair[1]), [1, 2, 3], draft_model=draft_model, seed=1, plan=plan, **options
+    )
+    assert drafted == plain
+    assert max(asked) == limit - 1
+
+
+def test_a_cache_of_both_goes_on_without_what_the_draft_model_has_no_positions_for(
+    pair: tuple[Any, Any],
+) -> None:
+    target, draft_model = tiny_model("llama"), tiny_model("gpt2", n_positions=24)
+    caches = [*make_prompt_cache(target), *make_prompt_cache(draft_model)]
+    options = {"draft_model": draft_model, "prompt_cache": caches}
+    text = [1, 2, 3]
+    whole, alone = len(caches), len(target.layers)
+    for count, layers in ((8, whole), (30, alone), (5, alone)):
+        more = tokens_of((target, pair[1]), text[-3:], max_tokens=count, **options)
+        assert len(caches) == layers
+        assert more == tokens_of((target, pair[1]), text, max_tokens=count)
+        text += [*more, 4, 5, 6]

@@ -164,3 +164,46 @@ def test_filters_in_doubt_look_at_all_tokens(
     law = sampling_law(np.array(logits), top_p=0.9)
     assert (law[np.arange(len(text)), text] > 0).all()
     assert tokens_of(pair, draft_model=small, top_k=1) == tokens_of(pair, temperature=0.0)
+
+
+# A draft model that is broken
+
+
+class Broken(nn.Module):
+    """A model whose logits are no numbers from its n-th call on."""
+
+    def __init__(self, model: nn.Module, calls: int, wrong: float):
+        super().__init__()
+        self.inner, self.left, self.wrong = model, [calls], wrong
+        self.layers = model.layers
+
+    def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+        logits = self.inner(inputs, cache=cache)
+        self.left[0] -= 1
+        return logits if self.left[0] >= 0 else logits + self.wrong
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("calls", [0, 2, 7])
+def test_drafts_of_no_numbers_are_rejected(
+    pair: tuple[Any, Any], small: nn.Module, calls: int, wrong: float
+) -> None:
+    """Only one token can be drawn, so the text is the greedy one; chains may be sound at first."""
+    model = tiny_model("llama")
+    options = {"max_tokens": 12, "top_k": 1, "draft_verification": "block"}
+    plain = tokens_of((model, pair[1]), [5, 6], temperature=0.0, max_tokens=12)
+    broken = Broken(tiny_model("llama"), calls, wrong)
+    assert tokens_of((model, pair[1]), [5, 6], draft_model=broken, **options) == plain
+
+
+def test_behind_a_law_of_no_numbers_the_targets_is_drawn_from() -> None:
+    """It is as if the chain had ended before."""
+    noise = np.random.default_rng(3)
+    p, q = (mx.softmax(mx.array(noise.normal(size=(n, 8))), axis=-1) for n in (4, 3))
+    tokens, bad = mx.array([2, 5, 1]), mx.array([[False], [True], [False]])
+    accepts, rests = block_verification.acceptance(p, mx.where(bad, mx.nan, q), tokens)
+    short, short_rests = block_verification.acceptance(p[:2], q[:1], tokens[:1])
+    np.testing.assert_allclose(accepts, [short[0], 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(rests[0], short_rests[0], rtol=1e-6)
+    share = rests[1] / rests[1].sum()  # one more token could have been accepted, and none was
+    np.testing.assert_allclose(share, p[1], rtol=1e-5)

@@ -114,10 +114,15 @@ def acceptance(
     """Return how likely the coin of each token is to accept it, and the laws of what comes instead.
 
     The latter are of the root and all tokens but the last, and not normalised. The arguments are
-    those of ``verdict``.
+    those of ``verdict``. Where the drafter's law is no numbers, as that of damaged weights, nothing
+    is accepted from there on, and what comes instead is drawn from the target's law.
     """
     at = tokens[:, None]
-    ratios = mx.log(mx.take_along_axis(p[:-1], at, 1) / mx.take_along_axis(q, at, 1))[:, 0]
+    drawn = mx.take_along_axis(q, at, 1)
+    lost = mx.cummax(mx.isnan(drawn).astype(mx.int32), axis=0) > 0
+    q = mx.where(lost, 0, q)
+    ratios = mx.log(mx.take_along_axis(p[:-1], at, 1) / drawn)
+    ratios = mx.where(lost, -mx.inf, ratios)[:, 0]
     # w of a token is the least of 1 and w of the one before times its ratio: a walk that is held
     # back at 0, which is the walk less the highest place where it was.
     walk = mx.cumsum(mx.concatenate([mx.zeros(1), ratios]))

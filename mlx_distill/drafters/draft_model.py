@@ -34,7 +34,8 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling, shaped_fast
 from mlx_distill.drafters.protocol import DraftPlan, Features
-from mlx_distill.target.layer_cache import LayerCache
+from mlx_distill.target.context import position_limit
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.restoring import RestorePoint, even_out
@@ -58,6 +59,8 @@ class DraftModelDrafter:
 
     Attributes:
         config: Tells it from other draft models, for what is measured of a pair.
+        positions: How many the model has a learned row for; None where it computes them. Behind
+            them nothing is drafted.
     """
 
     taps: tuple[int, ...] = ()
@@ -76,6 +79,7 @@ class DraftModelDrafter:
         self.max_kv_size = max_kv_size
         self.caches = caches
         self.num_rows = vocab_width(model)
+        self.positions = position_limit(model)
         self.shared_vocab = min(vocab_size, self.num_rows)
         kind = getattr(model, "model_type", type(model).__name__)
         self.config = f"{kind} of {num_bytes(model.parameters())} bytes"
@@ -117,9 +121,16 @@ class DraftModelState:
 
     def draft(
         self, root: Int[mx.array, " 1"], plan: DraftPlan, noise: Float[mx.array, "L V"] | None
-    ) -> Draft:
-        """Return the likeliest continuations of the root, by the draft model."""
+    ) -> Draft | None:
+        """Return the likeliest continuations of the root, by the draft model; none at its end."""
         self._take_in()
+        if self.drafter.positions is not None:
+            # The root is read, and all of the draft but its last token.
+            known = cached_tokens(self.caches) + len(self.text) - self.num_read
+            room = self.drafter.positions - known
+            if room < 1:
+                return None
+            plan = replace(plan, draft_length=min(plan.draft_length, room))
         logits = self._read_root(root)
         if (
             plan.beam_width > 1

@@ -19,6 +19,7 @@ from mlx_distill.speculation.requests import Request
 
 # Of texts that mlx-lm writes; no rows are of this kind.
 KIND = "mlx-lm"
+FAILED = -1  # in place of a token where the logits are no numbers
 ENDLESS = 10**9  # when a text ends is not the generator's to say
 
 
@@ -33,7 +34,10 @@ class PlainBatch:
     def __init__(self, model: nn.Module, size: int):
         self.texts: dict[int, BatchedText] = {}
         self._open: Callable[[], BatchGenerator] = lambda: BatchGenerator(
-            model, completion_batch_size=size, prefill_batch_size=min(size, 8)
+            model,
+            sampler=_best,
+            completion_batch_size=size,
+            prefill_batch_size=min(size, 8),
         )
         self._generator: BatchGenerator | None = None
         self._left: list[int] = []
@@ -82,11 +86,17 @@ class PlainBatch:
 
 def _written(text: BatchedText, token: int, log_probs: mx.array) -> Written:
     number, text.num_tokens = text.num_tokens, text.num_tokens + 1
+    if token == FAILED:
+        return Written(text, error=failed_after(number))
     if number:
         text.decoding.counters.add([0], 0)
-    elif mx.isnan(log_probs[:1]).item():
-        return Written(text, error=failed_after(0))
     return Written(text, [DecodedToken(token, log_probs, None, False)])
+
+
+def _best(log_probs: mx.array) -> mx.array:
+    """Return the likeliest tokens; it is part of what is computed anyway whether there are any."""
+    best = mx.argmax(log_probs, axis=-1).astype(mx.int32)
+    return mx.where(mx.isnan(log_probs[..., 0]), FAILED, best)
 
 
 def can_write(request: Request) -> bool:

@@ -1,8 +1,9 @@
 """One prompt cache of two models, as mlx-lm keeps it: the target's layers, then the draft model's.
 
-When a text ends, the draft model's part has to hold as much as the target's. It has read more where
-drafts were read in vain, and less where the last tokens were never drafted behind, or none was; and
-an interrupt may have come when some of its layers had read, and others not.
+When a text ends, the draft model's part has to hold as much as the target's; it is left out where
+the draft model has no positions for that. It has read more where drafts were read in vain, and less
+where the last tokens were never drafted behind, or none was; and an interrupt may have come when
+some of its layers had read, and others not.
 """
 
 import mlx.core as mx
@@ -70,7 +71,9 @@ class TwoCaches:
         if unknown or cached_tokens(self.target) not in (0, self.start + len(text)):
             give_up(self.whole)
             return
-        draft = self.drafter.caches
+        draft, positions = self.drafter.caches, self.drafter.positions
+        if positions is not None and self.start + len(text) > positions:
+            draft = None  # it has no position for the last; what comes next it drafts without these
         if draft is not None:
             if self._state is None:  # nothing was drafted if there is none
                 found = decoding.state or DraftModelState(self.drafter, draft, to_host(prompt))
