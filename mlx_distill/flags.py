@@ -3,9 +3,12 @@
 import argparse
 from typing import Any
 
+from mlx import nn
+
 from mlx_distill import cli
 from mlx_distill.data.sources import read_rows
 from mlx_distill.errors import InputError
+from mlx_distill.hashes import weights_hash
 from mlx_distill.limits import check_value
 from mlx_distill.speculation.requests import BatchSize
 
@@ -22,10 +25,14 @@ DEPEND_ON = (
     "min_p",
     "seed",
     "stop",
-    "draft_verification",
     "max_kv_size",
     "kv_bits",
+    "kv_group_size",
+    "quantized_kv_start",
+    "exact_rows",
 )
+# The same where a draft model may draw: which text a seed gives depends on it then.
+DRAWN_BY = "draft_model", "num_draft_tokens", "draft_verification"
 
 
 def add_prompts_file_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +77,16 @@ def check_prompts_file(arguments: argparse.Namespace) -> None:
     next(read_rows(arguments.prompts_file), None)
 
 
-def answers_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+def answers_settings(
+    arguments: argparse.Namespace, model: nn.Module, draft_model: nn.Module | None
+) -> dict[str, Any]:
     """Return what the answers to a file of prompts depend on, but for the prompts."""
     settings = cli.settings(arguments)
-    return {name: settings[name] for name in DEPEND_ON}
+    found = {name: settings[name] for name in DEPEND_ON} | {"weights": weights_hash(model)}
+    if draft_model is not None:
+        found |= {name: settings[name] for name in DRAWN_BY}
+        found["draft_weights"] = weights_hash(draft_model)
+    return found
 
 
 def add_report_flags(parser: argparse.ArgumentParser) -> None:

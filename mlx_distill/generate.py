@@ -158,7 +158,11 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         help="the longest answer, in tokens; at least 1 (default: 256)",
     )
     parser.add_argument(
-        "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the answer"
+        "--stop",
+        nargs="+",
+        default=(),
+        metavar="TEXT",
+        help=r"texts that end the answer, with \n and \t as in the prompt",
     )
     parser.add_argument(
         "--seed",
@@ -176,7 +180,11 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise InputError(
                 f"stdin is not {error.encoding} text: {error.reason} at byte {error.start}"
             ) from None
-    return arguments.prompt.replace("\\n", "\n").replace("\\t", "\t")  # as mlx-lm's command does
+    return _with_line_ends(arguments.prompt)  # as mlx-lm's command does
+
+
+def _with_line_ends(text: str) -> str:
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def _check_flags(arguments: argparse.Namespace) -> None:
@@ -197,7 +205,8 @@ def _options(
     arguments: argparse.Namespace, options: dict[str, Any], draft_model: nn.Module | None
 ) -> dict[str, Any]:
     """Return the arguments of ``stream_generate`` but for the drafter and the length."""
-    options |= {"seed": arguments.seed, "stop": arguments.stop, "draft_model": draft_model}
+    stop = [_with_line_ends(text) for text in arguments.stop]
+    options |= {"seed": arguments.seed, "stop": stop, "draft_model": draft_model}
     options |= {"exact_rows": arguments.exact_rows}
     options |= {"draft_verification": arguments.draft_verification}
     return options | {"num_draft_tokens": arguments.num_draft_tokens}
@@ -218,7 +227,7 @@ def _answer_file(
         tokenizer,
         arguments.prompts_file,
         cli.new_file(arguments.output),
-        flags.answers_settings(arguments),
+        flags.answers_settings(arguments, model, options["draft_model"]),
         options | {"max_tokens": arguments.max_tokens, "batch": arguments.batch or BATCH},
         {"chat_template": not arguments.ignore_chat_template, "template_config": template_config},
     )

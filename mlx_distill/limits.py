@@ -10,9 +10,10 @@ values with the same sentence, before anything is loaded.
 import dataclasses
 import functools
 import math
+import sys
 import types
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeGuard
 
 from mlx_distill.errors import InputError
 
@@ -99,7 +100,7 @@ class Kind:
         if self.scalar in (int, float):
             # An integer may be beyond any float, which cannot be asked whether it is finite.
             whole = isinstance(value, int) and not isinstance(value, bool)
-            return whole or (self.scalar is float and _is_finite(value))
+            return whole or (self.scalar is float and is_finite(value))
         known = self.scalar in _NOUNS or dataclasses.is_dataclass(self.scalar)
         return not known or isinstance(value, self.scalar)
 
@@ -153,8 +154,10 @@ def kind_of(hint: Any) -> Kind:
     return Kind(hint if isinstance(hint, type) else object)
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
+def is_finite(value: object) -> TypeGuard[float]:
+    """Return whether this is a number that a float can hold; True is none."""
+    most = sys.float_info.max
+    return isinstance(value, float | int) and not isinstance(value, bool) and -most <= value <= most
 
 
 def _number(value: int | float | None) -> str:

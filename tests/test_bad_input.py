@@ -22,6 +22,7 @@ from damage import (
     write,
 )
 from half_models import REFERENCE
+from tiny_models import tiny_model
 
 from mlx_distill import CacheConfig, InputError, benchmark, load, stream_generate, train_drafter
 from mlx_distill.benchmarking import arms
@@ -74,7 +75,8 @@ def test_prompt_beyond_the_context(refused: Run, flags: list[str]) -> None:
         ("--prefill-step-size 0", "prefill_step_size must be .*, got 0"),
         ("--seed -1", "seed must be .*-1"),
         ("--seed 99999999999999999999", "seed must be"),
-        ('--ignore-chat-template --chat-template-config {"a":1}', "needs a tokenizer with a chat"),
+        ('--ignore-chat-template --chat-template-config {"a":1}', "--ignore-chat-template leaves"),
+        ("--ignore-chat-template --system-prompt x", "--ignore-chat-template leaves"),
         ("--no-drafter --drafter x", "exclude each other"),
         ("--no-drafter --compare", "--compare needs a drafter"),
         ("--chat-template-config {", "--chat-template-config is not JSON"),
@@ -123,6 +125,16 @@ def test_window_that_cannot_be_quantized(tmp_path: Path) -> None:
     model, tokenizer = load(save_tiny("llama-sliding", tmp_path / "model"))
     cache = CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=0)
     with pytest.raises(InputError, match="quantis"):
+        stream_generate(model, tokenizer, [1, 2, 3], cache=cache)
+
+
+@pytest.mark.parametrize("start", [0, 5000])
+@pytest.mark.parametrize("name", ["gemma2", "deepseek_v3"])
+def test_attention_that_reads_no_quantised_cache(name: str, start: int, tokenizer: Any) -> None:
+    """It is said before the first token, and not where the cache is quantised."""
+    model = tiny_model(name, head_dim=32, v_head_dim=32, qk_nope_head_dim=32, qk_rope_head_dim=32)
+    cache = CacheConfig(kv_bits=8, kv_group_size=32, quantized_kv_start=start)
+    with pytest.raises(InputError, match="cannot read a quantised cache"):
         stream_generate(model, tokenizer, [1, 2, 3], cache=cache)
 
 

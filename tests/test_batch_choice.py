@@ -1,6 +1,7 @@
 """How texts are written together is whatever is fastest, and that is remembered."""
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import mlx_distill
 from mlx_distill.calibration import automatic, batches
 from mlx_distill.calibration.batches import BatchChoice, Found
 from mlx_distill.calibration.pair import Pair
+from mlx_distill.calibration.store import remember
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.speculation.batch_planning import MEMORY, SHAPES, BatchPlanner
@@ -211,3 +213,37 @@ def test_logits_that_become_no_numbers_end_a_text(bundled_pair: Any, after: int)
     assert len(errors) == 2
     assert all("not numbers" in error for error in errors)
     assert all(set(tokens) != {0} and 0 not in tokens[1:] for tokens in found.values())
+
+
+FOUND = {"rows_s": 0.01, "plain_s": 0.02, "alone_s": 0.03, "gains": {"one": 1.5}}
+FOUND |= {"cycles": {"one": [[1.2, 2.0]]}}
+
+
+@pytest.mark.parametrize("time", [1.0, math.inf])
+def test_what_was_found_is_read_back(time: float) -> None:
+    assert Found.from_dict({**FOUND, "rows_s": time}) == Found(
+        time, 0.02, 0.03, {"one": 1.5}, {"one": [(1.2, 2.0)]}
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *({"rows_s": value} for value in ("0.01", None, True, -1, math.nan, 10**400)),
+        {"plain_s": 0},
+        *({"gains": value} for value in (5, [], {"one": "x"}, {"one": None}, {"one": math.nan})),
+        *({"cycles": value} for value in (5, {"one": 5}, {"one": [[1]]}, {"one": [["a", 2]]})),
+        *({"cycles": {"one": [pair]}} for pair in ([0, 0], [math.nan, 1], [10**400, 2])),
+        {"more": 1},
+    ],
+)
+def test_a_damaged_choice_is_made_again(
+    damage: dict[str, Any],
+    bundled_pair: Any,
+    remembering: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    choice = BatchChoice(Pair(*bundled_pair, NoDrafter()), 2, False)
+    remember(choice._known, batches.NOUN, {"found": {**FOUND, **damage}})
+    assert choice._read() is None
+    assert "is ignored and measured again" in capsys.readouterr().err

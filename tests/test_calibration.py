@@ -323,6 +323,9 @@ DAMAGES: dict[str, Callable[[str], str]] = {
     "negative": lambda text: text.replace("1.1", "-1.1"),
     "not a number": lambda text: text.replace("1.1", "NaN"),
     "costs that are a list": lambda text: text.replace('"costs": {', '"costs": 3, "old": {'),
+    "beyond any number": lambda text: text.replace("1.1", f"{10**400}"),
+    "rows beyond any number": lambda text: text.replace('"rows": [', f'"rows": [{10**400}, '),
+    "threads beyond any": lambda text: text.replace('"threads": null', f'"threads": {10**400}'),
     "rows that are text": lambda text: text.replace('"rows": [', '"rows": ["a", '),
 }
 

@@ -193,6 +193,20 @@ def test_generate_reads_stdin(
     assert capsys.readouterr().out == expected + "\n"
 
 
+def test_a_stop_text_may_be_a_lines_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written as in the prompt."""
+    stream, asked = generate.stream_generate, []
+
+    def recorded(*args: Any, stop: Any, **options: Any) -> Any:
+        asked.extend(stop)
+        return stream(*args, stop=stop, **options)
+
+    monkeypatch.setattr(generate, "stream_generate", recorded)
+    flags = ["--max-tokens", "2", "--no-drafter", "--stop", r"\n", r"a\tb", "end"]
+    assert generate.main(flags) == 0
+    assert asked == ["\n", "a\tb", "end"]
+
+
 def test_generate_stops_at_texts(capsys: pytest.CaptureFixture[str], expected: str) -> None:
     stop = expected[10:14]
     assert generate.main(["--max-tokens", "24", "--stop", stop, "never", "--json"]) == 0

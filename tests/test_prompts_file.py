@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import mlx_distill
+from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.speculation import prompts_file
 
@@ -109,6 +110,47 @@ def test_what_was_stopped_goes_on(
     assert found.pop(changed["index"]) == changed
     whole.pop(changed["index"])
     assert found == whole
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (["--model", "a/m"], ["--model", "b/m"]),
+        (["--kv-bits", "8"], ["--kv-bits", "8", "--quantized-kv-start", "0"]),
+        (["--kv-bits", "8"], ["--kv-bits", "8", "--kv-group-size", "32"]),
+        (["--exact-rows"], []),
+        (["--draft-model", "b/m"], []),
+        (["--draft-model", "b/m"], ["--draft-model", "b/m", "--num-draft-tokens", "2"]),
+    ],
+)
+def test_answers_of_other_weights_or_settings_are_not_mixed(
+    first: list[str],
+    then: list[str],
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Two models may lie in folders of one name."""
+    for folder, name in (("a", "stories-14m"), ("b", "stories-4m")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "m").symlink_to(bundled(name), target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "answers.jsonl"
+    asked = ["--prompts-file", str(file), "--output", str(output), "--no-drafter", "-m", "2"]
+    asked += [] if "--model" in first else ["--model", "a/m"]
+    answered = prompts_file.stream_answers
+
+    def stopped(*args: Any, **options: Any) -> Iterator[Any]:
+        yield next(answered(*args, **options))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts_file, "stream_answers", stopped)
+        assert generate.main([*asked, *first]) == 130
+    assert generate.main([*asked, *then]) == 2
+    assert "was begun with other prompts or settings" in capsys.readouterr().err
+    assert generate.main([*asked, *first]) == 0
 
 
 def test_a_text_file_has_a_prompt_in_every_line(

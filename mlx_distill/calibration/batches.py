@@ -13,8 +13,8 @@ One file per machine, MLX version, target and number of texts, beside the calibr
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, TypeAlias
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
@@ -27,6 +27,8 @@ from mlx_distill.core.sampling import GREEDY, Sampling
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner
+from mlx_distill.errors import InputError
+from mlx_distill.limits import is_finite
 from mlx_distill.speculation.batch_planning import SHAPES, BatchPlanner
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
@@ -65,6 +67,26 @@ class Found:
     alone_s: float
     gains: dict[str, float] = field(default_factory=dict)
     cycles: dict[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Found":
+        """Return what ``asdict`` made a dictionary of.
+
+        Raises:
+            InputError: If something is missing, or is no time, gain or cycle.
+        """
+        names = [one.name for one in fields(cls)]
+        if not isinstance(values, dict) or values.keys() != set(names):
+            raise InputError("it holds no times")
+        rows_s, plain_s, alone_s, gains, cycles = (values[name] for name in names)
+        if not all(one == math.inf or _is_above_0(one) for one in (rows_s, plain_s, alone_s)):
+            raise InputError("it holds no times")
+        if not isinstance(gains, dict) or not all(map(_is_above_0, gains.values())):
+            raise InputError("it holds no gains")
+        if not isinstance(cycles, dict) or not all(map(_are_cycles, cycles.values())):
+            raise InputError("it holds no cycles")
+        pairs = {drafter: [(price, n) for price, n in one] for drafter, one in cycles.items()}
+        return cls(rows_s, plain_s, alone_s, gains, pairs)
 
     def way(self, drafter: str | None) -> Way:
         """Return the fastest way.
@@ -155,11 +177,24 @@ class BatchChoice:
             self._keep()
 
     def _read(self) -> Found | None:
-        return recall(self._known, NOUN, lambda values: Found(**values["found"]))
+        return recall(self._known, NOUN, lambda values: Found.from_dict(values["found"]))
 
     def _keep(self) -> None:
         assert self.found is not None
         remember(self._known, NOUN, {"found": asdict(self.found)})
+
+
+def _is_above_0(value: object) -> bool:
+    return is_finite(value) and value > 0
+
+
+def _are_cycles(values: object) -> bool:
+    """Return whether these are pairs of a price and of tokens."""
+    pairs = values if isinstance(values, list | tuple) else [None]
+    return all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_above_0, pair))
+        for pair in pairs
+    )
 
 
 def timed(

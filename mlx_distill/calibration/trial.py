@@ -8,7 +8,6 @@ speed, and nobody waits for it. What counts is what a turn brought per second.
 """
 
 import itertools
-import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from mlx_distill.calibration.timing import DAY_S, Clock, Times
 from mlx_distill.drafters.auto import NOTHING, ArmPlan, AutoDrafter
 from mlx_distill.drafters.protocol import DraftPlan, Outcome, Planner
 from mlx_distill.errors import InputError
+from mlx_distill.limits import is_finite
 
 # Tokens of a turn, and those that are to be counted of every way.
 TURN, COUNTED = 32, 64
@@ -197,7 +197,7 @@ def _number(value: Any) -> Any:
     Raises:
         InputError: If it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, float | int) or not 0 <= value < math.inf:
+    if not is_finite(value) or value < 0:
         raise InputError("it holds no trial")
     return value
 
@@ -211,5 +211,4 @@ def _is_cycle(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 2:
         return False
     seconds, tokens = value
-    number = isinstance(seconds, float | int) and not isinstance(seconds, bool)
-    return number and 0 < seconds < float("inf") and type(tokens) is int and tokens > 0
+    return is_finite(seconds) and seconds > 0 and type(tokens) is int and 0 < tokens < 2**31

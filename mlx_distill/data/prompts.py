@@ -63,14 +63,20 @@ def encode_prompt(
         ("--chat-template-config", template_config),
     ):
         if value:
-            raise InputError(f"{flag} needs a tokenizer with a chat template; this has none")
+            raise InputError(f"{flag} needs {_no_template(chat_template)}")
     if not isinstance(prompt, str):
-        raise InputError("a chat needs a tokenizer with a chat template; this has none")
+        raise InputError(f"a chat needs {_no_template(chat_template)}")
     try:
         prompt.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the prompt is not text: {error.reason} at {error.start}") from None
     return encode_text(tokenizer, prompt)
+
+
+def _no_template(wanted: bool) -> str:
+    if wanted:
+        return "a tokenizer with a chat template; this has none"
+    return "the chat template, which --ignore-chat-template leaves out"
 
 
 def _templated(

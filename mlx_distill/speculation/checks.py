@@ -16,7 +16,7 @@ from mlx_distill.drafters.protocol import (
     FixedPlanner,
     has_static_tree,
 )
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
 from mlx_distill.limits import check_value
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
@@ -146,7 +146,17 @@ def _check_context(model: nn.Module, request: Request, caches: PromptCache) -> N
 
 
 def _check_quantization(model: nn.Module, cache: CacheConfig) -> None:
-    """Raise InputError if the model's caches cannot be quantised so; nothing is computed."""
+    """Raise InputError if the model's caches cannot be quantised so, or not be read then.
+
+    Nothing is computed.
+    """
     caches = make_prompt_cache(model)
     read_whole(model, mx.array([[0]]), cache=caches)
     replace(cache, quantized_kv_start=0).quantize(caches)
+    try:
+        read_whole(model, mx.array([[0]]), cache=caches)
+    except Exception as error:
+        raise InputError(
+            f"this model's attention cannot read a quantised cache, {one_line(error)}; leave out "
+            "kv_bits"
+        ) from None

@@ -16,12 +16,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
+from mlx_distill.limits import is_finite
 from mlx_distill.untyped import Fields, Settings
 
 # What further rows cost grows with the context, faster on some machines than on others. Beyond the
@@ -29,6 +30,8 @@ from mlx_distill.untyped import Fields, Settings
 GROWTH = 0.25
 # However much runs at the same time, a step takes at least this share of its call.
 LEAST = 0.1
+# What no measurement has: larger numbers are those of a damaged file.
+MOST_THREADS, LARGEST = 4096, 10**9
 OVERHEADS = (
     "overhead_s",
     "plain_overhead_s",
@@ -206,23 +209,21 @@ def _check(values: Settings) -> None:
         if not _is_time(values[name]):
             raise InputError(f"{name} must be a number of at least 0, got {values[name]!r}")
     threads = values["threads"]
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise InputError(f"threads must be a whole number of at least 1, got {threads!r}")
+    if threads is not None and not (type(threads) is int and 1 <= threads <= MOST_THREADS):
+        raise InputError(
+            f"threads must be a whole number between 1 and {MOST_THREADS}, got {threads!r:.40}"
+        )
     for name in (*OVERHEADS, *LINES):
         if name in LINES and values[name] is None:
             continue
-        if not (_is_number(values[name]) and math.isfinite(values[name])):
+        if not is_finite(values[name]):
             raise InputError(f"{name} must be a number, got {values[name]!r}")
     if not all(time > 0 for row in values["call_s"] for time in row):
         raise InputError("call_s must hold times above 0")
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, float | int) and not isinstance(value, bool)
-
-
 def _is_time(value: object) -> bool:
-    return _is_number(value) and 0 <= value < math.inf
+    return is_finite(value) and value >= 0
 
 
 def _tuples(value: Any) -> Any:
@@ -232,7 +233,8 @@ def _tuples(value: Any) -> Any:
 def _check_axis(name: str, values: Any) -> None:
     """Raise InputError unless these are ascending whole numbers of at least 1."""
     whole = isinstance(values, tuple) and values and all(type(one) is int for one in values)
-    if not whole or values[0] < 1 or any(a >= b for a, b in itertools.pairwise(values)):
+    ascending = whole and all(a < b for a, b in itertools.pairwise(values))
+    if not ascending or values[0] < 1 or values[-1] > LARGEST:
         raise InputError(f"{name} must be ascending whole numbers of at least 1, got {values!r}")
 
 
