@@ -44,6 +44,8 @@ def usable_path(name: str | Path, what: str) -> Path:
     Raises:
         InputError: If it is empty, or no path can be written so.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InputError(f"{what} must be a path, got {name!r:.60}")
     text = os.fspath(name)
     if not text.strip():
         raise InputError(f"{what} has an empty name")

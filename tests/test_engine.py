@@ -80,6 +80,30 @@ def test_a_text_may_join_and_leave(pair: tuple[Any, Any], drafter: Any) -> None:
     assert drain(engine)[joining] == expected[1:]
 
 
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_ends_hands_nothing_out_any_more(pair: tuple[Any, Any], closes: bool) -> None:
+    """The first text's token was ready when the second one broke the step off."""
+    engine, raises = Engine(*pair), [False]
+
+    def broken(tokens: mx.array, logits: mx.array) -> mx.array:
+        if raises[0]:
+            raise KeyboardInterrupt
+        return logits
+
+    first = engine.submit(request(pair, PROMPTS[0], max_tokens=20))
+    engine.submit(request(pair, PROMPTS[1], max_tokens=20, logits_processors=(broken,)))
+    engine.step()
+    raises[0] = True
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    if closes:
+        engine.close()
+    else:
+        engine.cancel(first)
+    assert not engine.busy
+    assert engine.step() == []
+
+
 def test_an_error_ends_its_own_text_only(pair: tuple[Any, Any], drafter: Any) -> None:
     def fail(tokens: mx.array, logits: mx.array) -> mx.array:
         if tokens.size > 8:

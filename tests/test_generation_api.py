@@ -275,6 +275,76 @@ def test_what_is_no_prompt_is_refused(pair: tuple[Any, Any], prompt: Any) -> Non
         mlx_distill.generate(*pair, prompt)
 
 
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("temperature", ["0.7", None, [0.7]]),
+        ("stop", [5, True, [None], {"end": 1}]),
+        ("logits_processors", [5, "x", [None], lambda tokens, logits: logits]),
+        ("prompt_cache", [3, True, ["x"], {}]),
+        ("draft_model", ["x", 3, True, []]),
+        ("cache", ["x", 3, [1]]),
+        ("max_tokens", ["4", None, 4.0]),
+    ],
+)
+def test_wrong_kinds_of_values_are_named(
+    pair: tuple[Any, Any], unchecked_types: None, option: str, values: list[Any]
+) -> None:
+    """By each way that writes texts."""
+    for value in values:
+        with pytest.raises(InputError, match=option):
+            mlx_distill.generate(*pair, PROMPT, **{"max_tokens": 2, option: value})
+        if option not in ("temperature", "max_tokens"):
+            continue
+        (answer,) = mlx_distill.batch_generate(*pair, [PROMPT], **{"max_tokens": 2, option: value})
+        assert answer.finish_reason == "error"
+        assert option in str(answer.error)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ("Once upon", {}, "prompts must be a list of texts"),
+        (None, {}, "prompts must be"),
+        ({"a": "b"}, {}, "prompts must be"),
+        (["a", "b"], {"batch": "8"}, "batch must be"),
+        (["a", "b"], {"batch": 2.0}, "batch must be"),
+        (["a", "b"], {"each": [None, None]}, "each must be a list of options"),
+        (["a", "b"], {"each": [{}]}, "an entry per prompt: 2, got 1"),
+        (["a", "b"], {"each": [{}, {"foo": 1}]}, "the option foo"),
+        (["a", "b"], {"cache": "x"}, "cache must be"),
+    ],
+)
+def test_wrong_batches_are_refused(
+    pair: tuple[Any, Any], unchecked_types: None, prompts: Any, options: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        mlx_distill.batch_generate(*pair, prompts, max_tokens=2, **options)
+
+
+def test_prompts_may_come_from_anywhere(pair: tuple[Any, Any], unchecked_types: None) -> None:
+    texts = [PROMPT, "The cat"]
+    answers = mlx_distill.batch_generate(*pair, (text for text in texts), max_tokens=3)
+    expected = mlx_distill.batch_generate(*pair, texts, max_tokens=3)
+    assert [one.text for one in answers] == [one.text for one in expected]
+    wrong = [{"stop": 5}, {}]
+    failed, fine = mlx_distill.batch_generate(*pair, texts, max_tokens=3, each=wrong)
+    assert "stop must be texts" in str(failed.error)
+    assert fine.text == expected[1].text
+
+
+@pytest.mark.parametrize("name", [5, None, 2.5])
+def test_what_is_no_path_is_refused(
+    pair: tuple[Any, Any], unchecked_types: None, name: Any
+) -> None:
+    with pytest.raises(InputError, match="must be a path"):
+        mlx_distill.load(name)
+    with pytest.raises(InputError, match="must be a path"):
+        mlx_distill.load_drafter(name, *pair)
+    with pytest.raises(InputError, match="got"):
+        mlx_distill.MixedDrafter(name)
+
+
 @pytest.mark.parametrize("drafted", [True, False])
 @pytest.mark.parametrize("value", [-mx.inf, mx.nan, mx.inf])
 @pytest.mark.parametrize("after", [0, 2])

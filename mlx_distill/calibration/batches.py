@@ -85,8 +85,10 @@ class Found:
             raise InputError("it holds no gains")
         if not isinstance(cycles, dict) or not all(map(_are_cycles, cycles.values())):
             raise InputError("it holds no cycles")
-        pairs = {drafter: [(price, n) for price, n in one] for drafter, one in cycles.items()}
-        return cls(rows_s, plain_s, alone_s, gains, pairs)
+        found = cls(rows_s, plain_s, alone_s, gains)
+        for drafter, pairs in cycles.items():
+            found.cycles[drafter] = [(price, tokens) for price, tokens in pairs]
+        return found
 
     def way(self, drafter: str | None) -> Way:
         """Return the fastest way.

@@ -11,6 +11,7 @@ from mlx_distill.core.draft import MOST_COMPARED, Draft
 from mlx_distill.core.merging import merged
 from mlx_distill.drafters.ngram import PAIR, NGramDrafter, NGramState
 from mlx_distill.drafters.protocol import Closes, Drafter, DraftPlan, DraftState, Features
+from mlx_distill.errors import InputError
 
 
 class MixedDrafter:
@@ -27,6 +28,8 @@ class MixedDrafter:
     """
 
     def __init__(self, drafter: Drafter, ngrams: NGramDrafter | None = None):
+        if not isinstance(drafter, Drafter):
+            raise InputError(f"n-grams are mixed with a drafter, got {drafter!r:.60}")
         self.drafter = drafter
         self.ngrams = ngrams or NGramDrafter(shortest=PAIR)
         self.taps = drafter.taps

@@ -7,7 +7,7 @@ A text that cannot be written fails by itself, and its answer says why; the othe
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,16 +22,24 @@ from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
 from mlx_distill.errors import InputError
+from mlx_distill.limits import check_value
+from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_planning import BatchPlanner
 from mlx_distill.speculation.batch_writing import Failed
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.generation import planner_for, text_request
+from mlx_distill.speculation.requests import BatchSize
 from mlx_distill.speculation.responses import GenerationResponse
 from mlx_distill.untyped import Settings, Tokenizer
 
 Prompt = str | Sequence[int] | mx.array
 BATCH = 8
+# What may be said of each text.
+OPTIONS = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("stop", "logits_processors", "prompt_cache"),
+)
 
 
 @dataclass
@@ -150,9 +158,10 @@ def answer_steps(
     Raises:
         InputError: If the drafter does not fit the model, or ``each`` not the prompts.
     """
-    if each is not None and len(each) != len(prompts):
-        raise InputError(f"each must have an entry per prompt: {len(prompts)}, got {len(each)}")
-    cache = cache or CacheConfig()
+    check_value("batch", batch, BatchSize)
+    prompts = _prompts(prompts)
+    _check_each(each, len(prompts))
+    cache = checks.cache_config(cache)
     if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
         pair = Pair(model, tokenizer, drafter, cache, exact_rows)
         drafter = choice(pair, drafter, _is_sampled(options), plan, alone=False).drafter
@@ -185,6 +194,29 @@ def answer_steps(
         engine.close()
         if ways is not None and shared is not None:
             ways.learn(shared.gain(texts))
+
+
+def _prompts(given: object) -> list[Prompt]:
+    """Return several prompts as a list.
+
+    Raises:
+        InputError: If it is one prompt, or none at all.
+    """
+    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
+        return list(given)
+    raise InputError(f"prompts must be a list of texts or of token ids, got {given!r:.60}")
+
+
+def _check_each(each: object, num_prompts: int) -> None:
+    """Raise InputError unless these are options for every prompt, or nothing."""
+    if each is None:
+        return
+    if not isinstance(each, list | tuple) or not all(isinstance(one, Mapping) for one in each):
+        raise InputError(f"each must be a list of options by name, got {each!r:.60}")
+    if len(each) != num_prompts:
+        raise InputError(f"each must have an entry per prompt: {num_prompts}, got {len(each)}")
+    for name in sorted({str(name) for one in each for name in one} - set(OPTIONS)):
+        raise InputError(f"each has the option {name}; a text's are {', '.join(OPTIONS)}")
 
 
 def _answers(

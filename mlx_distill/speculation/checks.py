@@ -19,6 +19,7 @@ from mlx_distill.drafters.protocol import (
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.limits import check_value
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
+from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.ledger import UNUSABLE, Unusable
 from mlx_distill.speculation.requests import Request
 from mlx_distill.target.context import context_length
@@ -64,14 +65,48 @@ def check_request(
     return min(request.max_tokens, room)
 
 
+def cache_config(given: object) -> CacheConfig:
+    """Return how keys and values are kept; InputError if that is not what was given."""
+    if given is None or isinstance(given, CacheConfig):
+        return given or CacheConfig()
+    raise InputError(f"cache must be a CacheConfig, got {given!r:.60}")
+
+
+def stop_texts(given: object) -> tuple[str, ...]:
+    """Return the texts that end an answer, of one, several or none.
+
+    Raises:
+        InputError: If it is anything else.
+    """
+    if given is None or isinstance(given, str):
+        return () if given is None else (given,)
+    if isinstance(given, list | tuple) and all(isinstance(text, str) for text in given):
+        return tuple(given)
+    raise InputError(f"stop must be texts, got {given!r:.60}")
+
+
+def processors(given: object) -> tuple[LogitsProcessor, ...]:
+    """Return logits processors; InputError if that is not what was given."""
+    if given is None or (isinstance(given, list | tuple) and all(map(callable, given))):
+        return tuple(given or ())
+    raise InputError(f"logits_processors must be a list of functions, got {given!r:.60}")
+
+
 def check_layers(model: nn.Module, caches: PromptCache) -> None:
     """Raise InputError if a prompt cache is another model's.
 
     With fewer layers, a model of mlx-lm computes as many of its own and says nothing.
     """
+    check_prompt_cache(caches)
     size = len(make_prompt_cache(model))
     if len(caches) != size:
         raise InputError(f"the prompt cache has {len(caches)} layers; the model has {size}")
+
+
+def check_prompt_cache(caches: object) -> None:
+    """Raise InputError if something is no prompt cache."""
+    if not isinstance(caches, list) or not all(hasattr(cache, "state") for cache in caches):
+        raise InputError(f"prompt_cache must be a list from make_prompt_cache, got {caches!r:.60}")
 
 
 def check_drafter(
@@ -100,8 +135,10 @@ def check_drafter(
         raise InputError(NO_STATIC_TREE)
 
 
-def check_draft_model(drafter: Drafter | None, num_draft_tokens: int) -> None:
+def check_draft_model(draft_model: object, drafter: Drafter | None, num_draft_tokens: int) -> None:
     """Raise InputError if a draft model cannot be used."""
+    if not isinstance(draft_model, nn.Module):
+        raise InputError(f"draft_model must be a loaded model, got {draft_model!r:.60}")
     if drafter is not None:
         raise InputError("a drafter and a draft model exclude each other")
     check_value("num_draft_tokens", num_draft_tokens, DraftLength)

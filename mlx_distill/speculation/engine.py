@@ -96,7 +96,7 @@ class Engine:
         self.num_draft_tokens = num_draft_tokens
         self.draft_verification = draft_verification
         if draft_model is not None:
-            checks.check_draft_model(drafter, num_draft_tokens)
+            checks.check_draft_model(draft_model, drafter, num_draft_tokens)
         check_value("batch", batch, BatchSize)
         self.batch = batch
         self.exact_rows = exact_rows
@@ -186,7 +186,16 @@ class Engine:
         return found
 
     def cancel(self, number: int) -> None:
-        """End a text; a prompt cache then holds what was handed out."""
+        """End a text; a prompt cache then holds what was handed out.
+
+        A token that was ready when another text's error broke a step off is not handed out any
+        more; the cache holds that, too.
+        """
+        self._ready = [one for one in self._ready if one.request != number]
+        self._failed = [one for one in self._failed if one.request != number]
+        self._end(number)
+
+    def _end(self, number: int) -> None:
         text = self._texts.pop(number, None)
         if text is not None:
             text.close()
@@ -194,9 +203,10 @@ class Engine:
 
     def close(self) -> None:
         """End all texts, whatever one of them meets."""
+        self._ready, self._failed = [], []
         with ExitStack() as stack:
             for number in self.texts:
-                stack.callback(self.cancel, number)
+                stack.callback(self._end, number)
 
     def _advance(self) -> None:
         if self._ready or self._failed:  # of a step that raised
@@ -218,7 +228,7 @@ class Engine:
             if response is not None:
                 self._ready.append(Emitted(number, response))
             if response is None or response.finish_reason:
-                self.cancel(number)
+                self._end(number)
 
     def _responses(self, writer: ResponseWriter, tokens: DecodedTokens) -> Responses:
         with wired(self.model, [generation_stream]):
@@ -345,6 +355,8 @@ class Engine:
             caches = prompt_caches(self.model, request.cache.max_kv_size)
         elif self.draft_model is None:
             checks.check_layers(self.model, caches)
+        else:
+            checks.check_prompt_cache(caches)
         if self.draft_model is not None:
             checks.check_windows(self.num_draft_tokens, caches)
         return caches

@@ -22,6 +22,7 @@ from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Planner
 from mlx_distill.errors import InputError
+from mlx_distill.speculation import checks
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.speculation.drafted_text import LogitsProcessor
 from mlx_distill.speculation.engine import Engine
@@ -92,7 +93,8 @@ def stream_generate(
         InputError: If a value is out of its range, the prompt is empty or longer than the model's
             context, or the drafter was made for another model.
     """
-    cache, sampled = cache or CacheConfig(), temperature > 0
+    cache = checks.cache_config(cache)
+    sampled = Sampling(temperature, top_p, top_k, min_p).temperature > 0
     chosen = None
     if isinstance(drafter, AutoDrafter):
         pair = Pair(model, tokenizer, drafter, cache, exact_rows)
@@ -154,8 +156,8 @@ def text_request(
         max_tokens=max_tokens,
         sampling=Sampling(temperature, top_p, top_k, min_p),
         seed=seed,
-        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
-        logits_processors=tuple(logits_processors or ()),
+        stop=checks.stop_texts(stop),
+        logits_processors=checks.processors(logits_processors),
         prompt_cache=prompt_cache,
         planner=planner,
         cache=cache,
