@@ -32,7 +32,7 @@ from mlx_distill.distillation.drafter_plan import plan
 from mlx_distill.distillation.drafter_trainer import DrafterTrainer, Log
 from mlx_distill.distillation.feature_store import check_disk, stored_row_bytes
 from mlx_distill.distillation.own_prompts import as_rows, own_prompts
-from mlx_distill.distillation.responses import Response
+from mlx_distill.distillation.responses import Response, responses_hash
 from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
 from mlx_distill.drafters.folders import save_drafter
@@ -40,11 +40,20 @@ from mlx_distill.drafters.networks import Network, Shape, change_shape
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
+from mlx_distill.hashes import weights_hash
 from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
-from mlx_distill.training.runs import SETTINGS, check_output, check_settings, partial_folder
+from mlx_distill.training.checkpoints import checkpoints
+from mlx_distill.training.runs import (
+    SETTINGS,
+    begin_or_resume,
+    check_output,
+    check_settings,
+    partial_folder,
+)
 
+ANSWERS = "answers"  # the setting that says which: known when the target has written them
 Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
 
 
@@ -81,7 +90,8 @@ def train_drafter(
         features: A folder where what the target computes of the answers is kept, in two bytes a
             number, for every epoch and for other trainings on the same answers. Without it, what
             does not fit in memory is computed in every epoch.
-        resume: Go on with the unfinished training of this output.
+        resume: Go on with the unfinished training of this output. Settings, weights and answers
+            have to be those that it was begun with.
         about: What settings and card say about data and model beside all that: ``data``, a list of
             names, ``start_from`` and whatever else decides what is learned.
         report: What became of the rows that the prompts were made of.
@@ -97,22 +107,28 @@ def train_drafter(
     target = Target.of(model)
     _check_target(target)
     known = fingerprint(target, tokenizer)
+    by = writer(model, tokenizer)
     settings = {"config": asdict(config), "target": known, **(about or {})}
     settings |= {"features": True} if features else {}
+    settings["weights"] = {"target": by["weights_hash"]}
+    if start is not None:
+        settings["weights"]["start_from"] = weights_hash(start)
     if resume and (work / SETTINGS).exists():  # else it was killed before it wrote any
-        check_settings(work / SETTINGS, settings)
+        check_settings(work / SETTINGS, settings, unknown=(ANSWERS,))
     data = _data(target, tokenizer, prompts, config, template_config, report)
     _check_start(start, config.network(target))
     _check_room(target, config, data, kept := Path(features) if features else None)
     path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
-    by = writer(model, tokenizer)
     with only_training(), locked(work / "lock", work):
         try:
-            write_whole(work / SETTINGS, json.dumps(settings, indent=1))
+            if not checkpoints(work):  # else what was learned from stands there
+                write_whole(work / SETTINGS, json.dumps(settings, indent=1))
             written = _written(path, model, tokenizer, data, config, by, quiet)
             kinds = data.given and data.given.greedy
+            settings[ANSWERS] = responses_hash(written, kinds or ())
+            begin_or_resume(work, settings)
             trainer = DrafterTrainer(target, written, config, start, kinds, kept, by)
         except InputError:
             if not resume:  # nothing has been done that could go on

@@ -6,12 +6,14 @@ says which target wrote it; a run that was stopped goes on where the file ends. 
 cut off at its longest allowed length holds no end token, so nothing learns to end there.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 from mlx import nn
 
 from mlx_distill.core.sampling import Temperature
@@ -129,6 +131,20 @@ def read_responses(path: Path) -> list[Response]:
             raise InputError(f"{place}: expected a prompt and a response as token ids")
         responses.append(Response(row["prompt"], row["response"]))
     return responses
+
+
+def responses_hash(responses: Sequence[Response], kinds: Sequence[int] = ()) -> str:
+    """Return a hash of the tokens of prompts and answers, in order.
+
+    Args:
+        responses: All of them.
+        kinds: Of each, how it was written, where that decides which are held out.
+    """
+    digest = hashlib.sha256(np.array([len(responses), *kinds], "<i8").tobytes())
+    for one in responses:
+        row = [len(one.prompt), len(one.response), *one.prompt, *one.response]
+        digest.update(np.array(row, "<i8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def open_responses(

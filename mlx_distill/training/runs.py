@@ -1,7 +1,7 @@
 """A run's folder: refused if it exists, partial while it is made, and resumed only as it began."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,16 @@ def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(settings, indent=1) + "\n")
 
 
-def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InputError if the training to resume is not the one that is asked for."""
-    changed = sorted(_differences(read_json(path), json.loads(json.dumps(settings))))
+def check_settings(path: Path, settings: Mapping[str, Any], unknown: Collection[str] = ()) -> None:
+    """Raise InputError if the training to resume is not the one that is asked for.
+
+    Args:
+        path: What it was begun with.
+        settings: What is asked for.
+        unknown: Names of settings that are found out later; they are not compared.
+    """
+    begun = {name: value for name, value in read_json(path).items() if name not in unknown}
+    changed = sorted(_differences(begun, json.loads(json.dumps(settings))))
     if changed:
         raise InputError(f"cannot resume with other settings: {'; '.join(changed)}")
 
@@ -61,4 +68,4 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [
             d for k in keys for d in _differences(old.get(k), new.get(k), f"{name}.{k}".strip("."))
         ]
-    return [] if old == new else [f"{name} was {old}, is {new}"]
+    return [] if old == new else [f"{name} was {old!s:.80}, is {new!s:.80}"]
