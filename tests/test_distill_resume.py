@@ -177,6 +177,65 @@ def test_other_options_are_not_resumed(
     assert same_result(output, finished)
 
 
+def scaled(folder: Path) -> None:
+    """Write other weights over those of a model."""
+    path = folder / "model.safetensors"
+    values: dict[str, mx.array] = mx.load(str(path))  # pyright: ignore
+    mx.eval(values)
+    halves = {name: x / 2 if x.ndim > 1 else x for name, x in values.items()}
+    mx.save_safetensors(str(path), halves, {"format": "mlx"})
+
+
+def test_parts_that_changed_in_place_are_not_resumed(
+    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All names are the same; the sentence says what is another one behind which."""
+    own, output = shutil.copytree(world, tmp_path / "world"), tmp_path / "out" / "student"
+    argv = without(arguments(own, output, "--student", own / "student"), "--student-config")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(2))
+        assert main(argv) == 130
+    work = output.with_name("student.partial")
+    before = {path: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    was = "cannot resume with other settings: given."
+    for name, changed in (("teacher", "teachers.networks"), ("student", "student_weights")):
+        kept = (own / name / "model.safetensors").read_bytes()
+        scaled(own / name)
+        assert re.fullmatch(rf"{was}{changed} was \S+, is \S+", refuses([*argv, "--resume"]))
+        (own / name / "model.safetensors").write_bytes(kept)
+    for name, changed in (("train", "data"), ("valid", "valid")):
+        kept = (own / "texts" / f"{name}.jsonl").read_bytes()
+        rows = kept.splitlines(keepends=True)
+        (own / "texts" / f"{name}.jsonl").write_bytes(b"".join(rows[::-1]))
+        assert re.fullmatch(rf"{was}{changed} was \w+, is \w+", refuses([*argv, "--resume"]))
+        (own / "texts" / f"{name}.jsonl").write_bytes(kept)
+    assert {path: path.read_bytes() for path in work.rglob("*") if path.is_file()} == before
+    assert main([*argv, "--resume"]) == 0
+
+
+def test_another_cache_of_the_same_name_is_not_resumed(
+    world: Path, tmp_path: Path, refuses: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same texts, written by another teacher."""
+    output, cache = tmp_path / "student", tmp_path / "cache"
+    learn = arguments(world, output, "--tokenizer", world / "teacher", "--use-cache", cache)
+    learn = without(learn, "--teacher")
+
+    def write(teacher: str) -> None:
+        shutil.rmtree(cache, ignore_errors=True)
+        argv = ["--teacher", world / teacher, "--data", world / "texts", "--cache-teacher", cache]
+        assert main([*map(str, argv), "--quiet"]) == 0
+
+    write("teacher")
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "get_reporting_callbacks", lambda *a, **k: Interrupt(2))
+        assert main(learn) == 130
+    write("second")
+    assert "other settings: given.teachers.cache was" in refuses([*learn, "--resume"])
+    write("teacher")
+    assert main([*learn, "--resume"]) == 0
+
+
 def test_resume_of_a_damaged_folder(
     world: Path, tmp_path: Path, refuses: Refuse, unfinished: Path, finished: Path
 ) -> None:

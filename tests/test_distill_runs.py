@@ -77,6 +77,10 @@ def test_finished_run_returns_its_result(tmp_path: Path) -> None:
         ({"texts": TEXTS[1:]}, "data was"),
         ({"on_policy": HALF}, "on_policy was None, is"),
         ({"teacher": tiny_model("llama-tied")}, "teachers.networks was"),
+        ({"valid": TEXTS[:2]}, "valid was None, is"),
+        ({"student": small(seed=4)}, "student_weights was"),
+        ({"teacher": tiny_model("llama", seed=9)}, "teachers.networks was"),
+        ({"valid_teacher": LiveTeacher([tiny_model("llama")])}, "valid_teacher was None, is"),
         ({"student": small(hidden_size=64)}, r"student.lm_head.weight was \[97, 32\], is"),
     ],
 )

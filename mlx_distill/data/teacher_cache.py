@@ -129,6 +129,13 @@ class TeacherCache:
         size = sum((self.folder / shard.name).stat().st_size for shard in self.shards)
         return size / sum(shard.positions for shard in self.shards)
 
+    @property
+    def content_hash(self) -> str:
+        """A hash of all that the cache holds, by those that its manifest has of the shards."""
+        shards = [shard.sha256 for shard in self.shards]
+        content = json.dumps([self.header, shards], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
     def batch(
         self, rows: Sequence[int], mask: Float[mx.array, "B T"]
     ) -> tuple[Int32[mx.array, "B T K"], Float32[mx.array, "B T K"]]:

@@ -13,7 +13,6 @@ from mlx_distill import machine
 from mlx_distill.arrays import num_parameters
 from mlx_distill.checkpoint import load
 from mlx_distill.config import flat
-from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.batches import JUDGED_BATCHES, slices
 from mlx_distill.distillation.card import Figures, model_card
@@ -69,7 +68,7 @@ def train_student(
     student, corpus = parts.student, parts.corpus
     if config.grad_checkpoint:
         checkpoint_layers(student.network)
-    settings = asdict(config) | {"texts_hash": texts_hash(corpus.texts)}
+    settings = asdict(config)
     if opening.template_config:
         settings["template_config"] = opening.template_config
     try:

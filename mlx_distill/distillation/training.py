@@ -40,7 +40,8 @@ class Distilled:
         before: What was held out said of the student that was handed in.
         log: A row per step: the loss, its parts, and on some steps what was held out.
         notes: What the user should know, in sentences.
-        finished: False if Ctrl-C ended it; calling again with the same folder goes on.
+        finished: False if Ctrl-C ended it; calling again with the same folder, and the student as
+            it was at first, goes on.
     """
 
     before: dict[str, float]
@@ -74,7 +75,8 @@ def distill(
     """Train a student, in place, on what teachers say about data.
 
     A run that was killed goes on from the last checkpoint in ``folder`` when it is called again
-    with the same arguments, and ends with the same bits; one that has ended returns its result.
+    with the same arguments, and ends with the same bits; one that has ended returns its result. The
+    student has to be what it was at first, not what the run has made of it so far.
 
     Args:
         student: A language model of mlx-lm, or any network from inputs to logits (B, C).
@@ -97,7 +99,8 @@ def distill(
         augment: Changes a batch of examples before anybody sees it; it is given the batch's number,
             on which alone its randomness may depend.
         seed: Of the order of the data, and of everything that is drawn.
-        settings: What must be the same for a run to go on, as JSON; None takes the arguments.
+        settings: What must be the same for a run to go on, as JSON, beside the student, the
+            teachers and the data, held out or not; None takes the arguments.
         callback: An mlx-lm ``TrainingCallback``.
         quiet: Draw no progress bar.
 
@@ -111,10 +114,12 @@ def distill(
     teacher = _teacher(teachers, texts, weights, mean)
     _check(batch_size, data, valid, training, teacher, on_policy)
     given = readable(student, teacher, data, valid, on_policy, set(eos_token_ids))
-    settings = settings or {
-        **_chosen(terms, training, batch_size, on_policy, eos_token_ids, seed),
-        **_parts(student, teacher, given.data),
-    }
+    parts = _parts(student, teacher, given, valid_teacher)
+    if settings:
+        settings = {**settings, "given": parts}  # names of its own may be the same
+    else:
+        chosen = _chosen(terms, training, batch_size, on_policy, eos_token_ids, seed)
+        settings = {**chosen, **parts}
     with only_training(), locked(folder / LOCK, folder):
         begin_or_resume(folder, settings)
         data, limit = given.data, given.limit
@@ -269,12 +274,26 @@ def _chosen(
     }
 
 
-def _parts(student: nn.Module, teacher: Teacher, data: Data) -> dict[str, Any]:
+def _parts(
+    student: nn.Module, teacher: Teacher, given: Given, judging: Teacher | None
+) -> dict[str, Any]:
     """Return what tells a student, its teachers and the data from others."""
-    told: Any = type(teacher).__name__
+    arrays: dict[str, Any] = dict(tree_flatten(student.trainable_parameters()))
+    return {
+        "teachers": _told(teacher),
+        "data": _hash(given.data),
+        "student": {name: list(array.shape) for name, array in arrays.items()},
+        "student_weights": weights_hash(student),
+        "valid": None if given.valid is None else _hash(given.valid),
+        "valid_teacher": None if judging is None else _told(judging),
+    }
+
+
+def _told(teacher: Teacher) -> Any:
+    """Return what tells a teacher from others, as JSON."""
     if isinstance(teacher, LiveTeacher):
         networks = [weights_hash(answers.network) for answers in teacher.answers]
-        told = {"networks": networks, "weights": teacher.weights, "mean": teacher.mean}
-    arrays: dict[str, Any] = dict(tree_flatten(student.trainable_parameters()))
-    shapes = {name: list(array.shape) for name, array in arrays.items()}
-    return {"teachers": told, "data": _hash(data), "student": shapes}
+        return {"networks": networks, "weights": teacher.weights, "mean": teacher.mean}
+    if isinstance(teacher, CachedTeacher):
+        return {"cache": teacher.cache.content_hash}
+    return type(teacher).__name__
