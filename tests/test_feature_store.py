@@ -1,7 +1,9 @@
 """Features on disk: the same in every epoch, of these weights alone, and only where they fit."""
 
+import re
 import shutil
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ GROUPS = [
     [Text.behind([3, 5, 7, 11, 13], 2), Text.behind([3, 8, 9], 1)],
     [Text.behind([3, 6, 7, 11, 13, 15, 17], 3)],
 ]
+Arrays = dict[str, mx.array]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -100,6 +103,93 @@ def test_damage_is_named(reader: TargetReader, tmp_path: Path) -> None:
     (tmp_path / "features.json").unlink()
     with pytest.raises(InputError, match="something else"):
         FeatureStore(tmp_path, reader, GROUPS, KNOWN)
+
+
+DAMAGE: dict[str, tuple[Callable[[Arrays], Arrays], str]] = {
+    "fewer rows": (
+        lambda of: {name: array[:3] for name, array in of.items()},
+        "its array tokens is I32 of shape [3], not I32 of shape [5]",
+    ),
+    "fewer rows of one": (
+        lambda of: of | {"hidden": of["hidden"][:3]},
+        "its array hidden is BF16 of shape [3, 64], not BF16 or F16 of shape [5, 64]",
+    ),
+    "narrow": (
+        lambda of: of | {"tap-1": of["tap-1"][:, :9]},
+        "its array tap-1 is BF16 of shape [5, 9]",
+    ),
+    "another type": (
+        lambda of: of | {"tokens": of["tokens"].astype(mx.float32)},
+        "its array tokens is F32 of shape [5]",
+    ),
+    "whole numbers": (
+        lambda of: of | {"hidden": of["hidden"].astype(mx.int16)},
+        "its array hidden is I16 of shape [5, 64]",
+    ),
+    "other tokens": (
+        lambda of: of | {"tokens": of["tokens"] + 10**6},
+        "its array tokens is not that of the answers",
+    ),
+    "none ahead": (
+        lambda of: of | {"ahead": of["ahead"] * 0},
+        "its array ahead is not that of the answers",
+    ),
+    "one less": (lambda of: {k: of[k] for k in of if k != "tap-0"}, "it lacks tap-0"),
+    "one more": (lambda of: of | {"goals": of["hidden"]}, "it also holds goals"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_features_that_do_not_fit_their_answers(
+    model_in: ModelIn, tmp_path: Path, case: str
+) -> None:
+    """None of them is used: what lies behind an array's end would be read all the same."""
+    model, _ = mlx_distill.load(model_in("tiny", "float32"))
+    reader = TargetReader(Target.of(model), (0, 1), 1, look_back=0)
+    store = FeatureStore(tmp_path, reader, GROUPS, KNOWN)
+    store.view(0)
+    [path] = tmp_path.glob("*.safetensors")
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    damage, sentence = DAMAGE[case]
+    mx.save_safetensors(str(path), damage(arrays), {"format": "mlx"})
+    told = re.escape(f"{path} is damaged: {sentence}") + ".*; remove it, and it is computed anew"
+    with pytest.raises(InputError, match=told):
+        store.view(0)
+    with pytest.raises(InputError, match=told):  # before anything is trained
+        FeatureStore(tmp_path, reader, GROUPS, KNOWN)
+    path.unlink()
+    assert FeatureStore(tmp_path, reader, GROUPS, KNOWN).view(0).tokens.size == 5
+
+
+@pytest.mark.parametrize("look_back", [0, 2])
+def test_rows_are_those_of_a_view(model_in: ModelIn, look_back: int) -> None:
+    model, _ = mlx_distill.load(model_in("tiny", "float32"))
+    reader = TargetReader(Target.of(model), (), 2, look_back)
+    texts = [text for group in GROUPS[::-1] for text in group]
+    tokens, ahead = reader.rows(texts)
+    view = reader.view(texts)
+    assert (tokens.tolist(), ahead.tolist()) == (view.tokens.tolist(), view.ahead.tolist())
+    assert len(tokens) == sum(map(reader.num_rows, texts))
+
+
+def test_damaged_features_end_a_training_before_it_begins(
+    flags: list[str], tmp_path: Path, refused: Run
+) -> None:
+    features = tmp_path / "features"
+    plain = trained(flags, tmp_path, "first", "--features", features)
+    *_, path = sorted(features.glob("group-*.safetensors"))
+    arrays = mx.load(str(path))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    short = {name: array[:1] for name, array in arrays.items()}
+    mx.save_safetensors(str(path), short, {"format": "mlx"})
+    again = [*flags, "--output", tmp_path / "second", "--features", features]
+    assert f"{path} is damaged" in refused(train_drafter.main, *again, alone=False)
+    assert not (tmp_path / "second.partial").exists()
+    path.unlink()
+    assert trained(flags, tmp_path, "second", "--features", features) == plain
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.drafter import TargetView
 from mlx_distill.distillation.target_reader import TargetReader
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_json, write_arrays, write_whole
-from mlx_distill.safetensors import check_safetensors, read_arrays
+from mlx_distill.safetensors import read_arrays, read_header
 
 FORMAT_VERSION = 1
 MANIFEST = "features.json"
+PLACES, STATES = ("I32",), ("BF16", "F16")  # types of tokens and counts, and of all else
 PLACE_BYTES = 8  # of a token's id, and of how many follow it
 
 
@@ -36,7 +38,8 @@ class FeatureStore:
         target: What the target is known by, its weights included.
 
     Raises:
-        InputError: If the folder holds others, or cannot be read, or the disk is too small.
+        InputError: If the folder holds others, or cannot be read, or a file of it is damaged, or
+            the disk is too small.
     """
 
     def __init__(
@@ -59,7 +62,12 @@ class FeatureStore:
         if reader.look_back:
             self._manifest["look_back"] = reader.look_back
         self._check()
-        missing = [texts for number, texts in enumerate(groups) if not self._path(number).exists()]
+        missing = []
+        for number, texts in enumerate(groups):
+            if self._path(number).exists():
+                self._read(number)  # damage is told before anything is trained
+            else:
+                missing.append(texts)
         self.num_missing = sum(reader.num_rows(text) for texts in missing for text in texts)
         check_disk(folder, self.num_missing * stored_row_bytes(reader))
 
@@ -68,17 +76,48 @@ class FeatureStore:
         path = self._path(number)
         if not path.exists():
             self._write(path, self._reader.view(self._groups[number]))
-        check_safetensors(path)
-        arrays = read_arrays(path)
-        wanted = {"hidden", "tokens", "ahead", *_tap_names(self._reader)}
-        if not wanted <= arrays.keys():
-            raise InputError(f"{path} is damaged: it lacks {', '.join(wanted - arrays.keys())}")
+        arrays = self._read(number)
         hidden = arrays["hidden"].astype(self._type)
         goals = arrays["goals"].astype(self._type) if "goals" in arrays else hidden
         taps = tuple(arrays[name].astype(self._type) for name in _tap_names(self._reader))
         mx.eval(hidden, goals, taps)
         tokens, ahead = arrays["tokens"], arrays["ahead"]
         return TargetView(hidden, tokens, ahead, goals, self._reader.embed, taps)
+
+    def _read(self, number: int) -> dict[str, mx.array]:
+        """Return the arrays of a group's file; those that are large are not loaded yet.
+
+        Raises:
+            InputError: If they are not what a view of the group's answers is made of: an index
+                that is out of bounds would be read all the same.
+        """
+        path = self._path(number)
+        tokens, ahead = self._reader.rows(self._groups[number])
+        header = read_header(path)
+        wanted = self._columns()
+        for name in sorted(wanted.keys() ^ header.keys()):
+            raise _damaged(path, f"it {'lacks' if name in wanted else 'also holds'} {name}")
+        for name, width in wanted.items():
+            types = PLACES if width is None else STATES
+            found, shape = header[name], tokens.shape if width is None else (tokens.size, width)
+            if found.shape != shape or found.dtype not in types:
+                raise _damaged(
+                    path,
+                    f"its array {name} is {found.dtype} of shape {list(found.shape)}, not "
+                    f"{' or '.join(types)} of shape {list(shape)}",
+                )
+        arrays = read_arrays(path)
+        for name, known in (("tokens", tokens), ("ahead", ahead)):
+            if not np.array_equal(np.array(arrays[name]), known):
+                raise _damaged(path, f"its array {name} is not that of the answers")
+        return arrays
+
+    def _columns(self) -> dict[str, int | None]:
+        """Return the arrays of a file by name, and how wide each is; None for one without width."""
+        target = self._reader.target
+        columns: dict[str, int | None] = {"tokens": None, "ahead": None}
+        columns |= dict.fromkeys(("hidden", *_tap_names(self._reader)), target.hidden_size)
+        return columns if self._reader.answers.body else columns | {"goals": target.vocab_size}
 
     def _write(self, path: Path, view: TargetView) -> None:
         arrays = {"hidden": short(view.hidden), "tokens": view.tokens, "ahead": view.ahead}
@@ -149,6 +188,10 @@ def short(array: mx.array) -> mx.array:
 
 def _tap_names(reader: TargetReader) -> list[str]:
     return [f"tap-{layer}" for layer in reader.taps]
+
+
+def _damaged(path: Path, how: str) -> InputError:
+    return InputError(f"{path} is damaged: {how}; remove it, and it is computed anew")
 
 
 def _hash(texts: Sequence[Text]) -> str:

@@ -1,11 +1,11 @@
 """What a target computes at its own answers, kept for those who learn from it or judge by it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_distill.data.texts import Text, text_batch
+from mlx_distill.data.texts import Text, TextBatch, text_batch
 from mlx_distill.distillation.drafter import TargetView, answer_places, joined_views
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.teachers import Answers
@@ -55,17 +55,33 @@ class TargetReader:
             texts: The answers with their prompts.
             by_length: Read those of similar length together, and leave them in that order.
         """
+        read = [self._read(*found) for found in self._batches(texts, by_length)]
+        return joined_views(read)
+
+    def rows(self, texts: Sequence[Text]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a view of some answers, and how many rows follow each; none is read.
+
+        They are in the order of ``view``, by length.
+        """
+        tokens, ahead = [], []
+        for batch, places, follow in self._batches(texts, True):
+            tokens.append(np.array(batch.inputs).reshape(-1)[places])
+            ahead.append(follow)
+        return np.concatenate(tokens), np.concatenate(ahead)
+
+    def _batches(
+        self, texts: Sequence[Text], by_length: bool
+    ) -> Iterator[tuple[TextBatch, np.ndarray, np.ndarray]]:
+        """Yield what is read at once, which of its places are kept, and how many follow each."""
         order = list(range(len(texts)))
         if by_length:
             order.sort(key=lambda row: len(texts[row].tokens))
-        size = self.batch_size
-        batches = (order[start : start + size] for start in range(0, len(order), size))
-        return joined_views([self._batch(texts, rows) for rows in batches])
+        for start in range(0, len(order), self.batch_size):
+            # Nothing is padded beyond the longest: that could be beyond a model's last position.
+            batch = text_batch(texts, order[start : start + self.batch_size], multiple=1)
+            yield batch, *answer_places(np.array(batch.mask), self.look_back)
 
-    def _batch(self, texts: Sequence[Text], rows: Sequence[int]) -> TargetView:
-        # Nothing is padded beyond the longest: that could be beyond a model's last position.
-        batch = text_batch(texts, rows, multiple=1)
-        found, ahead = answer_places(np.array(batch.mask), self.look_back)
+    def _read(self, batch: TextBatch, found: np.ndarray, ahead: np.ndarray) -> TargetView:
         places = mx.array(found)
 
         def taken(array: mx.array) -> mx.array:
