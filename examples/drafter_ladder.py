@@ -210,7 +210,7 @@ def table(rungs: Sequence[dict[str, Any]]) -> str:
     for rung in rungs:
         last = rung["log"][-1]
         cells = [rung["rung"], f"{last['step']:,}", f"{rung['file_bytes'] / 1e6:.1f}"]
-        cells.append(f"{last['acceptance_greedy'][0]:.3f}")
+        cells.append("".join(f"{share:.3f}" for share in last["acceptance_greedy"][:1]) or "-")
         cells += [f"{tokens_per_call(rung, *column):.3f}" for column in COLUMNS]
         lines.append(cells)
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -240,8 +240,9 @@ def draw(rungs: Sequence[dict[str, Any]], path: Path) -> None:
     left.legend()
     for rung in rungs:
         if rung["bits"] is None:
-            steps = [row["step"] for row in rung["log"]]
-            first = [row["acceptance_greedy"][0] for row in rung["log"]]
+            judged = [row for row in rung["log"] if row["acceptance_greedy"]]  # else too short
+            steps = [row["step"] for row in judged]
+            first = [row["acceptance_greedy"][0] for row in judged]
             right.plot(steps, first, marker=".", label=rung["rung"])
     right.set(xlabel="step", ylabel="held-out acceptance of the first drafted token")
     right.legend()

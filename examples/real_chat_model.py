@@ -158,7 +158,7 @@ def train_drafter(run: Run) -> Path:
     )
     log = json.loads((drafter / "training.json").read_text(encoding="utf-8"))["log"]
     guesses = " ".join(f"{share:.0%}" for share in log[-1]["acceptance_greedy"])
-    print(f"its first guess, second, ... is the model's own choice: {guesses}")
+    print(f"its first guess, second, ... is the model's own choice: {guesses or 'not known'}")
     return drafter
 
 

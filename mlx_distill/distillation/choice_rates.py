@@ -18,14 +18,18 @@ def choice_rates(
 ) -> tuple[tuple[float, ...], ...]:
     """Return, for every drafted token, the shares of its choices that are the target's best.
 
-    The text itself is what was drafted before.
+    Nothing where no answer reaches some of them: a head that was not judged has no shares. The text
+    itself is what was drafted before.
 
     Args:
         drafter: Drafts.
         starts: Along held-out answers.
         target_logits: Makes the target's logits of goals, for what can be drafted.
     """
-    features, mask = unroll(drafter, starts), np.array(starts.mask)
+    mask = np.array(starts.mask)
+    if not mask.any(axis=0).all():
+        return ()
+    features = unroll(drafter, starts)
     size = max(1, rows_at_once(drafter.head) // mask.shape[1])
     found: list[np.ndarray] = []
     for first in range(0, mask.shape[0], size):
@@ -36,6 +40,6 @@ def choice_rates(
         ranks = (logits > wanted).sum(axis=-1)
         mx.eval(ranks)  # one chunk at a time is in memory
         found.append(np.array(ranks))
-    ranks, counts = np.concatenate(found), np.maximum(mask.sum(axis=0), 1)
+    ranks, counts = np.concatenate(found), mask.sum(axis=0)
     shares = np.stack([((ranks == rank) * mask).sum(axis=0) / counts for rank in range(RANKS)], 1)
     return tuple(tuple(round(float(share), DIGITS) for share in head) for head in shares)

@@ -22,6 +22,7 @@ def card(
     counts: Mapping[str, int],
     rows: Mapping[str, Any],
     log: list[dict[str, Any]],
+    kept: Mapping[str, Any],
 ) -> str:
     """Return the card.
 
@@ -32,7 +33,8 @@ def card(
             ``start_from``, ``adapter_path``, ``chat_template_config``.
         counts: Of answers and tokens that were learned, and of answers held out.
         rows: What became of the rows of the data, as a report says it.
-        log: Of the training; the last entry holds the figures.
+        log: Of the training.
+        kept: The entry of the log whose weights the drafter has, with its figures.
     """
     shape = network.config
     config = settings["config"]
@@ -47,18 +49,19 @@ never changes what its target writes: the target verifies every token.
 Trained with `python -m mlx_distill.train_drafter` on {counts["answers"]:,} answers \
 ({counts["tokens"]:,} tokens) that the target wrote to prompts from {data or "elsewhere"}; \
 {log[-1]["step"]:,} steps of {config["batch_size"]} answers; the settings and the log are in \
-`training.json`.{_more(settings)}{_dropped(rows)}
+`training.json`.{_best(log, kept)}{_more(settings)}{_dropped(rows)}
 
-Acceptance of a drafted chain on {counts["held_out"]} held-out answers, chosen by seed, by depth: \
-how often the drafter's best token is the target's (greedy), and the target's probability of it \
-(temperature 1).
+{_acceptance(counts["held_out"], config["unroll"], kept)}
 
-| depth | greedy | temperature 1 |
-|---|---|---|
-{_table(log[-1])}
-
-{_confidence(shape.sharpness, log[-1])}The licence is that of the target.
+{_confidence(shape.sharpness, kept)}The licence is that of the target.
 """
+
+
+def _best(log: list[dict[str, Any]], kept: Mapping[str, Any]) -> str:
+    """Return which weights were kept, as a sentence, where they are not the last ones."""
+    if kept["step"] == log[-1]["step"]:
+        return ""
+    return f" The weights are those of step {kept['step']:,}, the best on held-out answers."
 
 
 def _more(settings: Mapping[str, Any]) -> str:
@@ -91,9 +94,30 @@ def _dropped(rows: Mapping[str, Any]) -> str:
     return f" Of {rows['rows']:,} rows were not used: {'; '.join(reasons)}." if reasons else ""
 
 
-def _table(last: Mapping[str, Any]) -> str:
-    pairs = zip(last["acceptance_greedy"], last["acceptance_sampled"], strict=True)
-    return "\n".join(
+def _acceptance(held_out: int, length: int, kept: Mapping[str, Any]) -> str:
+    """Return what was measured by depth, as far as held-out answers reach.
+
+    Args:
+        held_out: How many there are.
+        length: Of a draft.
+        kept: The figures.
+    """
+    pairs = list(zip(kept["acceptance_greedy"], kept["acceptance_sampled"], strict=True))
+    if not pairs:
+        return (
+            f"Acceptance was not measured: the {held_out} held-out answers, chosen by seed, have "
+            "one token each."
+        )
+    rows = "\n".join(
         f"| {depth} | {greedy:.3f} | {sampled:.3f} |"
         for depth, (greedy, sampled) in enumerate(pairs, start=1)
     )
+    deeper = f"\n\nDeeper than {len(pairs)} no held-out answer reaches." * (len(pairs) < length)
+    return f"""\
+Acceptance of a drafted chain on {held_out} held-out answers, chosen by seed, by depth: how often \
+the drafter's best token is the target's (greedy), and the target's probability of it \
+(temperature 1).
+
+| depth | greedy | temperature 1 |
+|---|---|---|
+{rows}{deeper}"""

@@ -59,8 +59,19 @@ def plan(trainer: DrafterTrainer) -> str:
         f"{counts['answers']:,} answers, {counts['tokens']:,} tokens; what the target computes of "
         f"them is {size / 1e9:.2f} GB{_on_disk(trainer)}, in {len(order.groups)} parts; "
         f"{settings.steps:,} steps are {epochs:.1f} epochs; {draftable} tokens can be drafted, "
-        f"{100 * trainer.coverage:.2f} % of what was written\n{_duration(trainer, epochs)}"
+        f"{100 * trainer.coverage:.2f} % of what was written{_unjudged(trainer)}\n"
+        f"{_duration(trainer, epochs)}"
     )
+
+
+def _unjudged(trainer: DrafterTrainer) -> str:
+    """Return what held-out answers are too short to judge, as a line."""
+    reached, length = trainer.judged_depth, trainer.config.unroll
+    if reached == length:
+        return ""
+    if not reached:
+        return "\nno held-out answer has two tokens: nothing judges the drafter"
+    return f"\nno held-out answer reaches beyond the first {reached} of {length} drafted tokens"
 
 
 def _on_disk(trainer: DrafterTrainer) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from mlx_distill.arrays import to_host
+from mlx_distill.arrays import to_host, to_number
 from mlx_distill.data.selection import held_out_rows
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.choice_rates import choice_rates
@@ -80,6 +80,7 @@ class DrafterTrainer:
             kinds = [config.responses.temperature(row) for row in range(len(responses))]
         held = set(held_out_rows(kinds, config.held_out, config.seed))
         self.held_out = [text_of(responses[row]) for row in sorted(held)]
+        self._check_judged()
         learned = [text_of(one) for row, one in enumerate(responses) if row not in held]
         self.training = sorted(learned, key=lambda text: len(text.tokens))  # as a view has them
         self.reader = TargetReader(target, config.taps(target), config.batch_size, config.look_back)
@@ -111,6 +112,24 @@ class DrafterTrainer:
         self._columns = columns_of(token_ids, target.vocab_size)
         some = self.reader.view([self.held_out[0]]).goals[:4]
         self.target_logits = drafted_logits(self.reader.answers, some, token_ids)
+
+    @property
+    def judged_depth(self) -> int:
+        """How many drafted tokens the longest held-out answer can judge, at most those of a draft.
+
+        Its first token is where the first draft starts: of an answer of one token, none.
+        """
+        longest = max(text.num_learned for text in self.held_out)
+        return min(self.config.unroll, max(0, longest - 1))
+
+    def _check_judged(self) -> None:
+        """Raise InputError if the best evaluation is asked for, and none says anything."""
+        settings = self.config.training
+        if (settings.patience or settings.keep_best) and not self.judged_depth:
+            raise InputError(
+                "patience and keep_best need held-out answers of two tokens or more, by which to "
+                "judge; hold out others, with a larger held_out or another seed"
+            )
 
     def _network(self, start: Network | None) -> tuple[Network, float]:
         """Return the drafter as it begins, in the target's type, and its vocabulary's coverage."""
@@ -168,7 +187,7 @@ class DrafterTrainer:
         return drafter_loss(self.network, starts, self.target_logits, decay, kind)
 
     def evaluate(self) -> dict[str, list[float]]:
-        """Return the held-out acceptance of a drafted chain, by depth."""
+        """Return the held-out acceptance of a drafted chain by depth, as far as it is known."""
         if self._judged is None:
             self._judged = self.reader.view(self.held_out)
         found = acceptance(self.network, self._judged, self.target_logits, self.config)
@@ -229,7 +248,14 @@ class DrafterTrainer:
         log = [row for row in _read_log(log_path) if row["step"] <= step]
         settings = self.settings
         steps = train(
-            self.network, self.loss, self.batch, self.evaluate, settings, folder, quick=True
+            self.network,
+            self.loss,
+            self.batch,
+            self.evaluate,
+            settings,
+            folder,
+            score=chain_score,
+            quick=True,
         )
         with tqdm(total=settings.steps, initial=step, unit="step", disable=quiet) as bar:
             for progress in steps:
@@ -243,8 +269,14 @@ class DrafterTrainer:
                     )
                     write_whole(log_path, "".join(json.dumps(row) + "\n" for row in log))
                     by_depth = " ".join(f"{x:.2f}" for x in log[-1]["acceptance_greedy"])
-                    bar.set_postfix_str(f"held-out acceptance {by_depth}")
+                    bar.set_postfix_str(f"held-out acceptance {by_depth or 'not known'}")
         return log
+
+    def kept(self, log: Log) -> dict[str, Any]:
+        """Return the row of a log whose weights the drafter has, now that the training is over."""
+        if not self.config.training.keep_best:
+            return log[-1]
+        return min(log, key=lambda row: chain_score(row) or 0.0)  # of equal ones the first
 
     @property
     def num_rows(self) -> int:
@@ -260,10 +292,24 @@ class DrafterTrainer:
         }
 
 
+def chain_score(evaluation: dict[str, Any]) -> float | None:
+    """Return minus the expected number of accepted tokens of a greedy chain; lower is better.
+
+    Acceptance at a depth is of drafts that have read the text up to there: a token of a chain
+    counts if those before it were right, too, for which the product of their shares is taken.
+    None where no held-out answer reaches a drafted token.
+    """
+    shares = np.array(evaluation["acceptance_greedy"], np.float32)
+    return -float(np.cumprod(shares).sum()) if shares.size else None
+
+
 def acceptance(
     network: Network, view: TargetView, target_logits: Logits, config: DrafterTraining
 ) -> Float[mx.array, "2 L"]:
-    """Return ``acceptance_by_depth`` as shares, of the drafts from everywhere in some answers."""
+    """Return ``acceptance_by_depth`` as shares, of the drafts from everywhere in some answers.
+
+    Depths that no answer reaches are left out; there may be none at all.
+    """
     length, size = config.unroll, config.starts
     total, count = mx.zeros((2, length)), mx.zeros((length,))
     for first in range(0, view.starting.size, size):
@@ -271,7 +317,8 @@ def acceptance(
         sums, counts = acceptance_by_depth(network, starts, target_logits)
         total, count = total + sums, count + counts
         mx.eval(total, count)  # one chunk at a time is in memory
-    return total / mx.maximum(count, 1)
+    reached = int(to_number((count > 0).sum()))  # what reaches a depth reaches those before it
+    return total[:, :reached] / count[:reached]
 
 
 def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple[list[int], float]:

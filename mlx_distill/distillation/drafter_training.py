@@ -75,7 +75,8 @@ def train_drafter(
 ) -> Log:
     """Train a drafter for a model and write its folder; return the log.
 
-    The drafter computes in the model's type.
+    The drafter computes in the model's type. Where the best weights are kept, the best row of the
+    log is theirs, by the expected number of accepted tokens of a greedy chain.
 
     Args:
         model: The target; never changes.
@@ -136,7 +137,7 @@ def train_drafter(
             raise
         print(plan(trainer), file=sys.stderr)
         log = trainer.run(work, quiet)
-        log[-1] |= _with_confidence(trainer)
+        trainer.kept(log).update(_with_confidence(trainer))
         _write(output, trainer, settings, known, data.report, log, data.own)
         shutil.rmtree(work)
     return log
@@ -241,11 +242,20 @@ def _write(
     own: Sequence[str],
 ) -> None:
     """Write the drafter's folder, with the prompts that the target has written itself."""
-    rows = report.to_dict()
-    made = {**settings, "rows": rows, "log": log, **machine.provenance()}
+    rows, kept = report.to_dict(), trainer.kept(log)
+    made = {**settings, "rows": rows, "log": log, "kept_step": kept["step"]}
+    made |= machine.provenance()
     files = {
         "training.json": json.dumps(made, indent=1),
-        "README.md": card(output.name, trainer.network, settings, trainer.counts(), rows, log),
+        "README.md": card(
+            output.name,
+            trainer.network,
+            settings,
+            trainer.counts(),
+            rows,
+            log,
+            kept,
+        ),
     }
     if own:
         files["prompts.jsonl"] = as_rows(own)

@@ -56,6 +56,7 @@ class Best:
         score = self._score(evaluation)
         if score is None:
             raise InputError("patience and keep_best need held-out data, by which to judge")
+        score = to_number(mx.array(score))  # rounded as a kept one is: an equal one is no better
         if score < to_number(self.state["score"]):
             self.state = {"score": mx.array(score), "step": mx.array(step), "waited": mx.array(0)}
             if self._config.keep_best:
