@@ -1,5 +1,6 @@
 """Answers as token ids in one file: read as they are, and refused in a sentence."""
 
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,105 @@ def test_what_a_model_cannot_read_is_counted(tmp_path: Path):
         ({"answer": None}, "holds no answers: it lacks answer"),
         ({"answer_len": np.array([2, 2])}, "answer and answer_len do not fit"),
         ({"prompt_len": np.array([4, 0])}, "prompt and prompt_len do not fit"),
-        ({"prompt": np.array([1, -2, 3, 4])}, "prompt and prompt_len do not fit"),
+        ({"answer_len": np.array([2**62 + 2, 2**62 + 3])}, "answer and answer_len do not fit"),
+        ({"answer_len": np.array([2**63 + 2, 2**63 + 3], np.uint64)}, "answer_len do not fit"),
+        ({"answer_len": np.array([-1, 6])}, "answer and answer_len do not fit"),
+        ({"prompt": np.zeros(0, int)}, "prompt and prompt_len do not fit"),
+        ({"prompt": np.array(1)}, "prompt and prompt_len do not fit"),
+        ({"prompt": np.array([1, -2, 3, 4])}, "prompt holds -2, which is no token"),
+        (
+            {"answer": np.array([5, 6, 7, 8, 2**63], np.uint64)},
+            "answer holds 9223372036854775808, which is no token",
+        ),
         ({"answer": np.zeros(5)}, "answer and answer_len do not fit"),
         ({"greedy": np.array([True])}, "do not fit"),
+        ({"greedy": np.array(True)}, "greedy is not true or false for every answer"),
+        ({"greedy": np.zeros((2, 2), bool)}, "greedy is not true or false"),
+        ({"greedy": np.array(["False", "False"])}, "greedy is not true or false"),
+        ({"greedy": np.array([np.nan, 0])}, "greedy is not true or false"),
+        ({"greedy": np.array([2, 0])}, "greedy is not true or false"),
+        ({"greedy": np.array([None, True])}, "cannot be read as answers: Object arrays"),
         ({"cls": np.array(["chat"])}, "1 kinds for 2 answers"),
+        ({"cls": np.array("chat")}, "1 kinds for 2 answers"),
+        ({"cls": np.zeros((2, 2))}, "4 kinds for 2 answers"),
+        (
+            {"target": np.array("{bad")},
+            r"answers\.npz is damaged: its target is no JSON: Expecting",
+        ),
+        ({"target": np.array("[1]")}, r"answers\.npz is damaged: its target is no JSON object"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, changes: dict[str, Any], sentence: str):
     with pytest.raises(InputError, match=sentence):
         read_answers(file_of(tmp_path, **changes))
+
+
+def test_zeros_and_ones_are_truths(tmp_path: Path):
+    assert read_answers(file_of(tmp_path, greedy=np.array([0, 1]))).greedy == [False, True]
+
+
+def packed(folder: Path) -> tuple[Path, zipfile.ZipInfo]:
+    """Return a compressed file of answers, and where its first array stands in it."""
+    path = folder / "answers.npz"
+    np.savez_compressed(path, **{**ARRAYS, "prompt": np.arange(4), "prompt_len": [3, 1]})
+    with zipfile.ZipFile(path) as found:
+        return path, found.getinfo("prompt.npy")
+
+
+def changed(path: Path, place: int, value: int) -> Path:
+    content = bytearray(path.read_bytes())
+    content[place] = value
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "sentence"),
+    [
+        (8, 1, "encrypted"),  # the flags of an entry
+        (6, 99, "version"),  # that can read it
+        (10, 99, "compression"),
+    ],
+)
+def test_entries_that_cannot_be_unpacked_are_named(
+    tmp_path: Path, offset: int, value: int, sentence: str
+):
+    path, _ = packed(tmp_path)
+    first = path.read_bytes().index(b"PK\x01\x02")  # of the list of entries at the end
+    with pytest.raises(InputError, match=rf"answers\.npz cannot be read as answers: .*{sentence}"):
+        read_answers(changed(path, first + offset, value))
+
+
+def test_flipped_bytes_are_named_wherever_they_are(tmp_path: Path):
+    path, entry = packed(tmp_path)
+    whole = path.read_bytes()
+    names = entry.header_offset + 26  # the lengths of its name and of what stands behind it
+    sizes = int.from_bytes(whole[names : names + 2], "little"), whole[names + 2]
+    start = names + 4 + sum(sizes)
+    for place in range(start, start + entry.compress_size):
+        path.write_bytes(whole)
+        with pytest.raises(InputError, match=r"answers\.npz cannot be read as answers: "):
+            read_answers(changed(path, place, whole[place] ^ 0xFF))
+
+
+def test_what_is_no_array_is_named(tmp_path: Path):
+    path = file_of(tmp_path, greedy=None)
+    with zipfile.ZipFile(path, "a") as more:
+        more.writestr("greedy", b"yes")
+    with pytest.raises(InputError, match="greedy is no array"):
+        read_answers(path)
+
+
+@pytest.mark.parametrize(
+    "header", ["{'descr': '<i8', 'shape': (1 <<", "{'descr': [[1]]}", "(" * 90]
+)
+def test_odd_headers_of_arrays_are_named(tmp_path: Path, header: str):
+    path = file_of(tmp_path, greedy=None)
+    text = header.encode() + b"\n"
+    with zipfile.ZipFile(path, "a") as more:
+        more.writestr("greedy.npy", b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+    with pytest.raises(InputError, match="cannot be read as answers"):
+        read_answers(path)
 
 
 def test_answers_of_another_model_are_refused(tmp_path: Path):
@@ -70,6 +161,9 @@ def test_answers_of_another_model_are_refused(tmp_path: Path):
         answers.check(9)
     with pytest.raises(InputError, match="none of the answers was written at temperature 0"):
         answers.only([1]).greedy_ones()
+    below = replace(answers, responses=[Response([-1], [2]), Response([1], [2])])
+    with pytest.raises(InputError, match="the answers are damaged: -1 is no token"):
+        below.check(10)
 
 
 WRITER = {

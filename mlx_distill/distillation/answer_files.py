@@ -7,9 +7,13 @@ with an end token or was cut off, and ``target``, what its writer is known by, a
 """
 
 import json
+import lzma
 import os
+import struct
 import sys
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +28,26 @@ from mlx_distill.parsing import parse_json
 # What of a writer has to be a reader's; names that only one of them has are not compared.
 OF_A_WRITER = ("tokenizer_hash", "hidden_size", "template_hash", "weights_hash")
 NAMES = ("prompt", "prompt_len", "answer", "answer_len", "greedy")
+OPTIONAL = ("cls", "target")
+MOST_TOKENS = 2**31  # no vocabulary has as many
+# What zipfile and numpy raise where bytes are not what they were: of a deflate stream, of the
+# method and the flags of an entry (a RuntimeError, of encrypted ones), of a header of an array.
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    MemoryError,
+    SyntaxError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    tokenize.TokenError,
+    lzma.LZMAError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 
 @dataclass(frozen=True)
@@ -61,11 +85,12 @@ class WrittenAnswers:
                 )
         if known and types[0] != types[1]:
             print(_unknown(types[1], types[0]), file=sys.stderr)
-        largest = max(max([0, *one.prompt, *one.response]) for one in self.responses)
-        if largest >= vocab_size:
+        least, most = _extremes(self.responses)
+        if least < 0:
+            raise InputError(f"the answers are damaged: {least} is no token")
+        if most >= vocab_size:
             raise InputError(
-                f"the answers are another model's: token {largest} is beyond this one's "
-                f"{vocab_size}"
+                f"the answers are another model's: token {most} is beyond this one's {vocab_size}"
             )
 
     @property
@@ -112,6 +137,12 @@ def _length(one: Response) -> int:
     return len(one.prompt) + len(one.response)
 
 
+def _extremes(responses: Sequence[Response]) -> tuple[int, int]:
+    """Return the smallest and the largest token of some answers; 0 is among them."""
+    tokens = [token for one in responses for part in (one.prompt, one.response) for token in part]
+    return min(tokens, default=0), max(tokens, default=0)
+
+
 def read_answers(path: str | Path) -> WrittenAnswers:
     """Return the answers of a file.
 
@@ -121,35 +152,45 @@ def read_answers(path: str | Path) -> WrittenAnswers:
     Raises:
         InputError: If it cannot be read, or holds something else.
     """
-    try:
-        if not Path(path).is_file():
-            raise ValueError("there is no such file")
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no npz file")
-        with np.load(path, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path} cannot be read as answers: {one_line(error)}") from None
+    arrays = _arrays(path)
     missing = [name for name in NAMES if name not in arrays]
     if missing:
         raise InputError(f"{path} holds no answers: it lacks {', '.join(missing)}")
-    greedy = arrays["greedy"]
+    greedy = _greedy(path, arrays["greedy"])
     kinds = arrays.get("cls", np.zeros(0, str))
     for name in ("prompt", "answer"):
         _check(path, name, arrays[name], arrays[f"{name}_len"], len(greedy))
-    if kinds.size and len(kinds) != len(greedy):
-        raise InputError(f"{path} is damaged: {len(kinds)} kinds for {len(greedy)} answers")
+    if kinds.ndim != 1 or (kinds.size and len(kinds) != len(greedy)):
+        raise InputError(f"{path} is damaged: {kinds.size} kinds for {len(greedy)} answers")
     prompts, answers = (
         np.split(arrays[name].astype(np.int64), np.cumsum(arrays[f"{name}_len"])[:-1])
         for name in ("prompt", "answer")
     )
     responses = [Response(p.tolist(), a.tolist()) for p, a in zip(prompts, answers, strict=True)]
-    return WrittenAnswers(
-        responses,
-        [bool(one) for one in greedy],
-        [str(one) for one in kinds],
-        _target(path, arrays.get("target")),
-    )
+    target = _target(path, arrays.get("target"))
+    return WrittenAnswers(responses, greedy, [str(one) for one in kinds], target)
+
+
+def _arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the arrays of a file that answers are made of, those that it has.
+
+    Raises:
+        InputError: If it cannot be read.
+    """
+    try:
+        if not Path(path).is_file():
+            raise ValueError("there is no such file")
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no npz file")
+        # numpy would leave a file of its own open where the list of entries is damaged.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in found.files if name in (*NAMES, *OPTIONAL)}
+    except UNREADABLE as error:
+        raise InputError(f"{path} cannot be read as answers: {one_line(error)}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # numpy gives the bytes of what it does not know
+            raise InputError(f"{path} cannot be read as answers: {name} is no array")
+    return arrays
 
 
 def save_answers(path: Path, answers: WrittenAnswers, ends: Collection[int]) -> None:
@@ -196,17 +237,32 @@ def _target(path: str | Path, found: np.ndarray | None) -> dict[str, int | str]:
     """Return what the writer of answers is known by, if their file says it."""
     if found is None:
         return {}
-    target = parse_json(str(found))
+    try:
+        target = parse_json(str(found))
+    except InputError as error:
+        raise InputError(f"{path} is damaged: its target is no JSON: {error}") from None
     if not isinstance(target, dict):
         raise InputError(f"{path} is damaged: its target is no JSON object")
     return target
 
 
+def _greedy(path: str | Path, greedy: np.ndarray) -> list[bool]:
+    """Return whether each row was written at temperature 0: truths, or the numbers 0 and 1."""
+    if greedy.ndim != 1 or greedy.dtype.kind not in "biu" or not np.isin(greedy, (0, 1)).all():
+        raise InputError(f"{path} is damaged: greedy is not true or false for every answer")
+    return [bool(one) for one in greedy]
+
+
 def _check(
     path: str | Path, name: str, tokens: np.ndarray, lengths: np.ndarray, num_rows: int
 ) -> None:
-    """Raise InputError if the tokens of all rows are not what their lengths say."""
+    """Raise InputError if the tokens of all rows are not what their lengths say, or are none."""
     whole = all(np.issubdtype(x.dtype, np.integer) and x.ndim == 1 for x in (tokens, lengths))
-    fits = whole and 0 < num_rows == len(lengths) and (lengths > 0).all() and tokens.min() >= 0
-    if not (fits and lengths.sum() == tokens.size):
+    fits = whole and tokens.size and 0 < num_rows == len(lengths)
+    # Each length by itself first: a sum of large ones may wrap to what it should be.
+    fits = fits and bool(((lengths > 0) & (lengths <= tokens.size)).all())
+    if not (fits and sum(lengths.tolist()) == tokens.size):
         raise InputError(f"{path} is damaged: {name} and {name}_len do not fit each other")
+    for token in (int(tokens.min()), int(tokens.max())):
+        if not 0 <= token < MOST_TOKENS:
+            raise InputError(f"{path} is damaged: {name} holds {token}, which is no token")
