@@ -27,6 +27,7 @@ from mlx_distill.arrays import log_probs
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation import drafter_plan
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.drafter_memory import needed_bytes
 from mlx_distill.distillation.drafter_trainer import (
@@ -239,6 +240,20 @@ def trainer_of(pair: tuple[Any, Any], lengths: list[int], **options: Any) -> Dra
     options = {"held_out": 2, **options}
     config = DrafterTraining(exit_dim=32, draft_vocab_size=64, unroll=2, **options)
     return DrafterTrainer(Target.of(pair[0]), responses, config)
+
+
+@pytest.mark.parametrize("starts", [16, 2048, 100_000])
+def test_the_time_of_an_epoch_counts_the_drafts_that_there_are(
+    pair: tuple[Any, Any], starts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(pair, [8, 9, 10, 11, 12], starts=starts)
+    clock = iter(range(100))  # whatever is timed takes a second
+    monkeypatch.setattr(drafter_plan.time, "perf_counter", lambda: next(clock))
+    drafts = sum(
+        trainer.order.at(step).numbers.size for step in range(trainer.order.steps_per_epoch)
+    )
+    learning_s = drafter_plan.measured_epoch(trainer).learning_s
+    assert learning_s == pytest.approx(drafts / min(starts, drafter_plan.MEASURED_STARTS))
 
 
 def test_held_out_answers_are_of_every_temperature(pair: tuple[Any, Any]) -> None:

@@ -39,6 +39,15 @@ def test_an_epoch_takes_every_start_at_most_once(most_rows: int, spread: int):
         assert set(numbers) <= set(range(size))
 
 
+@pytest.mark.parametrize("count", [4, 10, 1000])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+@pytest.mark.parametrize("most_rows", [1, 20, 100])
+def test_the_starts_of_an_epoch_are_counted(most_rows: int, share: float, count: int):
+    order = order_of(most_rows, count=count, share=share)
+    each = [order.at(step).numbers.size for step in range(order.steps_per_epoch)]
+    assert order.starts_per_epoch == sum(each) <= sum(SIZES)
+
+
 def test_a_step_is_a_function_of_its_number_and_the_seed():
     def numbers(step: int, seed: int = 0) -> list[int]:
         return order_of(20, seed=seed).at(step).numbers.tolist()

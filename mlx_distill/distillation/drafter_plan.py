@@ -45,8 +45,7 @@ def measured_epoch(trainer: DrafterTrainer) -> EpochTime:
     start = time.perf_counter()
     mx.eval(step())
     step_s = time.perf_counter() - start
-    drafts = trainer.order.steps_per_epoch * trainer.config.starts
-    return EpochTime(reading_s, step_s * drafts / count)
+    return EpochTime(reading_s, step_s * trainer.order.starts_per_epoch / count)
 
 
 def plan(trainer: DrafterTrainer) -> str:

@@ -96,6 +96,11 @@ class StartOrder:
         """How many steps see the answers once; the last starts of a group may be left out."""
         return sum(self._steps)
 
+    @property
+    def starts_per_epoch(self) -> int:
+        """How many starts all steps of an epoch have."""
+        return sum(n * count for n, count in zip(self._steps, self._counts, strict=True))
+
     def at(self, step: int) -> StepStarts:
         """Return what a step learns; steps count from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)
