@@ -47,7 +47,7 @@ from mlx_distill.drafters.auto import NOTHING, AutoDrafter
 from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_json, write_whole
+from mlx_distill.files import read_json, usable_path, write_whole
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.requests import BatchSize
 from mlx_distill.target.target import Target
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = {name: cli.new_file(getattr(arguments, name)) for name in WRITTEN}
     _check(arguments, config)
     if arguments.results:
-        earlier = [read_json(Path(name)) for name in arguments.results]
+        earlier = [read_json(usable_path(name, "the results")) for name in arguments.results]
         _write(files["report"], page(earlier))
         return 0
     if arguments.loss_memory or arguments.samplers:

@@ -18,6 +18,7 @@ from mlx_distill import interrupts
 from mlx_distill.config import add_flags
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import SENTENCE, InputError, printable, shorten
+from mlx_distill.files import new_path
 
 VERBS = {
     "generate": "write text with a model, faster with a drafter",
@@ -158,9 +159,7 @@ def new_file(name: str | None) -> Path | None:
     """
     if name is None:
         return None
-    file = Path(name).expanduser()
-    if file.exists():
-        raise InputError(f"the output {name} exists; name another, or remove it")
+    file = new_path(name)
     if not file.parent.is_dir():
         raise InputError(f"the output {name} cannot be written: its folder does not exist")
     if not os.access(file.parent, os.W_OK | os.X_OK):
@@ -330,12 +329,15 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         if not isinstance(value, str) or key not in (*written, *read):
             return value
         name, equals, path = value.rpartition("=") if key in named else ("", "", value)
-        whole = key in written or os.path.exists(path)
+        whole = key in written or is_here(path)
         parts = [path] if whole else path.split("+")  # drafters of one tree
         return name + equals + "+".join(without_folder(part, key in written) for part in parts)
 
     def without_folder(path: str, local: bool) -> str:
-        return os.path.basename(os.path.normpath(path)) if local or os.path.exists(path) else path
+        return os.path.basename(os.path.normpath(path)) if local or is_here(path) else path
+
+    def is_here(path: str) -> bool:
+        return os.path.exists(os.path.expanduser(path))
 
     return {key: shown(key, value) for key, value in vars(arguments).items()}
 

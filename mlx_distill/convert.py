@@ -26,6 +26,7 @@ from mlx_distill.drafters.published import tensorrt_plan
 from mlx_distill.drafters.registry import TrainedDrafter, load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.converted import Form, convert_and_judge
+from mlx_distill.files import new_path
 from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.answers is None:
         raise InputError("to judge a smaller drafter, name answers of the model: --answers")
     check_value("max_texts", arguments.max_texts, Count)
+    output = new_path(arguments.output)  # before anything is loaded
     answers = read_answers(arguments.answers).greedy_ones()
     numbers = range(len(answers.responses))
     judged = answers.only(numbers[: arguments.max_texts])
@@ -50,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     answers.check(pair.target.vocab_size, origin(model, tokenizer))
     form = Form(arguments.bits, arguments.head_rank)
     fitted = (others if others.responses else judged).responses
-    found = convert_and_judge(pair, arguments.drafter, arguments.output, form, judged, fitted)
+    found = convert_and_judge(pair, arguments.drafter, output, form, judged, fitted)
     for one in found:
         print(one.line())
     print(f"the drafter is in {arguments.output}")
@@ -64,16 +66,17 @@ def _other_layout(arguments: argparse.Namespace) -> int:
     """Import or export a drafter; return the exit status."""
     if arguments.bits or arguments.head_rank:
         raise InputError(f"--to {arguments.to} writes weights as they are; convert them before")
+    output = new_path(arguments.output)
     model, tokenizer = cli.load_model(arguments)
     if arguments.to == "ours":
         heads, plan = holds_heads(arguments.drafter), tensorrt_plan(arguments.drafter)
-        import_published(arguments.drafter, arguments.output, Target.of(model), tokenizer)
+        import_published(arguments.drafter, output, Target.of(model), tokenizer)
     else:
         drafter, plan = load_drafter(arguments.drafter, model, tokenizer), None
         if not isinstance(drafter, TrainedDrafter):
             raise InputError(f"{arguments.drafter} has no weights that could be exported")
         heads = isinstance(drafter, MedusaDrafter)
-        export_published(drafter, arguments.output)
+        export_published(drafter, output)
     print(f"the drafter is in {arguments.output}")
     if not heads:
         print(_lengths(plan))

@@ -27,7 +27,7 @@ from mlx_distill.distillation.run import Outcome, finish, memory_of, train_stude
 from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.distillation.training import distill
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import output_path
+from mlx_distill.files import output_path, usable_path
 from mlx_distill.training.runs import check_output, partial_folder
 
 
@@ -111,7 +111,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     first, _ = parser.parse_known_args(argv)
     if first.config:
-        parser.set_defaults(**read_yaml(Path(first.config), _kinds(parser), {"loss": _spelt}))
+        parser.set_defaults(
+            **read_yaml(usable_path(first.config, "the config"), _kinds(parser), {"loss": _spelt})
+        )
     return parser.parse_args(argv)
 
 

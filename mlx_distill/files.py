@@ -22,6 +22,7 @@ from mlx_distill.safetensors import check_safetensors
 __all__ = [
     "arrays_hash",
     "check_safetensors",
+    "new_path",
     "output_path",
     "read_json",
     "read_jsonl",
@@ -44,9 +45,9 @@ def usable_path(name: str | Path, what: str) -> Path:
     Raises:
         InputError: If it is empty, or no path can be written so.
     """
-    if not isinstance(name, str | os.PathLike):
-        raise InputError(f"{what} must be a path, got {name!r:.60}")
-    text = os.fspath(name)
+    text = os.fspath(name) if isinstance(name, str | os.PathLike) else name
+    if not isinstance(text, str):
+        raise InputError(f"{what} must be a path, got {name!r:.40}")
     if not text.strip():
         raise InputError(f"{what} has an empty name")
     try:
@@ -54,7 +55,10 @@ def usable_path(name: str | Path, what: str) -> Path:
             raise InputError(f"{what} {text} cannot be a path: it holds a zero byte")
     except UnicodeEncodeError:
         raise InputError(f"{what} {text} cannot be a path: it is not text") from None
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # the home folder of a user that there is not
+        raise InputError(f"{what} {text} cannot be a path: its home folder is not known") from None
 
 
 def output_path(name: str | Path) -> Path:
@@ -66,6 +70,18 @@ def output_path(name: str | Path) -> Path:
     path = usable_path(name, "the output")
     if path.name in ("", ".."):
         raise InputError(f"the output {name} is no name of a new file or folder")
+    return path
+
+
+def new_path(name: str | Path) -> Path:
+    """Return the path of what is to be written, and is not there yet.
+
+    Raises:
+        InputError: If it is, or it is no path of something new.
+    """
+    path = output_path(name)
+    if path.exists():
+        raise InputError(f"the output {name} exists; name another, or remove it")
     return path
 
 
@@ -158,7 +174,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         InputError: If the file cannot be read or a line is not a JSON object. The message names
             the file, the line (from 1) and the reason.
     """
-    path = Path(path)
+    path = usable_path(path, "the data")
     try:
         with _open_text(path) as file:
             lines = iter(lambda: file.readline(LONGEST_LINE), "")

@@ -33,6 +33,7 @@ from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.networks import Network
 from mlx_distill.drafters.registry import TrainedDrafter, load_drafter
 from mlx_distill.errors import InputError
+from mlx_distill.files import output_path
 from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import TrainingConfig
@@ -86,7 +87,7 @@ def _check_names(arguments: argparse.Namespace) -> None:
     if bool(arguments.output) == bool(arguments.write_answers):
         raise InputError("name either --output, the drafter's folder, or --write-answers")
     if arguments.output:
-        check_output(Path(arguments.output), arguments.resume)
+        check_output(output_path(arguments.output), arguments.resume)
     else:
         cli.new_file(arguments.write_answers)
     if arguments.data and arguments.answers:

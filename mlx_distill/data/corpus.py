@@ -11,6 +11,7 @@ from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit, limited, pack, split_held_out
 from mlx_distill.data.sources import SUFFIXES, check_sources, local_file
 from mlx_distill.data.texts import Text
+from mlx_distill.files import usable_path
 
 LAYOUTS = ("texts", "completions")
 
@@ -161,7 +162,7 @@ def _valid(data: Sequence[str], valid: str | None) -> list[tuple[str, str]]:
     """Return the source of its own that the held-out texts have, with its split; or nothing."""
     if valid:
         return [(valid, "valid")]
-    first = Path(data[0]).expanduser()
+    first = usable_path(data[0], "the data")
     if first.is_dir() and any((first / f"valid{suffix}").exists() for suffix in SUFFIXES):
         return [(data[0], "valid")]
     return []

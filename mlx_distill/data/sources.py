@@ -59,9 +59,10 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: If the file or a row cannot be read.
     """
-    if str(path).endswith(".txt"):
-        return _lines(Path(path))
-    return _parquet_rows(Path(path)) if str(path).endswith(".parquet") else read_jsonl(path)
+    path = usable_path(path, "the data")
+    if path.suffix == ".txt":
+        return _lines(path)
+    return _parquet_rows(path) if path.suffix == ".parquet" else read_jsonl(path)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

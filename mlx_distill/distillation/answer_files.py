@@ -23,6 +23,7 @@ import numpy as np
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.distillation.responses import Response
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import usable_path
 from mlx_distill.parsing import parse_json
 
 # What of a writer has to be a reader's; names that only one of them has are not compared.
@@ -152,6 +153,7 @@ def read_answers(path: str | Path) -> WrittenAnswers:
     Raises:
         InputError: If it cannot be read, or holds something else.
     """
+    path = usable_path(path, "the file of answers")
     arrays = _arrays(path)
     missing = [name for name in NAMES if name not in arrays]
     if missing:
@@ -171,19 +173,19 @@ def read_answers(path: str | Path) -> WrittenAnswers:
     return WrittenAnswers(responses, greedy, [str(one) for one in kinds], target)
 
 
-def _arrays(path: str | Path) -> dict[str, np.ndarray]:
+def _arrays(path: Path) -> dict[str, np.ndarray]:
     """Return the arrays of a file that answers are made of, those that it has.
 
     Raises:
         InputError: If it cannot be read.
     """
     try:
-        if not Path(path).is_file():
+        if not path.is_file():
             raise ValueError("there is no such file")
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no npz file")
         # numpy would leave a file of its own open where the list of entries is damaged.
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as found:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as found:
             arrays = {name: found[name] for name in found.files if name in (*NAMES, *OPTIONAL)}
     except UNREADABLE as error:
         raise InputError(f"{path} cannot be read as answers: {one_line(error)}") from None
@@ -233,7 +235,7 @@ def _unknown(theirs: object, mine: object) -> str:
     )
 
 
-def _target(path: str | Path, found: np.ndarray | None) -> dict[str, int | str]:
+def _target(path: Path, found: np.ndarray | None) -> dict[str, int | str]:
     """Return what the writer of answers is known by, if their file says it."""
     if found is None:
         return {}
@@ -246,16 +248,14 @@ def _target(path: str | Path, found: np.ndarray | None) -> dict[str, int | str]:
     return target
 
 
-def _greedy(path: str | Path, greedy: np.ndarray) -> list[bool]:
+def _greedy(path: Path, greedy: np.ndarray) -> list[bool]:
     """Return whether each row was written at temperature 0: truths, or the numbers 0 and 1."""
     if greedy.ndim != 1 or greedy.dtype.kind not in "biu" or not np.isin(greedy, (0, 1)).all():
         raise InputError(f"{path} is damaged: greedy is not true or false for every answer")
     return [bool(one) for one in greedy]
 
 
-def _check(
-    path: str | Path, name: str, tokens: np.ndarray, lengths: np.ndarray, num_rows: int
-) -> None:
+def _check(path: Path, name: str, tokens: np.ndarray, lengths: np.ndarray, num_rows: int) -> None:
     """Raise InputError if the tokens of all rows are not what their lengths say, or are none."""
     whole = all(np.issubdtype(x.dtype, np.integer) and x.ndim == 1 for x in (tokens, lengths))
     fits = whole and tokens.size and 0 < num_rows == len(lengths)

@@ -27,6 +27,7 @@ from mlx_distill.distillation.responses import (
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
 from mlx_distill.drafters.registry import bundled_drafter
 from mlx_distill.errors import InputError
+from mlx_distill.files import new_path
 from mlx_distill.hashes import template_hash, weights_hash, weights_type
 from mlx_distill.locks import locked
 from mlx_distill.target.context import text_limit
@@ -61,9 +62,7 @@ def write_answers(
         InputError: If the model cannot write in batches, the file exists or cannot be written, or
             what was kept answers other prompts, or in another way.
     """
-    path = Path(path)
-    if path.exists():
-        raise InputError(f"the output {path} exists; name another, or remove it")
+    path = new_path(path)
     if not path.parent.is_dir():
         raise InputError(f"the output {path} cannot be written: its folder does not exist")
     check_writes(model)

@@ -39,7 +39,7 @@ from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.networks import Network, Shape, change_shape
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
-from mlx_distill.files import write_whole
+from mlx_distill.files import output_path, usable_path, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import text_limit
@@ -102,7 +102,8 @@ def train_drafter(
     Raises:
         InputError: If something does not fit, or the training cannot go on.
     """
-    output, config = Path(output), config or DrafterTraining()
+    output, config = output_path(output), config or DrafterTraining()
+    kept = usable_path(features, "the folder of features") if features is not None else None
     work = partial_folder(output)
     check_output(output, resume)
     target = Target.of(model)
@@ -110,7 +111,7 @@ def train_drafter(
     known = fingerprint(target, tokenizer)
     by = writer(model, tokenizer)
     settings = {"config": asdict(config), "target": known, **(about or {})}
-    settings |= {"features": True} if features else {}
+    settings |= {"features": True} if kept else {}
     settings["weights"] = {"target": by["weights_hash"]}
     if start is not None:
         settings["weights"]["start_from"] = weights_hash(start)
@@ -118,8 +119,10 @@ def train_drafter(
         check_settings(work / SETTINGS, settings, unknown=(ANSWERS,))
     data = _data(target, tokenizer, prompts, config, template_config, report)
     _check_start(start, config.network(target))
-    _check_room(target, config, data, kept := Path(features) if features else None)
-    path = Path(responses or output.with_name(output.name + ".responses.jsonl"))
+    _check_room(target, config, data, kept)
+    if responses is None:
+        responses = output.with_name(output.name + ".responses.jsonl")
+    path = output_path(responses)
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
     with only_training(), locked(work / "lock", work):

@@ -27,7 +27,7 @@ from mlx_distill.drafters.bound import BoundDrafter
 from mlx_distill.drafters.packing import read_unquantised, write_changed
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
-from mlx_distill.files import usable_path
+from mlx_distill.files import output_path, usable_path
 from mlx_distill.target.target import Target
 
 UNROLL = 5  # tokens of a draft
@@ -71,7 +71,7 @@ def narrow_head(
     last = f"lm_head.{shape.num_draft_layers}.weight"
     head, before = narrowed(arrays[last], spread, shares_of(drafter, answers), rank)
     arrays |= {last: before, f"lm_head.{shape.num_draft_layers + 1}.weight": head}
-    write_changed(source, usable_path(output, "the output"), {**fields, "head_rank": rank}, arrays)
+    write_changed(source, output_path(output), {**fields, "head_rank": rank}, arrays)
 
 
 def narrowed(

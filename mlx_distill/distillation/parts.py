@@ -25,6 +25,7 @@ from mlx_distill.distillation.teachers import (
     TextTeacher,
 )
 from mlx_distill.errors import InputError
+from mlx_distill.files import usable_path
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.context import context_length, text_limit
 
@@ -130,7 +131,7 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
     corpus = replace(corpus, texts=learn, valid=answered(*judged))
     if config.use_cache:
         judging = teacher or TextTeacher()
-        cache = TeacherCache.open(Path(config.use_cache), known, corpus.texts)
+        cache = TeacherCache.open(usable_path(config.use_cache, "the cache"), known, corpus.texts)
         teacher = CachedTeacher(cache, corpus.texts)
     return Parts(student, networks, teacher, judging, corpus)
 
@@ -172,7 +173,7 @@ def _student(
         folder = local_folder(config.teacher[0])
         student, own = from_layers(loaded[0][0], read_config(folder), config.student_layers)
         return Student(student, own, tokenizer, source, stored_type(folder))
-    own = read_config(Path(config.student_config or ""))
+    own = read_config(usable_path(config.student_config or "", "the student's config"))
     return Student(from_config(own, config.seed), own, tokenizer, source, None)
 
 

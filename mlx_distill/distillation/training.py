@@ -19,7 +19,7 @@ from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.distillation.teachers import CachedTeacher, LiveTeacher, Teacher, TextTeacher
 from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
-from mlx_distill.files import arrays_hash
+from mlx_distill.files import arrays_hash, usable_path
 from mlx_distill.hashes import weights_hash
 from mlx_distill.limits import Count, check_value
 from mlx_distill.locks import locked, only_training
@@ -108,7 +108,7 @@ def distill(
         InputError: If the parts do not fit each other, the loss is not a number, or ``folder``
             holds a run with other settings.
     """
-    folder, terms = Path(folder), _terms(losses)
+    folder, terms = usable_path(folder, "the folder"), _terms(losses)
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     teacher = _teacher(teachers, texts, weights, mean)

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_distill.drafters.networks import SHAPES
 from mlx_distill.drafters.shortlist import FILE as DIRECTIONS_FILE
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
+from mlx_distill.files import output_path, read_json, usable_path, whole_folder, write_whole
 from mlx_distill.safetensors import check_safetensors, read_arrays
 from mlx_distill.untyped import Fields
 
@@ -39,7 +39,7 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
         raise InputError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
     config, arrays = read_unquantised(source)
     config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
-    write_changed(source, usable_path(output, "the output"), config, _packed(arrays, bits))
+    write_changed(source, output_path(output), config, _packed(arrays, bits))
 
 
 def read_unquantised(source: Path) -> tuple[Fields, dict[str, mx.array]]:

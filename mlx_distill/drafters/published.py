@@ -38,7 +38,7 @@ from mlx_distill.drafters.foreign import (
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig, Size
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_json, usable_path, whole_folder, write_whole
+from mlx_distill.files import output_path, read_json, usable_path, whole_folder, write_whole
 from mlx_distill.limits import Between, check_value
 from mlx_distill.target.target import Target
 from mlx_distill.untyped import Fields, Tokenizer
@@ -78,7 +78,7 @@ def import_drafter(
     network.load_weights(list(read_finite(weights, names).items()))
     made_for["vocab_size"] = values["vocab_size"]
     card = f"# {source.name}\nA published recurrent drafter, imported; its licence goes with it.\n"
-    save_drafter(usable_path(output, "the output"), network, made_for, {"README.md": card})
+    save_drafter(output_path(output), network, made_for, {"README.md": card})
 
 
 def export_drafter(drafter: BoundDrafter, output: str | Path) -> None:
@@ -104,7 +104,7 @@ def export_drafter(drafter: BoundDrafter, output: str | Path) -> None:
     weights: dict[str, mx.array] = dict(tree_flatten(drafter.network.parameters()))
     values = {"model_type": PUBLISHED_TYPE, **{name: getattr(config, name) for name in FIELDS}}
     values |= {"emb_norm": False, "architectures": ["Drafter"]}
-    with whole_folder(usable_path(output, "the output")) as writing:
+    with whole_folder(output_path(output)) as writing:
         write_whole(writing / "config.json", json.dumps(values, indent=2))
         mx.save_safetensors(str(writing / "model.safetensors"), weights, {"format": "pt"})
 

@@ -32,7 +32,7 @@ from mlx_distill.drafters.foreign import (
 from mlx_distill.drafters.medusa import Heads, Layers, MedusaConfig, MedusaHeads
 from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.errors import InputError
-from mlx_distill.files import usable_path, whole_folder, write_whole
+from mlx_distill.files import output_path, usable_path, whole_folder, write_whole
 from mlx_distill.limits import check_value
 from mlx_distill.names import for_markdown
 from mlx_distill.target.target import Target
@@ -76,7 +76,7 @@ def import_heads(
     network.load_weights(list(read_finite(weights, names).items()))
     base = for_markdown(str(values.get(BASE, "a model that they do not name")))
     card = f"# {source.name}\nMedusa heads for {base}, imported; their licence goes with them.\n"
-    save_drafter(usable_path(output, "the output"), network, made_for, {"README.md": card})
+    save_drafter(output_path(output), network, made_for, {"README.md": card})
 
 
 def export_heads(drafter: MedusaDrafter, output: str | Path) -> None:
@@ -102,7 +102,7 @@ def export_heads(drafter: MedusaDrafter, output: str | Path) -> None:
         # Copies: a file has no arrays that share their memory.
         arrays[f"medusa_head.{number}.{shape.num_draft_layers}.weight"] = head.weight + 0
     config = {NUM_HEADS: shape.num_heads, NUM_LAYERS: shape.num_draft_layers}
-    with whole_folder(usable_path(output, "the output")) as writing:
+    with whole_folder(output_path(output)) as writing:
         write_whole(writing / "config.json", json.dumps(config, indent=2))
         path = str(writing / "medusa_lm_head.safetensors")
         mx.save_safetensors(path, arrays, {"format": "pt"})

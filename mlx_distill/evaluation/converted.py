@@ -15,6 +15,7 @@ from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.drafters.registry import TrainedDrafter, load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.evaluation.drafts import judge_drafts
+from mlx_distill.files import output_path, usable_path
 
 PLAN = DraftPlan(4, 6, 8)
 
@@ -86,6 +87,7 @@ def convert_and_judge(
         raise InputError("no answer has two tokens; there is nothing to judge by")
     if not isinstance(pair.drafter, TrainedDrafter):
         raise InputError(f"{folder} has no weights; it has no smaller form")
+    folder, output = usable_path(folder, "the drafter"), output_path(output)
     steps, source = [], folder
     with tempfile.TemporaryDirectory() as temporary:
         if form.head_rank is not None:

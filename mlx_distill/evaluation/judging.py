@@ -26,6 +26,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.evaluation.draft_costs import draft_costs
 from mlx_distill.evaluation.drafts import judge_drafts
 from mlx_distill.evaluation.known_texts import posterior_noise
+from mlx_distill.files import usable_path
 from mlx_distill.limits import Between, Seed, check_fields
 
 
@@ -156,7 +157,7 @@ def check_material(data: str | Path) -> None:
 
 
 def _holds_answers(data: str | Path) -> bool:
-    path = Path(data)
+    path = usable_path(data, "the data")
     return path.suffix == ".npz" or (path.is_file() and zipfile.is_zipfile(path))
 
 

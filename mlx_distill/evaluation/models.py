@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mlx import nn
@@ -11,6 +10,7 @@ from mlx_lm.utils import hf_repo_to_path
 from mlx_distill.arrays import num_bytes, num_parameters
 from mlx_distill.checkpoint import load
 from mlx_distill.errors import InputError
+from mlx_distill.files import usable_path
 
 TEACHER = "teacher"
 
@@ -25,7 +25,7 @@ class Loaded:
 
     def sizes(self) -> dict[str, int]:
         """Return the number of the model's parameters and the bytes of its weights."""
-        folder = Path(self.source).expanduser()
+        folder = usable_path(self.source, "the model")
         if not folder.is_dir():
             folder = hf_repo_to_path(self.source)  # it is here since it was loaded
         return {
