@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx import nn
 
@@ -38,6 +38,8 @@ from mlx_distill.limits import Count, check_value
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.runs import check_output
+
+T = TypeVar("T")
 
 
 @cli.command
@@ -129,8 +131,8 @@ def _answers(
 ) -> WrittenAnswers:
     """Return the answers, or the first of them; the report counts the rows."""
     given.check(Target.of(model).vocab_size)
-    report.rows = report.kept = len(given.responses)
-    return given.only(range(len(given.responses))[:most])
+    report.rows = len(given.responses)
+    return given.only(_first(range(report.rows), most, report, "answer"))
 
 
 def _prompts(arguments: argparse.Namespace, tokenizer: Any, report: Report) -> list[list[int]]:
@@ -147,9 +149,15 @@ def _prompts(arguments: argparse.Namespace, tokenizer: Any, report: Report) -> l
             report=report,
         )
     ]
-    kept = prompts[: arguments.max_prompts]
-    for number in range(len(kept), len(prompts)):
-        report.drop(f"behind the first {len(kept)}", f"prompt {number + 1}")
+    return [*_first(prompts, arguments.max_prompts, report, "prompt")]
+
+
+def _first(rows: Sequence[T], most: int | None, report: Report, noun: str) -> Sequence[T]:
+    """Return the first of the rows, or all; the others are counted as dropped."""
+    kept = rows[:most]
+    for number in range(len(kept), len(rows)):
+        report.drop(f"behind the first {len(kept)}", f"{noun} {number + 1}")
+    report.kept = len(kept)
     return kept
 
 
@@ -205,7 +213,7 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
         "--max-prompts",
         type=int,
         metavar="INT",
-        help="use the first so many prompts only; at least 1 (default: all)",
+        help="use the first so many prompts, or answers, only; at least 1 (default: all)",
     )
     parser.add_argument(
         "--prompt-tokens",

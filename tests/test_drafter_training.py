@@ -224,6 +224,25 @@ def test_tiny_task_is_overfitted(pair: tuple[Any, Any], tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ the answers
 
 
+def test_answers_left_out_are_counted_as_prompts_are(
+    tmp_path: Path, arguments: Arguments, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = {"prompt_len": np.array([2] * 8), "answer_len": np.array([4] * 8)}
+    tokens = {"prompt": np.array([1, 5] * 8), "answer": np.arange(3, 35)}
+    np.savez(tmp_path / "answers.npz", greedy=np.array([True] * 8), **lengths, **tokens)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Once upon a time"}\n' * 8)
+    flags = arguments(tmp_path / "drafter")
+    flags[flags.index("--data") : flags.index("--data") + 2] = []
+    for noun, given in (("answer", "--answers answers.npz"), ("prompt", "--data p.jsonl")):
+        name, file = given.split()
+        output = ["--output", str(tmp_path / noun), "--steps", "1"]
+        assert train_drafter.main([*flags, name, str(tmp_path / file), *output]) == 0
+        assert f"2 behind the first 6: {noun} 7; {noun} 8" in capsys.readouterr().err
+        rows = json.loads((tmp_path / noun / "training.json").read_text())["rows"]
+        left_out = {"behind the first 6": {"count": 2, "places": [f"{noun} 7", f"{noun} 8"]}}
+        assert rows == {"rows": 8, "kept": 6, "dropped": left_out, "changed": {}}
+
+
 def test_most_frequent_tokens_of_the_answers() -> None:
     texts = [Text.behind([9, 9, 9, 5, 5, 2], 3), Text.behind([9, 5, 7, 2], 1)]
     assert frequent_tokens(texts, 2, 10) == ([2, 5], pytest.approx(5 / 6))
