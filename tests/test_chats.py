@@ -243,3 +243,15 @@ def test_what_users_of_other_projects_have(stories: Any) -> None:
 def test_conversation_of_unknown_speakers(stories: Any) -> None:
     with pytest.raises(InputError, match=r"here: from must be one of human, .* got 'narrator'"):
         encode_row({"conversations": [{"from": "narrator", "value": "A"}]}, stories, "here")
+
+
+@pytest.mark.parametrize("value", [["human"], {"role": "human"}, 5, None, True])
+def test_speakers_and_messages_of_the_wrong_kind(stories: Any, value: Any) -> None:
+    for turn in ({"from": value, "value": "A"}, {"from": "gpt", "value": value}, value):
+        with pytest.raises(InputError, match=r"here: (from must be|expected a|conversations must)"):
+            encode_row({"conversations": [turn]}, stories, "here")
+    for message in ({"role": value, "content": "A"}, {"role": "user"}, value):
+        for name in ("messages", "conversations"):
+            rows = {name: [message, {"role": "assistant", "content": "B"}]}
+            with pytest.raises(InputError, match="here: "):
+                encode_row(rows, stories, "here")

@@ -279,6 +279,9 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path, wide: Path) -> None
         mlx_distill.quantize_drafter(bundled("stories-14m"), tmp_path / "small")
     with pytest.raises(InputError, match=r"holds no config\.json"):
         mlx_distill.quantize_drafter(tmp_path, tmp_path / "small")
+    listed = edited(wide, tmp_path / "listed", lambda config: config.update(model_type=["medusa"]))
+    with pytest.raises(InputError, match=r"holds a \['medusa'\], not a recurrent_drafter"):
+        mlx_distill.quantize_drafter(listed, tmp_path / "small")
     assert not (tmp_path / "small").exists()
     mlx_distill.quantize_drafter(wide, tmp_path / "small")
     with pytest.raises(InputError, match="is quantised already"):

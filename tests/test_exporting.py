@@ -70,6 +70,11 @@ def test_exported_student_drafts_in_mlx_lm(exported: Path) -> None:
     assert "".join(response.text for response in stream) == expected
 
 
+def test_a_type_that_is_none_is_left_aside() -> None:
+    student = from_config(SMALL)
+    assert compact(student, {**SMALL, "torch_dtype": ["x"]}, ExportConfig())["dtype"] == "float32"
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_weights_are_of_the_type_that_is_said(dtype: str, tmp_path: Path, tokenizer: Any) -> None:
     student = from_config(SMALL)

@@ -111,7 +111,7 @@ def _sharegpt(message: Any, place: str) -> dict[str, Any]:
     if "role" in message and "content" in message:  # some files mix the two
         return message
     role, value = message.get("from"), message.get("value")
-    if role not in SHAREGPT_ROLES:
+    if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         raise InputError(
             f"{place}: from must be one of {', '.join(SHAREGPT_ROLES)}, got {role!r:.40}"
         )

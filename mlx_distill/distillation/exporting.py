@@ -102,7 +102,7 @@ def compact(
     own = dict(config)
     said = own.pop("torch_dtype", None) or own.pop("dtype", None)
     own.pop("dtype", None)
-    dtype = how.export_dtype or stored or (said if said in DTYPES else "float32")
+    dtype = how.export_dtype or stored or (said if str(said) in DTYPES else "float32")
     if not how.keep_adapters:
         merge_adapters(student, how.export_dequantized)
     if how.export_dequantized:

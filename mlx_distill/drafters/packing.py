@@ -51,10 +51,9 @@ def read_unquantised(source: Path) -> tuple[Fields, dict[str, mx.array]]:
     if not (source / "config.json").exists():
         raise InputError(f"{source} holds no config.json, so it is not a drafter's folder")
     config = read_json(source / "config.json")
-    if config.get("model_type") not in SHAPES:
-        raise InputError(
-            f"{source} holds a {config.get('model_type')}, not a {' or a '.join(SHAPES)}"
-        )
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in SHAPES:
+        raise InputError(f"{source} holds a {kind}, not a {' or a '.join(SHAPES)}")
     if "quantization" in config:
         raise InputError(f"{source} is quantised already")
     check_safetensors(source / "model.safetensors")
