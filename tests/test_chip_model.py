@@ -147,7 +147,7 @@ def test_the_example_says_that_it_is_a_model(
         (["--bandwidth-gb-s", "0"], "bandwidth_gb_s must be"),
         (["--dispatch-us", "nan"], "dispatch_us must be"),
         (["--model", "m"], "needs a drafter"),
-        (["--output", "."], "the output . exists"),
+        (["--output", "."], "the output . is no name of a new"),
     ],
 )
 def test_the_example_refuses(

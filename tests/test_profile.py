@@ -130,7 +130,7 @@ def check_trace(trace: dict[str, Any]) -> None:
     ("flags", "sentence"),
     [
         (["--trace", "t.json"], "--trace writes what --profile times"),
-        (["--profile", "--trace", "."], "the output . exists"),
+        (["--profile", "--trace", "."], "the output . is no name of a new"),
         (["--profile", "--trace", "nowhere/t.json"], "its folder does not exist"),
     ],
 )

@@ -318,7 +318,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--report", "."], "the output . exists"),
+        (["--report", "."], "the output . is no name of a new"),
         (["--report", "nowhere/page.html"], "its folder does not exist"),
         (["--report", "sealed/page.html"], "its folder is read-only"),
         (["--report", "a\ud800.html"], "must be the name of a file"),
