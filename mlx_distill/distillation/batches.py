@@ -53,8 +53,13 @@ def batches(
     augment: Callable[[Examples, int], Examples] | None,
     seed: int,
     limit: int | None,
+    learned: int = 0,
 ) -> Callable[[int], Any]:
-    """Return the training's batches as a function of their number."""
+    """Return the training's batches as a function of their number, the first ``learned`` known.
+
+    Raises:
+        InputError: If there are none, or what a student wrote for later ones is not there any more.
+    """
     drawing = on_policy is not None and on_policy.on_policy > 0
     if isinstance(data, Examples):
         if drawing:
@@ -83,5 +88,6 @@ def batches(
     if on_policy is None or not drawing:
         return lambda number: text_batch(data, rows(number), limit=limit)
     return Rollouts(
-        student, data, rows, batch_size, set(eos_token_ids), on_policy, folder, seed, limit
+        *(student, data, rows, batch_size, set(eos_token_ids), on_policy, folder, seed, limit),
+        learned=learned,
     ).batch

@@ -38,10 +38,11 @@ from mlx_distill.drafters.networks import Network, network_of
 from mlx_distill.drafters.recurrent import Past
 from mlx_distill.drafters.shortlist import Directions, directions_of, is_wide
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_jsonl, write_whole
+from mlx_distill.files import write_whole
 from mlx_distill.target.target import Target
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import TrainingConfig
+from mlx_distill.training.journal import LOG, read_log
 from mlx_distill.training.loop import train
 
 Log = list[dict[str, Any]]
@@ -242,11 +243,11 @@ class DrafterTrainer:
     def run(self, folder: Path, quiet: bool = False) -> Log:
         """Train, from the last checkpoint in ``folder`` if there is one; return the log."""
         folder.mkdir(parents=True, exist_ok=True)
-        log_path = folder / "log.jsonl"
+        log_path = folder / LOG
         done = checkpoints(folder)
         step = step_of(done[-1]) if done else 0
-        log = [row for row in _read_log(log_path) if row["step"] <= step]
         settings = self.settings
+        log = read_log(log_path, step, self._judged_steps(step), ["loss"])
         steps = train(
             self.network,
             self.loss,
@@ -277,6 +278,11 @@ class DrafterTrainer:
         if not self.config.training.keep_best:
             return log[-1]
         return min(log, key=lambda row: chain_score(row) or 0.0)  # of equal ones the first
+
+    def _judged_steps(self, step: int) -> list[int]:
+        """Return the steps up to one that end with an evaluation; time may end with others."""
+        every, last = self.settings.evaluate_every, self.settings.steps
+        return [*range(every, step + 1, every), *([last] if step == last and last % every else [])]
 
     @property
     def num_rows(self) -> int:
@@ -337,7 +343,3 @@ def frequent_tokens(texts: Sequence[Text], count: int, vocab_size: int) -> tuple
     ranked = sorted(range(vocab_size), key=lambda token: (-used[token], token))
     covered = sum(used[token] for token in ranked[:count])
     return sorted(ranked[:count]), covered / max(1, used.total())
-
-
-def _read_log(path: Path) -> Log:
-    return [row for _, row in read_jsonl(path)] if path.exists() else []

@@ -44,7 +44,8 @@ from mlx_distill.hashes import weights_hash
 from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
-from mlx_distill.training.checkpoints import checkpoints
+from mlx_distill.training.checkpoints import checkpoints, step_of
+from mlx_distill.training.journal import LOG
 from mlx_distill.training.runs import (
     SETTINGS,
     begin_or_resume,
@@ -140,10 +141,18 @@ def train_drafter(
             raise
         print(plan(trainer), file=sys.stderr)
         log = trainer.run(work, quiet)
+        _check_log(work, log)
         trainer.kept(log).update(_with_confidence(trainer))
         _write(output, trainer, settings, known, data.report, log, data.own)
         shutil.rmtree(work)
     return log
+
+
+def _check_log(work: Path, log: Log) -> None:
+    """Raise InputError if the last step is not in the log of a training that time has ended."""
+    last = step_of(checkpoints(work)[-1])
+    if not log or log[-1]["step"] != last:
+        raise InputError(f"{work / LOG} is damaged: it lacks step {last}, which is done")
 
 
 @dataclass(frozen=True)

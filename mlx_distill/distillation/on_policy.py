@@ -22,6 +22,7 @@ from mlx_distill.distillation.responses import ResponseConfig, answer
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.limits import Between, Count, check_fields
+from mlx_distill.target.reading import vocab_width
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,10 @@ class Rollouts:
         folder: Where the sets are kept.
         seed: Of everything that is drawn.
         limit: The longest text that all networks can read, in tokens; None if nothing says.
+        learned: Batches before this one are learned; what later ones draw from has to be there.
+
+    Raises:
+        InputError: If it is not, or is damaged: the training would go on to other weights.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Rollouts:
         folder: Path,
         seed: int,
         limit: int | None = None,
+        learned: int = 0,
     ):
         self.student = student
         self.texts = texts
@@ -102,11 +108,13 @@ class Rollouts:
         self.seed = seed
         self.limit = limit
         self._sets: dict[int, list[Text]] = {}
+        self._vocab = vocab_width(student)
+        self._check(learned)
 
     def batch(self, number: int) -> TextBatch:
         """Return batch ``number`` of the training."""
-        draws = np.random.default_rng([self.seed, 1, number])
-        if draws.random() >= self.config.on_policy:
+        draws = self._draws(number)
+        if draws is None:
             return text_batch(self.texts, self.data_at(number), limit=self.limit)
         last = number // self.config.rollout_every
         first = max(0, last - self.config.replay + 1)
@@ -120,22 +128,45 @@ class Rollouts:
         rows = draws.choice(len(written), min(self.batch_size, len(written)), replace=False)
         return replace(text_batch(written, rows.tolist(), limit=self.limit), rows=[])
 
+    def _draws(self, number: int) -> np.random.Generator | None:
+        """Return what a batch of the student's texts is drawn with; None for one of the data."""
+        draws = np.random.default_rng([self.seed, 1, number])
+        return draws if draws.random() < self.config.on_policy else None
+
+    def _check(self, learned: int) -> None:
+        """Raise InputError if a set that was written, and may be drawn from, is not as it was."""
+        every = self.config.rollout_every
+        first = max(0, learned // every - self.config.replay + 1)
+        for place in range(first, -(-learned // every)):
+            asked = range(place * every, min(learned, (place + 1) * every))
+            if all(self._draws(number) is None for number in asked):
+                continue  # nobody asked for it while it was the last one
+            if not self._path(place).exists():
+                raise self._lost(place, "is missing, of which texts are still to be learned")
+            self._read(place)
+
+    def _path(self, place: int) -> Path:
+        return self.folder / f"rollouts-{place * self.config.rollout_every:07d}.jsonl"
+
+    def _lost(self, place: int, why: str) -> InputError:
+        return InputError(f"{self._path(place)} {why}; remove {self.folder} to begin anew")
+
     def _set(self, place: int, last: int) -> list[Text]:
         if place in self._sets:
             return self._sets[place]
-        path = self.folder / f"rollouts-{place * self.config.rollout_every:07d}.jsonl"
+        path = self._path(place)
         if not path.exists():
             if place < last:
                 return []
             rows = [_stored(prompt, text) for prompt, text in self._write(place)]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
-        texts = [self._read(row) for _, row in read_jsonl(path)]
+        texts = self._read(place)
         self._sets = {p: t for p, t in self._sets.items() if p > last - self.config.replay}
         self._sets[place] = texts
         return texts
 
-    def _write(self, place: int) -> list[tuple[Prompt, list[int]]]:
-        """Return what the student makes of some texts' beginnings."""
+    def _prompts(self, place: int) -> list[Prompt]:
+        """Return the beginnings of some texts, those that leave room for more."""
         draws = np.random.default_rng([self.seed, 2, place])
         count = min(self.config.rollout_texts, len(self.texts))
         rows = draws.choice(len(self.texts), count, replace=False).tolist()
@@ -143,6 +174,11 @@ class Rollouts:
             prompt_of(self.texts[row], row, self.config.rollout_prompt_tokens, draws)
             for row in rows
         ]
+        return [one for one in prompts if self.limit is None or len(one.tokens) < self.limit]
+
+    def _write(self, place: int) -> list[tuple[Prompt, list[int]]]:
+        """Return what the student makes of some texts' beginnings."""
+        prompts = self._prompts(place)
         self.student.eval()
         texts = continued(
             self.student, prompts, self.eos_token_ids, self.config, self.limit, self.seed, place
@@ -150,10 +186,32 @@ class Rollouts:
         self.student.train()
         return texts
 
-    def _read(self, row: dict[str, Any]) -> Text:
-        """Return a text that was written, with the chat that it goes on with."""
-        prompt = Prompt(row["row"], row["tokens"][: row["start"]], row["message"])
-        return written_text(self.texts[prompt.row], prompt, row["tokens"], self.eos_token_ids)
+    def _read(self, place: int) -> list[Text]:
+        """Return the texts of a set, each with the chat that it goes on with.
+
+        Raises:
+            InputError: If they are not what the student made of the set's prompts.
+        """
+        rows = [row for _, row in read_jsonl(self._path(place))]
+        prompts = self._prompts(place)
+        if len(rows) != len(prompts):
+            raise self._lost(place, f"is damaged: it has {len(rows)} texts, not {len(prompts)}")
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), start=1):
+            if not self._goes_on(row, prompt):
+                raise self._lost(place, f"is damaged: line {number} goes on with no prompt of it")
+        return [
+            written_text(self.texts[prompt.row], prompt, row["tokens"], self.eos_token_ids)
+            for row, prompt in zip(rows, prompts, strict=True)
+        ]
+
+    def _goes_on(self, row: dict[str, Any], prompt: Prompt) -> bool:
+        """Return whether a row of a file holds more than its prompt, in tokens that there are."""
+        tokens = row.get("tokens")
+        if not isinstance(tokens, list) or row != _stored(prompt, tokens):
+            return False
+        start = len(prompt.tokens)
+        known = all(type(token) is int and 0 <= token < self._vocab for token in tokens)
+        return known and len(tokens) > start and tokens[:start] == prompt.tokens
 
 
 def _stored(prompt: Prompt, tokens: list[int]) -> dict[str, Any]:

@@ -123,8 +123,11 @@ def distill(
     with only_training(), locked(folder / LOCK, folder):
         begin_or_resume(folder, settings)
         data, limit = given.data, given.limit
+        done = checkpoints(folder)
+        learned = step_of(done[-1]) * training.accumulate if done else 0
         batch_at = batches(
-            student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit
+            *(student, data, batch_size, on_policy, eos_token_ids, folder, augment, seed, limit),
+            learned=learned,
         )
         distiller = _distiller(student, teacher, terms, given, seed)
         done = _run(
@@ -178,7 +181,7 @@ def _run(
     student = distiller.network.student
     before = evaluate()
     done = checkpoints(folder)
-    journal = Journal(folder, step_of(done[-1]) if done else 0, callback)
+    journal = Journal(folder, step_of(done[-1]) if done else 0, callback, distiller.names)
     student.train()
     with stopping("finishing this step, then saving; Ctrl-C again ends at once") as stop:
         loss, network = distiller.loss, distiller.network

@@ -33,7 +33,7 @@ def save(folder: Path, step: int, weights: dict[str, mx.array], state: Any) -> N
         InputError: If it cannot be written; earlier checkpoints are untouched.
     """
     try:
-        write(folder / f"step-{step:07d}", {NETWORK: weights, OPTIMIZER: state})
+        write(checkpoint_of(folder, step), {NETWORK: weights, OPTIMIZER: state})
     except InputError as error:
         raise InputError(
             f"the checkpoint of step {step} could not be written ({error}); {last_good(folder)}"
@@ -76,6 +76,30 @@ def restore(folder: Path) -> tuple[int, dict[str, mx.array], Any]:
     return step_of(found[-1]), read_arrays(found[-1] / NETWORK), tree_unflatten(state)
 
 
+def check_arrays(path: Path, found: Any, wanted: Any) -> None:
+    """Raise InputError if a checkpoint's file lacks an array of a tree, or has another shape of it.
+
+    Args:
+        path: The file.
+        found: What it holds.
+        wanted: What it has to hold; it may hold more.
+    """
+    arrays: dict[str, Any] = dict(tree_flatten(found))
+    expected: dict[str, Any] = dict(tree_flatten(wanted))
+    for name, array in expected.items():
+        if name not in arrays:
+            raise _damaged(path, f"it lacks {name}")
+        if arrays[name].shape != array.shape:
+            raise _damaged(path, f"{name} is of shape {arrays[name].shape}, not {array.shape}")
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path} is damaged: {why}; without {path.parent} the training goes on from the checkpoint "
+        "before"
+    )
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """Return the complete checkpoints of a folder, oldest first.
 
@@ -87,6 +111,11 @@ def checkpoints(folder: Path) -> list[Path]:
 def step_of(checkpoint: Path) -> int:
     """Return the number of updates that a checkpoint was written after."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Return where the checkpoint of a step lies."""
+    return folder / f"step-{step:07d}"
 
 
 def last_good(folder: Path) -> str:

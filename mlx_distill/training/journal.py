@@ -7,6 +7,7 @@ off first. ``log.csv`` and ``curves.png`` are made of it at the end.
 
 import csv
 import json
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_distill.errors import InputError
 from mlx_distill.files import read_jsonl, write_whole
 from mlx_distill.names import for_plot
 from mlx_distill.training.loop import Progress
 
 LOG, TABLE, CURVES = "log.jsonl", "log.csv", "curves.png"
 MEASURED = "measured"  # of a row: what no other run would measure alike
+NUMBERS = ("loss", "count", "learning_rate")
 
 
 class Journal:
@@ -29,13 +32,17 @@ class Journal:
         folder: Where it lies; what an earlier run wrote of the steps before is kept.
         step: Steps that are done.
         callback: An mlx-lm ``TrainingCallback``, or None.
+        parts: The terms of the loss, of which every row has the numbers.
+
+    Raises:
+        InputError: If a step that is done has no row, or a damaged one.
     """
 
-    def __init__(self, folder: Path, step: int, callback: Any = None):
+    def __init__(self, folder: Path, step: int, callback: Any = None, parts: Sequence[str] = ()):
         self.folder = folder
         self.callback = callback
         self._path = folder / LOG
-        kept = self._cut_back(step)
+        kept = self._cut_back(step, [*NUMBERS, *parts])
         self.rows = [{name: x for name, x in row.items() if name != MEASURED} for row in kept]
         self.count = sum(row["count"] for row in self.rows)
         self._time = time.perf_counter()
@@ -65,17 +72,17 @@ class Journal:
             self._report(progress, seconds)
         return row
 
-    def _cut_back(self, step: int) -> list[dict[str, Any]]:
+    def _cut_back(self, step: int, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the rows up to a step, and leave nothing else in the file."""
-        if not self._path.exists():
+        if not step:
+            self._path.unlink(missing_ok=True)
             return []
-        content = self._path.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            write_whole(self._path, whole.decode("utf-8"))
-        rows = [row for _, row in read_jsonl(self._path)] if whole else []
-        kept = [row for row in rows if row["step"] <= step]
-        if len(kept) < len(rows):
+        content = self._path.read_bytes() if self._path.exists() else b""
+        end = content.rfind(b"\n") + 1
+        if end < len(content):
+            os.truncate(self._path, end)
+        kept = read_log(self._path, step, range(1, step + 1), names)
+        if len(kept) < content.count(b"\n"):
             write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         return kept
 
@@ -98,6 +105,45 @@ class Journal:
             self.callback.on_val_loss_report(
                 {"iteration": progress.step, "val_loss": found.get("nats"), **found}
             )
+
+
+def read_log(
+    path: Path, step: int, due: Sequence[int], names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the rows of an unfinished training's log, those of later steps left out.
+
+    Args:
+        path: The log.
+        step: The last that a checkpoint has.
+        due: Steps that must have a row; the last one may have one, too.
+        names: Numbers of every row.
+
+    Raises:
+        InputError: If there is no such log, or a row is missing or damaged.
+    """
+    if not (step and (due or path.exists())):
+        return []
+    anew = f"remove {path.parent} to begin anew"
+    if not path.exists():
+        raise InputError(f"{path} is missing, the log of {step} steps that are done; {anew}")
+    try:
+        rows = [row for _, row in read_jsonl(path)]
+    except InputError as error:
+        raise InputError(f"the log is damaged: {error}; {anew}") from None
+    for number, row in enumerate(rows, start=1):
+        if type(row.get("step")) is not int or not all(_is_number(row.get(n)) for n in names):
+            raise InputError(f"{path} is damaged: row {number} is not that of a step; {anew}")
+    kept = [row for row in rows if row["step"] <= step]
+    found = [row["step"] for row in kept]
+    if found not in ([*due], [*dict.fromkeys([*due, step])]):
+        lost = [one for one in due if one not in found]
+        why = f"it lacks step {lost[0]}, which is done" if lost else "its steps are out of order"
+        raise InputError(f"{path} is damaged: {why}; {anew}")
+    return kept
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_table(rows: Sequence[dict[str, Any]], path: Path) -> None:

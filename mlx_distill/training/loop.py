@@ -23,7 +23,15 @@ from mlx import nn
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
 from mlx_distill.training.best import Best, Score, held_out_score
-from mlx_distill.training.checkpoints import last_good, restore, save
+from mlx_distill.training.checkpoints import (
+    NETWORK,
+    OPTIMIZER,
+    check_arrays,
+    checkpoint_of,
+    last_good,
+    restore,
+    save,
+)
 from mlx_distill.training.config import TrainingConfig, schedule
 from mlx_distill.training.gradients import Gradients, clipped
 from mlx_distill.training.masters import Masters
@@ -157,6 +165,11 @@ class _Run:
                 raise InputError(
                     f"the checkpoints in {folder} are of another version; train in another folder"
                 )
+            checkpoint = checkpoint_of(folder, self.step)
+            check_arrays(checkpoint / NETWORK, weights, self.masters.kept())
+            kept = {"optimizer": self.optimizer.state, "best": self.best.state}
+            kept |= {"scale": mx.array(self.gradients.scale)}
+            check_arrays(checkpoint / OPTIMIZER, state, kept)
             self.masters.restore(weights)
             self.optimizer.state = state["optimizer"]
             self.best.state = state["best"]
