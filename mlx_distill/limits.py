@@ -10,9 +10,11 @@ values with the same sentence, before anything is loaded.
 import dataclasses
 import functools
 import math
+import numbers
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any, TypeGuard
 
 from mlx_distill.errors import InputError
@@ -93,7 +95,8 @@ class Kind:
     @property
     def noun(self) -> str:
         """What a value has to be."""
-        return _NOUNS.get(self.scalar, f"a {self.scalar.__name__}")
+        name = self.scalar.__name__
+        return _NOUNS.get(self.scalar, f"{'an' if name[0] in 'AEIO' else 'a'} {name}")
 
     def takes(self, value: Any) -> bool:
         """Return whether a value is of the class; of classes that are not known, any is."""
@@ -106,9 +109,42 @@ class Kind:
 
 
 def check_fields(config: Any) -> None:
-    """Raise InputError if a field of a dataclass is not what its type says."""
+    """Raise InputError if a field of a dataclass is not what its type says.
+
+    Lists become tuples, and NumPy's numbers Python's: two configurations that say the same are
+    equal, and JSON.
+    """
     for name, hint in hints(type(config)).items():
-        check_value(name, getattr(config, name), hint)
+        given, kind = getattr(config, name), kind_of(hint)
+        value = plain(given) if kind.many or kind.scalar in (int, float) else given
+        check_value(name, value, hint)
+        if value is not given:
+            object.__setattr__(config, name, value)
+
+
+def plain(value: Any) -> Any:
+    """Return a number of NumPy's as Python's, and a list as a tuple; anything else as it is."""
+    if isinstance(value, int | float | str | None):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(plain, value))
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def listed(name: str, values: Any) -> list[Any]:
+    """Return several values, which may come from a generator, as a list.
+
+    Raises:
+        InputError: If it is one value: a text would be taken for its letters, bytes for numbers.
+    """
+    try:
+        if not isinstance(values, str | bytes | bytearray | Mapping):
+            return list(values)
+    except (TypeError, ValueError):  # a number; an array without axes
+        pass
+    raise InputError(f"{name} must be a list, got {values!r:.40}")
 
 
 def check_value(name: str, value: Any, hint: Any) -> None:

@@ -304,7 +304,7 @@ def test_wrong_kinds_of_values_are_named(
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ("Once upon", {}, "prompts must be a list of texts"),
+        ("Once upon", {}, "prompts must be a list"),
         (None, {}, "prompts must be"),
         ({"a": "b"}, {}, "prompts must be"),
         (["a", "b"], {"batch": "8"}, "batch must be"),

@@ -12,6 +12,7 @@ from mlx_distill.data.selection import rows_in_turn
 from mlx_distill.data.sources import read_rows
 from mlx_distill.data.tokens import encode_text
 from mlx_distill.errors import InputError
+from mlx_distill.limits import plain
 
 DOCUMENT_TOKENS = 32
 # Spec-Bench has ten questions of each, and counts them as one class of six.
@@ -77,6 +78,32 @@ def _no_template(wanted: bool) -> str:
     if wanted:
         return "a tokenizer with a chat template; this has none"
     return "the chat template, which --ignore-chat-template leaves out"
+
+
+def prompt_ids(
+    tokenizer: Any, prompt: Any, place: str, template_config: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Return the token ids of a text, of a chat's messages, or of an array or a list of ids.
+
+    Args:
+        tokenizer: An mlx-lm tokenizer.
+        prompt: As somebody gives it in Python.
+        place: Which it is, for complaints.
+        template_config: Further arguments of the chat template.
+
+    Raises:
+        InputError: If it is something else, or cannot be written.
+    """
+    given = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if isinstance(given, str | Chat):
+        return encode_prompt(tokenizer, given, template_config=template_config)
+    if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray):
+        values = plain([*given])
+        if all(type(one) is int for one in values):
+            return [*values]
+        if all(isinstance(one, Mapping) for one in values):
+            return encode_prompt(tokenizer, values, template_config=template_config)
+    raise InputError(f"{place} must be a text, a chat or token ids, got {prompt!r:.40}")
 
 
 def _templated(

@@ -53,7 +53,9 @@ class Examples:
         Raises:
             InputError: If there are none, or the labels are no classes, one per example.
         """
-        inputs, labels = mx.array(inputs), mx.array(labels)
+        inputs, labels = _array("inputs", inputs), _array("labels", labels)
+        if not inputs.ndim:
+            raise InputError("inputs must be an array with an example per row, got one number")
         if labels.ndim != 1 or not mx.issubdtype(labels.dtype, mx.integer):
             raise InputError(
                 f"labels must be the classes' numbers, one per example, got {labels.dtype} of "
@@ -91,6 +93,14 @@ class Trainee(nn.Module):
         super().__init__()
         self.student = student
         self.projections = projections
+
+
+def _array(name: str, values: Any) -> mx.array:
+    """Return an array of MLX's; texts, for example, are none."""
+    try:
+        return mx.array(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} must be an array of numbers, got {values!r:.40}") from None
 
 
 class Distiller:

@@ -6,15 +6,17 @@ prompts -> the target's answers (a file, used again) -> batches by length -> dra
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import mlx.core as mx
+import numpy as np
 from mlx import nn
 
 from mlx_distill import machine
-from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.data.prompts import prompt_ids
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.answer_files import WrittenAnswers
 from mlx_distill.distillation.answer_writing import (
@@ -38,9 +40,10 @@ from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
 from mlx_distill.drafters.folders import save_drafter
 from mlx_distill.drafters.networks import Network, Shape, change_shape
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import output_path, usable_path, write_whole
 from mlx_distill.hashes import weights_hash
+from mlx_distill.limits import check_value, listed
 from mlx_distill.locks import locked, only_training
 from mlx_distill.target.context import text_limit
 from mlx_distill.target.target import Target
@@ -55,13 +58,13 @@ from mlx_distill.training.runs import (
 )
 
 ANSWERS = "answers"  # the setting that says which: known when the target has written them
-Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int]
+Prompt = str | Sequence[Mapping[str, Any]] | Sequence[int] | np.ndarray | mx.array
 
 
 def train_drafter(
     model: nn.Module,
     tokenizer: Any,
-    prompts: Sequence[Prompt] | WrittenAnswers | None,
+    prompts: Iterable[Prompt] | WrittenAnswers | None,
     output: str | Path,
     config: DrafterTraining | None = None,
     *,
@@ -83,8 +86,8 @@ def train_drafter(
         model: The target; never changes.
         tokenizer: Its tokenizer.
         prompts: Texts, chats as lists of ``{"role", "content"}`` messages, or token ids, as
-            ``read_prompts`` returns them; or answers that the model has written already; or None:
-            the model writes its user's turns itself, too.
+            ``read_prompts`` returns them or in arrays; or answers that the model has written
+            already; or None: the model writes its user's turns itself, too.
         output: The drafter's folder; must not exist.
         config: How; None takes the defaults.
         start: A drafter to start from, of the configuration's shape, perhaps without its blocks.
@@ -103,6 +106,10 @@ def train_drafter(
     Raises:
         InputError: If something does not fit, or the training cannot go on.
     """
+    check_value("config", config, DrafterTraining | None)
+    if not isinstance(start, Network | None):
+        raise InputError(f"start must be a drafter's network, got {start!r:.40}")
+    _check_about(about)
     output, config = output_path(output), config or DrafterTraining()
     kept = usable_path(features, "the folder of features") if features is not None else None
     work = partial_folder(output)
@@ -148,6 +155,17 @@ def train_drafter(
     return log
 
 
+def _check_about(about: Mapping[str, Any] | None) -> None:
+    """Raise InputError if JSON has no form of it, or its data are no names."""
+    if about is None:
+        return
+    try:
+        json.dumps({**about})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"about must hold names and values of JSON: {one_line(error)}") from None
+    check_value("the data of about", about.get("data"), tuple[str, ...] | None)
+
+
 def _check_log(work: Path, log: Log) -> None:
     """Raise InputError if the last step is not in the log of a training that time has ended."""
     last = step_of(checkpoints(work)[-1])
@@ -175,7 +193,7 @@ class _Data:
 def _data(
     target: Target,
     tokenizer: Any,
-    prompts: Sequence[Prompt] | WrittenAnswers | None,
+    prompts: Iterable[Prompt] | WrittenAnswers | None,
     config: DrafterTraining,
     template_config: Mapping[str, Any] | None,
     report: Report | None,
@@ -195,19 +213,15 @@ def _data(
         report = report or Report(noun="prompts")
         own = _own(target, tokenizer, config, template_config, report)
         prompts = own
-    report = report or Report(rows=len(prompts), kept=len(prompts))
-    ids = [_ids(tokenizer, prompt, template_config) for prompt in prompts]
+    given = listed("prompts", prompts)
+    report = report or Report(rows=len(given), kept=len(given))
+    ids = [
+        prompt_ids(tokenizer, prompt, f"prompt {number}", template_config)
+        for number, prompt in enumerate(given, start=1)
+    ]
     usable = usable_prompts(target.model, ids, config.responses, report)
     check_enough(len(usable), config.held_out, "prompts", report)
     return _Data(usable, None, own, report)
-
-
-def _ids(tokenizer: Any, prompt: Prompt, template_config: Mapping[str, Any] | None) -> list[int]:
-    """Return a prompt's token ids."""
-    if not isinstance(prompt, str) and all(isinstance(one, int) for one in prompt):
-        return list(cast(Sequence[int], prompt))
-    asked = cast(str | Sequence[Mapping[str, Any]], prompt)
-    return encode_prompt(tokenizer, asked, template_config=template_config)
 
 
 def _written(

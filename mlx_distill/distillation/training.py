@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from tqdm import tqdm
 
 from mlx_distill.data.teacher_cache import texts_hash
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import has_adapters
 from mlx_distill.distillation.batches import Data, batch_of, batches, seeded, slices
 from mlx_distill.distillation.distiller import Distiller, Examples, Taught
@@ -21,7 +22,7 @@ from mlx_distill.distillation.terms import LossTerm, drowned
 from mlx_distill.errors import InputError
 from mlx_distill.files import arrays_hash, usable_path
 from mlx_distill.hashes import weights_hash
-from mlx_distill.limits import Count, check_value
+from mlx_distill.limits import Count, Seed, check_value, listed, plain
 from mlx_distill.locks import locked, only_training
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import ADAPTERS, NEW, PRETRAINED, TrainingConfig
@@ -109,6 +110,16 @@ def distill(
             holds a run with other settings.
     """
     folder, terms = usable_path(folder, "the folder"), _terms(losses)
+    data, valid = _data("data", data), None if valid is None else _data("valid", valid)
+    seed, batch_size, eos_token_ids = plain(seed), plain(batch_size), plain([*eos_token_ids])
+    for name, value, hint in (
+        ("seed", seed, Seed),
+        ("eos_token_ids", eos_token_ids, tuple[int, ...]),
+        ("training", training, TrainingConfig | None),
+        ("on_policy", on_policy, OnPolicyConfig | None),
+    ):
+        check_value(name, value, hint)
+    _check_student(student)
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     teacher = _teacher(teachers, texts, weights, mean)
@@ -192,6 +203,29 @@ def _run(
     return Distilled(before, journal.rows, notes, finished)
 
 
+def _data(name: str, data: Any) -> Data:
+    """Return examples, or the list of texts that is given.
+
+    Raises:
+        InputError: If it is neither.
+    """
+    if isinstance(data, Examples):
+        return data
+    texts = listed(name, data)
+    for one in texts:
+        if not isinstance(one, Text):
+            raise InputError(f"{name} must hold texts, as read_texts returns, got {one!r:.40}")
+    return texts
+
+
+def _check_student(student: Any) -> None:
+    """Raise InputError if it is no network, or nothing of it can be trained."""
+    if not isinstance(student, nn.Module):
+        raise InputError(f"the student must be a network, as load returns, got {student!r:.40}")
+    if not tree_flatten(student.trainable_parameters()):
+        raise InputError("the student has nothing to train: all of its weights are frozen")
+
+
 def _check(
     batch_size: int,
     data: Data,
@@ -254,8 +288,17 @@ def _teacher(teachers: Any, texts: bool, weights: Sequence[float] | None, mean: 
     if isinstance(teachers, nn.Module):
         teachers = [teachers]
     if isinstance(teachers, list | tuple):
+        for one in teachers:
+            _check_network(one)
         return LiveTeacher(teachers, texts, weights, mean)
+    if not isinstance(teachers, Teacher):
+        _check_network(teachers)
     return teachers
+
+
+def _check_network(teacher: Any) -> None:
+    if not isinstance(teacher, nn.Module):
+        raise InputError(f"a teacher must be a network, as load returns, got {teacher!r:.40}")
 
 
 def _chosen(

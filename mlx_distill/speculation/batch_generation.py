@@ -7,7 +7,7 @@ A text that cannot be written fails by itself, and its answer says why; the othe
 """
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
 from mlx_distill.errors import InputError
-from mlx_distill.limits import check_value
+from mlx_distill.limits import check_value, listed
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_planning import BatchPlanner
 from mlx_distill.speculation.batch_writing import Failed
@@ -159,7 +159,7 @@ def answer_steps(
         InputError: If the drafter does not fit the model, or ``each`` not the prompts.
     """
     check_value("batch", batch, BatchSize)
-    prompts = _prompts(prompts)
+    prompts = listed("prompts", prompts)
     _check_each(each, len(prompts))
     cache = checks.cache_config(cache)
     if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
@@ -194,17 +194,6 @@ def answer_steps(
         engine.close()
         if ways is not None and shared is not None:
             ways.learn(shared.gain(texts))
-
-
-def _prompts(given: object) -> list[Prompt]:
-    """Return several prompts as a list.
-
-    Raises:
-        InputError: If it is one prompt, or none at all.
-    """
-    if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping):
-        return list(given)
-    raise InputError(f"prompts must be a list of texts or of token ids, got {given!r:.60}")
 
 
 def _check_each(each: object, num_prompts: int) -> None:

@@ -207,6 +207,8 @@ def prompt_tokens(
         prompt = encode_prompt(tokenizer, prompt, chat_template=False)
     refused = InputError(f"a prompt is a text or token ids, got {prompt!r:.60}")
     try:
+        if isinstance(prompt, bytes | bytearray):
+            raise refused
         given = prompt if isinstance(prompt, mx.array) else mx.array(np.array(list(prompt)))
     except (TypeError, ValueError, RuntimeError):
         raise refused from None

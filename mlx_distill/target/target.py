@@ -89,7 +89,12 @@ class Target:
 
         What was found lies with the model and refers to parts of it alone; the target is known
         there by a weak reference. So a model that is deleted is gone at once.
+
+        Raises:
+            InputError: If it is no network.
         """
+        if not isinstance(model, nn.Module):
+            raise InputError(f"a model must be a network, as load returns, got {model!r:.40}")
         kept = model.__dict__.get("_mlx_distill_target")
         target = kept() if kept else None
         if target is None or target.model is not model:  # a copied model has the other's
