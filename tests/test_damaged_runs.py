@@ -138,7 +138,9 @@ def test_what_is_whole_is_gone_on_with(tmp_path: Path, killed: Path, pair: tuple
     assert [row["step"] for row in log] == [2, 4, 6]
 
 
-@pytest.mark.parametrize(("edit", "sentence"), LOGS)
+@pytest.mark.parametrize(
+    ("edit", "sentence"), [*LOGS, (row_without("acceptance_greedy"), "row 1 is not that of a step")]
+)
 def test_the_log_of_a_drafter(
     tmp_path: Path, killed: Path, pair: tuple[Any, Any], edit: Edit, sentence: str
 ):
@@ -196,8 +198,8 @@ def small() -> Any:
 
 def run(folder: Path, **options: Any) -> Any:
     training = TrainingConfig(steps=6, checkpoint_every=2, evaluate_every=3)
-    how = {"training": training, "batch_size": 2, "quiet": True, "valid": TEXTS[:2]}
-    return distill(small(), tiny_model("llama"), TEXTS, folder=folder, **how, **options)
+    how = {"training": training, "batch_size": 2, "quiet": True, "valid": TEXTS[:2], **options}
+    return distill(small(), tiny_model("llama"), TEXTS, folder=folder, **how)
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +225,24 @@ def test_the_checkpoints_of_a_student(tmp_path: Path, trained: Path, edit: Edit,
         run(folder)
     shutil.rmtree(folder / "step-0000006")
     assert [row["step"] for row in run(folder).log] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (Path.unlink, r"the best network is lost: .*best/network\.safetensors is missing; remove"),
+        (lambda path: path.write_bytes(b"x"), "the best network is lost: .* is damaged"),
+        (lambda path: mx.save_safetensors(str(path), {"a": mx.array([1])}), "is damaged: it lacks"),
+    ],
+)
+def test_the_best_network_of_a_student(tmp_path: Path, edit: Edit, sentence: str):
+    how = TrainingConfig(steps=6, checkpoint_every=2, evaluate_every=1, keep_best=True)
+    with pytest.raises(Killed):
+        run(tmp_path, training=how, callback=KillAt(5))
+    edit(tmp_path / "best" / "network.safetensors")
+    with pytest.raises(InputError, match=sentence):
+        run(tmp_path, training=how)
+    assert not (tmp_path / "step-0000006").exists()
 
 
 def test_what_a_kill_leaves_of_a_row_is_cut_off(tmp_path: Path, trained: Path):

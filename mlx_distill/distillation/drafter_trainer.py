@@ -47,6 +47,7 @@ from mlx_distill.training.loop import train
 
 Log = list[dict[str, Any]]
 
+NUMBERS = ("loss", "acceptance_greedy", "acceptance_sampled")  # of a row of the log
 MOST_FITTED = 1024  # drafts that the drafter's confidence is fitted on
 
 
@@ -240,6 +241,11 @@ class DrafterTrainer:
             return settings
         return replace(settings, steps=max(1, round(epochs * self.order.steps_per_epoch)))
 
+    def _judged_steps(self, step: int) -> list[int]:
+        """Return the steps up to one that end with an evaluation; time may end with others."""
+        every, last = self.settings.evaluate_every, self.settings.steps
+        return [*range(every, step + 1, every), *([last] if step == last and last % every else [])]
+
     def run(self, folder: Path, quiet: bool = False) -> Log:
         """Train, from the last checkpoint in ``folder`` if there is one; return the log."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,7 +253,7 @@ class DrafterTrainer:
         done = checkpoints(folder)
         step = step_of(done[-1]) if done else 0
         settings = self.settings
-        log = read_log(log_path, step, self._judged_steps(step), ["loss"])
+        log = read_log(log_path, step, self._judged_steps(step), NUMBERS)
         steps = train(
             self.network,
             self.loss,
@@ -278,11 +284,6 @@ class DrafterTrainer:
         if not self.config.training.keep_best:
             return log[-1]
         return min(log, key=lambda row: chain_score(row) or 0.0)  # of equal ones the first
-
-    def _judged_steps(self, step: int) -> list[int]:
-        """Return the steps up to one that end with an evaluation; time may end with others."""
-        every, last = self.settings.evaluate_every, self.settings.steps
-        return [*range(every, step + 1, every), *([last] if step == last and last % every else [])]
 
     @property
     def num_rows(self) -> int:

@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
-from mlx_distill.safetensors import read_arrays
-from mlx_distill.training.checkpoints import NETWORK, write
+from mlx_distill.safetensors import check_safetensors, read_arrays
+from mlx_distill.training.checkpoints import NETWORK, check_arrays, write
 from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.masters import Masters
 
@@ -64,7 +64,23 @@ class Best:
         else:
             self.state["waited"] = self.state["waited"] + 1
 
+    def check(self, masters: Masters) -> None:
+        """Raise InputError if the best network of a training that goes on is not there any more."""
+        if self._config.keep_best and to_number(self.state["step"]) > 0:
+            self._read(masters)
+
     def take_back(self, masters: Masters) -> None:
         """Give the network its best weights, if they are to be kept."""
         if self._config.keep_best:
-            masters.restore(read_arrays(self._folder / NETWORK))
+            masters.restore(self._read(masters))
+
+    def _read(self, masters: Masters) -> dict[str, mx.array]:
+        path = self._folder / NETWORK
+        remedy = f"remove {self._folder.parent} to begin anew"
+        try:
+            check_safetensors(path)
+        except InputError as error:
+            raise InputError(f"the best network is lost: {error}; {remedy}") from None
+        arrays = read_arrays(path)
+        check_arrays(path, arrays, masters.kept(), remedy)
+        return arrays

@@ -76,28 +76,24 @@ def restore(folder: Path) -> tuple[int, dict[str, mx.array], Any]:
     return step_of(found[-1]), read_arrays(found[-1] / NETWORK), tree_unflatten(state)
 
 
-def check_arrays(path: Path, found: Any, wanted: Any) -> None:
-    """Raise InputError if a checkpoint's file lacks an array of a tree, or has another shape of it.
+def check_arrays(path: Path, found: Any, wanted: Any, remedy: str) -> None:
+    """Raise InputError if a file lacks an array of a tree, or has another shape of it.
 
     Args:
         path: The file.
         found: What it holds.
         wanted: What it has to hold; it may hold more.
+        remedy: The end of the sentence.
     """
     arrays: dict[str, Any] = dict(tree_flatten(found))
     expected: dict[str, Any] = dict(tree_flatten(wanted))
     for name, array in expected.items():
         if name not in arrays:
-            raise _damaged(path, f"it lacks {name}")
-        if arrays[name].shape != array.shape:
-            raise _damaged(path, f"{name} is of shape {arrays[name].shape}, not {array.shape}")
-
-
-def _damaged(path: Path, why: str) -> InputError:
-    return InputError(
-        f"{path} is damaged: {why}; without {path.parent} the training goes on from the checkpoint "
-        "before"
-    )
+            raise InputError(f"{path} is damaged: it lacks {name}; {remedy}")
+        shape = arrays[name].shape
+        if shape != array.shape:
+            why = f"{name} is of shape {shape}, not {array.shape}"
+            raise InputError(f"{path} is damaged: {why}; {remedy}")
 
 
 def checkpoints(folder: Path) -> list[Path]:

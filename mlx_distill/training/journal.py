@@ -116,7 +116,7 @@ def read_log(
         path: The log.
         step: The last that a checkpoint has.
         due: Steps that must have a row; the last one may have one, too.
-        names: Numbers of every row.
+        names: Numbers, or lists of some, of every row.
 
     Raises:
         InputError: If there is no such log, or a row is missing or damaged.
@@ -143,6 +143,8 @@ def read_log(
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_number, value))
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

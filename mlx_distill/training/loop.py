@@ -166,13 +166,15 @@ class _Run:
                     f"the checkpoints in {folder} are of another version; train in another folder"
                 )
             checkpoint = checkpoint_of(folder, self.step)
-            check_arrays(checkpoint / NETWORK, weights, self.masters.kept())
+            remedy = f"without {checkpoint} the training goes on from the checkpoint before"
+            check_arrays(checkpoint / NETWORK, weights, self.masters.kept(), remedy)
             kept = {"optimizer": self.optimizer.state, "best": self.best.state}
             kept |= {"scale": mx.array(self.gradients.scale)}
-            check_arrays(checkpoint / OPTIMIZER, state, kept)
+            check_arrays(checkpoint / OPTIMIZER, state, kept, remedy)
             self.masters.restore(weights)
             self.optimizer.state = state["optimizer"]
             self.best.state = state["best"]
+            self.best.check(self.masters)
             self.gradients.scale = float(to_number(state["scale"]))
             self._elapsed_s = float(to_number(state.get("elapsed_s", mx.array(0.0))))
             mx.eval(network.parameters(), self.masters.arrays, self.optimizer.state)
