@@ -96,3 +96,13 @@ def test_an_epoch_may_learn_a_share_and_another_epoch_others(share: float, steps
     ]
     assert all(len(seen) == 4 * steps for seen in epochs)
     assert len(set.union(*epochs)) == 37  # sooner or later all of them
+
+
+@pytest.mark.parametrize("spread", [0, 1, 2, 64])
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.99])
+@pytest.mark.parametrize("count", [1, 20, 37, 64])
+def test_a_step_has_its_starts_whatever_the_share(count: int, share: float, spread: int):
+    order = order_of(100, count=count, spread=spread, share=share)
+    for step in range(2 * order.steps_per_epoch):
+        numbers = order.at(step).numbers
+        assert len(set(numbers.tolist())) == numbers.size == min(count, 37)

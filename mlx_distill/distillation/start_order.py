@@ -128,9 +128,11 @@ class StartOrder:
         sizes, count = self._of_answers[group], self._counts[group]
         runs = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
         starts = np.concatenate([runs[one] for one in random.permutation(len(runs)).tolist()])
+        wanted = self._steps[group] * count
+        share = max(self._share, wanted / starts.size)  # of few, a step takes more
         size, parts = self._spread * count, []
         for first in range(0, starts.size, size):
             part = random.permutation(starts[first : first + size])
-            parts.append(part[: math.ceil(part.size * self._share)])
-        whole = np.concatenate(parts)[: self._steps[group] * count].reshape(-1, count)
+            parts.append(part[: math.ceil(part.size * share)])
+        whole = np.concatenate(parts)[:wanted].reshape(-1, count)
         return whole[random.permutation(len(whole))].reshape(-1)
