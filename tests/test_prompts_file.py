@@ -12,6 +12,7 @@ import mlx_distill
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.speculation import prompts_file
+from mlx_distill.speculation.batch_generation import stream_answers
 
 generate = importlib.import_module("mlx_distill.generate")
 
@@ -79,6 +80,12 @@ def test_every_row_is_answered_as_alone(
         assert found[place]["text"] == mlx_distill.generate(*bundled_pair, ids, **own)
 
 
+def stopped(*args: Any, **options: Any) -> Iterator[Any]:
+    """Yield the first answers, and be stopped."""
+    yield next(stream_answers(*args, **options))
+    raise KeyboardInterrupt
+
+
 def test_what_was_stopped_goes_on(
     file: Path,
     tmp_path: Path,
@@ -88,12 +95,6 @@ def test_what_was_stopped_goes_on(
     whole = written(file, tmp_path / "whole.jsonl")
     output = tmp_path / "answers.jsonl"
     asked = ["--prompts-file", str(file), "--output", str(output)]
-    answered = prompts_file.stream_answers
-
-    def stopped(*args: Any, **options: Any) -> Iterator[Any]:
-        yield next(answered(*args, **options))
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(prompts_file, "stream_answers", stopped)
         assert generate.main([*asked, *FLAGS]) == 130
@@ -139,12 +140,6 @@ def test_answers_of_other_weights_or_settings_are_not_mixed(
     output = tmp_path / "answers.jsonl"
     asked = ["--prompts-file", str(file), "--output", str(output), "--no-drafter", "-m", "2"]
     asked += [] if "--model" in first else ["--model", "a/m"]
-    answered = prompts_file.stream_answers
-
-    def stopped(*args: Any, **options: Any) -> Iterator[Any]:
-        yield next(answered(*args, **options))
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
         patch.setattr(prompts_file, "stream_answers", stopped)
         assert generate.main([*asked, *first]) == 130
