@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of a call.
+"""Ctrl-C at any moment of a call, and trainings that are killed at a step.
 
 The moments are calls and returns, those of built-in functions too, counted by a profiler: it raises
 KeyboardInterrupt where a signal's handler would.
@@ -41,3 +41,21 @@ def interrupted(call: Callable[..., object], moment: int | None, *args: Any) -> 
     except KeyboardInterrupt:
         sys.setprofile(None)
     return countdown.count
+
+
+class Killed(Exception):
+    """Stands in for the end of the process."""
+
+
+class KillAt:
+    """A callback that stands in for a kill."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_loss_report(self, info: dict[str, Any]) -> None:
+        if info["iteration"] == self.step:
+            raise Killed
+
+    def on_val_loss_report(self, info: dict[str, Any]) -> None:
+        pass

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ModelIn
+from interrupting import KillAt, Killed
 from tiny_models import tiny_model
 
 import mlx_distill
@@ -26,10 +27,6 @@ from mlx_distill.training.journal import Journal, read_log
 PROMPTS = [[1, 5, 7], [1, 9, 4], [1, 8], [1, 11]]
 TEXTS = [Text([5 + n, 6, 7 + n, 8, 9 + n, 10]) for n in range(6)]
 Edit = Callable[[Path], Any]
-
-
-class Killed(Exception):
-    pass
 
 
 def lines(*kept: int) -> Edit:
@@ -271,20 +268,6 @@ def test_without_a_checkpoint_there_is_no_log(tmp_path: Path):
 # --------------------------------------------------------------------------------- their own texts
 
 OWN = OnPolicyConfig(1.0, rollout_every=2, rollout_texts=4, rollout_max_tokens=6)
-
-
-class KillAt:
-    """A callback that stands in for a kill."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_loss_report(self, info: dict[str, Any]) -> None:
-        if info["iteration"] == self.step:
-            raise Killed
-
-    def on_val_loss_report(self, info: dict[str, Any]) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ from distillers import (
     run,
     small,
 )
+from interrupting import KillAt, Killed
 from mlx import nn
 from tiny_models import tiny_model
 
@@ -225,24 +226,6 @@ def test_earlier_sets_are_replayed(tmp_path: Path) -> None:
         both |= {tuple(t for t in row if t) for row in writer.batch(number).tokens.tolist()}
     known = {tuple(t for t in x if t) for name in names[2:] for x in sets[name]}
     assert both <= known
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt:
-    """A callback that stands in for a kill."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_train_loss_report(self, info: dict[str, Any]) -> None:
-        if info["iteration"] == self.step:
-            raise Killed
-
-    def on_val_loss_report(self, info: dict[str, Any]) -> None:
-        pass
 
 
 def test_killed_training_on_its_own_texts_ends_with_the_same_bits(tmp_path: Path) -> None:
