@@ -169,7 +169,7 @@ def _validate(
     worst = max(abs(row["predicted"] / row["measured"] - 1) for row in rows)
     verdict = "as they should" if worst <= AGREES else "more than 10 %: do not rely on what follows"
     print(
-        f"They differ by at most {worst:.0%}, {verdict}. Times of the same work differed by "
+        f"They differ by at most {worst:.1%}, {verdict}. Times of the same work differed by "
         f"{max(one.spread for one in costs):.0%}."
     )
     return rows

@@ -13,7 +13,9 @@ from mlx import nn
 
 import mlx_distill
 from mlx_distill import Examples, InputError
+from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import Sampling
+from mlx_distill.distillation.answer_writing import write_answers
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.responses import ResponseConfig
@@ -82,6 +84,35 @@ def test_what_is_no_list_of_prompts(
     with pytest.raises(InputError, match=f"^{sentence}"):
         mlx_distill.train_drafter(*pair, prompts, tmp_path / "drafter", config(), quiet=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tokenizer", [None, 5, "tokenizer.json"])
+def test_what_is_no_tokenizer(tmp_path: Path, pair: tuple[Any, Any], tokenizer: Any):
+    model = pair[0]
+    output, drafter = tmp_path / "drafter", bundled("stories-14m-redrafter")
+    for call in (
+        lambda: mlx_distill.train_drafter(model, tokenizer, IDS, output, config(), quiet=True),
+        lambda: mlx_distill.train_drafter(model, tokenizer, ["a"], output, config(), quiet=True),
+        lambda: write_answers(model, tokenizer, IDS, tmp_path / "answers.npz", ResponseConfig()),
+        lambda: mlx_distill.generate(model, tokenizer, "Once"),
+        lambda: mlx_distill.generate(model, tokenizer, [1, 2]),
+        lambda: mlx_distill.batch_generate(model, tokenizer, [[1, 2]]),
+        lambda: mlx_distill.load_drafter(drafter, model, tokenizer or 5),
+    ):
+        with pytest.raises(InputError, match=r"^the tokenizer must be one, as load returns it, got"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_of_transformers_is_one(tmp_path: Path, pair: tuple[Any, Any]):
+    model, own = pair
+    theirs = own._tokenizer
+    options = {"max_tokens": 4, "drafter": None}
+    assert mlx_distill.generate(model, theirs, [1, 5], **options) == mlx_distill.generate(
+        model, own, [1, 5], **options
+    )
+    mlx_distill.train_drafter(model, theirs, IDS, tmp_path / "drafter", config(), quiet=True)
+    assert mlx_distill.load_drafter(tmp_path / "drafter", model, own) is not None
 
 
 @pytest.mark.parametrize("prompts", ["Once", b"Once", {"a": 1}, 5])

@@ -5,8 +5,8 @@ from functools import cached_property
 from typing import Any
 
 from mlx import nn
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.target.exact import ExactTarget
@@ -44,7 +44,5 @@ class Pair:
 
     def tokens(self, count: int) -> list[int]:
         """Return a text of so many tokens."""
-        wrapped = isinstance(self.tokenizer, TokenizerWrapper)
-        tokenizer = self.tokenizer if wrapped else TokenizerWrapper(self.tokenizer)
-        some = list(tokenizer.encode(TEXT))
+        some = list(usable_tokenizer(self.tokenizer).encode(TEXT))
         return (some * (count // len(some) + 1))[:count]

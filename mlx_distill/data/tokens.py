@@ -3,8 +3,28 @@
 from collections.abc import Sequence
 from typing import Any
 
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_distill.errors import InputError
+
 UNFINISHED = "\ufffd"
 WINDOW = 4  # tokens decoded together, for a word's first blank is not to be had otherwise
+
+
+def usable_tokenizer(tokenizer: Any) -> TokenizerWrapper:
+    """Return a tokenizer as mlx-lm loads it; one of transformers is wrapped.
+
+    Raises:
+        InputError: If it is no tokenizer.
+    """
+    check_tokenizer(tokenizer)
+    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raise InputError if it is no tokenizer."""
+    if not all(hasattr(tokenizer, name) for name in ("encode", "decode", "get_vocab")):
+        raise InputError(f"the tokenizer must be one, as load returns it, got {tokenizer!r:.40}")
 
 
 def encode_text(tokenizer: Any, text: str, special: bool = True) -> list[int]:

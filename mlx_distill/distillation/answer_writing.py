@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from mlx_distill.calibration.store import drafter_hash
 from mlx_distill.data.report import Report
+from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.distillation.answer_files import WrittenAnswers, save_answers
 from mlx_distill.distillation.drafted_answers import drafted, drafter_that_pays
 from mlx_distill.distillation.responses import (
@@ -62,7 +63,7 @@ def write_answers(
         InputError: If the model cannot write in batches, the file exists or cannot be written, or
             what was kept answers other prompts, or in another way.
     """
-    path = new_path(path)
+    path, tokenizer = new_path(path), usable_tokenizer(tokenizer)
     if not path.parent.is_dir():
         raise InputError(f"the output {path} cannot be written: its folder does not exist")
     check_writes(model)

@@ -18,6 +18,7 @@ from mlx import nn
 from mlx_distill import machine
 from mlx_distill.data.prompts import prompt_ids
 from mlx_distill.data.report import Report
+from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.distillation.answer_files import WrittenAnswers
 from mlx_distill.distillation.answer_writing import (
     answered,
@@ -107,6 +108,7 @@ def train_drafter(
         InputError: If something does not fit, or the training cannot go on.
     """
     check_value("config", config, DrafterTraining | None)
+    tokenizer = usable_tokenizer(tokenizer)
     if not isinstance(start, Network | None):
         raise InputError(f"start must be a drafter's network, got {start!r:.40}")
     _check_about(about)

@@ -1,5 +1,6 @@
 """Which target a drafter was made for: it never runs silently on another one."""
 
+from mlx_distill.data.tokens import check_tokenizer
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.target.target import Target
@@ -8,9 +9,14 @@ Fingerprint = dict[str, int | str]
 
 
 def fingerprint(target: Target, tokenizer: object = None) -> Fingerprint:
-    """Return what a drafter has to know its target by."""
+    """Return what a drafter has to know its target by.
+
+    Raises:
+        InputError: If what is given as the tokenizer is none.
+    """
     known: Fingerprint = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size}
     if tokenizer is not None:
+        check_tokenizer(tokenizer)
         known["tokenizer_hash"] = tokenizer_hash(tokenizer)
     return known
 

@@ -23,11 +23,11 @@ from functools import cached_property
 import mlx.core as mx
 from mlx import nn
 from mlx_lm.generate import generation_stream
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_distill.blas.openblas import drafting_threads, let_draft
 from mlx_distill.compat import wired
 from mlx_distill.core.sampling import TextNoise
+from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
 from mlx_distill.drafters.protocol import Drafter, Planner
@@ -88,9 +88,8 @@ class Engine:
         plain_batches: bool = False,
         draft_verification: str | None = None,
     ):
-        wrapped = isinstance(tokenizer, TokenizerWrapper)
         self.model = model
-        self.tokenizer = tokenizer if wrapped else TokenizerWrapper(tokenizer)
+        self.tokenizer = usable_tokenizer(tokenizer)
         self.drafter = drafter
         self.draft_model = draft_model
         self.num_draft_tokens = num_draft_tokens
