@@ -34,7 +34,7 @@ def measure(model: str, rows: list[int], context: int, rounds: int) -> list[Time
     from mlx_lm.utils import load
 
     from mlx_distill.core.prefix_tree import PrefixTree
-    from mlx_distill.target import powers
+    from mlx_distill.kernels import exponentials
     from mlx_distill.target.prompt_cache import prompt_caches
     from mlx_distill.target.target import Target
 
@@ -51,7 +51,7 @@ def measure(model: str, rows: list[int], context: int, rounds: int) -> list[Time
     for turn in range(rounds + 1):
         for number in rows:
             for taken in (False, True):
-                powers.taken = lambda taken=taken: taken
+                exponentials.by_powers = lambda taken=taken: taken
                 mx.eval(trees[number].mask, [cache.state for cache in caches])
                 start = time.perf_counter()
                 call = target.verify(trees[number], caches)

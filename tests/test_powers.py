@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
 from mlx_distill.core.prefix_tree import PrefixTree, ancestors
-from mlx_distill.kernels import choice
+from mlx_distill.kernels import exponentials
 from mlx_distill.target import powers
 from mlx_distill.target.exact import ExactTarget
 from mlx_distill.target.target import Target
@@ -25,7 +25,7 @@ TREE = PrefixTree.from_beams([[1, 2, 3, 9], [1, 4, 5], [1, 2, 7, 8], [1, 6]])
 @pytest.fixture
 def by_powers(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are used, whatever a probe would find, and for the smallest attention."""
-    monkeypatch.setattr(powers, "taken", lambda: True)
+    monkeypatch.setattr(exponentials, "by_powers", lambda: True)
     monkeypatch.setattr(powers, "LEAST_WEIGHTS", 0)
 
 
@@ -153,18 +153,6 @@ def test_an_error_within_a_call_leaves_nothing_behind(
     assert not powers.in_use.get()
 
 
-def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
-    for faster in (True, False):
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))
-        monkeypatch.setattr(powers, "_are_faster", lambda found=faster: found)
-        for how, taken in (("off", False), ("force", True), ("probe", faster)):
-            monkeypatch.setenv(choice.VARIABLE, how)
-            assert powers.taken() is taken
-        monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-        assert not powers.taken()
-        monkeypatch.undo()
-
-
 def _while_in_use(call: Callable[..., mx.array], *args: mx.array) -> mx.array:
     before = powers.in_use.set(True)
     try:
@@ -182,7 +170,7 @@ def _nodes(target: Target, tree: PrefixTree = TREE, taken: bool = True) -> mx.ar
     caches = make_prompt_cache(target.model)
     target.forward(TEXT, caches)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(powers, "taken", lambda: taken)
+        patch.setattr(exponentials, "by_powers", lambda: taken)
         logits = target.verify(tree, caches).logits
     mx.eval(logits)
     return logits

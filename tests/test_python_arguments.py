@@ -99,7 +99,7 @@ def test_what_is_no_tokenizer(tmp_path: Path, pair: tuple[Any, Any], tokenizer: 
         lambda: mlx_distill.batch_generate(model, tokenizer, [[1, 2]]),
         lambda: mlx_distill.load_drafter(drafter, model, tokenizer or 5),
     ):
-        with pytest.raises(InputError, match=r"^the tokenizer must be one, as load returns it, got"):
+        with pytest.raises(InputError, match="the tokenizer must be one, as load returns"):
             call()
     assert not list(tmp_path.iterdir())
 

@@ -21,6 +21,7 @@ from mlx_distill.drafters.recurrent import (
 )
 from mlx_distill.drafters.stepping import Steps
 from mlx_distill.errors import InputError
+from mlx_distill.kernels import exponentials
 
 # Width 7 of the head needs a projection, width 10 = 2 x 5 does not.
 SHAPES = [
@@ -135,6 +136,13 @@ def test_one_context_serves_several_states(shape: dict[str, Any]):
         np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture(params=[False, True], ids=["own exponentials", "powers"])
+def _exponentials(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exponentials are MLX's own, or powers, whatever a probe would find."""
+    monkeypatch.setattr(exponentials, "by_powers", lambda: request.param)
+
+
+@pytest.mark.usefixtures("_exponentials")
 @pytest.mark.parametrize("table_bytes", [0, 2**20])
 @pytest.mark.parametrize("shape", [*SHAPES, OTHER_EMBEDDING, TRIMMED], ids=str)
 def test_joined_steps_equal_the_network(shape: dict[str, Any], table_bytes: int):
@@ -229,6 +237,7 @@ def test_the_first_drafted_tokens_are_the_networks_best(shape: dict[str, Any]):
     assert drafter.config is network.config
 
 
+@pytest.mark.usefixtures("_exponentials")
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES[:4], *SHAPES[-4:], OTHER_EMBEDDING, TRIMMED], ids=str)
 def test_drafts_made_at_once_are_those_made_one_by_one(shape: dict[str, Any], noisy: bool):

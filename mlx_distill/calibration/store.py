@@ -28,13 +28,13 @@ from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_json, write_whole
 from mlx_distill.hashes import weights_hash
 from mlx_distill.kernels.choice import VARIABLE
+from mlx_distill.kernels.exponentials import by_powers
 from mlx_distill.kernels.probe import Verdict
 from mlx_distill.limits import check_value, hints
 from mlx_distill.speculation.costs import Costs
-from mlx_distill.target import powers
 from mlx_distill.user_cache import cache_folder
 
-FORMAT = 8
+FORMAT = 9
 # The spread of what turned out to be wrong, and how often it may: measuring takes 20 seconds.
 DOUBTED, MOST_DOUBTS = 2 * LOADED, 3
 Made = TypeVar("Made")
@@ -55,7 +55,7 @@ def identity(pair: Pair) -> dict[str, Any]:
         "drafter_weights": {} if network is None else _precision(network),
         "cache": {"kv_bits": pair.cache.kv_bits, "max_kv_size": pair.cache.max_kv_size},
         **({"row_products": openblas.most_rows()} if openblas.most_rows() else {}),
-        **({"powers": True} if powers.taken() else {}),
+        **({"powers": True} if by_powers() else {}),
         **({"exact_rows": True} if pair.exact_rows else {}),
     }
 

@@ -13,8 +13,8 @@ import mlx.core as mx
 from jaxtyping import Float, Int, Integer
 from mlx.utils import tree_map
 
-from mlx_distill.arrays import log_probs
 from mlx_distill.core.draft import WORST_SCORE, Draft
+from mlx_distill.kernels.exponentials import log_sum_exp
 
 # Takes the last tokens of all beams and their states, beams on the first axis; returns logits in
 # float32 and new states. Before the first tokens, the state is None.
@@ -43,12 +43,12 @@ def beam_searches(
     num_roots, num_columns = logits.shape
     width = min(width, num_columns)
     state = tree_map(lambda x: mx.repeat(x, width, axis=0), state)
-    best, scores = top_values(log_probs(logits), width)
+    best, scores = top_values(_log_probs(logits), width)
     levels = [(roots[:, None], mx.zeros_like(roots[:, None]), mx.zeros((num_roots, 1)))]
     levels.append((best, mx.zeros_like(best), scores))
     for depth in range(1, length):
         logits, state = step((best % num_columns).reshape(-1), state)
-        paths = log_probs(logits).reshape(num_roots, width, -1) + scores[..., None]
+        paths = _log_probs(logits).reshape(num_roots, width, -1) + scores[..., None]
         best, scores = top_values(paths.reshape(num_roots, -1), width)
         above = best // num_columns
         rows = (mx.arange(num_roots)[:, None] * width + above).reshape(-1)
@@ -65,6 +65,10 @@ def beam_searches(
     depths = mx.array([0] + [depth for depth in range(1, length + 1) for _ in range(width)])
     depths = mx.broadcast_to(depths, tokens.shape)
     return Draft(tokens, parents, depths, mx.maximum(found, WORST_SCORE), length)
+
+
+def _log_probs(logits: Float[mx.array, "R V"]) -> Float[mx.array, "R V"]:
+    return logits - log_sum_exp(logits)
 
 
 def top_values(

@@ -26,6 +26,7 @@ from mlx import nn
 
 from mlx_distill.arrays import by_columns
 from mlx_distill.drafters.recurrent import RecurrentDrafter, ResidualBlock
+from mlx_distill.kernels.exponentials import sigmoid, silu, tanh
 
 Context = tuple[mx.array, mx.array]  # the hidden state, and what the joined matrices make of it
 Carried: TypeAlias = mx.array | tuple[mx.array, ...]
@@ -111,7 +112,7 @@ class Steps:
             return self._features(None, self._firsts[root], context)
         if not self.network.config.context_state:
             return self.next(root, None, context)
-        begin = mx.tanh(context[1][:, -self.network.config.hidden_size :])
+        begin = tanh(context[1][:, -self.network.config.hidden_size :])
         recurrent = mx.addmm(self._recurrence_bias, begin, self._recurrence)
         return self.next(root, self._parts(recurrent), context)
 
@@ -140,12 +141,12 @@ class Steps:
             return self.network.advance(None, read)
         if self.network.config.cell == "elman":
             assert isinstance(carried, mx.array)
-            return nn.silu(read + carried) if self.network.config.rnn else read + carried
+            return silu(read + carried) if self.network.config.rnn else read + carried
         parts = carried if isinstance(carried, tuple) else mx.split(carried, 4, axis=-1)
         keep, reset, recurrent, state = parts
         read_keep, read_reset, read_new = mx.split(read, 3, axis=-1)
-        new = mx.tanh(read_new + mx.sigmoid(read_reset + reset) * recurrent)
-        return new + mx.sigmoid(read_keep + keep) * (state - new)
+        new = tanh(read_new + sigmoid(read_reset + reset) * recurrent)
+        return new + sigmoid(read_keep + keep) * (state - new)
 
     def _features(
         self, state: mx.array | None, joint: Float[mx.array, "W J"], context: Context
@@ -159,7 +160,7 @@ class Steps:
             x = mx.concatenate([mx.broadcast_to(hidden, state.shape), state], axis=-1)
         if blocked:
             both = slice(projected, projected + blocked)
-            x = x + nn.silu(joint[:, both] + shares[:, both])
+            x = x + silu(joint[:, both] + shares[:, both])
         for layer in self.network.lm_head[1 if blocked else 0 : -1]:
             x = layer(x)
         if self.network.config.rnn:

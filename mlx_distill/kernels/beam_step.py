@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt32
 
 from mlx_distill.arrays import log_sum_exp
+from mlx_distill.kernels import exponentials
 from mlx_distill.kernels.choice import Case, Operation
 from mlx_distill.kernels.comparing import TOLERANCES
 from mlx_distill.kernels.program import MOST_THREADS, SIMD_WIDTH, Program
@@ -182,7 +183,7 @@ def _twin(
     width: int,
     bits: int,
 ) -> UInt32[mx.array, "K 2"]:
-    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    total = exponentials.log_sum_exp(logits)
     return best_of(logits, total, above, tokens, width, bits)
 
 

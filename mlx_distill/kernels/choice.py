@@ -2,7 +2,7 @@
 
 ``MLX_DISTILL_KERNELS`` says how: ``off`` never takes a kernel, ``probe``, the default, takes those
 that were found right and faster on this machine, ``force`` takes all. Without a GPU there are none;
-what calls of several rows do otherwise on a processor (``target.powers``) goes by the same word.
+what calls of several rows do otherwise on a processor (``exponentials``) goes by the same word.
 """
 
 import os

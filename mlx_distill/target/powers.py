@@ -1,61 +1,32 @@
-"""Exponentials of a call of several rows on a processor, as powers of two.
+"""Exponentials of a call of several rows on a processor, as powers of two (``exponentials``).
 
-    exp(x) = 2 ** (x log2 e)
-
-Where MLX was built for any x86 processor it computes an exponential in about 10 ns, by a
-polynomial whose every term is a call of the C library; a power is one call, of 3 ns. Softmax and
-SwiGLU have most of them: half of what further rows add to a call of a small model. A probe finds
-out which is faster here. Single rows are left as mlx-lm computes them, and so is everything where
-rows are to be exact: results differ from those in the last places.
+Softmax and SwiGLU have most of them: half of what further rows add to a call of a small model.
+Single rows are left as mlx-lm computes them, and so is everything where rows are to be exact:
+results differ from those in the last places.
 """
 
-import math
-import statistics
-import time
 from contextvars import ContextVar
-from functools import cache, partial
+from functools import partial
 
 import mlx.core as mx
 from jaxtyping import Bool, Float
 from mlx import nn
 from mlx_lm.models.activations import swiglu
 
-from mlx_distill.kernels.choice import mode
+from mlx_distill.kernels.exponentials import LOG2_E
 from mlx_distill.target.teaching import teach
 
-LOG2_E = math.log2(math.e)
 BARRED = -1e30  # of a score, before its power is 0
 # Attention written out takes some operations more: with fewer weights that costs what powers save.
 LEAST_WEIGHTS = 1 << 11
-# A power has to take no more than this share of an exponential's time.
-CLEARLY, NUMBERS, ROUNDS = 0.7, 1 << 15, 5
 
 # Whether modules that are taught use them, in this thread.
 in_use: ContextVar[bool] = ContextVar("powers_in_use", default=False)
 
 
-def taken() -> bool:
-    """Return whether calls of several rows use powers: on a processor where they are faster."""
-    if mx.default_device() != mx.Device(mx.cpu) or mode() == "off":
-        return False
-    return mode() == "force" or _are_faster()
-
-
 def teach_gates(model: nn.Module) -> None:
     """Teach a model's gates to use powers where these are in use."""
     teach(model, swiglu, gate)
-
-
-@cache
-def _are_faster() -> bool:
-    numbers = mx.random.normal((NUMBERS,), key=mx.random.key(0))
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(ROUNDS):
-        for powers in (True, False):
-            start = time.perf_counter()
-            mx.eval(mx.power(2.0, numbers) if powers else mx.exp(numbers))
-            seconds[powers].append(time.perf_counter() - start)
-    return statistics.median(seconds[True]) <= CLEARLY * statistics.median(seconds[False])
 
 
 def gate(gates: mx.array, rows: mx.array) -> mx.array:

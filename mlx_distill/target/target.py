@@ -18,6 +18,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_distill.core.forest import Forest
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.errors import InputError
+from mlx_distill.kernels import exponentials
 from mlx_distill.kernels.products import few_rows_chosen
 from mlx_distill.target import powers
 from mlx_distill.target.attention import attends_by_kernel, wrap_attentions
@@ -165,7 +166,7 @@ class Target:
         """
         call = self.model, self.head, tree, caches, self.support, taps
         heard = self._by_kernels()
-        if tree.tokens.size > 1 and powers.taken():
+        if tree.tokens.size > 1 and exponentials.by_powers():
             self._teach_powers()
             return during(powers.in_use, True, hearing, heard, call_on_tree, *call)
         return hearing(heard, call_on_tree, *call)
