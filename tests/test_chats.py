@@ -76,6 +76,72 @@ def test_answers_are_found_where_the_template_moves_the_system(stories: Any) -> 
     assert not report.changed
 
 
+def called(name: str, **fields: Any) -> dict[str, Any]:
+    """Return an answer that calls a tool."""
+    call = {"type": "function", "function": {"name": name, "arguments": {}}}
+    return {"role": "assistant", "content": "", "tool_calls": [call], **fields}
+
+
+def told(text: str) -> dict[str, Any]:
+    return {"role": "tool", "content": text}
+
+
+def test_answer_begins_behind_the_one_before_it(stories: Any) -> None:
+    """Not where a thought was opened last: this answer has none, and two before it has."""
+    tokenizer = with_template(stories, templates.THINKING)
+    calls = [called("look", reasoning_content="Hm."), told("a cat")]
+    more = [called("pet", content="Next: "), told("purr")]
+    chat = [USER, *calls, *more, {**SECOND, "reasoning_content": "So."}]
+    text = encode_row({"messages": chat}, tokenizer, "here")
+    assert said(tokenizer, text) == [
+        "Hm.\n</think>\n\n(look)<|im_end|>",
+        "Next: (pet)<|im_end|>",
+        "So.\n</think>\n\nWe play.<|im_end|>",
+    ]
+    for (start, _), place in zip(text.answers()[::2], (1, 5), strict=True):
+        assert text.tokens[:start] == encode_prompt(tokenizer, chat[:place])
+
+
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (templates.SAME_TURN, ["(look)", "(pet)", "We play.<end_of_turn>"]),
+        (templates.STRICT, ["(look)</s>", "(pet)</s>", "We play.</s>"]),
+    ],
+)
+def test_what_a_tool_says_is_never_learned(stories: Any, template: str, answers: list[str]) -> None:
+    tokenizer = with_template(stories, template)
+    chat = [USER, called("look"), told("a cat"), called("pet"), told("purr"), SECOND]
+    report = Report()
+    text = encode_row({"messages": chat}, tokenizer, "here", report=report)
+    assert [one.strip() for one in said(tokenizer, text)] == answers
+    assert not report.changed
+
+
+def test_what_is_said_behind_a_tools_word(stories: Any) -> None:
+    """The template moves it there; then the call alone is learned, or the answer is counted."""
+    tokenizer = with_template(stories, templates.MOVED)
+    chat = [USER, called("look", content="It sleeps."), told("a cat"), OTHER, SECOND]
+    text = encode_row({"messages": chat}, tokenizer, "here")
+    assert "(look)[a cat]It sleeps." in tokenizer.decode(text.tokens)
+    assert not any("a cat" in one for one in said(tokenizer, text))
+    assert said(tokenizer, text)[-1] == "We play.<end_of_turn>"
+
+
+def test_turn_that_ends_where_the_next_one_begins(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.NEXT_TURN)
+    ends = {tokenizer.convert_tokens_to_ids("<|im_start|>")}
+    tokenizer = mlx_lm.tokenizer_utils.TokenizerWrapper(tokenizer._tokenizer, eos_token_ids=ends)
+    text = encode_row({"messages": CHAT}, tokenizer, "here")
+    assert said(tokenizer, text) == ["Hello, Lily!<|im_start|>", "We play."]
+
+
+def test_half_a_mark_ends_no_turn(stories: Any) -> None:
+    tokenizer = with_template(stories, templates.ENDS_AT_LAST)
+    text = encode_row({"messages": CHAT}, tokenizer, "here")
+    assert said(tokenizer, text) == ["Hello, Lily!", "We play.<|the end|>"]
+
+
 def test_answers_that_cannot_be_found_are_counted(stories: Any) -> None:
     tokenizer = with_template(stories, templates.FORGETFUL)
     report = Report()

@@ -58,6 +58,12 @@ class Answer:
     end: int
     stop: int
 
+    def within(self, start: int, stop: int) -> "Answer":
+        """Return the answer from there on, and no longer."""
+        stop = min(stop, self.stop)
+        end = max(start, min(self.end, stop))
+        return Answer(self.message, start, min(max(start, self.content), end), end, stop)
+
 
 @dataclass(frozen=True)
 class WrittenChat:
@@ -129,18 +135,22 @@ def write_chat(
     asked, opening = writer.asked(chat.upto(last))
     at_end = writer.around(chat, last, whole)
     closing = at_end[1] if at_end else ""  # what a template writes behind a last answer ends a turn
-    answers, lost = [], 0
+    answers, lost, done = [], 0, 0
     for place, message in enumerate(chat.messages):
         if message.get("role") != "assistant":
             continue
         around = at_end if place == last else writer.around(chat, place, whole)
-        answer = _locate(place, whole, around, opening, closing) if around else None
+        answer = _locate(place, whole, around, opening, closing, done) if around else None
+        answer = writer.bounded(answer, chat, place, whole, closing)
         if answer is None and place == last:
             answer = _behind(asked, last, whole, closing)
         if answer is None:
             lost += 1
-        elif message.get("weight") != 0:  # OpenAI's mark of an answer that is not to be learned
-            answers.append(writer.trimmed(answer, whole))
+            continue
+        answer = writer.trimmed(answer, whole, closing)
+        done = answer.stop
+        if message.get("weight") != 0:  # OpenAI's mark of an answer that is not to be learned
+            answers.append(answer)
     if lost:
         lost += sum(answer.message != last for answer in answers)
         answers = [answer for answer in answers if answer.message == last]
@@ -195,34 +205,80 @@ class _Writer:
         while mark in whole:
             mark += "Q"
         marked = [*chat.messages]
-        marked[place] = {"role": "assistant", "content": mark}
+        own = marked[place].get("role") == "assistant"
+        marked[place] = {**({"role": "assistant"} if own else marked[place]), "content": mark}
         try:
             before, *behind = self.text(chat.upto(0, *marked)).split(mark)
         except InputError:  # a template may insist on what was taken away, such as a tool's call
             return None
         return (before, behind[0]) if len(behind) == 1 else None
 
-    def trimmed(self, answer: Answer, whole: str) -> Answer:
+    def bounded(
+        self, answer: Answer | None, chat: Chat, place: int, whole: str, closing: str
+    ) -> Answer | None:
+        """Return an answer within what the template adds for it, where that is seen.
+
+        Where the whole goes on from it, that is what stands behind the question, as a model is
+        asked it, and before the next message, be it a tool's that is written into the same turn. So
+        answers are found, too, that no mark can take the place of, such as calls.
+        """
+        asked, _ = self.asked(chat.upto(place))
+        written = whole if place + 1 == len(chat.messages) else self.begun(chat, place + 1)
+        start = len(asked) if asked and whole.startswith(asked) else None
+        stop = len(written) if written and whole.startswith(written) else None
+        if answer is None:
+            if start is None or stop is None or start > stop:
+                return None
+            return _behind(asked, place, written, closing)
+        start, most = answer.start if start is None else start, stop
+        if most is None and self.told(chat, place + 1, whole, answer.stop):
+            most = shared(whole, written)  # what was said behind the tool's word is not learned
+        if most is None:
+            most = answer.stop
+        return answer.within(start, most) if start <= most else None
+
+    def begun(self, chat: Chat, count: int) -> str:
+        """Return the first messages of a chat as text; none if the template wants what follows."""
+        try:
+            return self.text(chat.upto(count))
+        except InputError:
+            return ""
+
+    def told(self, chat: Chat, place: int, whole: str, stop: int) -> bool:
+        """Return whether a message is the word of a tool, and is written before ``stop``."""
+        if chat.messages[place:] and chat.messages[place].get("role") not in ("user", "assistant"):
+            around = self.around(chat, place, whole)
+            return around is not None and len(around[0]) < stop and whole.startswith(around[0])
+        return False
+
+    def trimmed(self, answer: Answer, whole: str, closing: str) -> Answer:
         """Return the answer without what the template writes behind the end of the turn."""
-        closing = whole[answer.end : answer.stop]
+        behind = whole[answer.end : answer.stop]
         for kind in (self.ends, self.marks):
-            found = [(closing.find(mark), len(mark)) for mark in kind if mark and mark in closing]
+            found = [(behind.find(mark), len(mark)) for mark in kind if mark and mark in behind]
             if found:
                 at, length = min(found)
                 return replace(answer, stop=answer.end + at + length)
-        return answer
+        for mark in self.ends:  # a turn may end with the mark that opens the next one
+            if mark and whole.startswith(mark, answer.end):
+                return replace(answer, stop=answer.end + len(mark))
+        # A part of what ends the last turn is the beginning of some other mark, and ends none.
+        return answer if behind == closing else replace(answer, stop=answer.end)
 
 
 def _locate(
-    place: int, whole: str, around: tuple[str, str], opening: str, closing: str
+    place: int, whole: str, around: tuple[str, str], opening: str, closing: str, done: int
 ) -> Answer | None:
-    """Return where an answer stands, given what stands around it in a marked copy of the text."""
+    """Return where an answer stands, given what stands around it in a marked copy of the text.
+
+    It begins behind ``done``, where the answer before it has ended.
+    """
     before, behind = around
     # Behind as much of the generation prompt as was written: it may open a thought that a written
     # answer has not, and a written answer may have an empty thought that it does not open.
     start = len(before)
     for length in range(len(opening), 0, -1):
-        at = before.rfind(opening[:length])
+        at = before.rfind(opening[:length], done)
         if at >= 0 and (at + length == len(before) or length == len(opening)):
             start = at + length
             break
