@@ -38,7 +38,7 @@ CHAT = [
 ]
 
 
-PAIR = {"prompt": "Once upon a time", "completion": "there was a dog."}
+PAIR = {"prompt": "Once upon a time", "completion": " there was a dog."}
 
 
 pytestmark = pytest.mark.usefixtures("no_hub")
@@ -77,11 +77,28 @@ def test_text(tokenizer: Any) -> None:
 def test_prompt_and_completion(tokenizer: Any, learn_prompts: bool) -> None:
     text = encode_row(PAIR, tokenizer, "here", learn_prompts)
     prompt = tokenizer.encode("Once upon a time")
-    answer = tokenizer.encode("there was a dog.", add_special_tokens=False)
+    answer = tokenizer.encode("Once upon a time there was a dog.")[len(prompt) :]
     assert text.tokens == [*prompt, *answer, tokenizer.eos_token_id]
     assert text == Text.behind(text.tokens, 1 if learn_prompts else len(prompt))
     if not learn_prompts:
         assert learned(text) == [*answer, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("One and one is", " two."),
+        ("One and one is", "two."),  # a token would reach across the border
+        ("One and one is ", "two."),
+        ("One and one is ", " two."),
+        ("Count:\n", "\none"),
+    ],
+)
+def test_a_pair_is_written_as_it_is(tokenizer: Any, prompt: str, completion: str) -> None:
+    """This tokenizer puts a blank in front of what it is given: of the answer, too, it would."""
+    tokens = encode_row({"prompt": prompt, "completion": completion}, tokenizer, "here").tokens
+    assert tokens[: len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)
+    assert tokenizer.decode(tokens, skip_special_tokens=True).strip() == prompt + completion
 
 
 def test_eos_is_appended_once(tokenizer: Any) -> None:

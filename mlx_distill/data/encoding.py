@@ -13,7 +13,7 @@ from mlx_distill.data.report import Report
 from mlx_distill.data.rows import Row, read_row
 from mlx_distill.data.sources import local_file, read_rows
 from mlx_distill.data.texts import Source, Text
-from mlx_distill.data.tokens import encode_text, tokens_before
+from mlx_distill.data.tokens import encode_behind, encode_text, tokens_before
 from mlx_distill.errors import InputError
 
 
@@ -129,7 +129,7 @@ def _bare(row: Row, tokenizer: Any, source: Source) -> Text:
     """Return a question and its answer as they are."""
     question, answer = (message["content"] for message in row.chat.messages)
     asked = encode_prompt(tokenizer, question, chat_template=False)
-    said = list(tokenizer.encode(answer, add_special_tokens=False))
+    said = encode_behind(tokenizer, question, asked, answer)
     tokens = _ended([*asked, *said], tokenizer, source.ended)
     source = replace(source, answers=((1, len(asked), len(tokens)),))
     return Text.behind(tokens, len(asked), source)

@@ -43,6 +43,28 @@ def encode_text(tokenizer: Any, text: str, special: bool = True) -> list[int]:
     return ids[1:] if begun and ids[:2] == [tokenizer.bos_token_id] * 2 else ids
 
 
+def encode_behind(tokenizer: Any, before: str, tokens: Sequence[int], text: str) -> list[int]:
+    """Return the token ids of a text that goes on behind another one.
+
+    Some tokenizers put a blank in front of whatever they are given, so it is given to them behind
+    the other text; where a token would reach across the border, behind a line's end.
+
+    Args:
+        tokenizer: An mlx-lm tokenizer.
+        before: The other text.
+        tokens: Its token ids, which stay as they are.
+        text: What to encode.
+    """
+    line = list(tokenizer.encode("\n", add_special_tokens=False))
+    for known, whole in (
+        (list(tokens), encode_text(tokenizer, before + text)),
+        (line, list(tokenizer.encode("\n" + text, add_special_tokens=False))),
+    ):
+        if whole[: len(known)] == known:
+            return whole[len(known) :]
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Return how long the beginning is that two texts, or two lists of tokens, share."""
     parting = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
