@@ -5,8 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import mlx_lm
 import pytest
+from chat_templates import LLAMA3
 
+from mlx_distill.checkpoint import bundled
 from mlx_distill.data.corpus import Reading, Sizes, check_corpus, read_corpus
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources, local_file, read_rows
@@ -88,6 +91,34 @@ def test_stored_completions_are_counted_together(tmp_path: Path, tokenizer: Any)
     )
     assert (corpus.report.rows, corpus.report.kept) == (6, 4)
     assert corpus.report.dropped == {"unknown layout": 1, "no answer": 1}
+
+
+def test_choices_are_counted_by_their_rows(tmp_path: Path, tokenizer: Any) -> None:
+    """A row may have some of its choices among the texts to learn and others held out."""
+    rows = [
+        {"prompt": f"Hi {n}", "choices": [{"text": f"Dog {n} {m}."} for m in range(8)]}
+        for n in range(2)
+    ]
+    data = [write(tmp_path / f"{name}.jsonl", *rows) for name in ("one", "two")]
+    reading, sizes = Reading("completions"), Sizes(held_out=8)
+    corpus = read_corpus(data, None, tokenizer, reading, sizes)
+    assert (corpus.report.rows, corpus.report.kept) == (4, 24)
+    assert (corpus.valid_report.rows, corpus.valid_report.kept) == (4, 8)
+    files = [text.source.file for text in corpus.valid if text.source]
+    assert sorted(files) == sorted(data * 4)
+
+
+def test_first_question_beside_a_chat(tmp_path: Path) -> None:
+    """Where a student writes itself, too, the chat's answers are learned."""
+    template = {"chat_template": LLAMA3}
+    tokenizer = mlx_lm.utils.load_tokenizer(bundled("stories-14m"), template)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    rows = [{"prompt": "Hi", "messages": chat}] * 3
+    rows += [{"prompt": "Hi", "messages": None}, {"prompt": "Hi", "messages": []}]
+    valid = write(tmp_path / "valid.jsonl", *rows[:1])
+    data = write(tmp_path / "data.jsonl", *rows)
+    corpus = read_corpus([data], valid, tokenizer, Reading(prompts=True), Sizes())
+    assert [text.num_learned > 0 for text in corpus.texts] == [True] * 3 + [False] * 2
 
 
 def test_packed_file_and_one_with_a_mark_of_its_byte_order(tmp_path: Path, tokenizer: Any) -> None:

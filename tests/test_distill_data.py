@@ -24,6 +24,8 @@ from distilling import (
     write_yaml,
 )
 
+from mlx_distill.data.tokens import encode_behind
+
 pytestmark = pytest.mark.usefixtures("no_hub", "no_curves")
 
 # ------------------------------------------------------------------------------------------- data
@@ -134,12 +136,13 @@ def test_answers_alone_are_learned(world: Path, tmp_path: Path, tokenizer: Any) 
     for name, flags in (("answers", []), ("all", ["--learn-prompts"])):
         output = learn(world, tmp_path / name, *options, *flags)
         counts.append(sum(row["count"] for row in log_of(output)[:4]))
-    prompts = sum(len(tokenizer.encode(row["prompt"])) - 1 for row in rows)
-    assert counts[1] - counts[0] == prompts
-    answers = sum(
-        len(tokenizer.encode(row["completion"], add_special_tokens=False)) + 1 for row in rows
-    )
-    assert counts[0] == answers
+    prompts = [tokenizer.encode(row["prompt"]) for row in rows]
+    assert counts[1] - counts[0] == sum(map(len, prompts)) - len(rows)
+    answers = [
+        encode_behind(tokenizer, row["prompt"], prompt, row["completion"])
+        for row, prompt in zip(rows, prompts, strict=True)
+    ]
+    assert counts[0] == sum(map(len, answers)) + len(rows)
 
 
 def test_stored_completions(

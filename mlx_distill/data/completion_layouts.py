@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.rows import as_mlx_lm
+from mlx_distill.data.texts import CHOICE
 
 UNKNOWN = "unknown layout"
 _TEXT_PARTS = (None, "text", "input_text", "output_text", "refusal")
@@ -64,7 +65,7 @@ def row_completions(row: dict[str, Any], place: str, report: Report) -> Iterator
     question, template = _question(request), _template(request)
     answers = _answers(response)
     for number, (message, ended) in enumerate(answers, start=1):
-        name = place if len(answers) == 1 else f"{place}, choice {number}"
+        name = place if len(answers) == 1 else f"{place}{CHOICE}{number}"
         with report.counting(name):
             chat = _answered(question, _answer(message))
             ended = "refusal" if _is_marked_refusal(message) else ended

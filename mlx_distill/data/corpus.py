@@ -1,6 +1,6 @@
 """All that a training reads: the texts to learn, those held out, and what became of every row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,8 +147,9 @@ def read_corpus(
         kept = limited(kept, sizes.held_out, held)
     else:
         texts, kept = split_held_out(texts, sizes.held_out, sizes.held_out_seed)
-        held.rows = len(kept)
-        report.rows -= held.rows
+        learned, judged = _rows(texts), _rows(kept)
+        held.rows = len(judged)
+        report.rows -= len(judged - learned)
     texts = limited(texts, sizes.max_texts, report)
     keeps = {"prompts": reading.prompts}
     split = sizes.pack and sizes.long == "cut"  # packing loses nothing of a long text
@@ -156,6 +157,14 @@ def read_corpus(
     texts, report = fit(texts, longest, sizes.long, report=report, **keeps)
     kept, held = fit(kept, sizes.max_length, sizes.long, report=held, **keeps)
     return Corpus(pack(texts, sizes.max_length) if sizes.pack else texts, kept, report, held)
+
+
+def _rows(texts: Sequence[Text]) -> set[Hashable]:
+    """Return what tells the rows of texts apart; those of several choices are one row's."""
+    return {
+        text.source.row if text.source and text.source.row != text.place else id(text)
+        for text in texts
+    }
 
 
 def _valid(data: Sequence[str], valid: str | None) -> list[tuple[str, str]]:

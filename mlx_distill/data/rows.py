@@ -71,7 +71,9 @@ def read_row(
     """
     row = as_mlx_lm(row, place, prompts)
     has_answer = answers and "completion" in row
-    if "prompt" in row and (has_answer or prompts):
+    # Some tables hold a chat's first question beside it: the chat has the answers, too.
+    alone = prompts and not (answers and row.get("messages"))
+    if "prompt" in row and (has_answer or alone):
         return _pair(row, place, has_answer)
     if "messages" in row:
         return Row(chat=_chat(row, row["messages"], place, answers))

@@ -11,6 +11,8 @@ import numpy as np
 
 from mlx_distill.data.chats import Chat
 
+CHOICE = ", choice "  # in a place, between its row and the number of one of the row's answers
+
 
 @dataclass(frozen=True)
 class Source:
@@ -34,7 +36,12 @@ class Source:
     @property
     def file(self) -> str:
         """The file alone."""
-        return self.place.rpartition(", ")[0]
+        return self.row.rpartition(", ")[0]
+
+    @property
+    def row(self) -> str:
+        """The file and the line, of which this may be one answer of several."""
+        return self.place.partition(CHOICE)[0]
 
 
 @dataclass(frozen=True, init=False)
