@@ -82,6 +82,23 @@ def test_student_of_flags(
     assert f" | {log[-1]['held_out']['kl']:.4f} |" in card
 
 
+def test_training_that_ended_early(
+    world: Path, tmp_path: Path, no_curves: None, finished: Path
+) -> None:
+    """The card says how long it was trained, and whose weights it has."""
+    flags = ["--evaluate-every", "2", "--patience", "2", "--keep-best", "--steps", "4000"]
+    output = learn(world, tmp_path / "student", *flags, "--learning-rate", "0.5")
+    log, run = log_of(output), json.loads((output / "training.json").read_text())
+    judged = {row["step"]: row["held_out"]["kl"] for row in log if "held_out" in row}
+    best, last = min(judged, key=lambda step: judged[step]), log[-1]["step"]
+    assert best == last - 4 < 3996
+    card = (output / "README.md").read_text()
+    said = f"Training: {last:,} steps of 3 texts (of 4,000); the weights are those of step {best:,}"
+    assert f"{said}, the best\n" in card
+    assert (run["steps"], run["weights_of_step"]) == (last, best)
+    assert "Training: 6 steps of 3 texts\n" in (finished / "README.md").read_text()
+
+
 def test_log_as_a_table(finished: Path) -> None:
     log = log_of(finished)
     with (finished / "log.csv").open(newline="", encoding="utf-8") as file:

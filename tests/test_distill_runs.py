@@ -38,6 +38,7 @@ from mlx_distill.distillation.teachers import (
     LiveTeacher,
 )
 from mlx_distill.distillation.training import distill
+from mlx_distill.training.best import kept_step
 from mlx_distill.training.config import TrainingConfig
 
 # ----------------------------------------------------------------------------------- a run's folder
@@ -365,6 +366,8 @@ def test_the_best_weights_are_kept_and_patience_ends(tmp_path: Path) -> None:
     best = min(judged, key=lambda step: judged[step])
     assert done.finished
     assert done.log[-1]["step"] == best + 4 < 30
+    assert kept_step(done.log, TrainingConfig(**training)) == best
+    assert kept_step(done.log, TrainingConfig()) == best + 4
     again = small()
     found = run(tmp_path, again, tiny_model("llama"), valid=make_texts(6, 9), training=training)
     assert found.log == done.log

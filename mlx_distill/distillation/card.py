@@ -1,10 +1,12 @@
 """The model card of a student: what it is, how it was made, what was measured."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_distill.data.corpus import Corpus
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.names import for_markdown
+from mlx_distill.training.best import kept_step
 
 Figures = dict[str, dict[str, float]]
 
@@ -13,6 +15,7 @@ def model_card(
     name: str,
     config: DistillConfig,
     corpus: Corpus,
+    log: Sequence[Mapping[str, Any]],
     figures: Figures,
     parameters: int,
     template_config: Any = None,
@@ -23,6 +26,7 @@ def model_card(
         name: Of the student.
         config: What made it.
         corpus: What it was made of.
+        log: Of the training, a row per step.
         figures: What was measured, by when: the last column is of the files themselves.
         parameters: How many it has.
         template_config: Further arguments of the chat template.
@@ -39,7 +43,6 @@ def model_card(
     on_policy = config.rollouts.on_policy
     written = f", {on_policy:.0%} of them written by the student" if on_policy else ""
     learned = sum(text.num_learned for text in corpus.texts)
-    batch = config.batch_size * config.training.accumulate
     apart = (
         "\nIts adapters are in `adapters`; use them with `--adapter-path`."
         if config.export.keep_adapters
@@ -54,7 +57,7 @@ A language model of {parameters:,} parameters, distilled with \
 * Loss: {", ".join(str(term) for term in config.terms)}
 * Data: {", ".join(map(for_markdown, config.data))}: {corpus.report.sentence()}, \
 {learned:,} learned tokens; {corpus.valid_report.sentence()}
-* Training: {config.training.steps:,} steps of {batch} texts{written}
+* Training: {_steps(config, log)}{written}{_kept(config, log)}
 * Trained: {config.trained}, learning rate {config.training.learning_rate:g}{template}
 
 Held out, per token (`nats`: negative log-probability of the text; `perplexity`: its exponential; \
@@ -66,6 +69,19 @@ the files of this folder{", its adapters included" if apart else ""}:
 Settings: `config.yaml`, `training.json`; log: `log.jsonl`, `log.csv`, `curves.png`. The licence \
 is that of the teacher and of the data.
 """
+
+
+def _steps(config: DistillConfig, log: Sequence[Mapping[str, Any]]) -> str:
+    """Return how long it was trained; patience, or time, may have ended it early."""
+    done, allowed = log[-1]["step"], config.training.steps
+    batch = config.batch_size * config.training.accumulate
+    return f"{done:,} steps of {batch} texts" + (f" (of {allowed:,})" if done < allowed else "")
+
+
+def _kept(config: DistillConfig, log: Sequence[Mapping[str, Any]]) -> str:
+    """Return whose weights it has, where they are not the last step's."""
+    step = kept_step(log, config.training)
+    return "" if step == log[-1]["step"] else f"; the weights are those of step {step:,}, the best"
 
 
 def figures_table(figures: Figures) -> str:

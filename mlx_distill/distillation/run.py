@@ -27,6 +27,7 @@ from mlx_distill.distillation.teachers import Answers, Teacher, TextTeacher
 from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError
 from mlx_distill.locks import Busy
+from mlx_distill.training.best import kept_step
 from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
 from mlx_distill.training.runs import partial_folder
@@ -191,13 +192,17 @@ def _files(
             **parts.corpus.to_dict(),
             "learned_tokens": sum(text.num_learned for text in parts.corpus.texts),
         },
+        "steps": done.log[-1]["step"],
+        "weights_of_step": kept_step(done.log, config.training),
         "held_out": figures,
         **machine.provenance(),
     }
     return {
         "config.yaml": yaml.safe_dump(flat(config), sort_keys=False),
         "training.json": json.dumps(run, indent=1) + "\n",
-        "README.md": model_card(name, config, parts.corpus, figures, parameters, template),
+        "README.md": model_card(
+            name, config, parts.corpus, done.log, figures, parameters, template
+        ),
         **{file: (work / file).read_bytes() for file in (LOG, TABLE, CURVES)},
     }
 

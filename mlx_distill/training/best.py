@@ -1,10 +1,11 @@
 """The best network of a training, by what is held out, and when waiting for a better one ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
@@ -20,6 +21,15 @@ BEST = "best"
 def held_out_score(evaluation: dict[str, Any]) -> float | None:
     """Return the divergence from the teacher, or the nats where there is none to diverge from."""
     return evaluation.get("kl", evaluation.get("nats"))
+
+
+def kept_step(log: Sequence[Mapping[str, Any]], config: TrainingConfig) -> int:
+    """Return the step whose weights a training has ended with; ``log`` has a row for each."""
+    scores = {row["step"]: held_out_score(row.get("held_out", {})) for row in log}
+    judged = {step: np.float32(score) for step, score in scores.items() if score is not None}
+    if not (config.keep_best and judged):
+        return log[-1]["step"]
+    return min(judged, key=lambda step: judged[step])  # of equal ones the first
 
 
 class Best:
