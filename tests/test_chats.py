@@ -302,6 +302,11 @@ def test_what_users_of_other_projects_have(stories: Any) -> None:
     alpaca = {"instruction": "Hi", "input": "", "output": "Hello, Lily!", "system": "Be brief."}
     chat = encode_row({"messages": [SYSTEM, USER, FIRST]}, tokenizer, "here")
     assert encode_row(alpaca, tokenizer, "here") == chat
+    silent = with_template(stories, templates.QWEN3)
+    config = {"chat_template_kwargs": {"enable_thinking": False}}
+    row = {"instruction": "Add.", "output": "3", **config, "text": "Below is ..."}
+    pair = encode_row({"prompt": "Add.", "completion": "3", **config}, silent, "here")
+    assert encode_row(row, silent, "here") == pair
     listed = {"prompt": CHAT[:3], "completion": CHAT[3:]}
     assert encode_row(listed, tokenizer, "here") == expected
 

@@ -138,6 +138,20 @@ def test_truncated(tmp_path: Path, reason: str) -> None:
     assert reasons(tmp_path, row, filter=CompletionFilter(drop_truncated=False)) == {}
 
 
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_rows_of_alpacas_layout_keep_what_stands_beside(tmp_path: Path, system: str | None) -> None:
+    """How an answer ended, and metadata for a condition."""
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "text": "Below is ...", "score": 4}
+    row = row if system is None else {**row, "system": system}
+    assert reasons(tmp_path, {**row, "finish_reason": "length"}, filter=CompletionFilter()) == {
+        "truncated": 1
+    }
+    rows = [row, {**row, "output": "4", "score": 2}]
+    (kept,), report = read_completions(write(tmp_path, *rows), CompletionFilter(where="score > 3"))
+    assert kept.metadata["score"] == 4
+    assert report.dropped == {"where is false": 1}
+
+
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(InputError, match="min_answer_chars must be at least 1, got 0"):
         CompletionFilter(min_answer_chars=0)

@@ -25,6 +25,8 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
 }
+# What rows of Alpaca's layout hold, and what tables hold beside it of the same in other words.
+ALPACA = {"instruction", "input", "output", "system", "text", "prompt", "completion", "messages"}
 EXPECTED = "expected text, prompt and completion, or messages"
 EXPECTED_PROMPT = "expected a key prompt, messages, turns or text"
 
@@ -93,9 +95,11 @@ def as_mlx_lm(row: Mapping[str, Any], place: str, prompts: bool = False) -> Mapp
     if "instruction" in row and "output" in row:
         asked = [row["instruction"], row.get("input") or ""]
         question = "\n\n".join(string(text, place) for text in asked if text != "")
+        rest = {name: value for name, value in row.items() if name not in ALPACA}
         if systems:
-            return {"messages": [*systems, *_asked(question).messages, _said(row["output"])]}
-        return {"prompt": question, "completion": row["output"]}
+            chat = [*systems, *_asked(question).messages, _said(row["output"])]
+            return {**rest, "messages": chat}
+        return {**rest, "prompt": question, "completion": row["output"]}
     if isinstance(row.get("conversations"), list) and "messages" not in row:
         messages = [_sharegpt(message, place) for message in row["conversations"]]
         while messages and messages[-1]["role"] != "assistant" and not prompts:
