@@ -258,6 +258,9 @@ def test_answer_that_was_cut_off_learns_no_end(stories: Any, template: str, tmp_
     assert last.strip() == "Once there was"
     assert text.tokens[-1] not in tokenizer.eos_token_ids
     assert text.answers()[-1][1] == len(text.tokens)
+    chat = [*CHAT[:3], choice["message"]]
+    row = {"messages": chat, "finish_reason": "length"}
+    assert encode_row(row, tokenizer, "here") == text  # rows of mlx-lm's kind may say so, too
 
 
 def test_packing_keeps_every_answer(stories: Any) -> None:

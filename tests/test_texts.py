@@ -117,6 +117,16 @@ def test_eos_is_appended_once(tokenizer: Any) -> None:
         assert tokens.count(tokenizer.bos_token_id) == 1
 
 
+def test_text_that_was_cut_off_has_no_end(tokenizer: Any) -> None:
+    for row in ({"text": "A dog"}, PAIR):
+        whole = encode_row(row, tokenizer, "here")
+        assert encode_row({**row, "stop_reason": "end_turn"}, tokenizer, "here") == whole
+        cut = encode_row({**row, "stop_reason": "max_tokens"}, tokenizer, "here")
+        assert cut.tokens == whole.tokens[:-1]
+        assert cut.source
+        assert not cut.source.ended
+
+
 class NoEnd:
     """A tokenizer that has no token for the end."""
 

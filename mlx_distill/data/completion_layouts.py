@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_distill.data.report import Drop, Report
-from mlx_distill.data.rows import as_mlx_lm
+from mlx_distill.data.rows import as_mlx_lm, why_ended
 from mlx_distill.data.texts import CHOICE
 
 UNKNOWN = "unknown layout"
@@ -60,7 +60,7 @@ def row_completions(row: dict[str, Any], place: str, report: Report) -> Iterator
     request, response = _bodies(row)
     metadata = _metadata(row, request, response)
     if request is None:
-        yield Completion(None, _answer(row["text"]), metadata, _ended(row), place)
+        yield Completion(None, _answer(row["text"]), metadata, why_ended(row), place)
         return
     question, template = _question(request), _template(request)
     answers = _answers(response)
@@ -151,13 +151,15 @@ def _answers(response: Any) -> list[tuple[Any, str | None]]:
         return [_joined(response)]
     response = _object(response)
     if choices := _objects(response.get("choices")):
-        return [(choice.get("message", choice.get("text")), _ended(choice)) for choice in choices]
+        return [
+            (choice.get("message", choice.get("text")), why_ended(choice)) for choice in choices
+        ]
     output = response.get("output", response)
     if isinstance(output, dict):
         output = output.get("message", output)
     if isinstance(output, list):
         output = _said(output)
-    return [(output, _ended(response))]
+    return [(output, why_ended(response))]
 
 
 def _said(items: list[Any]) -> Any:
@@ -174,16 +176,8 @@ def _joined(events: list[Any]) -> tuple[Any, str | None]:
     if any(delta.get("type") == "input_json_delta" for delta in deltas):
         raise Drop("not only text")
     texts = [delta["text"] for delta in deltas if isinstance(delta.get("text"), str)]
-    ends = [ended for delta in deltas if (ended := _ended(delta))]
+    ends = [ended for delta in deltas if (ended := why_ended(delta))]
     return "".join(texts), ends[-1] if ends else None
-
-
-def _ended(body: dict[str, Any]) -> str | None:
-    """Return why an answer ended, under whichever name."""
-    incomplete = _object(body.get("incomplete_details")).get("reason")
-    names = ("finish_reason", "stop_reason", "stopReason")
-    given = (*(body.get(name) for name in names), incomplete)
-    return next((reason for reason in given if isinstance(reason, str)), None)
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from mlx_distill.data.completion_layouts import UNKNOWN, Completion, row_complet
 from mlx_distill.data.condition import Undecided, compile_where
 from mlx_distill.data.encoding import encode_row
 from mlx_distill.data.report import Drop, Report
+from mlx_distill.data.rows import TRUNCATED
 from mlx_distill.data.sources import read_rows
 from mlx_distill.data.texts import Text
 from mlx_distill.errors import InputError
@@ -44,7 +45,6 @@ _QUOTED = re.compile('"[^"]*"?|\u201c[^\u201d]*\u201d?')
 _APOSTROPHES = re.compile("[\u2018\u2019\u02bc]")
 
 # Why an answer ended, in lower case: OpenAI's words, Anthropic's and Bedrock's.
-TRUNCATED = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded"}
 REFUSED = {"refusal", "content_filter", "content_filtered", "guardrail_intervened"}
 
 

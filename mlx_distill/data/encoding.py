@@ -10,7 +10,7 @@ import numpy as np
 from mlx_distill.data.chats import write_chat
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
-from mlx_distill.data.rows import Row, read_row
+from mlx_distill.data.rows import TRUNCATED, Row, read_row, why_ended
 from mlx_distill.data.sources import local_file, read_rows
 from mlx_distill.data.texts import Source, Text
 from mlx_distill.data.tokens import encode_behind, encode_text, tokens_before
@@ -85,7 +85,7 @@ def encode_row(
         tokenizer: An mlx-lm tokenizer.
         place: Where the row stands.
         learn_prompts: Also learn the prompts.
-        ended: Whether the text, or the last answer, came to its end.
+        ended: Whether the text, or the last answer, came to its end; a row may say that it did not.
         template_config: Further arguments of the chat template.
         prompts: Take a question without an answer.
         report: Counts answers that cannot be found in what the template writes.
@@ -95,6 +95,7 @@ def encode_row(
         Drop: If it holds nothing to learn.
     """
     known = read_row(row, place, prompts=prompts)
+    ended = ended and (why_ended(row) or "").lower() not in TRUNCATED
     template = bool(getattr(tokenizer, "has_chat_template", False))
     if known.document is not None:
         tokens = _ended(encode_text(tokenizer, known.document), tokenizer, ended)

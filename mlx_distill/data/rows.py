@@ -25,6 +25,8 @@ SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation"), "tool"),
     "system": "system",
 }
+# Why an answer was cut off, in lower case: OpenAI's words, Anthropic's and Bedrock's.
+TRUNCATED = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded"}
 # What rows of Alpaca's layout hold, and what tables hold beside it of the same in other words.
 ALPACA = {"instruction", "input", "output", "system", "text", "prompt", "completion", "messages"}
 EXPECTED = "expected text, prompt and completion, or messages"
@@ -108,6 +110,15 @@ def as_mlx_lm(row: Mapping[str, Any], place: str, prompts: bool = False) -> Mapp
             raise Drop("no answer")
         return {**row, "messages": [*systems, *messages]}
     return row
+
+
+def why_ended(row: Mapping[str, Any]) -> str | None:
+    """Return why an answer ended, under whichever name a row or a response has it."""
+    details = row.get("incomplete_details")
+    incomplete = details.get("reason") if isinstance(details, dict) else None
+    names = ("finish_reason", "stop_reason", "stopReason")
+    given = (*(row.get(name) for name in names), incomplete)
+    return next((reason for reason in given if isinstance(reason, str)), None)
 
 
 def _sharegpt(message: Any, place: str) -> dict[str, Any]:
