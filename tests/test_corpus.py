@@ -93,6 +93,19 @@ def test_stored_completions_are_counted_together(tmp_path: Path, tokenizer: Any)
     assert corpus.report.dropped == {"unknown layout": 1, "no answer": 1}
 
 
+def test_questions_alone_are_not_packed(tmp_path: Path, tokenizer: Any) -> None:
+    """They are for the student to answer; in a row of texts nobody would ask them."""
+    questions = [{"prompt": f"Question {n}?"} for n in range(4)]
+    data = write(tmp_path / "data.jsonl", *questions, *numbered(6))
+    valid = write(tmp_path / "valid.jsonl", *numbered(1))
+    reading, sizes = Reading(prompts=True), Sizes(max_length=32, pack=True)
+    texts = read_corpus([data], valid, tokenizer, reading, sizes).texts
+    asked = [text.tokens for text in texts if not text.num_learned]
+    assert asked == [tokenizer.encode(row["prompt"]) for row in questions]
+    write(tmp_path / "data.jsonl", *questions)
+    assert len(read_corpus([data], valid, tokenizer, reading, sizes).texts) == 4
+
+
 def test_choices_are_counted_by_their_rows(tmp_path: Path, tokenizer: Any) -> None:
     """A row may have some of its choices among the texts to learn and others held out."""
     rows = [

@@ -75,8 +75,10 @@ def pack(texts: Sequence[Text], length: int) -> list[Text]:
 
     Nothing is padded, and a text sees the end of the one before it. All that was learned still is,
     and once: a row begins with the last token of the one before it. A row that would have nothing
-    to learn is left out.
+    to learn is left out. Questions alone stay as they are, for the student to answer.
     """
+    asked = [text for text in texts if not text.num_learned]
+    texts = [text for text in texts if text.num_learned]
     stream = Text(
         [token for text in texts for token in text.tokens],
         [mark for text in texts for mark in text.learned],
@@ -86,7 +88,7 @@ def pack(texts: Sequence[Text], length: int) -> list[Text]:
     templated = any(text.source and text.source.templated for text in texts)
     source = Source("a row of packed texts", templated=templated)
     rows = [Text(stream.tokens[part], stream.learned[part], source) for part in parts]
-    return [row for row in rows if row.num_learned]
+    return [*(row for row in rows if row.num_learned), *asked]
 
 
 def held_out_rows(groups: Sequence[Hashable], count: int, seed: int) -> list[int]:
