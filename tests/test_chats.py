@@ -17,6 +17,7 @@ from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit, pack
 from mlx_distill.data.texts import Text
+from mlx_distill.distillation.on_policy import with_room
 from mlx_distill.errors import InputError
 
 USER, OTHER = ({"role": "user", "content": text} for text in ("Hi", "And now?"))
@@ -289,6 +290,22 @@ def test_question_alone(stories: Any) -> None:
         assert (kept, report.kept) == ([text], 1)
         with pytest.raises(InputError, match="nothing to learn"):
             fit([text], 100)
+
+
+def test_chat_of_answers_that_are_not_to_be_learned_asks_nothing(stories: Any) -> None:
+    """A student that writes its own texts is not asked to go on behind such an answer."""
+    tokenizer = with_template(stories, templates.CHATML)
+    chat = {"messages": [USER, {**FIRST, "weight": 0}]}
+    text, question = (
+        encode_row(row, tokenizer, "here", prompts=True) for row in (chat, {"messages": [USER]})
+    )
+    assert (text.asks, question.asks) == (False, True)
+    kept, report = fit([text, question], 100, prompts=True)
+    assert kept == [question]
+    assert report.dropped == {"nothing to learn within 100 tokens": 1}
+    report = Report(rows=2, kept=2)
+    assert with_room([text, question], None, report) == [question]
+    assert report.sentence() == "1 texts of 2 rows (1 nothing to learn)"
 
 
 def test_what_users_of_other_projects_have(stories: Any) -> None:

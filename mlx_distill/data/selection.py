@@ -34,7 +34,7 @@ def fit(
         max_length: In tokens.
         long: What happens to longer ones: "cut" keeps the beginning of documents and drops chats,
             whose template's marks would be lost, "drop" leaves all out, "refuse" stops.
-        prompts: Keep those of which nothing is learned.
+        prompts: Keep questions alone, of which nothing is learned.
         report: Counts go there.
 
     Raises:
@@ -56,7 +56,7 @@ def fit(
             report.drop(f"longer than {max_length} tokens", text.place)
             continue
         fitting = text.upto(max_length) if is_long else text
-        if not fitting.num_learned and not (prompts and not is_long):
+        if not fitting.num_learned and not (prompts and text.asks and not is_long):
             report.drop(f"nothing to learn within {max_length} tokens", text.place)
             continue
         if is_long:
@@ -77,7 +77,7 @@ def pack(texts: Sequence[Text], length: int) -> list[Text]:
     and once: a row begins with the last token of the one before it. A row that would have nothing
     to learn is left out. Questions alone stay as they are, for the student to answer.
     """
-    asked = [text for text in texts if not text.num_learned]
+    asked = [text for text in texts if text.asks]
     texts = [text for text in texts if text.num_learned]
     stream = Text(
         [token for text in texts for token in text.tokens],

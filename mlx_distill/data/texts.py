@@ -83,6 +83,16 @@ class Text:
         return sum(self.learned)
 
     @property
+    def asks(self) -> bool:
+        """Whether it is a question alone: nothing of it is learned, and no answer ends it.
+
+        Of a chat whose answers are not to be learned nothing is, either, but it has them.
+        """
+        chat = self.source.chat if self.source else None
+        has_answer = chat is not None and chat.messages[-1].get("role") == "assistant"
+        return not self.num_learned and not has_answer
+
+    @property
     def place(self) -> str:
         """Where it comes from, for complaints."""
         return self.source.place if self.source else "a text"

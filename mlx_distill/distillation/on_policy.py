@@ -227,16 +227,17 @@ def with_room(texts: Sequence[Text], limit: int | None, report: Report) -> list[
     """Return the texts less the questions alone that leave no room for an answer.
 
     Args:
-        texts: Those that have something to learn stay.
+        texts: Those that have something to learn stay; what neither has nor asks anything does not.
         limit: The longest text in tokens, of all networks that read it; None for any.
         report: Counts what is left out.
     """
     kept = []
     for text in texts:
-        if limit is None or text.num_learned or len(text.tokens) < limit:
+        if text.num_learned or (text.asks and (limit is None or len(text.tokens) < limit)):
             kept.append(text)
             continue
-        report.drop(f"no room for an answer within {limit} tokens", text.place)
+        reason = f"no room for an answer within {limit} tokens" if text.asks else "nothing to learn"
+        report.drop(reason, text.place)
         report.kept -= 1
     return kept
 
