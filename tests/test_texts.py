@@ -1,5 +1,6 @@
 """Texts to learn from: what is read, what is learned of it, and in which order."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ import huggingface_hub.constants
 import mlx_lm
 import numpy as np
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.encoding import encode_row, read_texts
@@ -297,6 +299,33 @@ def test_hub_dataset(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert len(read_texts("someone/stories", tokenizer, split="valid")) == 1
     assert asked == [(("someone/stories", "valid.jsonl"), {"repo_type": "dataset"})]
+
+
+def test_hub_dataset_of_another_layout(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a folder; what else goes wrong ends the search."""
+    names = []
+
+    def download(name: str, file: str, repo_type: str) -> str:
+        names.append(file)
+        if name == "someone/secrets":
+            raise OSError("401")
+        if file != "train.jsonl.gz":
+            raise EntryNotFoundError(f"no {file}")
+        path = tmp_path / file
+        path.write_bytes(gzip.compress(b'{"text": "A dog."}\n'))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert len(read_texts("someone/stories", tokenizer)) == 1
+    assert names == ["train.jsonl", "train.jsonl.gz"]
+    with pytest.raises(InputError, match=r"valid\.jsonl of a dataset .*: no valid\.jsonl$"):
+        read_texts("someone/stories", tokenizer, split="valid")
+    del names[:]
+    with pytest.raises(InputError, match="401"):
+        read_texts("someone/secrets", tokenizer)
+    assert names == ["train.jsonl"]
 
 
 def test_empty_file(tmp_path: Path, tokenizer: Any) -> None:

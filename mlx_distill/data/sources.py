@@ -16,7 +16,7 @@ def local_file(source: str | Path, split: str) -> Path:
 
     Args:
         source: A file, a folder that holds ``{split}.jsonl`` (also ``.jsonl.gz`` or ``.parquet``),
-            or the name of a hub dataset with ``{split}.jsonl``.
+            or the name of a hub dataset that does.
         split: Which file of a folder or a dataset.
 
     Raises:
@@ -31,15 +31,26 @@ def local_file(source: str | Path, split: str) -> Path:
         return path
     if name.endswith(SUFFIXES) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise InputError(f"there is no file {path}")
-    from huggingface_hub import hf_hub_download
+    return _from_hub(name, split)
 
-    try:
-        return Path(hf_hub_download(name, f"{split}.jsonl", repo_type="dataset"))
-    except Exception as error:  # the hub's client raises its transport's errors too
-        raise InputError(
-            f"there is no file {name}, and {split}.jsonl of a dataset of that name could not be "
-            f"fetched from the hub: {one_line(error)}"
-        ) from None
+
+def _from_hub(name: str, split: str) -> Path:
+    """Return a dataset's file of a split, fetched from the hub, in the first layout that it has."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    wrong: list[Exception] = []
+    for suffix in SUFFIXES:
+        try:
+            return Path(hf_hub_download(name, f"{split}{suffix}", repo_type="dataset"))
+        except Exception as error:  # the hub's client raises its transport's errors too
+            wrong.append(error)
+            if not isinstance(error, EntryNotFoundError):
+                break
+    raise InputError(
+        f"there is no file {name}, and {split}.jsonl of a dataset of that name could not be "
+        f"fetched from the hub: {one_line(wrong[0])}"
+    )
 
 
 def check_sources(sources: Iterable[str | Path], split: str = "train") -> None:
