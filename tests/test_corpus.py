@@ -7,11 +7,11 @@ from typing import Any
 
 import mlx_lm
 import pytest
-from chat_templates import LLAMA3
+from chat_templates import FORGETFUL, LLAMA3
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.corpus import Reading, Sizes, check_corpus, read_corpus
-from mlx_distill.data.report import Report
+from mlx_distill.data.report import LOST, Report
 from mlx_distill.data.sources import check_sources, local_file, read_rows
 from mlx_distill.errors import InputError
 
@@ -119,6 +119,21 @@ def test_choices_are_counted_by_their_rows(tmp_path: Path, tokenizer: Any) -> No
     assert (corpus.valid_report.rows, corpus.valid_report.kept) == (4, 8)
     files = [text.source.file for text in corpus.valid if text.source]
     assert sorted(files) == sorted(data * 4)
+
+
+def test_what_was_done_with_texts_is_counted_where_they_are(tmp_path: Path) -> None:
+    """With this template, the last answer of a chat alone is found."""
+    template = {"chat_template": FORGETFUL}
+    tokenizer = mlx_lm.utils.load_tokenizer(bundled("stories-14m"), template)
+    chat = [{"role": role, "content": "Hi"} for role in ("user", "assistant")]
+    long = [*chat, chat[0], {"role": "assistant", "content": LONG}]
+    data = write(tmp_path / "data.jsonl", *[{"messages": chat * 2}] * 7, {"messages": long})
+    sizes = Sizes(held_out=2, max_texts=3, max_length=64)
+    corpus = read_corpus([data], None, tokenizer, Reading(), sizes)
+    assert len(corpus.texts) == 3
+    assert corpus.report.changed == {LOST: 3}
+    assert len(corpus.report.places[LOST]) <= 3
+    assert corpus.valid_report.changed == {LOST: len(corpus.valid)}
 
 
 def test_first_question_beside_a_chat(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
 from mlx_distill.data.encoding import read_texts
-from mlx_distill.data.report import Report
+from mlx_distill.data.report import LOST, Report
 from mlx_distill.data.selection import fit, limited, pack, split_held_out
 from mlx_distill.data.sources import SUFFIXES, check_sources, local_file
 from mlx_distill.data.texts import Text
@@ -150,6 +150,10 @@ def read_corpus(
         learned, judged = _rows(texts), _rows(kept)
         held.rows = len(judged)
         report.rows -= len(judged - learned)
+        for text in kept:
+            if text.source and text.source.lost:
+                report.unchange(LOST, text.place)
+                held.change(LOST, text.place)
     texts = limited(texts, sizes.max_texts, report)
     keeps = {"prompts": reading.prompts}
     split = sizes.pack and sizes.long == "cut"  # packing loses nothing of a long text

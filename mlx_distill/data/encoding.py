@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_distill.data.chats import write_chat
 from mlx_distill.data.prompts import encode_prompt
-from mlx_distill.data.report import Report
+from mlx_distill.data.report import LOST, Report
 from mlx_distill.data.rows import TRUNCATED, Row, read_row, why_ended
 from mlx_distill.data.sources import local_file, read_rows
 from mlx_distill.data.texts import Source, Text
@@ -169,6 +169,7 @@ def _templated(
         start, content, stop = (before[x] for x in (answer.start, answer.content, answer.stop))
         learned[start:stop] = True
         answers.append((answer.message, content, stop))
-    if written.lost and report is not None:
-        report.change("only the last answer learned, for the others were not found", source.place)
-    return Text(tokens, learned.tolist(), replace(source, answers=tuple(answers)))
+    lost = written.lost > 0
+    if lost and report is not None:
+        report.change(LOST, source.place)
+    return Text(tokens, learned.tolist(), replace(source, answers=tuple(answers), lost=lost))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 PLACES_SHOWN = 3
+LOST = "only the last answer learned, for the others were not found"
 
 
 class Drop(Exception):
@@ -49,6 +50,14 @@ class Report:
         """Count what is used otherwise than it stands there."""
         self._count(self.changed, what, place)
 
+    def unchange(self, what: str, place: str) -> None:
+        """Take a count of ``change`` back: what was kept is not used after all, or elsewhere."""
+        self.changed[what] -= 1
+        if place in self.places[what]:
+            self.places[what].remove(place)
+        if not self.changed[what]:
+            del self.changed[what], self.places[what]
+
     def _count(self, counts: Counter[str], reason: str, place: str) -> None:
         counts[reason] += 1
         if counts[reason] <= PLACES_SHOWN:
@@ -87,8 +96,9 @@ class Report:
 
     def _line(self, counted: tuple[str, int]) -> str:
         reason, count = counted
-        more = "; ..." if count > PLACES_SHOWN else ""
-        return f"{count} {reason}: {'; '.join(self.places[reason])}{more}"
+        places = self.places[reason]
+        more = ["..."] if count > len(places) else []
+        return f"{count} {reason}: {'; '.join([*places, *more])}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report for a JSON file."""

@@ -5,7 +5,7 @@ from itertools import zip_longest
 
 import numpy as np
 
-from mlx_distill.data.report import Report
+from mlx_distill.data.report import LOST, Report
 from mlx_distill.data.texts import Source, Text
 from mlx_distill.errors import InputError
 
@@ -15,7 +15,7 @@ LONG = ("cut", "drop", "refuse")
 def limited(texts: Sequence[Text], count: int | None, report: Report) -> list[Text]:
     """Return the first ``count`` texts, or all; the others are counted as dropped."""
     for text in texts[count:] if count is not None else ():
-        report.drop(f"behind the first {count}", text.place)
+        _drop(text, f"behind the first {count}", report)
     return list(texts[:count])
 
 
@@ -53,11 +53,11 @@ def fit(
     for text in texts:
         is_long = len(text.tokens) > max_length
         if is_long and (long == "drop" or (text.source and text.source.templated)):
-            report.drop(f"longer than {max_length} tokens", text.place)
+            _drop(text, f"longer than {max_length} tokens", report)
             continue
         fitting = text.upto(max_length) if is_long else text
         if not fitting.num_learned and not (prompts and text.asks and not is_long):
-            report.drop(f"nothing to learn within {max_length} tokens", text.place)
+            _drop(text, f"nothing to learn within {max_length} tokens", report)
             continue
         if is_long:
             report.change(f"cut to {max_length} tokens", text.place)
@@ -68,6 +68,13 @@ def fit(
             f"none of {len(texts)} {report.noun} has anything to learn: {report.reasons()}"
         )
     return kept, report
+
+
+def _drop(text: Text, reason: str, report: Report) -> None:
+    """Count a text that is not used, and no more what was done with it when it was read."""
+    report.drop(reason, text.place)
+    if text.source and text.source.lost and report.changed[LOST]:
+        report.unchange(LOST, text.place)
 
 
 def pack(texts: Sequence[Text], length: int) -> list[Text]:

@@ -25,6 +25,7 @@ class Source:
         ended: False if it was cut off.
         answers: Of a chat, which message is learned from which token to which; a message that the
             chat has not is the text's own.
+        lost: Its other answers were not found, so the last alone is learned.
     """
 
     place: str
@@ -32,6 +33,7 @@ class Source:
     templated: bool = False
     ended: bool = True
     answers: tuple[tuple[int, int, int], ...] = ()
+    lost: bool = False
 
     @property
     def file(self) -> str:
