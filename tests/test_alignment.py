@@ -65,6 +65,32 @@ def test_no_character_is_read_in_half(text: str, length: int, read: str) -> None
     assert reading.tokens == whole
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "日本é日本  éЖéé 👨‍👩‍👧🦊 ran.\n👍🏽👍🏽"},
+        {"prompt": "Who is 日本é?", "completion": "👨‍👩‍👧🦊éЖ ran."},
+        {"prompt": "Who is 🦊é", "completion": "Ж👍🏽👍🏽 ran."},
+    ],
+)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_characters_of_several_tokens(row: dict[str, str], swapped: bool) -> None:
+    """One decoder makes nothing of any byte of a row of them if the first one is cut off."""
+    ours, theirs = (byte_tokenizer(), word_tokenizer())[:: -1 if swapped else 1]
+    text = encode_row(row, ours, "here")
+    reading = read_otherwise(text, ours, theirs)
+    assert len(reading.places) > 5
+    for place, their in reading.places:
+        before = (
+            tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            for tokenizer, tokens in (
+                (ours, text.tokens[:place]),
+                (theirs, reading.tokens[:their]),
+            )
+        )
+        assert next(before) == next(before)
+
+
 @pytest.mark.parametrize("template", [templates.CHATML, None])
 def test_chat_is_read_in_its_own_template(template: str | None) -> None:
     ours, theirs = byte_tokenizer(template), word_tokenizer(THEIRS)

@@ -90,11 +90,8 @@ def tokens_before(
 
 def decoded_behind(tokenizer: Any, tokens: Sequence[int], start: int) -> str:
     """Return the text of the tokens from ``start`` on, with the blank that it may begin with."""
-    begun = max(0, start - WINDOW)
-    known, whole = (
-        tokenizer.decode(list(some), skip_special_tokens=True)
-        for some in (tokens[begun:start], tokens[begun:])
-    )
+    begun = _window(tokenizer, tokens, start)
+    known, whole = (_decoded(tokenizer, some) for some in (tokens[begun:start], tokens[begun:]))
     return whole[len(known) :]
 
 
@@ -104,17 +101,29 @@ def character_ends(tokenizer: Any, tokens: Sequence[int], start: int = 0) -> lis
     None stands where a token ends within a character. Special tokens have no characters.
     """
     ends: list[int | None] = []
-    length, begun, done = 0, max(0, start - WINDOW), start
-
-    def text(first: int, stop: int) -> str:
-        return tokenizer.decode(list(tokens[first:stop]), skip_special_tokens=True)
-
+    begun = _window(tokenizer, tokens, start)
+    length, done, borders = 0, start, [start]
     for stop in range(start + 1, len(tokens) + 1):
-        known, grown = text(begun, done), text(begun, stop)
+        known, grown = (_decoded(tokenizer, tokens[begun:place]) for place in (done, stop))
         if grown.endswith(UNFINISHED) and not known.endswith(UNFINISHED):
             ends.append(None)
             continue
         length += len(grown) - len(known)
         ends.append(length)
-        begun, done = max(begun, stop - WINDOW), stop
+        done = stop
+        borders.append(stop)
+        while borders[0] <= stop - WINDOW:  # never within a character, which may spoil the next
+            begun = borders.pop(0)
     return ends
+
+
+def _window(tokenizer: Any, tokens: Sequence[int], start: int) -> int:
+    """Return from where tokens are decoded for those from ``start`` on; no character is split."""
+    first = max(0, start - WINDOW)
+    places = range(first, max(-1, first - WINDOW), -1)
+    whole = (p for p in places if not _decoded(tokenizer, tokens[p:start]).startswith(UNFINISHED))
+    return next(whole, first)
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return tokenizer.decode(list(tokens), skip_special_tokens=True)
