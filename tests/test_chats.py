@@ -322,6 +322,12 @@ def test_what_users_of_other_projects_have(stories: Any) -> None:
     alpaca = {"instruction": "Hi", "input": "", "output": "Hello, Lily!", "system": "Be brief."}
     chat = encode_row({"messages": [SYSTEM, USER, FIRST]}, tokenizer, "here")
     assert encode_row(alpaca, tokenizer, "here") == chat
+    turns = [[USER["content"], FIRST["content"]]]
+    alpaca = {"instruction": OTHER["content"], "output": SECOND["content"], "history": turns}
+    assert encode_row(alpaca, tokenizer, "here") == expected
+    for history in ("Hi", ["Hi"], [["Hi"]], [["Hi", 5]]):
+        with pytest.raises(InputError, match=r"here: (history must be|expected a non-empty text)"):
+            encode_row({**alpaca, "history": history}, tokenizer, "here")
     silent = with_template(stories, templates.QWEN3)
     config = {"chat_template_kwargs": {"enable_thinking": False}}
     row = {"instruction": "Add.", "output": "3", **config, "text": "Below is ..."}

@@ -28,7 +28,8 @@ SHAREGPT_ROLES = {
 # Why an answer was cut off, in lower case: OpenAI's words, Anthropic's and Bedrock's.
 TRUNCATED = {"length", "max_tokens", "max_output_tokens", "model_context_window_exceeded"}
 # What rows of Alpaca's layout hold, and what tables hold beside it of the same in other words.
-ALPACA = {"instruction", "input", "output", "system", "text", "prompt", "completion", "messages"}
+ALPACA = {"instruction", "input", "output", "system", "history"}
+ALPACA |= {"text", "prompt", "completion", "messages"}
 EXPECTED = "expected text, prompt and completion, or messages"
 EXPECTED_PROMPT = "expected a key prompt, messages, turns or text"
 
@@ -98,8 +99,9 @@ def as_mlx_lm(row: Mapping[str, Any], place: str, prompts: bool = False) -> Mapp
         asked = [row["instruction"], row.get("input") or ""]
         question = "\n\n".join(string(text, place) for text in asked if text != "")
         rest = {name: value for name, value in row.items() if name not in ALPACA}
-        if systems:
-            chat = [*systems, *_asked(question).messages, _said(row["output"])]
+        before = [*systems, *_history(row.get("history"), place)]
+        if before:
+            chat = [*before, *_asked(question).messages, _said(row["output"])]
             return {**rest, "messages": chat}
         return {**rest, "prompt": question, "completion": row["output"]}
     if isinstance(row.get("conversations"), list) and "messages" not in row:
@@ -119,6 +121,18 @@ def why_ended(row: Mapping[str, Any]) -> str | None:
     names = ("finish_reason", "stop_reason", "stopReason")
     given = (*(row.get(name) for name in names), incomplete)
     return next((reason for reason in given if isinstance(reason, str)), None)
+
+
+def _history(turns: Any, place: str) -> list[Mapping[str, Any]]:
+    """Return the messages of the turns before a question, pairs of a question and its answer."""
+    turns = turns or []
+    if not isinstance(turns, list) or not all(isinstance(t, list) and len(t) == 2 for t in turns):
+        raise InputError(f"{place}: history must be a list of pairs, got {turns!r:.40}")
+    return [
+        message
+        for asked, said in turns
+        for message in (*_asked(string(asked, place)).messages, _said(string(said, place)))
+    ]
 
 
 def _sharegpt(message: Any, place: str) -> dict[str, Any]:
