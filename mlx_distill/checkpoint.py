@@ -45,8 +45,9 @@ def load(
     adapter_path: str | Path | None = None,
     trust_remote_code: bool = False,
     tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
     lazy: bool = False,
-    **more: Any,
+    revision: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """Return the model and the tokenizer of a folder or a hub repository, as ``mlx_lm.load`` does.
 
@@ -57,14 +58,15 @@ def load(
         adapter_path: A folder of adapters that mlx-lm trained; None for none.
         trust_remote_code: Whether the repository may run code of its own. Without, nobody is asked.
         tokenizer_config: What the tokenizer is made with, beside what its files say.
+        model_config: What replaces fields of its config.json.
         lazy: Leave the weights on the disk until they are used.
-        more: Further arguments of ``mlx_lm.load``.
+        revision: Of a repository on the hub: a branch, a tag or a commit; None for the newest.
 
     Raises:
         InputError: If the model is not there, is incomplete or damaged, is larger than the machine,
             or of an unknown kind, or the adapters are not there or not its own.
     """
-    path = local_folder(path_or_repo)
+    path = local_folder(path_or_repo, revision)
     in_float32 = mx.default_device() == mx.Device(mx.cpu)
     config = check_model(path, in_float32)
     if "model_file" in config and not trust_remote_code:
@@ -77,7 +79,7 @@ def load(
             lazy=True,
             trust_remote_code=trust_remote_code,
             tokenizer_config=tokenizer_config,
-            **more,
+            model_config=model_config,
         )[:2]
         _check_arrays(model)
         if adapters is not None:
@@ -107,8 +109,12 @@ def load_tokenizer(path_or_repo: str | Path, trust_remote_code: bool = False) ->
         raise _no_model(path, error, "the tokenizer ") from None
 
 
-def local_folder(path_or_repo: str | Path) -> Path:
+def local_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a model, fetched from the hub if the name is not a folder here.
+
+    Args:
+        path_or_repo: A folder, or a name on the hub; the oldest names there have no owner.
+        revision: Of what is fetched; None for the newest.
 
     Raises:
         InputError: If there is no such folder, and nothing of the name on the hub.
@@ -120,12 +126,14 @@ def local_folder(path_or_repo: str | Path) -> Path:
     if path.exists():
         refuse_pickled(path)
         raise InputError(f"{name} is a file; a model is a folder with config.json and weights")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise InputError(f"there is no folder {name}, and it is no name of a hub repository")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+        )
     except Exception as error:  # the hub's client raises its transport's errors too
         raise InputError(
             f"there is no folder {name}, and it could not be fetched from the hub: "
@@ -146,17 +154,20 @@ def _no_model(path: Path, error: Exception, what: str = "") -> InputError:
 
 
 def _check_arrays(model: nn.Module) -> None:
-    """Raise InputError if weights that are no packed ones are whole numbers."""
+    """Raise InputError if weights are no real numbers, or whole ones where they are not packed.
+
+    Files may hold masks beside them, which are no part of the model.
+    """
     for path, module in model.named_modules():
         packed = any("scale" in name for name in module) or hasattr(module, "bits")
         for name, array in module.items():
-            if (
-                isinstance(array, mx.array)
-                and name.endswith(("weight", "bias"))
-                and not packed
-                and not mx.issubdtype(array.dtype, mx.floating)
-            ):
-                kind = str(array.dtype).removeprefix("mlx.core.")
+            if not isinstance(array, mx.array):
+                continue
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            if array.dtype in (mx.bool_, mx.complex64):
+                raise InputError(f"{path}.{name} is {kind}; weights are real numbers")
+            whole = not packed and not mx.issubdtype(array.dtype, mx.floating)
+            if whole and name.endswith(("weight", "bias")):
                 raise InputError(f"{path}.{name} is {kind}; weights that are not packed are floats")
 
 

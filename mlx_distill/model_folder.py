@@ -17,7 +17,10 @@ from mlx_distill.safetensors import BITS, Tensor, read_header, refuse_pickled
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
 # One of these holds the tokens; without any, the loader makes an empty tokenizer of its own.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.*", "*tokenizer*.py")
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.jsonl", "tekken.json", "*.model", "*.tiktoken", "*vocab*"),
+    *("*tokenizer*.py", "*tokenization*.py"),
+)
 # What mlx-lm and the tokenizers' library read as JSON objects beside config.json.
 SETTINGS = (
     *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
@@ -124,14 +127,10 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    """Return what arrays a model's folder holds; of those that nothing can be made of, complain."""
+    """Return what arrays a model's folder holds, those that mlx-lm leaves out among them."""
     tensors: dict[str, Tensor] = {}
     for file in weight_files(path):
-        header = read_header(file)
-        for name, tensor in header.items():
-            if tensor.dtype in ("C64", "BOOL"):
-                raise InputError(f"{file}: {name} is {tensor.dtype}; weights are real numbers")
-        tensors |= header
+        tensors |= read_header(file)
     return tensors
 
 

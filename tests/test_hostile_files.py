@@ -121,8 +121,11 @@ CASES: dict[str, tuple[dict[str, Edit], str]] = {
     "negative shape": ({"model__safetensors": first_entry(shape=[-1, 2])}, "has no shape"),
     "another shape": ({"model__safetensors": first_entry(shape=[7])}, "of shape .7., and has"),
     "whole numbers": ({"model__safetensors": norm(lambda x: x.astype(mx.int32))}, "is int32"),
-    "complex": ({"model__safetensors": norm(lambda x: x.astype(mx.complex64))}, "is C64"),
-    "bool": ({"model__safetensors": norm(lambda x: x > 0)}, "is BOOL"),
+    "complex": (
+        {"model__safetensors": norm(lambda x: x.astype(mx.complex64))},
+        "norm.weight is complex64",
+    ),
+    "bool": ({"model__safetensors": norm(lambda x: x > 0)}, "norm.weight is bool"),
     "shard of a number": (index(1), "the place of a must be a file's name, got 1"),
     "shard of nothing": (index(None), "the place of a must be a file's name, got None"),
     "shard of a list": (index(["a"]), "the place of a must be a file's name"),
