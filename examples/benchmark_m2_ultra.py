@@ -84,7 +84,7 @@ def _keep_settings(folder: Path, arguments: argparse.Namespace) -> None:
     asked = {name: value for name, value in vars(arguments).items() if name != "output"}
     settings = json.dumps(asked, indent=1) + "\n"
     path = folder / "settings.json"
-    if path.exists() and path.read_text(encoding="utf-8") != settings:
+    if path.exists() and path.read_bytes() != settings.encode():
         raise InputError(f"{folder} holds a run with other settings; name another --output")
     if not path.exists() and any(child.suffix == ".json" for child in folder.iterdir()):
         raise InputError(f"{folder} holds results of something else; name another --output")
@@ -113,7 +113,7 @@ def _steps(arguments: argparse.Namespace, precision: str, model: Path) -> Iterat
                 shared += [f"--{name.replace('_', '-')}", getattr(arguments, name)]
         drafter = arguments.drafter or str(bundled("stories-14m-redrafter"))
         shared += ["--drafter", drafter]
-        decoded = (prompts + 1) * arms + 8 * min(4, prompts) + cells * (swept + 1) * arms
+        decoded = (prompts + 1) * arms + 8 * min(4, prompts) + cells * (swept + 1) * 2
         tokens = arguments.max_tokens * decoded
         title = f"{precision}-T{temperature:g}"
         growth = ("--growth", str(arguments.growth))

@@ -21,7 +21,7 @@ from typing import Any
 from mlx_distill import cli, machine
 from mlx_distill.benchmarking.arms import Bench, settled
 from mlx_distill.benchmarking.batches import batch_lines, batches
-from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, for_page, run, usable
+from mlx_distill.benchmarking.benchmark import Studies, check_draft_model, run, usable
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.dispatch_study import study
 from mlx_distill.benchmarking.page import page
@@ -55,6 +55,9 @@ from mlx_distill.target.target import Target
 WRITTEN = ("output", "plot", "trace", "report")
 # What a page shows beside what its command asks for.
 PAGE_GROWTH, PAGE_TREES, PAGE_SWEEP = 4096, 3, 2
+# What is done instead of a benchmark, and what is measured in one beside the speed.
+LONE = "results", "dispatches", "batch", "profile", "loss_memory", "samplers"
+BESIDE = "sharing", "long_run", "growth", "sweep_prompts", "plot"
 PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
 
 
@@ -62,7 +65,8 @@ PROMPTS = Path(__file__).parent / "data" / "story_openings.jsonl"
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
-    if arguments.report and not arguments.sweep_prompts:
+    _check_studies(arguments)
+    if arguments.report and not arguments.sweep_prompts and not _given(arguments, LONE):
         arguments.sweep_prompts = min(PAGE_SWEEP, arguments.num_prompts)
     config = from_flags(BenchmarkConfig, arguments)
     plan = cli.asked_shape(_parser(), argv, arguments)
@@ -94,8 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(files["trace"], trace(runs[0]))
     else:
         result |= run(bench, asked, plan, _studies(arguments)) | {"rows": report.to_dict()}
-        if arguments.report:
-            result |= for_page(bench, timed, shape)
         show(result)
     _write(files["output"], result)
     if files["report"]:
@@ -123,7 +125,8 @@ def _studies(arguments: argparse.Namespace) -> Studies:
     """Return what is measured beside the arms; a page shows more than a table."""
     growth = arguments.growth or (PAGE_GROWTH if arguments.report else None)
     trees = PAGE_TREES if arguments.report else 0
-    return Studies(arguments.sharing, arguments.long_run, growth, trees)
+    on_a_page = bool(arguments.report)
+    return Studies(arguments.sharing, arguments.long_run, growth, trees, on_a_page)
 
 
 def _check(arguments: argparse.Namespace, config: BenchmarkConfig) -> None:
@@ -152,6 +155,22 @@ def _check(arguments: argparse.Namespace, config: BenchmarkConfig) -> None:
         raise InputError("--results are shown by a report; name its file with --report")
     if not arguments.results:
         check_sources([arguments.data or PROMPTS])
+
+
+def _check_studies(arguments: argparse.Namespace) -> None:
+    """Raise InputError if one command is to measure several things that go alone."""
+    lone, beside = _given(arguments, LONE), _given(arguments, BESIDE)
+    if len(lone) > 1:
+        raise InputError(f"{lone[0]} and {lone[1]} go alone; ask for one at a time")
+    if lone and beside:
+        raise InputError(f"{lone[0]} goes alone; leave {beside[0]} out")
+    if arguments.results and arguments.output:
+        raise InputError("--results measures nothing; leave --output out")
+
+
+def _given(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Return the flags among some that were given."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name)]
 
 
 def _check_table(name: str, num_rows: int, num_entries: int) -> None:

@@ -185,6 +185,17 @@ def test_generate_compares_with_the_same_cache_and_law(capsys: pytest.CaptureFix
     assert last_line(capsys.readouterr().out)["comparison"]["speedup"] > 0
 
 
+@pytest.mark.parametrize("flags", [["--stop", "day"], ["--max-kv-size", "16"]])
+def test_generate_compares_what_was_written(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """What ends at a stop text is no other text, and mlx-lm remembers as little as we do."""
+    assert generate.main(["--max-tokens", "40", "--compare", "--json", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert last_line(out)["comparison"]["first_difference"] is None
+    assert "differ from" not in err
+
+
 def test_generate_reads_stdin(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, expected: str
 ) -> None:

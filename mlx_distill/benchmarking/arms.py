@@ -4,6 +4,7 @@ All arms run in one process and take turns prompt by prompt, so that a machine w
 does not decide.
 """
 
+import copy
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +163,16 @@ def settled(
         options = {"max_tokens": max_tokens, "seed": number, **asdict(sampling), **drafting}
         deque(stream_generate(pair.model, pair.tokenizer, prompt, **options), maxlen=0)
     return found
+
+
+def endless(tokenizer: Any) -> Any:
+    """Return a tokenizer with which no text ends before all tokens are written.
+
+    A chat that is cut may be answered with three tokens, and other prompts with one.
+    """
+    other = copy.copy(tokenizer)
+    other.eos_token_ids = set()
+    return other
 
 
 def measure(

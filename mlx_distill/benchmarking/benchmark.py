@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from mlx import nn
@@ -31,12 +32,14 @@ class Studies:
         long_run: Tokens that are written for the memory; None for none.
         growth: The longest context at which speed and memory are measured; None for none.
         trees: Texts that are kept with the trees that they were written with.
+        page: What a page shows beside: a profile, and what calls cost.
     """
 
     sharing: bool = False
     long_run: int | None = None
     growth: int | None = None
     trees: int = 0
+    page: bool = False
 
 
 def run(
@@ -57,30 +60,36 @@ def run(
     config, shape = bench.config, plan or DraftPlan()
     prompts = [one.ids for one in asked]
     samples = bench.run(prompts, plan, "benchmark")
+    arms = summary(samples)
+    # What ends with its first token cannot be timed.
+    whole = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
+    timed = list(compress(prompts, whole))
     greedy = bench.sampling.temperature == 0
     result: dict[str, Any] = {
-        "arms": summary(samples),
+        "arms": arms,
         "equal_texts": equal_texts(samples) if greedy else None,
         "differences": differences(bench, prompts, samples, plan) if greedy else [],
         "acceptance_by_depth": mean_by_depth(samples[OURS]),
         "classes": by_class(samples, [one.kind for one in asked]),
-        "overhead": overhead(bench, prompts[: config.timed_prompts], shape),
+        "overhead": overhead(bench, timed[: config.timed_prompts], shape),
         "dtype": str(bench.dtype).rpartition(".")[2],
     }
     if studies.sharing:
-        result["sharing"] = sharing(bench, prompts[:4])
+        result["sharing"] = sharing(bench, timed[:4])
     if studies.long_run:
         result["long_run"] = long_run(bench, prompts, shape, studies.long_run)
     if config.sweep_prompts:
-        result["sweep"] = sweep(bench, prompts[: config.sweep_prompts], shape)
+        result["sweep"] = sweep(bench, timed[: config.sweep_prompts], shape)
     if studies.growth:
         result["growth"] = growth(bench, prompts, plan, studies.growth)
     if studies.trees:
         result["trees"] = trees(bench, asked, plan, studies.trees)
+    if studies.page:
+        result |= _for_page(bench, timed[: config.timed_prompts], shape)
     return result
 
 
-def for_page(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, Any]:
+def _for_page(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> dict[str, Any]:
     """Return what a page shows beside: a profile, and what calls cost unless that is left out."""
     found: dict[str, Any] = {
         "profile": profile(bench, prompts, plan, run_profile(bench, prompts, plan))

@@ -16,6 +16,7 @@ from mlx import nn
 from mlx_distill.arrays import to_number
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.speculation.caching import CacheConfig
+from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.target import Target
 
 
@@ -74,7 +75,8 @@ def compare(
     """
     found, last = None, None
     for place, last in enumerate(plain(model, tokenizer, prompt, sampling, cache, max_tokens)):
-        found = found or _difference(place, last, tokens)
+        if place < len(tokens):  # a stop text ends what was drafted, and not what mlx-lm writes
+            found = found or _difference(place, last, tokens)
     assert last is not None
     speed = (last.generation_tps, generation_tps / last.generation_tps)
     if sampling.temperature or found is None:
@@ -103,8 +105,8 @@ def plain(
     cache: CacheConfig,
     max_tokens: int,
 ) -> Iterator[Any]:
-    """Return mlx-lm's responses, by its own loop."""
+    """Return mlx-lm's responses, by its own loop and over caches that are bounded as ours are."""
+    options = asdict(cache)
+    options["prompt_cache"] = prompt_caches(model, options.pop("max_kv_size"))
     sampler = sampling.mlx_lm_sampler(Target.of(model).vocab_size)
-    return mlx_lm.stream_generate(
-        model, tokenizer, prompt, max_tokens, sampler=sampler, **asdict(cache)
-    )
+    return mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens, sampler=sampler, **options)

@@ -20,6 +20,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
+from mlx_distill.benchmarking.arms import endless
 from mlx_distill.benchmarking.dispatches import as_sent_to_a_gpu, in_graph
 from mlx_distill.benchmarking.kernel_regions import marked_as, standing_in
 from mlx_distill.compat import model_classes
@@ -302,7 +303,7 @@ def of_cycle(
     drafter = as_a_gpu_has_it(drafter)
     steps = stream_generate(
         model,
-        tokenizer,
+        endless(tokenizer),
         prompt,
         drafter=drafter,
         plan=plan,

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mlx_distill.benchmarking import roofline
-from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, measure
+from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, endless, measure
 from mlx_distill.benchmarking.dispatch_study import (
     as_a_gpu_has_it,
     by_phase,
@@ -161,7 +161,8 @@ def profile(
         "target": roofline.of_call(bench.model, nodes, context),
         "walk": roofline.of_walk(target.vocab_size, nodes, dtype),
     }
-    counted = replace(bench, drafter=as_a_gpu_has_it(bench.drafter))
+    drafter = as_a_gpu_has_it(bench.drafter)
+    counted = replace(bench, drafter=drafter, tokenizer=endless(bench.tokenizer))
     sent = by_phase(counted.arms(plan)[OURS](prompts[0], bench.config.seed))
     sent["target"] = of_tree_call(bench.model, nodes)
     waited = [run.waited for run in runs]

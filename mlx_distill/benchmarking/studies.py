@@ -1,8 +1,8 @@
 """What is measured beside the arms: parts of a cycle, shared prefixes, shapes, memory."""
 
-import copy
 import itertools
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from mlx_distill import machine
-from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, measure
+from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, endless, measure
 from mlx_distill.benchmarking.batches import side_by_side
 from mlx_distill.benchmarking.figures import spread, summary
 from mlx_distill.benchmarking.profile import run_profile
@@ -58,13 +58,15 @@ def growth(
     The lengths double up to ``longest``, or as far as the model reads; the texts are the prompts
     one after the other, from another one on in each turn, and none ends before all tokens are
     written. The arms write side by side, as ``side_by_side`` has it, once the prompts are read.
+    There are none, and a word on stderr, where the model reads too little for any.
     """
-    endless = copy.copy(bench.tokenizer)
-    endless.eos_token_ids = set()  # a chat that is cut may be answered with three tokens
     config = replace(bench.config, max_tokens=GROWTH_TOKENS)
-    short = replace(bench, tokenizer=endless, config=config)
+    short = replace(bench, tokenizer=endless(bench.tokenizer), config=config)
     limit = text_limit(bench.model)
     longest = longest if limit is None else min(longest, limit - GROWTH_TOKENS)
+    if longest < 1:
+        print(f"no growing context: the model reads {limit} tokens", file=sys.stderr)
+        return []
     lengths = [n for n in (SHORTEST * 2**k for k in range(24)) if n < longest]
     arms, rows = short.arms(plan), []
     for length in tqdm([*lengths, longest], desc="contexts", leave=False):
@@ -122,6 +124,8 @@ def sharing(bench: Bench, prompts: Sequence[list[int]]) -> list[dict[str, Any]]:
         decode = bench.arms(plan)[OURS]
         samples = [measure(decode, prompt, bench.config.seed) for prompt in prompts]
         verified = sum(sample.verified_tokens for sample in samples)
+        if not verified:  # drawn texts may all end with their first token
+            continue
         rows.append(
             {
                 "beam_width": width,
@@ -163,9 +167,13 @@ def long_run(
 
 
 def sweep(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> list[dict[str, Any]]:
-    """Return speed-up and tokens per call for every beam width and draft length."""
+    """Return speed-up and tokens per call for every beam width and draft length.
+
+    A draft model has no beams, so it is left out.
+    """
     rows = []
-    warm = replace(bench, config=replace(bench.config, warm_up_s=0.0))  # it is by now
+    config = replace(bench.config, warm_up_s=0.0)  # it is warm by now
+    warm = replace(bench, draft_model=None, config=config)
     for width in bench.config.sweep_widths:
         for length in bench.config.sweep_lengths:
             shape = replace(plan, beam_width=width, draft_length=length)
