@@ -313,3 +313,24 @@ def test_texts_share_calls_in_the_types_that_models_come_in(
             assert answer.tokens
             assert short.max().item() < 0.02 * (said.max() - said.min()).item()
     assert "one by one" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_prompt_cache_is_of_one_text(pair: tuple[Any, Any], batch: int) -> None:
+    """What the second text went on with depended on how many were written at once."""
+    shared, own = make_prompt_cache(pair[0]), make_prompt_cache(pair[0])
+
+    def answers(prompts: Any, **options: Any) -> list[mlx_distill.Answer]:
+        return mlx_distill.batch_generate(*pair, prompts, batch=batch, max_tokens=4, **options)
+
+    for options in (
+        {"prompt_cache": shared},
+        {"each": [{"prompt_cache": shared}] * 2},
+        {"each": [{"prompt_cache": shared}, {"prompt_cache": list(shared)}]},
+    ):
+        with pytest.raises(mlx_distill.InputError, match="a prompt cache is of one text"):
+            answers(PROMPTS[:2], **options)
+    assert shared[0].offset == 0
+    found = answers(PROMPTS[:2], each=[{"prompt_cache": shared}, {"prompt_cache": own}])
+    assert all(one.error is None for one in found)
+    assert answers(PROMPTS[:1], prompt_cache=make_prompt_cache(pair[0]))[0].text == found[0].text

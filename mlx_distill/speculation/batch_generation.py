@@ -153,14 +153,17 @@ def answer_steps(
         cache: As ``stream_generate``'s.
         exact_rows: As ``stream_generate``'s; such texts are written one by one.
         options: Of all texts, as ``stream_generate``'s: ``max_tokens``, ``temperature``, ``top_p``,
-            ``top_k``, ``min_p``, ``seed``, ``stop``, ``logits_processors``, ``prompt_cache``.
+            ``top_k``, ``min_p``, ``seed``, ``stop``, ``logits_processors``; and ``prompt_cache``,
+            which only one text can go on with.
 
     Raises:
-        InputError: If the drafter does not fit the model, or ``each`` not the prompts.
+        InputError: If the drafter does not fit the model, ``each`` not the prompts, or two texts
+            have the same prompt cache.
     """
     check_value("batch", batch, BatchSize)
     prompts = listed("prompts", prompts)
     _check_each(each, len(prompts))
+    _check_caches(each or [{}] * len(prompts), options)
     cache = checks.cache_config(cache)
     if isinstance(drafter, AutoDrafter):  # a trial times one text at a time
         pair = Pair(model, tokenizer, drafter, cache, exact_rows)
@@ -206,6 +209,15 @@ def _check_each(each: object, num_prompts: int) -> None:
         raise InputError(f"each must have an entry per prompt: {num_prompts}, got {len(each)}")
     for name in sorted({str(name) for one in each for name in one} - set(OPTIONS)):
         raise InputError(f"each has the option {name}; a text's are {', '.join(OPTIONS)}")
+
+
+def _check_caches(each: Sequence[Settings], options: Settings) -> None:
+    """Raise InputError if two texts would be written into one prompt cache."""
+    brought = [{**options, **one}.get("prompt_cache") for one in each]
+    # Lists of their own may hold the same caches.
+    layers = [id(layer) for caches in brought if isinstance(caches, list) for layer in caches]
+    if len(set(layers)) < len(layers):
+        raise InputError("a prompt cache is of one text; give every text its own, with each")
 
 
 def _answers(
