@@ -80,6 +80,18 @@ def test_every_row_is_answered_as_alone(
         assert found[place]["text"] == mlx_distill.generate(*bundled_pair, ids, **own)
 
 
+def test_a_document_is_gone_on_with_to_its_end(
+    tmp_path: Path, bundled_pair: tuple[Any, Any]
+) -> None:
+    """A benchmark takes its first 32 tokens; here they were all that was read of it."""
+    text = "Ben had a red kite that was bigger than he was. " * 4 + "Then one day"
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(json.dumps({"text": text, "max_tokens": 6, "temperature": 0.0}) + "\n")
+    (found,) = written(file, tmp_path / "answers.jsonl")
+    assert found["prompt_tokens"] == len(bundled_pair[1].encode(text)) > 32
+    assert found["text"] == mlx_distill.generate(*bundled_pair, text, max_tokens=6)
+
+
 def stopped(*args: Any, **options: Any) -> Iterator[Any]:
     """Yield the first answers, and be stopped."""
     yield next(stream_answers(*args, **options))

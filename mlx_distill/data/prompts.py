@@ -168,7 +168,8 @@ def read_asked(
     for place, given in read_rows(path):
         report.rows += 1
         with report.counting(place):
-            ids = _encoded(tokenizer, given, place, prompt_tokens, templated, config)
+            opening = prompt_tokens or DOCUMENT_TOKENS
+            ids = _encoded(tokenizer, given, place, prompt_tokens, opening, templated, config)
             kind = given.get("category")
             prompts.append(Asked(ids, kind if isinstance(kind, str) else None))
             report.kept += 1
@@ -190,7 +191,8 @@ def read_each(
     """Return the rows of a file, each with its encoded prompt, or with what is wrong with it.
 
     Args:
-        path: A file as ``read_asked`` takes it, or a text file with a prompt in every line.
+        path: A file as ``read_asked`` takes it, or a text file with a prompt in every line; a
+            document is the prompt as a whole.
         tokenizer: An mlx-lm tokenizer.
         chat_template: False leaves the template out.
         template_config: Further arguments of the chat template.
@@ -203,7 +205,8 @@ def read_each(
     found = []
     for place, given in read_rows(path):
         try:
-            found.append((given, _encoded(tokenizer, given, place, None, templated, config)))
+            ids = _encoded(tokenizer, given, place, None, None, templated, config)
+            found.append((given, ids))
         except (InputError, Drop) as error:
             found.append((given, InputError(str(error))))
     if not found:
@@ -216,13 +219,14 @@ def _encoded(
     given: Mapping[str, Any],
     place: str,
     prompt_tokens: int | None,
+    opening: int | None,
     templated: bool,
     config: Mapping[str, Any] | None,
 ) -> list[int]:
-    """Return the token ids of a row's prompt."""
+    """Return the token ids of a row's prompt: of a document the opening, or all of it."""
     row = read_row(given, place, answers=False, prompts=True)
     if row.document is not None:
-        ids = _opening(tokenizer, row.document, prompt_tokens or DOCUMENT_TOKENS)
+        ids = _opening(tokenizer, row.document, opening)
     else:
         ids = _asked(tokenizer, row, place, templated, config)
         if prompt_tokens is not None and len(ids) > prompt_tokens:
@@ -247,8 +251,10 @@ def in_turn(prompts: Sequence[Asked]) -> list[Asked]:
     return [prompts[row] for row in rows_in_turn([one.kind for one in prompts])]
 
 
-def _opening(tokenizer: Any, text: str, limit: int) -> list[int]:
-    """Return the first tokens of a document."""
+def _opening(tokenizer: Any, text: str, limit: int | None) -> list[int]:
+    """Return the first tokens of a document; all of them where there is no limit."""
+    if limit is None:
+        return encode_text(tokenizer, text)
     # No token is longer than 32 characters on average: spare the rest of a long document.
     return encode_text(tokenizer, text[: 32 * limit])[:limit]
 
