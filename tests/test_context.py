@@ -56,6 +56,12 @@ def test_context_of_models(name: str) -> None:
     assert context_length(tiny_model(name)) == 256
 
 
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "rwkv7"])
+def test_states_have_no_context(name: str) -> None:
+    """Mamba 2's class declares 2,056 tokens where its configuration says nothing."""
+    assert context_length(tiny_model(name)) is None
+
+
 @pytest.mark.parametrize(
     ("name", "rows"),
     [("gpt2", 256), ("gpt_bigcode", 256), ("llama", None), ("gemma3n", None), ("gptj", None)],

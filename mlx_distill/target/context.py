@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 
 import mlx.core as mx
 from mlx import nn
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from mlx_distill.arrays import to_host
+from mlx_distill.target.layer_cache import leaves
 from mlx_distill.target.reading import read_whole
 from mlx_distill.target.watching import Call, Heard, listening_once
 
@@ -40,8 +42,12 @@ def context_length(model: nn.Module) -> int | None:
     """Return the longest text a model was made for, in tokens, or None if it does not say.
 
     Where rotary positions are stretched, this is the larger of the declared limit and of the
-    stretched one: ``factor`` times ``original_max_position_embeddings``.
+    stretched one: ``factor`` times ``original_max_position_embeddings``. A model of states alone,
+    without attention, has no positions; what mlx-lm's class of its configuration fills in counts
+    for nothing there (2,056 for Mamba 2).
     """
+    if _has_states_alone(model):
+        return None
     for config in _configurations(model):
         declared = next((n for name in _CONTEXT_NAMES if (n := _size(config.get(name)))), None)
         if declared:
@@ -83,6 +89,13 @@ def text_limit(*models: nn.Module) -> int | None:
 
 def _is_table(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+
+
+def _has_states_alone(model: nn.Module) -> bool:
+    if not hasattr(model, "make_cache"):
+        return False
+    caches = list(leaves(make_prompt_cache(model)))
+    return bool(caches) and all(isinstance(cache, ArraysCache) for cache in caches)
 
 
 def _configurations(model: nn.Module) -> Iterator[Mapping[str, object]]:
