@@ -26,6 +26,7 @@ from mlx_distill import DraftPlan, cli, load_drafter, machine, stream_generate
 # isort: split
 import mlx_lm
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from tqdm import tqdm
 
@@ -178,9 +179,9 @@ def _show(result: dict[str, Any]) -> None:
     table = Table(title="Tokens per call of 8 nodes (speed / mlx-lm's)", title_justify="left")
     table.add_column("drafter")
     for kind in result["rows"][0]["classes"]:
-        table.add_column(kind, justify="right")
+        table.add_column(escape(kind), justify="right")
     for row in result["rows"]:
-        table.add_row(row["drafter"], *map(_cell, row["classes"].values()))
+        table.add_row(escape(row["drafter"]), *map(_cell, row["classes"].values()))
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, 140)
     console.print(table)

@@ -11,7 +11,7 @@ def test_all_ways_to_draft_are_in_one_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drafters = example("compare_drafters", monkeypatch)
-    prompts = [{"prompt": "Once upon a time", "category": kind} for kind in ("a", "b")]
+    prompts = [{"prompt": "Once upon a time", "category": kind} for kind in ("a", "[/b]")]
     data, output = tmp_path / "prompts.jsonl", tmp_path / "found.json"
     data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
     options = ["--data", str(data), "--num-prompts", "2", "--max-tokens", "6"]
@@ -21,9 +21,11 @@ def test_all_ways_to_draft_are_in_one_table(
     small = "stories-14m-redrafter"
     assert names == ["ngram", small, f"ngram+{small}", "draft model stories-4m"]
     for row in found["rows"]:
-        assert list(row["classes"]) == ["all", "a", "b"]
+        assert list(row["classes"]) == ["all", "a", "[/b]"]
         assert row["equal_texts"] == 2
         for one in row["classes"].values():
             assert one["tokens_per_call"] >= 1
             assert one["speedup"] > 0
-    assert names[0] in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert names[0] in out
+    assert "[/b]" in out  # a name, and no markup

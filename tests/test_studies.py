@@ -7,9 +7,11 @@ import pytest
 from drafting import with_eos
 
 import mlx_distill
-from mlx_distill import benchmark
+from mlx_distill import Answer, InputError, benchmark
+from mlx_distill.benchmarking import batches as batch_study
 from mlx_distill.benchmarking import roofline, studies
 from mlx_distill.benchmarking.arms import Bench
+from mlx_distill.benchmarking.batches import batches
 from mlx_distill.benchmarking.benchmark import Studies, run
 from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.dispatch_study import of_cycle
@@ -63,6 +65,19 @@ def test_a_profile_leaves_them_out(one_ends: tuple[Bench, list[Asked]]) -> None:
     assert min(sent["draft"], sent["walk"]) > 0
     cycle = of_cycle(bench.model, bench.tokenizer, bench.drafter, prompts[0], DraftPlan(), 0.0)
     assert min(cycle["draft"], cycle["rest"]) > 0
+
+
+def test_batches_of_nothing(one_ends: tuple[Bench, list[Asked]]) -> None:
+    bench, asked = one_ends
+    with pytest.raises(InputError, match="every answer ended with its first token"):
+        batches(bench, [asked[0].ids], [2], 1)
+
+
+def test_an_answer_that_fails_is_no_fast_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Answer(0).fail(InputError("its logits are no numbers"))
+    monkeypatch.setattr(batch_study, "answer_steps", lambda *args, **options: iter([[failed]]))
+    with pytest.raises(InputError, match="no numbers"):
+        batches(bench, [[1, 5, 6]], [1], 1)
 
 
 def test_prefixes_of_nothing(one_ends: tuple[Bench, list[Asked]]) -> None:

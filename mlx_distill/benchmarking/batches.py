@@ -15,7 +15,9 @@ from mlx_lm.generate import BatchGenerator, generation_stream
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench
+from mlx_distill.benchmarking.figures import NOTHING_TIMED
 from mlx_distill.drafters.protocol import Drafter
+from mlx_distill.errors import InputError
 from mlx_distill.speculation.batch_generation import answer_steps
 
 # Ours without a drafter.
@@ -38,6 +40,9 @@ def batches(
         prompts: Are taken in turn.
         sizes: Of the batches, in texts.
         turns: That count; one before them compiles what is compiled.
+
+    Raises:
+        InputError: If every answer ended with its first token, or one could not be written.
     """
     rows = []
     for size in tqdm(sizes, desc="batches", leave=False):
@@ -45,9 +50,12 @@ def batches(
         for turn in range(turns + 1):
             texts = [prompts[(turn * size + place) % len(prompts)] for place in range(size)]
             writing = {name: arm(texts) for name, arm in _arms(bench).items()}
-            for name, speed in side_by_side(writing).items():
-                if turn:
+            found = side_by_side(writing)
+            if turn and all(found.values()):  # a turn's answers may all have ended at once
+                for name, speed in found.items():
                     speeds.setdefault(name, []).append(speed)
+        if not speeds:
+            raise InputError(NOTHING_TIMED)
         rows += [
             {"texts": size, "arm": name, "tokens_per_s": _figures(found)}
             | {"ratio": _figures([a / b for a, b in zip(found, speeds[PLAIN], strict=True)])}
@@ -80,6 +88,9 @@ def _arms(bench: Bench) -> dict[str, Arm]:
         def write(texts: Prompts) -> Iterator[int]:
             options = {"drafter": drafter, "max_tokens": most, "batch": len(texts)}
             for ready in answer_steps(*pair, list(texts), **options):
+                for one in ready:
+                    if one.error is not None:
+                        raise one.error
                 # Of theirs, the token that ends a text is none of it.
                 yield sum(len(one.tokens) - (one.finish_reason == "stop") for one in ready)
 

@@ -10,13 +10,15 @@ import numpy as np
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Sample
 from mlx_distill.errors import InputError
 
+NOTHING_TIMED = "every answer ended with its first token, so there is no speed to measure"
+
 
 def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
     """Return a row per arm: medians, quartiles, and the speed-up prompt by prompt."""
     rows = []
     timed = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
     if not any(timed):
-        raise InputError("every answer ended with its first token, so there is no speed to measure")
+        raise InputError(NOTHING_TIMED)
     for name, whole in samples.items():
         mine, plain = (list(compress(part, timed)) for part in (whole, samples[PLAIN]))
         pairs = zip(mine, plain, strict=True)
