@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = from_flags(BenchmarkConfig, arguments)
     plan = cli.asked_shape(_parser(), argv, arguments)
     sampling = from_flags(Sampling, arguments)
-    files = {name: cli.new_file(getattr(arguments, name)) for name in WRITTEN}
+    files = cli.new_files(arguments, WRITTEN)
     _check(arguments, config)
     if arguments.results:
         earlier = [read_json(usable_path(name, "the results")) for name in arguments.results]

@@ -41,9 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     config = from_flags(CalibrationConfig, arguments)
     cache = from_flags(CacheConfig, arguments)
-    output, picture = cli.new_file(arguments.output), cli.new_file(arguments.plot)
+    output, picture = cli.new_files(arguments, ("output", "plot")).values()
     if picture and picture.suffix != ".png":
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
+    if arguments.show and (output or picture or arguments.quick):
+        raise InputError("--show measures nothing; leave --output, --plot and --quick out")
     pair = _pair(arguments, cache)
     if arguments.show:
         return _show(pair)

@@ -167,6 +167,21 @@ def new_file(name: str | None) -> Path | None:
     return file
 
 
+def new_files(arguments: argparse.Namespace, names: Sequence[str]) -> dict[str, Path | None]:
+    """Return where several results are to be written, by the names of their flags.
+
+    Raises:
+        InputError: If one cannot be written, or two would be one file.
+    """
+    files = {name: new_file(getattr(arguments, name)) for name in names}
+    taken: dict[Path, str] = {}
+    for name, file in files.items():
+        other = taken.setdefault(file.resolve(), name) if file else name
+        if other != name:
+            raise InputError(f"--{other} and --{name} name the same file; name another")
+    return files
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say which model, under mlx-lm's names."""
     parser.add_argument(

@@ -39,6 +39,8 @@ def test_it_measures_reports_and_keeps(
         (["--rows", "2"], "rows must hold 1, which is a plain step"),
         (["--plot", "curve.pdf"], "--plot writes a PNG"),
         (["--output", "/nowhere/result.json"], "its folder does not exist"),
+        (["--output", "new.png", "--plot", "./new.png"], "--output and --plot name the same file"),
+        (["--show", "--output", "new.json"], "--show measures nothing; leave --output"),
     ],
 )
 def test_refusals(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -111,6 +111,7 @@ def test_no_context_that_could_grow(
         (["--profile", "--growth", "128"], "--profile goes alone; leave --growth out"),
         (["--batch", "2", "--sharing"], "--batch goes alone; leave --sharing out"),
         (["--loss-memory", "8", "8", "--long-run", "9"], "leave --long-run out"),
+        (["--output", "a", "--report", "./a"], "--output and --report name the same file"),
         (["--batch", "2", "--profile"], "--batch and --profile go alone"),
         (["--results", "a.json", "--report", "p.html", "--output", "o.json"], "leave --output out"),
     ],
