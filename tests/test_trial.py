@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_distill import load_drafter, stream_generate
+from mlx_distill import InputError, load_drafter, stream_generate
 from mlx_distill.benchmarking.arms import settled
 from mlx_distill.calibration import choosing as module
 from mlx_distill.calibration.choosing import Choosing, choosing
@@ -297,6 +297,25 @@ def test_the_text_does_not_depend_on_the_turns(
     assert all(trial.cycles[arm] for arm in ARMS)
     (file,) = measured.iterdir()
     assert json.loads(file.read_text())["cycles"][DRAFTER]
+
+
+def test_a_text_that_is_refused_or_never_begins_keeps_no_other_from_the_trial(
+    bundled_pair: tuple[Any, Any], bundled_drafter: Any, measured: Path
+) -> None:
+    """Nothing was tried in the process any more after one empty prompt."""
+    auto = AutoDrafter(bundled_drafter, "small")
+    with pytest.raises(InputError, match="the prompt is empty"):
+        stream_generate(*bundled_pair, "", drafter=auto)
+    left = [stream_generate(*bundled_pair, "One day", drafter=auto) for _ in range(2)]
+    left.pop().close()
+    left.pop()
+    trial = choosing(Pair(*bundled_pair, auto), auto, sampled=False)
+    assert trial.choose().drafter is auto
+    tried = stream_generate(*bundled_pair, "One day", drafter=auto, max_tokens=8)
+    next(tried)
+    assert trial.choose().drafter is bundled_drafter, "one text at a time is timed"
+    tried.close()
+    assert trial.choose().drafter is auto
 
 
 def test_a_model_is_opened_as_it_was_found(

@@ -4,9 +4,11 @@ One file per machine, MLX version, target and drafter, beside the calibrations.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from inspect import GEN_CLOSED, getgeneratorstate
 from typing import Any, TypeVar
 
 from mlx_distill.calibration.automatic import is_on, known_costs, planner_by
@@ -39,14 +41,21 @@ class Choice:
         plan: The shape of the drafts, or who plans them, or a function that returns who does; None
             leaves it to what was measured.
         ended: Is called when the text has ended, however, with what was written of it.
+        began: Is called with what writes the text, of which nobody may ever ask for anything.
     """
 
     drafter: Drafter | None
     plan: DraftPlan | Planner | Callable[[], Planner] | None = None
     ended: Callable[[int], None] = lambda _: None
+    began: Callable[[Generator[Any, None, None]], None] = lambda _: None
 
     def listen(self, responses: Generator[Item, None, None]) -> Generator[Item, None, None]:
-        """Yield what is written."""
+        """Return what yields what is written."""
+        text = self._heard(responses)
+        self.began(text)
+        return text
+
+    def _heard(self, responses: Generator[Item, None, None]) -> Generator[Item, None, None]:
         count = 0
         try:
             for response in responses:
@@ -76,7 +85,8 @@ class Choosing:
         }
         self.trial = self._read() or Trial(tuple(auto.arms))
         self._planners: dict[str, Planner] = {}
-        self._busy = False
+        # On trial; one that was refused, or left before it began, keeps no other away.
+        self._text: weakref.ref[Generator[Any, None, None]] | None = None
         self._crowded = False  # whether other programs ran beside this trial
         self._looked = self.trial.tokens  # counted when that was looked at
         self._forget_dated()
@@ -92,11 +102,10 @@ class Choosing:
         arm = self.trial.chosen
         if arm == NOTHING:
             return Choice(None)
-        if arm is None and (self._busy or not alone):
+        if arm is None and (self._is_trying or not alone):
             return Choice(self.auto.drafter)
         if arm is None:
-            self._busy = True
-            return Choice(self.auto, self._trial_planner, self._ended)
+            return Choice(self.auto, self._trial_planner, self._ended, self._began)
         return Choice(self.auto.arms[arm], partial(self._planner, arm), partial(self._used, arm))
 
     def sentence(self) -> str:
@@ -105,6 +114,14 @@ class Choosing:
             return self.trial.sentence(self.auto)
         *arms, last = (self.auto.title(arm) for arm in self.trial.arms)
         return f"{', '.join(arms)} and {last} are tried in turn, to keep the fastest"
+
+    @property
+    def _is_trying(self) -> bool:
+        text = None if self._text is None else self._text()
+        return text is not None and getgeneratorstate(text) != GEN_CLOSED
+
+    def _began(self, text: Generator[Any, None, None]) -> None:
+        self._text = weakref.ref(text)
 
     def _trial_planner(self) -> Planner:
         drafting = [arm for arm in self.trial.arms if arm != NOTHING]
@@ -129,7 +146,7 @@ class Choosing:
 
         What other programs had a part in is followed for a while and not remembered.
         """
-        self._busy = False
+        self._text = None
         trial = self.trial
         if trial.tokens == self._looked:
             return
