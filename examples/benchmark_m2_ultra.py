@@ -102,7 +102,7 @@ def _steps(arguments: argparse.Namespace, precision: str, model: Path) -> Iterat
     prompts, arms = arguments.num_prompts, 4 if arguments.draft_model else 2
     swept = min(arguments.sweep_prompts, prompts)
     cells = len(arguments.widths) * len(arguments.lengths)
-    for temperature in arguments.temperatures:
+    for temperature in dict.fromkeys(arguments.temperatures):
         shared = [*("--temp", str(temperature)), *("--num-prompts", str(prompts))]
         shared += ["--max-tokens", str(arguments.max_tokens)]
         shared += ["--warm-up-s", str(arguments.warm_up), "--timed-prompts", str(min(4, prompts))]

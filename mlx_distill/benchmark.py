@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = cli.new_files(arguments, WRITTEN)
     _check(arguments, config)
     if arguments.results:
-        earlier = [read_json(usable_path(name, "the results")) for name in arguments.results]
-        _write(files["report"], page(earlier))
+        _write(files["report"], page([_earlier(name) for name in arguments.results]))
         return 0
     if arguments.loss_memory or arguments.samplers:
         _write(files["output"], _without_models(arguments) | machine.provenance())
@@ -106,6 +105,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         title = f"{result['machine']['processor']}, temperature {sampling.temperature:g}"
         plot(result["sweep"], title, files["plot"])
     return 0
+
+
+def _earlier(name: str) -> dict[str, Any]:
+    """Return a result that was written before; InputError, with its name, if it is none."""
+    result = read_json(usable_path(name, "the results"))
+    try:
+        page([result])
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    return result
 
 
 def _without_models(arguments: argparse.Namespace) -> dict[str, Any]:

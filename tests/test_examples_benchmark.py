@@ -76,6 +76,19 @@ def test_it_runs_small_and_goes_on(
     assert (folder / "report.html").exists()
 
 
+def test_every_benchmark_once(example: ModuleType, tmp_path: Path) -> None:
+    """The second of a name could not be written, for the first had been."""
+    asked = example._parser().parse_args([*flags(tmp_path), "--temperatures", "0", "1", "0.0"])
+    names = [step.name for step in example._steps(asked, "fp16", tmp_path)]
+    assert names == [*NAMES, "fp16-T1-planned", "fp16-T1-beams"]
+
+
+def test_damaged_settings(example: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "settings.json").write_bytes(b"\xff\xfe")
+    assert example.main(flags(tmp_path)) == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
 @pytest.fixture
 def folder_of_a_run(example: ModuleType, tmp_path: Path, monkeypatch: Any) -> Path:
     """Return a folder in which a run failed at its first benchmark."""
@@ -145,6 +158,13 @@ def test_precisions(precision: str, tmp_path: Path, as_it_was: tuple[mx.array, m
 
 def test_a_model_as_it_is(tmp_path: Path) -> None:
     assert in_precision("some/name", "as-is", tmp_path) == Path("some/name")
+
+
+def test_a_model_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was looked for on the hub, under a name that there is not."""
+    monkeypatch.setenv("HOME", str(Path(SOURCE).parent))
+    folder = in_precision(f"~/{Path(SOURCE).name}", "fp16", tmp_path)
+    assert (folder / "model.safetensors").exists()
 
 
 def test_arms_warm_up_until_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

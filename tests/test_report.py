@@ -325,7 +325,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--results", "x.json"], "name its file with --report"),
         (["--results", "x.json", "--report", "p.html"], "x.json cannot be read as JSON"),
         (["--results", "list.json", "--report", "p.html"], "list.json does not hold a JSON object"),
-        (["--results", "other.json", "--report", "p.html"], "none of benchmark's"),
+        (["--results", "other.json", "--report", "p.html"], "other.json: the result is none of"),
         (["--dispatches", "--report", "p.html"], "--report shows benchmarks and profiles"),
         (["--growth", "0"], "growth must be at least 1, got 0"),
     ],

@@ -38,7 +38,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         what = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"a result is none of benchmark's or calibrate's ({what})") from None
+        raise InputError(f"the result is none of benchmark's or calibrate's ({what})") from None
     before, _, rest = TEMPLATE.read_text(encoding="utf-8").partition("<!--BODY-->")
     between, _, after = rest.partition("/*TREES*/")
     return "".join((before, body, between, recorded, after))

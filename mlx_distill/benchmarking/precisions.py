@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx_lm
 
-from mlx_distill.checkpoint import load
+from mlx_distill.checkpoint import load, local_folder
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.names import shown
 
@@ -42,14 +42,15 @@ def in_precision(model: str, precision: str, folder: Path) -> Path:
     writing = converted.with_name(converted.name + ".writing")
     shutil.rmtree(writing, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    network, _ = load(model, lazy=True)
+    source = local_folder(model)
+    network, _ = load(source, lazy=True)
     if any("scales" in module for module in network.modules()):
         raise InputError(
             f"{model} is quantised already; start from its full weights, or use {AS_IT_IS}"
         )
     del network
     try:
-        mlx_lm.convert(str(model), str(writing), **PRECISIONS[precision])
+        mlx_lm.convert(str(source), str(writing), **PRECISIONS[precision])
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{model} cannot be converted to {precision}: {one_line(error)}") from None
     os.replace(writing, converted)
