@@ -241,6 +241,19 @@ def test_a_quantised_drafter_is_nearly_the_same_in_less_space(
     assert mlx_distill.generate(*bundled_pair, "Once upon a time", **options) == expected
 
 
+def test_the_licence_goes_with_a_quantised_drafter(tmp_path: Path, wide: Path) -> None:
+    (wide / "LICENSE").write_text("of its own")
+    (wide / ".hidden").touch()
+    mlx_distill.quantize_drafter(wide, tmp_path / "small")
+    names = {file.name for file in (tmp_path / "small").iterdir()}
+    assert names == {"LICENSE", "README.md", "config.json", "model.safetensors"}
+
+
+def test_n_grams_and_a_drafter_of_no_name(bundled_pair: tuple[Any, Any]) -> None:
+    with pytest.raises(InputError, match="the drafter beside n-grams has an empty name"):
+        mlx_distill.load_drafter("ngram+", *bundled_pair)
+
+
 @pytest.mark.parametrize(
     "quantization", [{"bits": 7, "group_size": 64}, {"bits": 4, "group_size": 5}, {"bits": 4}, 4]
 )

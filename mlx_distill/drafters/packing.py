@@ -68,7 +68,8 @@ def write_changed(source: Path, output: Path, config: Fields, arrays: dict[str, 
     """
     with whole_folder(output) as writing:
         for file in source.iterdir():
-            kept = file.suffix not in (".safetensors", "") or file.name == DIRECTIONS_FILE
+            text = file.suffix or file.name.isupper()  # as LICENSE is
+            kept = (text and file.suffix != ".safetensors") or file.name == DIRECTIONS_FILE
             if file.is_file() and kept:
                 shutil.copyfile(file, writing / file.name)
         write_whole(writing / "config.json", json.dumps(config, indent=2))

@@ -22,7 +22,7 @@ from mlx_distill.drafters.ngram import PAIR, NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_json
+from mlx_distill.files import read_json, usable_path
 from mlx_distill.safetensors import refuse_pickled
 from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
@@ -66,7 +66,9 @@ def load_drafter(
     if name == AUTO or name.startswith(f"{AUTO}+"):
         return _auto_drafter(name.removeprefix(AUTO)[1:], model, tokenizer)
     if name.startswith(f"{NGRAM}+"):
-        return with_ngrams(load_drafter(name.removeprefix(f"{NGRAM}+"), model, tokenizer))
+        other = name.removeprefix(f"{NGRAM}+")
+        usable_path(other, "the drafter beside n-grams")
+        return with_ngrams(load_drafter(other, model, tokenizer))
     path = local_folder(path_or_repo)
     config = _read_config(path)
     kind = config.pop("model_type", None)

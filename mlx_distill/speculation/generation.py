@@ -1,8 +1,8 @@
 """Text from a model: mlx-lm's interface, with a drafter.
 
-``stream_generate`` and ``generate`` take what mlx-lm's functions of that name take and yield what
-they yield, with the counters of the drafting beside it. Without a drafter, mlx-lm's own loop
-decodes.
+``stream_generate`` and ``generate`` take a model, a tokenizer and a prompt as mlx-lm's functions of
+that name do, and yield what they yield, with the counters of the drafting beside it. The law is
+named by its numbers and not by a sampler. Without a drafter, mlx-lm's own loop decodes.
 """
 
 from collections.abc import Callable, Sequence
