@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import mlx_distill
+from mlx_distill import benchmark
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.speculation import prompts_file
@@ -90,6 +91,25 @@ def test_a_document_is_gone_on_with_to_its_end(
     (found,) = written(file, tmp_path / "answers.jsonl")
     assert found["prompt_tokens"] == len(bundled_pair[1].encode(text)) > 32
     assert found["text"] == mlx_distill.generate(*bundled_pair, text, max_tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ([], "--chat-template-config needs a tokenizer with a chat template; this has none"),
+        (["--ignore-chat-template"], "which --ignore-chat-template leaves out"),
+    ],
+)
+def test_arguments_of_no_template(
+    file: Path, capsys: pytest.CaptureFixture[str], more: list[str], sentence: str
+) -> None:
+    """As of one prompt, they are refused; they were passed over."""
+    flags = ["--prompts-file", str(file), "--chat-template-config", '{"enable_thinking": false}']
+    assert generate.main([*flags, *more]) == 2
+    assert sentence in capsys.readouterr().err
+    prompts = ["--data", str(file), "--num-prompts", "1", *flags[2:], *more]
+    assert benchmark.main(prompts) == 2
+    assert sentence in capsys.readouterr().err
 
 
 def stopped(*args: Any, **options: Any) -> Iterator[Any]:

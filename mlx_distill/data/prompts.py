@@ -74,6 +74,18 @@ def encode_prompt(
     return encode_text(tokenizer, prompt)
 
 
+def _is_templated(tokenizer: Any, wanted: bool, template_config: Mapping[str, Any] | None) -> bool:
+    """Return whether prompts of a file go through the chat template.
+
+    Raises:
+        InputError: If arguments of a template are given, and there is none.
+    """
+    templated = wanted and bool(getattr(tokenizer, "has_chat_template", False))
+    if template_config and not templated:
+        raise InputError(f"--chat-template-config needs {_no_template(wanted)}")
+    return templated
+
+
 def _no_template(wanted: bool) -> str:
     if wanted:
         return "a tokenizer with a chat template; this has none"
@@ -159,10 +171,11 @@ def read_asked(
         report: Counts what is dropped.
 
     Raises:
-        InputError: If the file is unreadable, a row has none of the keys, or no row is left.
+        InputError: If the file is unreadable, a row has none of the keys, no row is left, or there
+            is no template for ``template_config``.
     """
     report = report or Report(noun="prompts")
-    templated = chat_template and bool(getattr(tokenizer, "has_chat_template", False))
+    templated = _is_templated(tokenizer, chat_template, template_config)
     config = template_config if templated else None
     prompts = []
     for place, given in read_rows(path):
@@ -198,9 +211,10 @@ def read_each(
         template_config: Further arguments of the chat template.
 
     Raises:
-        InputError: If the file is unreadable, or holds nothing.
+        InputError: If the file is unreadable, or holds nothing, or there is no template for
+            ``template_config``.
     """
-    templated = chat_template and bool(getattr(tokenizer, "has_chat_template", False))
+    templated = _is_templated(tokenizer, chat_template, template_config)
     config = template_config if templated else None
     found = []
     for place, given in read_rows(path):
