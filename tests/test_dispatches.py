@@ -233,3 +233,19 @@ def test_the_command(
         assert found["cycles"][law]["draft"] <= most
         plain = sum(found["cycles"][law].values()) + target["target_call_8"]
         assert sum(parts.values()) + kernels["target_call"] <= 0.6 * plain
+
+
+def test_nothing_is_read_behind_a_table_of_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch_study, "CONTEXT", 128)
+    model, farthest = tiny_model("gpt2", n_positions=64, n_ctx=64), []
+
+    class Table(nn.Embedding):
+        def __call__(self, ids: mx.array) -> mx.array:
+            farthest.append(ids.max())
+            return super().__call__(ids)
+
+    table = Table(64, model.args.n_embd)
+    table.weight = model.model.wpe.weight
+    model.model.wpe = table
+    of_target(model)
+    assert max(one.item() for one in farthest) < 64

@@ -32,6 +32,7 @@ from mlx_distill.kernels.choice import forced, performing
 from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.generation import stream_generate
 from mlx_distill.speculation.phases import Made, arrays_in, watching
+from mlx_distill.target.context import position_limit
 from mlx_distill.target.layer_cache import arrays_of
 from mlx_distill.target.layers import numbered_layers
 from mlx_distill.target.target import Target
@@ -163,12 +164,19 @@ Build = Callable[[PromptCache], object]
 def _sent(model: nn.Module, build: Build) -> Counter[str]:
     """Return the dispatches of what is built on a cache that holds a text."""
     target, caches = Target.of(model), make_prompt_cache(model)
-    target.forward(mx.full((CONTEXT,), 7), caches)
+    target.forward(mx.full((_context(model),), 7), caches)
     build(caches)  # compiles what is compiled; the caches must have room for trees, too
     evaluate(arrays_of(caches))
     with as_sent_to_a_gpu() as sent:
         sent.add(build(caches), arrays_of(caches))
     return sent.count()
+
+
+def _context(model: nn.Module) -> int:
+    """Return how long the text is: behind a table of positions lies foreign memory."""
+    limit = position_limit(model)
+    # Up to so many tokens are read behind it, twice.
+    return CONTEXT if limit is None else max(1, min(CONTEXT, limit - 2 * max(NODES)))
 
 
 def _stepping(model: nn.Module) -> Build:
