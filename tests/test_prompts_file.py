@@ -93,6 +93,14 @@ def test_a_document_is_gone_on_with_to_its_end(
     assert found["text"] == mlx_distill.generate(*bundled_pair, text, max_tokens=6)
 
 
+def test_the_largest_seed_is_one(tmp_path: Path) -> None:
+    """Every row but the first was refused."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("Once\nOnce\n")
+    found = written(file, tmp_path / "answers.jsonl", "--seed", str(2**63 - 1))
+    assert all("error" not in one for one in found)
+
+
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [

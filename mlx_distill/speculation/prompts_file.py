@@ -152,7 +152,8 @@ def answered(
             continue
         seed = options.get("seed")
         if seed is not None and "seed" not in own:
-            own["seed"] = seed + index  # each row's own, whatever is written beside it
+            # Each row's own, whatever is written beside it; behind the last seed comes the first.
+            own["seed"] = (seed + index) % 2**63
         usable.append((index, ids))
         each.append(own)
     prompts = [ids for _, ids in usable]
