@@ -85,6 +85,11 @@ def test_prefixes_of_nothing(one_ends: tuple[Bench, list[Asked]]) -> None:
     assert studies.sharing(bench, [asked[0].ids]) == []
 
 
+def test_a_sweep_of_nothing(one_ends: tuple[Bench, list[Asked]]) -> None:
+    bench, asked = one_ends
+    assert studies.sweep(bench, [asked[0].ids], DraftPlan()) == []
+
+
 def test_a_sweep_is_the_drafters(bench: Bench) -> None:
     """It was that of the draft model, which has no beams, where there was one."""
     both = replace(bench, draft_model=bench.model)

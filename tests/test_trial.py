@@ -358,6 +358,8 @@ def test_names(bundled_pair: tuple[Any, Any]) -> None:
     assert isinstance(found, AutoDrafter)
     assert list(found.arms) == [NGRAMS, NOTHING], "the bundled drafter is for eight layers"
     assert isinstance(load_drafter("auto+ngram", *bundled_pair), AutoDrafter)
+    with pytest.raises(InputError, match="names no drafter"):
+        load_drafter("auto+auto", *bundled_pair)
     assert found.title(NGRAMS) == "n-grams"
 
 

@@ -11,7 +11,13 @@ from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, Sample
 from mlx_distill.benchmarking.comparison import first_difference
 from mlx_distill.benchmarking.config import BenchmarkConfig
-from mlx_distill.benchmarking.figures import by_class, equal_texts, mean_by_depth, summary
+from mlx_distill.benchmarking.figures import (
+    by_class,
+    equal_texts,
+    mean_by_depth,
+    summary,
+    timed,
+)
 from mlx_distill.benchmarking.profile import profile, run_profile
 from mlx_distill.benchmarking.studies import growth, long_run, overhead, sharing, sweep, trees
 from mlx_distill.calibration.automatic import is_on, known_costs
@@ -62,8 +68,7 @@ def run(
     samples = bench.run(prompts, plan, "benchmark")
     arms = summary(samples)
     # What ends with its first token cannot be timed.
-    whole = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
-    timed = list(compress(prompts, whole))
+    lasting = list(compress(prompts, timed(samples)))
     greedy = bench.sampling.temperature == 0
     result: dict[str, Any] = {
         "arms": arms,
@@ -71,21 +76,21 @@ def run(
         "differences": differences(bench, prompts, samples, plan) if greedy else [],
         "acceptance_by_depth": mean_by_depth(samples[OURS]),
         "classes": by_class(samples, [one.kind for one in asked]),
-        "overhead": overhead(bench, timed[: config.timed_prompts], shape),
+        "overhead": overhead(bench, lasting[: config.timed_prompts], shape),
         "dtype": str(bench.dtype).rpartition(".")[2],
     }
     if studies.sharing:
-        result["sharing"] = sharing(bench, timed[:4])
+        result["sharing"] = sharing(bench, lasting[:4])
     if studies.long_run:
         result["long_run"] = long_run(bench, prompts, shape, studies.long_run)
     if config.sweep_prompts:
-        result["sweep"] = sweep(bench, timed[: config.sweep_prompts], shape)
+        result["sweep"] = sweep(bench, lasting[: config.sweep_prompts], shape)
     if studies.growth:
         result["growth"] = growth(bench, prompts, plan, studies.growth)
     if studies.trees:
         result["trees"] = trees(bench, asked, plan, studies.trees)
     if studies.page:
-        result |= _for_page(bench, timed[: config.timed_prompts], shape)
+        result |= _for_page(bench, lasting[: config.timed_prompts], shape)
     return result
 
 

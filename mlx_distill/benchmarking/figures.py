@@ -13,14 +13,22 @@ from mlx_distill.errors import InputError
 NOTHING_TIMED = "every answer ended with its first token, so there is no speed to measure"
 
 
+def timed(samples: dict[str, list[Sample]]) -> list[bool]:
+    """Return which prompts can be timed: no arm's answer ended with its first token."""
+    return [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
+
+
 def summary(samples: dict[str, list[Sample]]) -> list[dict[str, Any]]:
-    """Return a row per arm: medians, quartiles, and the speed-up prompt by prompt."""
-    rows = []
-    timed = [all(len(s.tokens) > 1 for s in row) for row in zip(*samples.values(), strict=True)]
-    if not any(timed):
+    """Return a row per arm: medians, quartiles, and the speed-up prompt by prompt.
+
+    Raises:
+        InputError: If no prompt can be timed.
+    """
+    rows, whole_rows = [], timed(samples)
+    if not any(whole_rows):
         raise InputError(NOTHING_TIMED)
     for name, whole in samples.items():
-        mine, plain = (list(compress(part, timed)) for part in (whole, samples[PLAIN]))
+        mine, plain = (list(compress(part, whole_rows)) for part in (whole, samples[PLAIN]))
         pairs = zip(mine, plain, strict=True)
         ratios = [sample.tokens_per_s / other.tokens_per_s for sample, other in pairs]
         rows.append(

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mlx_distill import machine
 from mlx_distill.benchmarking.arms import OURS, PLAIN, Bench, endless, measure
 from mlx_distill.benchmarking.batches import side_by_side
-from mlx_distill.benchmarking.figures import spread, summary
+from mlx_distill.benchmarking.figures import spread, summary, timed
 from mlx_distill.benchmarking.profile import run_profile
 from mlx_distill.benchmarking.recording import record
 from mlx_distill.data.prompts import Asked
@@ -169,7 +169,8 @@ def long_run(
 def sweep(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> list[dict[str, Any]]:
     """Return speed-up and tokens per call for every beam width and draft length.
 
-    A draft model has no beams, so it is left out.
+    A draft model has no beams, so it is left out, and so is a shape whose drawn texts all end with
+    their first token.
     """
     rows = []
     config = replace(bench.config, warm_up_s=0.0)  # it is warm by now
@@ -177,7 +178,10 @@ def sweep(bench: Bench, prompts: Sequence[list[int]], plan: DraftPlan) -> list[d
     for width in bench.config.sweep_widths:
         for length in bench.config.sweep_lengths:
             shape = replace(plan, beam_width=width, draft_length=length)
-            found = summary(warm.run(prompts, shape, f"beams {width} x {length}"))[-1]
+            samples = warm.run(prompts, shape, f"beams {width} x {length}")
+            if not any(timed(samples)):
+                continue
+            found = summary(samples)[-1]
             rows.append(
                 {
                     "beam_width": width,

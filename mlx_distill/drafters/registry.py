@@ -96,6 +96,8 @@ def _auto_drafter(name: str, model: nn.Module, tokenizer: Tokenizer) -> AutoDraf
     Raises:
         InputError: If the drafter cannot be used.
     """
+    if name.partition("+")[0] == AUTO:
+        raise InputError(f"{AUTO}+{name} names no drafter; one stands behind {AUTO}+")
     if name:
         return AutoDrafter(load_drafter(name, model, tokenizer), Path(name).name)
     found = bundled_drafter(model, tokenizer)
