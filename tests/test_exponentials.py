@@ -50,6 +50,9 @@ def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         for how, taken in (("off", False), ("force", True), ("probe", faster)):
             monkeypatch.setenv(choice.VARIABLE, how)
             assert exponentials.by_powers() is taken
+        before = exponentials.left_out.set(True)
+        assert not exponentials.by_powers()
+        exponentials.left_out.reset(before)
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
         assert not exponentials.by_powers()
         monkeypatch.undo()

@@ -22,6 +22,8 @@ from mlx_distill.drafters.protocol import Drafter, DraftPlan, DraftState, Featur
 from mlx_distill.drafters.recurrent import RecurrentDrafter, RecurrentDrafterConfig
 from mlx_distill.drafters.shortlist import Directions, Shortlist
 from mlx_distill.drafters.stepping import Carried, Steps
+from mlx_distill.kernels.exponentials import left_out
+from mlx_distill.target.watching import during
 
 # Up to this size each, what tokens add to the state and make of it as roots is tabulated once,
 # after many drafts: the bundled pair's tables cost 0.26 CPU seconds and save 0.5 ms of each draft.
@@ -119,7 +121,7 @@ class BoundDrafter:
         arrays = (hidden, taps, root) if noise is None else (hidden, taps, root, noise)
         shape = plan.beam_width, plan.draft_length
         search = self.searches.of((*shape, noise is not None), partial(self._search, *shape))
-        return in_nodes(search(*arrays))
+        return in_nodes(during(left_out, self._on_gpu, search, *arrays))
 
     def tabulate(self) -> None:
         """Make the tables of the steps now, and the shortlist, which a long run does by itself."""
@@ -206,7 +208,7 @@ class BoundDrafter:
         # On a CPU the compiler takes longer than many drafts, for every number of texts.
         if self._on_gpu:
             kind = ("together", plan.beam_width, plan.draft_length, noise is not None)
-            found: Arrays = self.searches.of(kind, search)(*arrays)
+            found: Arrays = during(left_out, True, self.searches.of(kind, search), *arrays)
         else:
             found = search(0, *arrays)
         return Draft(*found, plan.draft_length)
