@@ -43,6 +43,15 @@ def test_sums_of_rows_are_those_of_mlx(by_powers: None, size: float, columns: in
     np.testing.assert_allclose(log_sum_exp(x), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_without_powers_a_sum_is_one_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU has it: the exact sum of a wide row would be several."""
+    monkeypatch.setattr(exponentials, "by_powers", lambda: False)
+    x = mx.random.normal((3, 16384), key=mx.random.key(0))
+    expected = mx.logsumexp(x, axis=-1, keepdims=True)
+    assert not mx.array_equal(arrays.log_sum_exp(x), expected)
+    assert mx.array_equal(log_sum_exp(x), expected)
+
+
 def test_who_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for faster in (True, False):
         monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu))

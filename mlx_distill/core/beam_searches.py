@@ -13,8 +13,9 @@ import mlx.core as mx
 from jaxtyping import Float, Int, Integer
 from mlx.utils import tree_map
 
+from mlx_distill.arrays import log_probs
 from mlx_distill.core.draft import WORST_SCORE, Draft
-from mlx_distill.kernels.exponentials import log_sum_exp
+from mlx_distill.kernels.exponentials import by_powers, log_sum_exp
 
 # Takes the last tokens of all beams and their states, beams on the first axis; returns logits in
 # float32 and new states. Before the first tokens, the state is None.
@@ -68,7 +69,7 @@ def beam_searches(
 
 
 def _log_probs(logits: Float[mx.array, "R V"]) -> Float[mx.array, "R V"]:
-    return logits - log_sum_exp(logits)
+    return logits - log_sum_exp(logits) if by_powers() else log_probs(logits)
 
 
 def top_values(

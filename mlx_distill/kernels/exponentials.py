@@ -15,8 +15,8 @@ from functools import cache
 
 import mlx.core as mx
 from jaxtyping import Float
+from mlx import nn
 
-from mlx_distill import arrays
 from mlx_distill.arrays import row_sum
 from mlx_distill.kernels.choice import mode
 
@@ -62,14 +62,16 @@ def tanh(x: Float[mx.array, "..."]) -> Float[mx.array, "..."]:
 
 
 def silu(x: Float[mx.array, "..."]) -> Float[mx.array, "..."]:
-    """Return ``nn.silu``: x sigmoid(x)."""
+    """Return ``nn.silu``."""
+    if x.dtype != mx.float32 or not by_powers():
+        return nn.silu(x)
     return x * sigmoid(x)
 
 
 def log_sum_exp(x: Float[mx.array, "... V"]) -> Float[mx.array, "... 1"]:
-    """Return ``arrays.log_sum_exp``, without gradients."""
+    """Return ``mx.logsumexp`` of rows; -inf adds nothing. A GPU is sent one operation for it."""
     if x.dtype != mx.float32 or not by_powers():
-        return arrays.log_sum_exp(x)
+        return mx.logsumexp(x, axis=-1, keepdims=True)
     top = x.max(axis=-1, keepdims=True)
     base = mx.where(mx.isinf(top), 0, top)  # of nothing but -inf the sum is none
     return base + mx.log(row_sum(mx.power(2.0, (x - base) * LOG2_E)))[..., None]
