@@ -5,9 +5,14 @@
 The ways take turns of some tokens within a text, so that all of them have the same text to write,
 the same context and the same machine. None changes what is written, so a trial costs at most some
 speed, and nobody waits for it. What counts is what a turn brought per second.
+
+Sixty tokens tell ways apart that differ by a third, not those that differ by a tenth. So when some
+are known of each, those that are clearly behind the best have no further turns, and the others
+go on until one is left, or many are known.
 """
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -20,8 +25,10 @@ from mlx_distill.drafters.protocol import DraftPlan, Outcome, Planner
 from mlx_distill.errors import InputError
 from mlx_distill.limits import is_finite
 
-# Tokens of a turn, and those that are to be counted of every way.
-TURN, COUNTED = 32, 64
+# Tokens of a turn, those that are to be counted of every way, and of ways that are near the best.
+TURN, COUNTED, MOST = 32, 64, 512
+# Nearer than so many standard errors of their difference, two speeds may as well be the other way.
+APART = 2.0
 # A turn begins with so many plain steps, so that no draft is under way that another has made; what
 # it brings is counted from a later call on, when one that it made itself has been read.
 PLAIN_STEPS, STEADY = 2, 4
@@ -94,9 +101,28 @@ class Trial:
         return sum(tokens for _, tokens in self.cycles[arm])
 
     @property
+    def open(self) -> list[str]:
+        """Return the arms of which more is to be known."""
+        little = [arm for arm in self.arms if self.tokens_of(arm) < COUNTED]
+        rivals = [] if little else self._rivals()
+        decided = len(rivals) == 1
+        return little or [arm for arm in rivals if not decided and self.tokens_of(arm) < MOST]
+
+    @property
     def is_over(self) -> bool:
         """Whether enough is known."""
-        return all(self.tokens_of(arm) >= COUNTED for arm in self.arms)
+        return not self.open
+
+    def _rivals(self) -> list[str]:
+        """Return the arms that may be the fastest, as far as errors tell."""
+        fastest = max(self.arms, key=self.speed)
+
+        def behind(arm: str) -> float:
+            return (self.speed(fastest) - self.speed(arm)) / math.hypot(
+                self.error(fastest), self.error(arm), TINY
+            )
+
+        return [arm for arm in self.arms if behind(arm) <= APART]
 
     @property
     def is_loaded(self) -> bool:
@@ -104,14 +130,24 @@ class Trial:
         return Times.of([seconds for seconds, _ in self.cycles[NOTHING]]).spread > BUSY
 
     def following(self) -> str:
-        """Return the arm whose turn it is: the one that least is known of."""
-        return min(self.arms, key=self.tokens_of)
+        """Return the arm whose turn it is: of the open ones that which least is known of."""
+        return min(self.open, key=self.tokens_of, default=self.best)
 
     def speed(self, arm: str) -> float:
         """Return the tokens per second of an arm."""
+        return self.tokens_of(arm) / sum(self._seconds(arm))
+
+    def error(self, arm: str) -> float:
+        """Return the standard error of an arm's speed, a ratio of sums over its cycles."""
+        seconds, speed = self._seconds(arm), self.speed(arm)
+        cycles = zip(seconds, self.cycles[arm], strict=True)
+        off = sum((tokens - speed * one) ** 2 for one, (_, tokens) in cycles)
+        return math.sqrt(off) / sum(seconds)
+
+    def _seconds(self, arm: str) -> list[float]:
         seconds = [one for one, _ in self.cycles[arm]]
         most = LONGEST * statistics.median(seconds)
-        return self.tokens_of(arm) / sum(min(one, most) for one in seconds)
+        return [min(one, most) for one in seconds]
 
     def speedup(self, arm: str) -> float:
         """Return an arm's share of plain decoding's speed."""
@@ -127,14 +163,18 @@ class Trial:
             return not 0 <= now - self.when < DAY_S
         return self.parked >= MOST_PARKED
 
-    def decide(self, now: float) -> str:
-        """Choose the best arm."""
-        self.when = now
+    @property
+    def best(self) -> str:
+        """Return the best arm, by what is known."""
         best = self.arms[0]
         for arm in self.arms[1:]:
             if arm != NOTHING and self.speed(arm) > CLEARLY * self.speed(best):
                 best = arm
-        self.chosen = best if self.speedup(best) >= CLEARLY else NOTHING
+        return best if self.speedup(best) >= CLEARLY else NOTHING
+
+    def decide(self, now: float) -> str:
+        """Choose the best arm."""
+        self.when, self.chosen = now, self.best
         return self.chosen
 
     def sentence(self, auto: AutoDrafter) -> str:
