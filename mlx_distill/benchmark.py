@@ -43,7 +43,7 @@ from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.data.sources import check_sources
 from mlx_distill.distillation.loss_memory import loss_memory
-from mlx_distill.drafters.auto import NOTHING, AutoDrafter
+from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
@@ -220,7 +220,7 @@ def _open(
         found = settled(Pair(model, tokenizer, drafter), sampling, ids, config.max_tokens)
         print(found.sentence(), file=sys.stderr)
         # What loses is measured all the same: there is nothing else to be told.
-        drafter = drafter.arms[found.trial.chosen or NOTHING] or drafter.first
+        drafter = drafter.arms[found.trial.chosen or found.trial.best] or drafter.first
     return Bench(model, tokenizer, drafter, draft_model, sampling, config), prompts, report
 
 

@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mlx_distill import InputError, load_drafter, stream_generate
@@ -79,6 +80,45 @@ def test_the_fastest_is_chosen(case: str) -> None:
         assert all(one == (pytest.approx(seconds), tokens) for one in counted)
     assert trial.decide(0.0) == best
     assert trial.speedup(NOTHING) == 1
+
+
+def noisy(seconds: float, mean: float, count: int, seed: int) -> list[tuple[float, int]]:
+    """Return cycles that all take as long and bring different numbers of tokens."""
+    draws = np.random.default_rng(seed).poisson(mean - 1, count)
+    return [(seconds, 1 + int(draw)) for draw in draws]
+
+
+def test_what_errors_do_not_tell_apart_goes_on() -> None:
+    """Forty cycles of 2.4 and 2.2 tokens say little; what is far behind has no further turns."""
+    near = {BOTH: noisy(1.5, 2.2, 40, 1), DRAFTER: noisy(1.5, 2.4, 40, 2)}
+    far = {NGRAMS: noisy(1.5, 1.2, 60, 3), NOTHING: [(1.0, 1)] * 70}
+    trial = Trial(ARMS, near | far)
+    assert trial.open == [BOTH, DRAFTER]
+    trial.cycles |= {BOTH: noisy(1.5, 2.2, 4000, 4), DRAFTER: noisy(1.5, 2.4, 4000, 5)}
+    assert trial.is_over
+    assert trial.decide(0.0) == DRAFTER
+
+
+def test_ways_that_are_alike_do_not_go_on_for_ever() -> None:
+    cycles = {arm: noisy(1.5, 2.2, 300, 7) for arm in (BOTH, DRAFTER, NGRAMS)}
+    trial = Trial(ARMS, cycles | {NOTHING: [(1.0, 1)] * 70})
+    assert trial.is_over
+    assert trial.following() == BOTH, "until the text ends"
+
+
+def test_an_error_is_that_of_many_trials() -> None:
+    def trial(seed: int) -> Trial:
+        return Trial((NGRAMS, NOTHING), {NGRAMS: noisy(1.5, 2.2, 200, seed)})
+
+    speeds = [trial(seed).speed(NGRAMS) for seed in range(400)]
+    errors = [trial(seed).error(NGRAMS) for seed in range(400)]
+    assert np.std(speeds) == pytest.approx(np.mean(errors), rel=0.15)
+
+
+def test_a_way_of_which_little_is_known_waits_for_its_turns() -> None:
+    trial = Trial(ARMS, {arm: [(1.0, 1)] * 64 for arm in ARMS[:-1]})
+    assert trial.open == [NOTHING]
+    assert trial.best == BOTH, "the one that suits most texts"
 
 
 def test_a_trial_goes_on_in_later_texts() -> None:

@@ -22,7 +22,7 @@ from mlx_distill.drafters.protocol import Drafter, DraftPlan, FixedPlanner, Plan
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
 
-FORMAT = 2
+FORMAT = 3
 # What was chosen beside other programs is tried again after so long.
 BUSY_S = 600.0
 # A shorter text that is parked tells nothing of the choice.

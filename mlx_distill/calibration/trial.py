@@ -103,15 +103,19 @@ class Trial:
     @property
     def open(self) -> list[str]:
         """Return the arms of which more is to be known."""
-        little = [arm for arm in self.arms if self.tokens_of(arm) < COUNTED]
-        rivals = [] if little else self._rivals()
-        decided = len(rivals) == 1
-        return little or [arm for arm in rivals if not decided and self.tokens_of(arm) < MOST]
+        if little := self._unknown():
+            return little
+        rivals = self._rivals()
+        return [arm for arm in rivals if len(rivals) > 1 and self.tokens_of(arm) < MOST]
 
     @property
     def is_over(self) -> bool:
         """Whether enough is known."""
         return not self.open
+
+    def _unknown(self) -> list[str]:
+        """Return the arms that little is known of."""
+        return [arm for arm in self.arms if self.tokens_of(arm) < COUNTED]
 
     def _rivals(self) -> list[str]:
         """Return the arms that may be the fastest, as far as errors tell."""
@@ -119,7 +123,7 @@ class Trial:
 
         def behind(arm: str) -> float:
             return (self.speed(fastest) - self.speed(arm)) / math.hypot(
-                self.error(fastest), self.error(arm), TINY
+                self.error(fastest), self.error(arm), 1e-9 * self.speed(fastest)
             )
 
         return [arm for arm in self.arms if behind(arm) <= APART]
@@ -130,8 +134,9 @@ class Trial:
         return Times.of([seconds for seconds, _ in self.cycles[NOTHING]]).spread > BUSY
 
     def following(self) -> str:
-        """Return the arm whose turn it is: of the open ones that which least is known of."""
-        return min(self.open, key=self.tokens_of, default=self.best)
+        """Return the arm whose turn it is: the open one that least is known of, else the best."""
+        found = self.open
+        return min(found, key=self.tokens_of) if found else self.best
 
     def speed(self, arm: str) -> float:
         """Return the tokens per second of an arm."""
@@ -165,8 +170,10 @@ class Trial:
 
     @property
     def best(self) -> str:
-        """Return the best arm, by what is known."""
+        """Return the best arm, by what is known; of little, the one that suits most texts."""
         best = self.arms[0]
+        if self._unknown():
+            return best
         for arm in self.arms[1:]:
             if arm != NOTHING and self.speed(arm) > CLEARLY * self.speed(best):
                 best = arm
