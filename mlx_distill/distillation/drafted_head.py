@@ -57,7 +57,7 @@ def head_rows(answers: Answers, token_ids: Int[mx.array, " K"]) -> Float[mx.arra
     return None
 
 
-def start_head(network: Network, rows: Float[mx.array, "K G"]) -> None:
+def start_head(network: Network, rows: Float[mx.array, "K G"]) -> Float[mx.array, "X G"] | None:
     """Start a drafter's head from the target's: a narrower one from what is nearest to that.
 
     A head that is wider than the target's stays as it is.
@@ -65,17 +65,25 @@ def start_head(network: Network, rows: Float[mx.array, "K G"]) -> None:
     Args:
         network: The drafter's.
         rows: Of the target's head, for the tokens that can be drafted.
+
+    Returns:
+        What makes the input of the drafter's head of that of the target's; None if nothing does.
     """
-    width = network.head.weight.shape[-1]
-    if width < rows.shape[-1]:
+    width, goal = network.head.weight.shape[-1], rows.shape[-1]
+    shape = network.config
+    recurrent = isinstance(shape, RecurrentDrafterConfig)
+    rank, exit_dim = (shape.head_rank, shape.exit_dim) if recurrent else (None, None)
+    if width < goal:
         narrow, directions = factored(rows, width)
         network.head.weight = narrow
-        shape = network.config
-        recurrent = isinstance(shape, RecurrentDrafterConfig)
-        if recurrent and shape.head_rank and shape.exit_dim == rows.shape[-1]:
+        if rank and exit_dim == goal:
             network.lm_head[-2].weight = directions
-    elif width == rows.shape[-1]:
+            return mx.eye(goal)
+        return None if rank else directions
+    if width == goal:
         network.head.weight = rows
+        return None if rank else mx.eye(goal)
+    return None
 
 
 def factored(

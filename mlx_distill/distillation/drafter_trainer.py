@@ -28,6 +28,7 @@ from mlx_distill.distillation.drafter import (
 )
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.feature_store import FeatureStore
+from mlx_distill.distillation.first_weights import begin_near
 from mlx_distill.distillation.own_samples import Own, columns_of
 from mlx_distill.distillation.responses import Response
 from mlx_distill.distillation.start_order import StartOrder, spread_of
@@ -35,7 +36,7 @@ from mlx_distill.distillation.target_reader import TargetReader, text_of
 from mlx_distill.drafters.fingerprint import Fingerprint
 from mlx_distill.drafters.medusa import MedusaHeads
 from mlx_distill.drafters.networks import Network, network_of
-from mlx_distill.drafters.recurrent import Past
+from mlx_distill.drafters.recurrent import Past, RecurrentDrafter
 from mlx_distill.drafters.shortlist import Directions, directions_of, is_wide
 from mlx_distill.errors import InputError
 from mlx_distill.files import write_whole
@@ -147,10 +148,18 @@ class DrafterTrainer:
         elif self.config.head_from_target:
             rows = head_rows(self.reader.answers, mx.array(tokens))
             if rows is not None:
-                start_head(network, rows)
+                self._begin_near(network, rows)
         network.set_dtype(self.reader.embed(mx.array([0])).dtype)
         mx.eval(network.parameters())
         return network, coverage
+
+    def _begin_near(self, network: Network, rows: mx.array) -> None:
+        """Let a drafter begin near its target, by an answer of middle length."""
+        if not isinstance(network, RecurrentDrafter):
+            start_head(network, rows)
+            return
+        view = self.reader.view([self.training[len(self.training) // 2]])
+        begin_near(network, rows, view.hidden[:-1], view.embed(view.tokens[1:]))
 
     def batch(self, step: int) -> Starts:
         """Return what a step learns."""
