@@ -1,6 +1,7 @@
 """Distillation: the loss of a batch against slow twins, its gradients, and what is judged."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,20 @@ def test_contrastive_batch_of_one_learned_token() -> None:
     batch = text_batch([*TEXTS, Text.behind([1, 2, 3], 2)], [12])
     total, count, grads = value_and_grads(make(["contrastive:layers=last"], batch), batch)
     assert (total, count) == (0, 1)
+    assert all(mx.all(gradient == 0).item() for gradient in grads.values())
+
+
+@pytest.mark.parametrize("loss", [*FEATURE, *RELATION])
+def test_texts_with_nothing_to_learn_are_not_compared(loss: str) -> None:
+    """They change nothing beside others; alone they have a loss of zero and no gradient."""
+    batch = text_batch([*TEXTS, Text(TEXTS[1].tokens, [False] * len(TEXTS[1].tokens))], [0, 2, 12])
+    made = make([f"{loss}:layers=0-1/1-2"], batch)
+    found = made.loss(made.teach(batch))[2][loss].item()
+    others = text_batch(TEXTS, [0, 2])
+    assert found == pytest.approx(made.loss(made.teach(others))[2][loss].item(), rel=1e-4)
+    nothing = replace(batch, mask=mx.zeros_like(batch.mask))
+    total, count, grads = value_and_grads(made, nothing)
+    assert (total, count) == (0, 0)
     assert all(mx.all(gradient == 0).item() for gradient in grads.values())
 
 

@@ -33,12 +33,12 @@ def compare(
         num_examples: Size of the training set.
     """
     total, count = mx.array(0.0), mx.array(0.0)
-    texts, weights = mask if mask.ndim == 2 else None, None
-    if texts is None:
-        some, weights = _weighted(mask)
-        if not weights.size:
-            return total, count
-        pairs = [(ours[some], theirs[some]) for ours, theirs in pairs]
+    some = _weighted(mask.max(axis=1) if mask.ndim == 2 else mask)
+    mask = mask[some]
+    if not mask.size:
+        return total, count
+    texts, weights = (mask, None) if mask.ndim == 2 else (None, mask)
+    pairs = [(ours[some], theirs[some]) for ours, theirs in pairs]
     if term.name == "flow_of_solution":
         for (a, b), (c, d) in pairwise(pairs):
             ours, theirs = _masked((a, c), texts), _masked((b, d), texts)
@@ -79,11 +79,10 @@ def _of_pair(
     return _sum(loss(ours, theirs, **options), weights)
 
 
-def _weighted(mask: mx.array) -> tuple[Any, mx.array]:
-    """Return which examples have a weight, and theirs; others are nobody's neighbours either."""
+def _weighted(mask: mx.array) -> Any:
+    """Return which examples have a weight; others are nobody's neighbours either."""
     some = [place for place, weight in enumerate(to_host(mask)) if weight > 0]
-    every = slice(None) if len(some) == mask.size else mx.array(some, mx.int32)
-    return every, mask[every]
+    return slice(None) if len(some) == mask.size else mx.array(some, mx.int32)
 
 
 def _sum(values: mx.array, weights: mx.array | None) -> tuple[mx.array, mx.array]:
