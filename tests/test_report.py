@@ -292,6 +292,9 @@ def test_figures_of_classes() -> None:
     assert (qa["class"], qa["prompts"], qa["acceptance_by_depth"]) == ("qa", 1, [0.5])
     assert rag["acceptance_by_depth"] == [1.0, 0.5]
     assert by_class({PLAIN: [sample()], "mlx_distill": [sample()]}, [None]) == []
+    mixed = {arm: [sample(), sample()] for arm in (PLAIN, "mlx_distill")}
+    (row,) = by_class(mixed, ["qa", None])
+    assert row["prompts"] == 1  # what has no class is of none
 
 
 # ------------------------------------------------------------------------------------ the command

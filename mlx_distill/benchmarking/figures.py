@@ -74,7 +74,8 @@ def by_class(samples: dict[str, list[Sample]], kinds: Sequence[str | None]) -> l
     names = [kind for kind in dict.fromkeys(kinds) if kind is not None]
     rows = []
     for name in names:
-        mine = {arm: list(compress(of, map(name.__eq__, kinds))) for arm, of in samples.items()}
+        chosen = [kind == name for kind in kinds]
+        mine = {arm: list(compress(of, chosen)) for arm, of in samples.items()}
         ours = mine[OURS]
         ratios = [
             sample.tokens_per_s / plain.tokens_per_s
