@@ -40,13 +40,12 @@ from mlx_distill.data.prompts import Asked, in_turn, read_asked
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.responses import Response
 from mlx_distill.drafters.auto import AutoDrafter
-from mlx_distill.evaluation.drafts import judge_drafts
+from mlx_distill.evaluation.drafts import ALL, class_name, judge_drafts
 from mlx_distill.files import write_whole
 from mlx_distill.target.target import Target
 
 OPENINGS = Path(mlx_distill.__file__).parent / "data" / "story_openings.jsonl"
 TREE = DraftPlan(beam_width=4, draft_length=4, nodes=8)
-ALL = "all"
 
 
 @dataclass
@@ -146,21 +145,22 @@ def _write(
 
 def _judge(arm: Arm, target: Target, answers: list[Response], asked: list[Asked]) -> None:
     """Count what trees are worth on the answers."""
-    kinds = [one.kind or ALL for one in asked]
+    kinds = [one.kind or "" for one in asked]
     judged = judge_drafts(arm.drafter, target, answers, {"tree": TREE}, kinds)
     for kind, worth in judged.worth["tree"].items():
-        arm.worth[kind or ALL] = worth.tokens, worth.calls
+        arm.worth[class_name(kind)] = worth.tokens, worth.calls
 
 
 def _row(arm: Arm, plain: Arm, asked: list[Asked]) -> dict[str, Any]:
     """Return the figures of an arm by class."""
     classes: dict[str, Any] = {}
-    for kind in dict.fromkeys([ALL, *(one.kind or ALL for one in asked)]):
+    kinds = [class_name(one.kind or "") for one in asked]
+    for kind in dict.fromkeys([ALL, *kinds]):
         tokens, calls = arm.worth.get(kind, (0, 0))
         ratios = [
             mine.tokens_per_s / other.tokens_per_s
-            for mine, other, one in zip(arm.samples, plain.samples, asked, strict=False)
-            if kind in (ALL, one.kind) and len(mine.tokens) > 1
+            for mine, other, own in zip(arm.samples, plain.samples, kinds, strict=False)
+            if kind in (ALL, own) and len(mine.tokens) > 1
         ]
         classes[kind] = {
             "tokens_per_call": tokens / calls if calls else None,

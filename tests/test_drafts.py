@@ -21,7 +21,7 @@ from mlx_distill.drafters.medusa import MedusaConfig, MedusaHeads
 from mlx_distill.drafters.medusa_drafter import MedusaDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
-from mlx_distill.evaluation.drafts import judge_drafts
+from mlx_distill.evaluation.drafts import class_name, judge_drafts
 from mlx_distill.evaluation.known_texts import posterior_noise
 from mlx_distill.evaluation.met import Met
 from mlx_distill.target.target import Target
@@ -197,6 +197,18 @@ def test_the_command_judges_every_shape_at_every_temperature(
     assert costs["dispatches"]["draft"] < costs["dispatches"]["plain_step"]
     assert costs["step_dispatch_share"] < 0.2
     assert found["size"]["parameters"] == 952_704
+
+
+def test_a_class_that_is_called_all_is_told_from_all(pair: tuple[Any, Any, Drafter]):
+    prompt = pair[1].encode("Once upon a time")
+    answers = [Response(prompt, list(range(5, 5 + length))) for length in (4, 7)]
+    drafter, target = NGramDrafter(), Target.of(pair[0])
+    plans = {"tree": DraftPlan(1, 2, 3)}
+    found = judge_drafts(drafter, target, answers, plans, ["all", "b"]).to_dict()["shapes"]
+    tokens = {kind: worth["tokens"] for kind, worth in found["tree"].items()}  # pyright: ignore
+    assert tokens["all"] == tokens["all (class)"] + tokens["b"]
+    names = ["", "all", "all (class)", "all (class) (class)", "b"]
+    assert len(set(map(class_name, names))) == len(names)
 
 
 def test_answers_that_are_there_are_judged_as_they_are(

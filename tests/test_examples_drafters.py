@@ -29,3 +29,21 @@ def test_all_ways_to_draft_are_in_one_table(
     out = capsys.readouterr().out
     assert names[0] in out
     assert "[/b]" in out  # a name, and no markup
+
+
+@pytest.mark.parametrize("kinds", [("all", "a"), (None, "a")])
+def test_all_are_all_classes_whatever_a_class_is_called(
+    kinds: tuple[str | None, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows without a class count among all, and among nothing else."""
+    drafters = example("compare_drafters", monkeypatch)
+    prompts = [{"prompt": "Once upon a time", "category": kind} for kind in kinds]
+    data, output = tmp_path / "prompts.jsonl", tmp_path / "found.json"
+    data.write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    options = ["--num-prompts", "2", "--max-tokens", "6", "--drafters", "ngram"]
+    assert drafters.main(["--data", str(data), *options, "--output", str(output)]) == 0
+    for row in json.loads(output.read_text())["rows"]:
+        classes = row["classes"]
+        assert list(classes) == ["all", *(["all (class)"] if kinds[0] else []), "a"]
+        assert classes["all"]["calls"] == 2 * classes["a"]["calls"]
+        assert len(classes["all"]["speedups"]) == 2 * len(classes["a"]["speedups"]) == 2

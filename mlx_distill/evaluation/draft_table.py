@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mlx_distill.evaluation.drafts import ALL
+
 FAITHFUL = 0.98  # of the target's greedy answers, the tokens that are its best ones
 Found = Mapping[str, Any]
 
@@ -54,7 +56,7 @@ def _shapes(figures: Mapping[str, Found]) -> Table:
     columns = [f"T = {temperature}" for temperature in figures]
     table = _table("tokens per call", "", *columns, "nodes")
     for name in _first(figures)["shapes"]:
-        rows = [one["shapes"][name]["all"] for one in figures.values()]
+        rows = [one["shapes"][name][ALL] for one in figures.values()]
         cells = [f"{row['tokens_per_call']:.3f}" for row in rows]
         table.add_row(name, *cells, f"{rows[0]['nodes_per_call']:.1f}")
     return table
@@ -88,7 +90,7 @@ def _chosen(shapes: Found) -> list[str]:
 def _acceptance(figures: Mapping[str, Found]) -> Table:
     """Return acceptance by depth of some shapes, and how good the first choices are."""
     names = {
-        f"{name}, T = {temperature}": one["shapes"][name]["all"]["reached"]
+        f"{name}, T = {temperature}": one["shapes"][name][ALL]["reached"]
         for temperature, one in figures.items()
         for name in _chosen(one["shapes"])
     }

@@ -32,6 +32,16 @@ from mlx_distill.target.target import Target
 CHOICES = 8  # of the drafter, among which the next token may be
 ALL_CHOICES = DraftPlan(CHOICES, 1)
 SIZES = ("draft_length", "nodes")
+ALL, TOLD_APART = "all", " (class)"
+
+
+def class_name(kind: str) -> str:
+    """Return the name of a class of prompts beside "all", all classes together.
+
+    A class that is itself called so is told apart; "" is all.
+    """
+    called_all = kind.replace(TOLD_APART, "") == ALL
+    return kind + TOLD_APART if called_all else kind or ALL
 
 
 @dataclass
@@ -99,10 +109,10 @@ class Judged:
     agreed: int = 0
 
     def to_dict(self) -> dict[str, object]:
-        """Return the figures; all kinds of prompts together are "all"."""
+        """Return the figures, of kinds of prompts by ``class_name``."""
         return {
             "shapes": {
-                name: {kind or "all": worth.to_dict() for kind, worth in kinds.items()}
+                name: {class_name(kind): worth.to_dict() for kind, worth in kinds.items()}
                 for name, kinds in self.worth.items()
             },
             "hits": (np.cumsum(self.choices) / max(1, self.places)).tolist(),
