@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from distilling import (
     main,
     same_result,
     without,
+    write_rows,
 )
 from mlx import nn
 
@@ -287,6 +289,24 @@ def test_both_ways_out_of_another_tokenizer(world: Path, tmp_path: Path, losses:
     log = log_of(tmp_path / "student")
     assert all(math.isfinite(row["loss"]) for row in log)
     assert set(log[-1]["held_out"]) == {"nats", "perplexity"}
+
+
+def test_arguments_of_the_other_tokenizers_template(world: Path, tmp_path: Path) -> None:
+    """The student's has no template: the teacher alone reads its questions through one."""
+    teacher = shutil.copytree(world / "bytes", tmp_path / "teacher")
+    template = "{{ who }}{% for m in messages %}|{{ m.content }}{% endfor %}"
+    (teacher / "chat_template.jinja").write_text(template)
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "Who?", "completion": " A dog."}] * 3)
+    argv = arguments(world, tmp_path / "student", "--teacher", teacher, "--data", data)
+    argv += ["--student", str(world / "student"), "--loss", "sorted_l1", "--steps", "1"]
+    argv += ["--held-out", "1"]
+    losses = []
+    for who in ("Tom", "a cow that is called Moo"):
+        config = json.dumps({"who": who})
+        argv[argv.index("--output") + 1] = str(tmp_path / who[:3])
+        assert main([*without(argv, "--student-config"), "--chat-template-config", config]) == 0
+        losses.append(log_of(tmp_path / who[:3])[0]["loss"])
+    assert losses[0] != losses[1]
 
 
 # --------------------------------------------------------------------------- what is in the folder

@@ -88,6 +88,20 @@ def test_bad_rows_are_named(world: Path, tmp_path: Path, refuses: Refuse) -> Non
     )
 
 
+@pytest.mark.parametrize("more", [[], ["--cache-teacher", "{}/cache"]])
+@pytest.mark.parametrize("layout", ["texts", "completions"])
+def test_arguments_of_no_template(
+    world: Path, tmp_path: Path, refuses: Refuse, layout: str, more: list[str]
+) -> None:
+    """They would change nothing."""
+    argv = arguments(world, tmp_path / "student", "--data-layout", layout)
+    argv += [one.format(tmp_path) for one in more]
+    assert refuses([*argv, "--chat-template-config", '{"enable_thinking": false}']) == (
+        "--chat-template-config needs a tokenizer with a chat template; this has none"
+    )
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("long", "kept"), [("cut", 12), ("drop", 4)])
 def test_long_texts_are_counted(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], long: str, kept: int

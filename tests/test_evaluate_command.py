@@ -235,3 +235,12 @@ def test_refused(
     assert len(err.splitlines()) == 1
     assert err.startswith("error: ")
     assert sentence in err
+
+
+def test_arguments_of_no_template(
+    folders: dict[str, Path], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", str(data), "--chat-template-config", '{"enable_thinking": false}']
+    assert run("--student", f"s={folders['a']}", *flags) == 2
+    sentence = "--chat-template-config needs a tokenizer with a chat template; this has none"
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence}"

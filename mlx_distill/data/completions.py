@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from mlx_distill.data.completion_layouts import UNKNOWN, Completion, row_completions
 from mlx_distill.data.condition import Undecided, compile_where
 from mlx_distill.data.encoding import encode_row
+from mlx_distill.data.prompts import is_templated
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.rows import TRUNCATED
 from mlx_distill.data.sources import read_rows
@@ -136,9 +137,10 @@ def completion_texts(
         report: Counts answers that cannot be found in what the template writes.
 
     Raises:
-        InputError: If a chat of several turns has no template to be written with, or it fails.
+        InputError: If a chat of several turns, or ``template_config``, has no template to be
+            written with, or it fails.
     """
-    template = bool(getattr(tokenizer, "has_chat_template", False))
+    template = is_templated(tokenizer, True, template_config)
     return [
         encode_row(
             _mlx_lm_row(completion, template),

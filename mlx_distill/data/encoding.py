@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.data.chats import write_chat
-from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.data.prompts import encode_prompt, is_templated
 from mlx_distill.data.report import LOST, Report
 from mlx_distill.data.rows import TRUNCATED, Row, read_row, why_ended
 from mlx_distill.data.sources import local_file, read_rows
@@ -39,8 +39,10 @@ def read_texts(
         report: Counts what is read and dropped.
 
     Raises:
-        InputError: If there is no such file, a row cannot be used, or there are no rows.
+        InputError: If there is no such file, a row cannot be used, or there are no rows; or if
+            there is no template for ``template_config``.
     """
+    is_templated(tokenizer, True, template_config)
     path = local_file(source, split)
     report = Report() if report is None else report
     texts = []

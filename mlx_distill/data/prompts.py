@@ -74,8 +74,8 @@ def encode_prompt(
     return encode_text(tokenizer, prompt)
 
 
-def _is_templated(tokenizer: Any, wanted: bool, template_config: Mapping[str, Any] | None) -> bool:
-    """Return whether prompts of a file go through the chat template.
+def is_templated(tokenizer: Any, wanted: bool, template_config: Mapping[str, Any] | None) -> bool:
+    """Return whether prompts or chats of a file go through the chat template.
 
     Raises:
         InputError: If arguments of a template are given, and there is none.
@@ -175,7 +175,7 @@ def read_asked(
             is no template for ``template_config``.
     """
     report = report or Report(noun="prompts")
-    templated = _is_templated(tokenizer, chat_template, template_config)
+    templated = is_templated(tokenizer, chat_template, template_config)
     config = template_config if templated else None
     prompts = []
     for place, given in read_rows(path):
@@ -214,7 +214,7 @@ def read_each(
         InputError: If the file is unreadable, or holds nothing, or there is no template for
             ``template_config``.
     """
-    templated = _is_templated(tokenizer, chat_template, template_config)
+    templated = is_templated(tokenizer, chat_template, template_config)
     config = template_config if templated else None
     found = []
     for place, given in read_rows(path):

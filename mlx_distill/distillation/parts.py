@@ -106,7 +106,9 @@ def open_parts(config: DistillConfig, opening: Opening) -> Parts:
     known = tokenizer_hash(student.tokenizer)
     others = [other for _, other in loaded if tokenizer_hash(other) != known]
     _check_comparable(config, len(loaded), bool(others))
-    reading = config.reading(opening.template_config)
+    # Where the student's tokenizer has no template, that of another teacher may be meant.
+    meant = student.tokenizer.has_chat_template or not any(o.has_chat_template for o in others)
+    reading = config.reading(opening.template_config if meant else None)
     corpus = read_corpus(config.data, config.valid, student.tokenizer, reading, config.sizes)
     _check_contexts([student.network, *networks], [*corpus.texts, *corpus.valid])
     for network in networks:

@@ -121,7 +121,7 @@ def question_prompt(
 ) -> list[int]:
     """Return a question's token ids, as a chat with the instruction where there is a template."""
     if not getattr(tokenizer, "has_chat_template", False):
-        return encode_prompt(tokenizer, question.text + "\n")
+        return encode_prompt(tokenizer, question.text + "\n", template_config=template_config)
     lines = [question.text, *([config.qa_instruction] if config.qa_instruction else [])]
     return encode_prompt(tokenizer, "\n".join(lines), template_config=template_config)
 
