@@ -65,13 +65,13 @@ def _judge_drafter(arguments: argparse.Namespace) -> int:
     if arguments.student or arguments.qa:
         raise InputError("a drafter is judged with its target, --teacher, and nothing else")
     output = cli.new_file(arguments.output)
-    check_material(arguments.data)  # before anything is loaded
+    options = {"template_config": cli.template_config(arguments)}
+    check_material(arguments.data, **options)  # before anything is loaded
     name = arguments.teacher or str(bundled("stories-14m"))
     sources = Sources.named(name, [], arguments.adapter_path)
     loaded = sources.load(cli.code_options(arguments.trust_remote_code))[TEACHER]
     drafter = load_drafter(arguments.drafter, loaded.model, loaded.tokenizer)
     pair = Pair(loaded.model, loaded.tokenizer, drafter)
-    options = {"template_config": cli.template_config(arguments)}
     material = Material.read(arguments.data, pair, arguments.max_texts, **options)
     found = judge_drafter(pair, material, config, quiet=False)
     result = {**found, "config": cli.settings(arguments), **machine.provenance()}

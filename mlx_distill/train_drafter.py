@@ -96,7 +96,23 @@ def _check_names(arguments: argparse.Namespace) -> None:
         raise InputError("name either --data, prompts that the model answers, or --answers")
     if arguments.write_answers and not arguments.data:
         raise InputError("--write-answers needs --data, prompts that the model answers")
+    _check_reading(arguments)
     check_sources(arguments.data)
+
+
+def _check_reading(arguments: argparse.Namespace) -> None:
+    """Raise InputError if a flag says how something is read that nobody reads."""
+    data, answers = bool(arguments.data), bool(arguments.answers)
+    without_template = arguments.ignore_chat_template and answers  # else it is said what is missing
+    for flag, given, read in (
+        ("--max-prompts", arguments.max_prompts, data or answers),
+        ("--prompt-tokens", arguments.prompt_tokens, data),
+        ("--ignore-chat-template", without_template, data),
+        ("--chat-template-config", cli.template_config(arguments), not answers),
+    ):
+        if given and not read:
+            kind = "answers are token ids already" if answers else "without --data there are none"
+            raise InputError(f"{flag} says how prompts are read; {kind}")
 
 
 def _learned(

@@ -102,6 +102,25 @@ def test_training_values_out_of_range(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--answers {} --prompt-tokens 5", "--prompt-tokens"),
+        ("--answers {} --ignore-chat-template", "--ignore-chat-template"),
+        ('--answers {} --chat-template-config {{"a":1}}', "--chat-template-config"),
+        ("--max-prompts 5", "--max-prompts"),
+        ("--prompt-tokens 5", "--prompt-tokens"),
+    ],
+)
+def test_flags_that_would_change_nothing(
+    refused: Run, tmp_path: Path, flags: str, said: str
+) -> None:
+    output = ["--output", str(tmp_path / "drafter")]
+    sentence = refused(train_drafter.main, *flags.format(tmp_path / "a.npz").split(), *output)
+    kind = "answers are token ids already" if "{}" in flags else "without --data there are none"
+    assert sentence == f"{said} says how prompts are read; {kind}"
+
+
 def test_output_that_exists(refused: Run, tmp_path: Path, arguments: list[str]) -> None:
     output = tmp_path / "drafter"
     output.mkdir()

@@ -232,7 +232,8 @@ def test_answers_left_out_are_counted_as_prompts_are(
     np.savez(tmp_path / "answers.npz", greedy=np.array([True] * 8), **lengths, **tokens)
     (tmp_path / "p.jsonl").write_text('{"prompt": "Once upon a time"}\n' * 8)
     flags = arguments(tmp_path / "drafter")
-    flags[flags.index("--data") : flags.index("--data") + 2] = []
+    for flag in ("--data", "--prompt-tokens"):
+        flags[flags.index(flag) : flags.index(flag) + 2] = []
     for noun, given in (("answer", "--answers answers.npz"), ("prompt", "--data p.jsonl")):
         name, file = given.split()
         output = ["--output", str(tmp_path / noun), "--steps", "1"]

@@ -223,7 +223,11 @@ def test_answers_that_are_there_are_judged_as_they_are(
     np.savez(tmp_path / "a.npz", **arrays, answer_len=[4, 3], greedy=[False, True])
     flags = ["--temperatures", "0", "--chains", "1", "--nodes", "3", "--rounds", "0", "--json"]
     drafter = str(REFERENCE)
-    assert evaluate.main(["--drafter", drafter, "--data", str(tmp_path / "a.npz"), *flags]) == 0
+    config = ["--chat-template-config", '{"a": 1}']
+    named = ["--drafter", drafter, "--data", str(tmp_path / "a.npz")]
+    assert evaluate.main([*named, *config]) == 2
+    assert "answers are token ids already" in capsys.readouterr().err
+    assert evaluate.main([*named, *flags]) == 0
     out = capsys.readouterr().out
     found = json.loads(out.splitlines()[-1])
     assert found["temperatures"]["0"]["tokens"] == 3

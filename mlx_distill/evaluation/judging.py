@@ -1,6 +1,7 @@
 """A drafter judged: what its drafts are worth in every shape, what they cost, how large it is."""
 
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,10 +149,17 @@ class Material:
         return [Response(prompt, tokens) for prompt, tokens in pairs]
 
 
-def check_material(data: str | Path) -> None:
-    """Raise InputError if a file holds neither answers nor prompts; costs next to nothing."""
+def check_material(data: str | Path, template_config: Mapping[str, Any] | None = None) -> None:
+    """Raise InputError if a file holds neither answers nor prompts; costs next to nothing.
+
+    Answers are token ids already, so no template is given further arguments for them.
+    """
     if _holds_answers(data):
         read_answers(data)
+        if template_config:
+            raise InputError(
+                "--chat-template-config says how prompts are read; answers are token ids already"
+            )
     else:
         check_sources([data])
 
