@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import ModelIn
+from distillers import TEXTS
 from mlx import nn
 
 import mlx_distill
@@ -19,6 +21,7 @@ from mlx_distill.distillation.answer_writing import write_answers
 from mlx_distill.distillation.config import DistillConfig
 from mlx_distill.distillation.drafter_config import DrafterTraining
 from mlx_distill.distillation.responses import ResponseConfig
+from mlx_distill.distillation.terms import LossTerm
 from mlx_distill.distillation.training import distill
 from mlx_distill.evaluation.judging import JudgingConfig
 from mlx_distill.training.config import TrainingConfig
@@ -187,6 +190,11 @@ def examples() -> Examples:
     return Examples.of(draws.normal(size=(8, 6)).astype(np.float32), np.arange(8) % 4)
 
 
+def unweighted() -> Examples:
+    """Return examples none of which counts."""
+    return replace(examples(), mask=mx.zeros(8))
+
+
 def run(folder: Path, student: Any = None, teacher: Any = None, data: Any = None, **options: Any):
     how = {"training": TrainingConfig(steps=2), "quiet": True}
     given = examples() if data is None else data
@@ -212,12 +220,31 @@ def run(folder: Path, student: Any = None, teacher: Any = None, data: Any = None
         ({"data": ["Once"]}, "data must hold texts, as read_texts returns, got 'Once'"),
         ({"data": "Once"}, "data must be a list, got 'Once'"),
         ({"valid": ["Once"]}, "valid must hold texts, as read_texts returns, got 'Once'"),
+        ({"valid": []}, "valid must hold examples, as the data do"),
+        ({"data": TEXTS, "valid": examples()}, "valid must hold texts, as the data do"),
+        ({"data": TEXTS, "valid": []}, "valid holds no texts"),
+        ({"valid": examples().take([])}, "no example of valid has a weight above 0"),
+        ({"data": unweighted()}, "no example of data has a weight above 0"),
+        ({"losses": 3}, "losses must be a list, got 3"),
+        ({"losses": [{"name": "hard"}]}, "a loss must be a text such as forward_kl:weight=0.9, go"),
+        ({"eos_token_ids": 2}, "eos_token_ids must be a list, got 2"),
+        ({"eos_token_ids": None}, "eos_token_ids must be a list, got None"),
+        ({"valid": examples(), "valid_teacher": "x"}, "a teacher must be a network, as load ret"),
     ],
 )
 def test_what_a_distillation_does_not_take(tmp_path: Path, options: dict[str, Any], sentence: str):
     with pytest.raises(InputError, match=f"^{sentence}"):
         run(tmp_path / "run", **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_and_a_network_are_taken_alone(tmp_path: Path):
+    judged = []
+    for name, judge in (("a", network()), ("b", None)):
+        how = {"valid": examples(), "valid_teacher": judge, "losses": LossTerm("forward_kl")}
+        mx.random.seed(1)
+        judged.append(run(tmp_path / name, **how).log[-1]["held_out"]["kl"])
+    assert judged[0] != judged[1]
 
 
 def test_numbers_of_numpy_are_a_seed(tmp_path: Path):

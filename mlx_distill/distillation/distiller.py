@@ -69,7 +69,7 @@ class Examples:
 
     def take(self, rows: Sequence[int]) -> "Examples":
         """Return some of the examples."""
-        at = mx.array(list(rows))
+        at = mx.array(list(rows), mx.int32)
         return Examples(self.inputs[at], self.labels[at], self.mask[at], list(rows))
 
 

@@ -57,9 +57,9 @@ def distill(
     data: Data,
     *,
     folder: str | Path,
-    losses: str | Sequence[str | LossTerm] = ("forward_kl",),
+    losses: str | LossTerm | Sequence[str | LossTerm] = ("forward_kl",),
     valid: Data | None = None,
-    valid_teacher: Teacher | None = None,
+    valid_teacher: nn.Module | Teacher | None = None,
     training: TrainingConfig | None = None,
     trained: str | None = None,
     batch_size: int = 8,
@@ -111,7 +111,8 @@ def distill(
     """
     folder, terms = usable_path(folder, "the folder"), _terms(losses)
     data, valid = _data("data", data), None if valid is None else _data("valid", valid)
-    seed, batch_size, eos_token_ids = plain(seed), plain(batch_size), plain([*eos_token_ids])
+    seed, batch_size = plain(seed), plain(batch_size)
+    eos_token_ids = plain(listed("eos_token_ids", eos_token_ids))
     for name, value, hint in (
         ("seed", seed, Seed),
         ("eos_token_ids", eos_token_ids, tuple[int, ...]),
@@ -119,11 +120,14 @@ def distill(
         ("on_policy", on_policy, OnPolicyConfig | None),
     ):
         check_value(name, value, hint)
+    _check_data(data, valid)
     _check_student(student)
     texts = not isinstance(data, Examples)
     training = (training or TrainingConfig()).resolved(trained or _trained(student, texts))
     teacher = _teacher(teachers, texts, weights, mean)
-    _check(batch_size, data, valid, training, teacher, on_policy)
+    if valid_teacher is not None:
+        valid_teacher = _teacher(valid_teacher, texts, None, mean)
+    _check(batch_size, valid, training, teacher, on_policy)
     given = readable(student, teacher, data, valid, on_policy, set(eos_token_ids))
     parts = _parts(student, teacher, given, valid_teacher)
     if settings:
@@ -228,19 +232,29 @@ def _check_student(student: Any) -> None:
 
 def _check(
     batch_size: int,
-    data: Data,
     valid: Data | None,
     training: TrainingConfig,
     teacher: Teacher,
     on_policy: OnPolicyConfig | None,
 ) -> None:
     check_value("batch_size", batch_size, Count)
-    if not isinstance(data, Examples) and not data:
-        raise InputError("there are no texts")
     if valid is None and (training.patience or training.keep_best):
         raise InputError("patience and keep_best need held-out data, by which to judge")
     if isinstance(teacher, CachedTeacher) and on_policy is not None and on_policy.on_policy > 0:
         raise InputError("a cache does not know what the student will write; use a teacher")
+
+
+def _check_data(data: Data, valid: Data | None) -> None:
+    """Raise InputError if there is nothing to learn, or nothing to judge by, or no such thing."""
+    examples = isinstance(data, Examples)
+    if valid is not None and isinstance(valid, Examples) != examples:
+        raise InputError(f"valid must hold {'examples' if examples else 'texts'}, as the data do")
+    for name, given in (("data", data), ("valid", valid)):
+        if isinstance(given, Examples):
+            if not (given.mask > 0).any().item():
+                raise InputError(f"no example of {name} has a weight above 0")
+        elif given is not None and not given:
+            raise InputError("there are no texts" if name == "data" else "valid holds no texts")
 
 
 def _hash(data: Data) -> str:
@@ -249,9 +263,15 @@ def _hash(data: Data) -> str:
     return texts_hash(data)
 
 
-def _terms(losses: str | Sequence[str | LossTerm]) -> list[LossTerm]:
-    losses = [losses] if isinstance(losses, str) else losses
-    return [term if isinstance(term, LossTerm) else LossTerm.parse(term) for term in losses]
+def _terms(losses: str | LossTerm | Sequence[str | LossTerm]) -> list[LossTerm]:
+    alone = isinstance(losses, str | LossTerm)
+    return [_term(one) for one in ([losses] if alone else listed("losses", losses))]
+
+
+def _term(loss: Any) -> LossTerm:
+    if not isinstance(loss, str | LossTerm):
+        raise InputError(f"a loss must be a text such as forward_kl:weight=0.9, got {loss!r:.40}")
+    return LossTerm.parse(loss) if isinstance(loss, str) else loss
 
 
 def _trained(student: nn.Module, texts: bool) -> str:
