@@ -32,6 +32,7 @@ from mlx_distill.distillation import comparison
 from mlx_distill.distillation import distiller as module
 from mlx_distill.distillation.objective import Goal, response_losses
 from mlx_distill.distillation.teachers import (
+    Lesson,
     LiveTeacher,
 )
 from mlx_distill.distillation.terms import FEATURE, RELATION, RESPONSE
@@ -221,6 +222,25 @@ def test_contrastive_batch_of_one_learned_token() -> None:
     total, count, grads = value_and_grads(make(["contrastive:layers=last"], batch), batch)
     assert (total, count) == (0, 1)
     assert all(mx.all(gradient == 0).item() for gradient in grads.values())
+
+
+class Barring:
+    """A teacher that bars a token at the first place of the first text, which is not learned."""
+
+    def lesson(self, batch: Any, layers: Any = ()) -> Lesson:
+        logits = tiny_model("llama")(batch.inputs)
+        return Lesson((logits.at[0, 0, 5].add(-mx.inf),), Goal)
+
+
+@pytest.mark.parametrize("loss", [name for name in RESPONSE if name != "hard"])
+def test_what_is_not_learned_has_no_gradient_whatever_it_is(loss: str) -> None:
+    """KL(student || teacher) is infinite where the teacher bars a token."""
+    batch = text_batch(TEXTS, [0, 3])
+    assert batch.mask[0, 0].item() == 0
+    total, _, grads = value_and_grads(make([loss], batch, teacher=Barring()), batch)
+    expected, _, others = value_and_grads(make([loss], batch), batch)
+    assert total == pytest.approx(expected, rel=1e-5)
+    assert_close(grads, others, 1e-4)
 
 
 @pytest.mark.parametrize("loss", [*FEATURE, *RELATION])

@@ -28,7 +28,9 @@ def learned_rows(batch: Any, *arrays: mx.array) -> list[mx.array]:
         return every
     mask = np.array(batch.mask, copy=False).reshape(-1)
     learned = np.flatnonzero(mask)
-    places = np.zeros((max(1, -(-len(learned) // ROWS)) * ROWS,), np.int32)
+    # Those behind are of a learned position, too: what is infinite elsewhere has no gradient.
+    first = learned[0] if len(learned) else 0
+    places = np.full((max(1, -(-len(learned) // ROWS)) * ROWS,), first, np.int32)
     places[: len(learned)] = learned
     at, here = mx.array(places), mx.arange(len(places)) < len(learned)
     labels, weights, *others = (array.reshape(-1, *array.shape[depth:])[at] for array in every)
