@@ -27,11 +27,13 @@ from distilling import (
     write_rows,
 )
 from mlx import nn
+from mlx.utils import tree_map
 
 from mlx_distill import cli
 from mlx_distill.checkpoint import load
 from mlx_distill.data.encoding import read_texts
 from mlx_distill.data.selection import fit
+from mlx_distill.distillation.adapters import AdapterConfig
 from mlx_distill.evaluation.texts import evaluate
 from mlx_distill.hashes import tokenizer_hash
 from mlx_distill.training.journal import draw_curves
@@ -333,6 +335,26 @@ def test_packed_weights_are_not_packed_again_after_the_training(
     assert capsys.readouterr().err == (
         "error: the student is quantised already; leave export_bits away\n"
     )
+
+
+def test_layers_of_a_teacher_with_adapters(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of them are the teacher, adapters and all."""
+    network, _ = load(world / "teacher")
+    how = AdapterConfig("lora")
+    how.apply(network)
+    network.update(tree_map(lambda x: x + 0.02, network.trainable_parameters()))
+    how.save(network, tmp_path / "adapters")
+    argv = arguments(world, tmp_path / "out", "--student-layers", 0, 1, 2, "--steps", 1)
+    argv = without(argv, "--student-config")
+    befores = []
+    for more in (["--teacher-adapter-path", str(tmp_path / "adapters")], []):
+        output = tmp_path / f"student-{len(more)}"
+        assert main([*argv, "--output", str(output), *more]) == 0
+        befores.append(json.loads((output / "training.json").read_text())["held_out"]["before"])
+    assert [one["kl"] for one in befores] == pytest.approx([0, 0], abs=1e-5)
+    assert befores[0]["nats"] != pytest.approx(befores[1]["nats"], rel=1e-3)
 
 
 def test_adapters_over_packed_weights(world: Path, tmp_path: Path, quantised: Path) -> None:

@@ -154,6 +154,7 @@ def test_losses_of_a_file_that_cannot_be(
         ("--loss hidden_mse:layers=0-3", "there is no layer 3: Model has 3, 0 to 2"),
         ("--loss hidden_mse:layers=1-0", "there is no layer 1: Model has 1, 0 to 0"),
         ("--teacher-weights 1 2", "2 weights do not fit 1 teachers"),
+        ("--teacher B --loss sorted_l1 --teacher-weights 1 2", "2 weights do not fit 1 teachers"),
         ("--teacher-weights 0", "teacher_weights must be above 0 and at most 1,000,000, got 0.0"),
         ("--report-to carrier-pigeon", "--report-to: carrier-pigeon callback doesn't exist"),
         ("--teacher nowhere", "there is no folder nowhere"),

@@ -13,6 +13,7 @@ from students import SMALL, TOKENS, arrays, bits, learn, logits
 from tiny_models import TINY_CONFIGS, tiny_config, tiny_model
 
 from mlx_distill import InputError
+from mlx_distill.distillation.adapters import AdapterConfig, merge_adapters
 from mlx_distill.distillation.students import from_config, from_layers, read_config
 from mlx_distill.target.layers import layer_list
 
@@ -189,6 +190,15 @@ def test_teachers_whose_layers_cannot_be_taken() -> None:
         from_layers(tiny_model("llama"), config, [0])
     with pytest.raises(InputError, match="the teacher's config says no number of layers"):
         from_layers(tiny_model("llama"), {"model_type": "llama"}, [0])
+
+
+def test_layers_with_adapters_make_no_student_before_they_are_merged() -> None:
+    teacher = tiny_model("llama")
+    AdapterConfig("lora").apply(teacher)
+    with pytest.raises(InputError, match="layers with adapters; merge them first"):
+        from_layers(teacher, tiny_config("llama"), [0])
+    merge_adapters(teacher)
+    assert from_layers(teacher, tiny_config("llama"), [0])
 
 
 def test_teacher_of_the_layers_does_not_learn_with_the_student(tmp_path: Path) -> None:

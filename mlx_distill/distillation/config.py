@@ -51,7 +51,8 @@ class DistillConfig:
         batch_size: Texts per batch.
         grad_checkpoint: Compute activations twice instead of keeping them.
         seed: Of first weights, order and draws.
-        teacher_adapter_path: Folder of adapters that mlx-lm trained for the (first) teacher.
+        teacher_adapter_path: Folder of adapters that mlx-lm trained for the (first) teacher; they
+            are merged where the student is made of its layers.
         adapter_path: The same of the student; they are merged before it learns, which loses some
             of them where it is quantised, unless --export-dequantized is given.
         adapter: Which parameters are trained.
@@ -105,6 +106,10 @@ class DistillConfig:
         ways = [bool(self.student), bool(self.student_config), bool(self.student_layers)]
         if sum(ways) > 1:
             raise InputError("student, student_config and student_layers exclude each other")
+        if self.teacher_weights and len(self.teacher_weights) != len(self.teacher):
+            raise InputError(
+                f"{len(self.teacher_weights)} weights do not fit {len(self.teacher)} teachers"
+            )
         if self.adapter_path and not self.student:
             raise InputError("adapter_path is of a student; name it with --student")
         if self.teacher_adapter_path and len(self.teacher) != 1:

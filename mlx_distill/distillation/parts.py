@@ -173,6 +173,7 @@ def _student(
     tokenizer, source = _tokenizer(config, loaded, opening)
     if config.student_layers:
         folder = local_folder(config.teacher[0])
+        merge_adapters(loaded[0][0])
         student, own = from_layers(loaded[0][0], read_config(folder), config.student_layers)
         return Student(student, own, tokenizer, source, stored_type(folder))
     own = read_config(usable_path(config.student_config or "", "the student's config"))

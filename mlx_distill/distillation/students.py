@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_distill import machine
 from mlx_distill.arrays import num_values
 from mlx_distill.compat import model_classes
+from mlx_distill.distillation.adapters import has_adapters
 from mlx_distill.distillation.layer_kinds import (
     NEEDS_OTHERS,
     different_kind,
@@ -86,7 +87,7 @@ def from_layers(
     architecture may tell it by the layer's number.
 
     Args:
-        teacher: Not quantised.
+        teacher: Not quantised, and its adapters merged.
         config: The teacher's.
         layers: Their numbers, in order.
 
@@ -104,6 +105,8 @@ def from_layers(
         raise InputError(f"the teacher's layers must be named once, in order, got {list(layers)}")
     if "quantization" in config or any("scales" in module for module in teacher.modules()):
         raise InputError("a student cannot be made of a quantised teacher's layers")
+    if has_adapters(teacher):
+        raise InputError("a student cannot be made of layers with adapters; merge them first")
     student, own = _of_the_same_kinds(teacher, config, layers)
     _take_weights(teacher, student, place, layers)
     other = different_result(teacher, student, layers)
