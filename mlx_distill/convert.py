@@ -28,6 +28,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.evaluation.converted import Form, convert_and_judge
 from mlx_distill.files import new_path
 from mlx_distill.limits import Count, check_value
+from mlx_distill.target.context import position_limit
 from mlx_distill.target.target import Target
 
 FORMS = ("smaller", "ours", "published")
@@ -44,12 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_value("max_texts", arguments.max_texts, Count)
     output = new_path(arguments.output)  # before anything is loaded
     answers = read_answers(arguments.answers).greedy_ones()
-    numbers = range(len(answers.responses))
-    judged = answers.only(numbers[: arguments.max_texts])
-    others = answers.only(numbers[arguments.max_texts :])
     model, tokenizer = cli.load_model(arguments)
     pair = Pair(model, tokenizer, load_drafter(arguments.drafter, model, tokenizer))
     answers.check(pair.target.vocab_size, origin(model, tokenizer))
+    answers = answers.readable(position_limit(model))
+    numbers = range(len(answers.responses))
+    judged = answers.only(numbers[: arguments.max_texts])
+    others = answers.only(numbers[arguments.max_texts :])
     form = Form(arguments.bits, arguments.head_rank)
     fitted = (others if others.responses else judged).responses
     found = convert_and_judge(pair, arguments.drafter, output, form, judged, fitted)

@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_models import tiny_model
 
 from mlx_distill import train_drafter
+from mlx_distill.calibration.pair import Pair
 from mlx_distill.data.report import Report
 from mlx_distill.distillation.answer_files import WrittenAnswers, read_answers
 from mlx_distill.distillation.responses import Response
+from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.errors import InputError
+from mlx_distill.evaluation.judging import Material
+from mlx_distill.target.context import position_limit
 
 ARRAYS: dict[str, Any] = {
     "prompt": np.array([1, 2, 3, 4], np.uint16),
@@ -45,6 +50,23 @@ def test_what_a_model_cannot_read_is_counted(tmp_path: Path):
     kept = read_answers(file_of(tmp_path)).within(4, report)
     assert [one.prompt for one in kept.responses] == [[4]]
     assert (report.kept, report.reasons()) == (1, "1 longer than the model's 4 tokens")
+
+
+def test_answers_beyond_the_positions_of_a_model_are_not_judged_by(
+    tmp_path: Path, bundled_pair: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+):
+    """Their rows of the table would be foreign memory."""
+    tokens = {"answer": np.full(303, 5), "answer_len": np.array([300, 3])}
+    path = file_of(tmp_path, **tokens, greedy=np.array([True, True]))
+    pair = Pair(tiny_model("gpt2"), bundled_pair[1], NGramDrafter())
+    assert position_limit(pair.model) == 256
+    material = Material.read(path, pair)
+    assert (material.prompts, material.kinds) == ([[4]], ["code"])
+    assert "1 longer than the model's 256 tokens: answer 1" in capsys.readouterr().err
+    written = read_answers(path)
+    assert written.readable(None) is written
+    with pytest.raises(InputError, match="no answer can be read: 2 longer than the model's 3 "):
+        written.readable(3)
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,23 @@ class WrittenAnswers:
         report.kept = len(kept)
         return self.only(kept)
 
+    def readable(self, positions: int | None) -> "WrittenAnswers":
+        """Return those that a model with so many positions can read; say what is left out.
+
+        Args:
+            positions: Rows of its table of positions; None where it computes them.
+
+        Raises:
+            InputError: If there are none.
+        """
+        report = Report(rows=len(self.responses), noun="answers")
+        kept = self if positions is None else self.within(positions, report)
+        if not kept.responses:
+            raise InputError(f"no answer can be read: {report.reasons()}")
+        if report.dropped:
+            print(*report.lines(), sep="\n", file=sys.stderr)
+        return kept
+
     def greedy_ones(self) -> "WrittenAnswers":
         """Return those that were written at temperature 0.
 

@@ -29,6 +29,7 @@ from mlx_distill.evaluation.drafts import judge_drafts
 from mlx_distill.evaluation.known_texts import posterior_noise
 from mlx_distill.files import usable_path
 from mlx_distill.limits import Between, Seed, check_fields
+from mlx_distill.target.context import position_limit
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class Material:
     @classmethod
     def _of(cls, written: WrittenAnswers, pair: Pair, count: int | None) -> "Material":
         written.check(pair.target.vocab_size, origin(pair.model, pair.tokenizer))
+        written = written.readable(position_limit(pair.model))
         if any(written.greedy):
             written = written.greedy_ones()
         kinds = written.kinds or [""] * len(written.responses)
