@@ -309,6 +309,9 @@ def test_arguments_of_the_other_tokenizers_template(world: Path, tmp_path: Path)
         assert main([*without(argv, "--student-config"), "--chat-template-config", config]) == 0
         losses.append(log_of(tmp_path / who[:3])[0]["loss"])
     assert losses[0] != losses[1]
+    used = ["--config", str(tmp_path / "Tom" / "config.yaml"), "--output", str(tmp_path / "again")]
+    assert main(used) == 0
+    assert log_of(tmp_path / "again")[0]["loss"] == losses[0]
 
 
 # --------------------------------------------------------------------------- what is in the folder

@@ -184,6 +184,7 @@ def _files(
 ) -> dict[str, str | bytes]:
     """Return what lies beside the student: its settings, its log and its card."""
     template = dict(opening.template_config or {})
+    given = {"chat_template_config": json.dumps(template)} if template else {}
     run = {
         "config": asdict(config),
         "template_config": template,
@@ -198,7 +199,7 @@ def _files(
         **machine.provenance(),
     }
     return {
-        "config.yaml": yaml.safe_dump(flat(config), sort_keys=False),
+        "config.yaml": yaml.safe_dump(flat(config) | given, sort_keys=False),
         "training.json": json.dumps(run, indent=1) + "\n",
         "README.md": model_card(
             name, config, parts.corpus, done.log, figures, parameters, template
