@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer
 
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
-from mlx_distill.data.encoding import encode_row
+from mlx_distill.data.encoding import encode_row, read_texts
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit, pack
@@ -335,6 +335,30 @@ def test_what_users_of_other_projects_have(stories: Any) -> None:
     assert encode_row(row, silent, "here") == pair
     listed = {"prompt": CHAT[:3], "completion": CHAT[3:]}
     assert encode_row(listed, tokenizer, "here") == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "Add.", "input": "1 2", "output": ""}, "no answer"),
+        ({"instruction": "Add.", "output": None, "system": "Be brief."}, "no answer"),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": ""}]},
+            "an empty message",
+        ),
+    ],
+)
+def test_rows_of_other_projects_without_an_answer_are_counted(
+    stories: Any, tmp_path: Path, row: dict[str, Any], reason: str
+) -> None:
+    """Well-known tables have some; of Alpaca's layout the question is there to be answered."""
+    tokenizer, path = with_template(stories, templates.CHATML), tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in (row, {"messages": CHAT})))
+    report = Report()
+    assert len(read_texts(path, tokenizer, report=report)) == 1
+    assert report.dropped == {reason: 1}
+    texts = read_texts(path, tokenizer, prompts=True)
+    assert [text.asks for text in texts] == ([False] if "empty" in reason else [True, False])
 
 
 def test_conversation_of_unknown_speakers(stories: Any) -> None:

@@ -72,7 +72,7 @@ def read_row(
 
     Raises:
         InputError: If it has no known layout, or values of other types.
-        Drop: If a layout that is not mlx-lm's holds no answer.
+        Drop: If a layout that is not mlx-lm's holds no answer, or an empty message.
     """
     row = as_mlx_lm(row, place, prompts)
     has_answer = answers and "completion" in row
@@ -100,10 +100,12 @@ def as_mlx_lm(row: Mapping[str, Any], place: str, prompts: bool = False) -> Mapp
         question = "\n\n".join(string(text, place) for text in asked if text != "")
         rest = {name: value for name, value in row.items() if name not in ALPACA}
         before = [*systems, *_history(row.get("history"), place)]
+        answer = [] if row["output"] in ("", None) else [_said(row["output"])]
+        if not (answer or prompts):
+            raise Drop("no answer")
         if before:
-            chat = [*before, *_asked(question).messages, _said(row["output"])]
-            return {**rest, "messages": chat}
-        return {**rest, "prompt": question, "completion": row["output"]}
+            return {**rest, "messages": [*before, *_asked(question).messages, *answer]}
+        return {**rest, "prompt": question, **({"completion": row["output"]} if answer else {})}
     if isinstance(row.get("conversations"), list) and "messages" not in row:
         messages = [_sharegpt(message, place) for message in row["conversations"]]
         while messages and messages[-1]["role"] != "assistant" and not prompts:
@@ -146,6 +148,8 @@ def _sharegpt(message: Any, place: str) -> dict[str, Any]:
         raise InputError(
             f"{place}: from must be one of {', '.join(SHAREGPT_ROLES)}, got {role!r:.40}"
         )
+    if value == "":
+        raise Drop("an empty message")
     return {"role": SHAREGPT_ROLES[role], "content": string(value, place)}
 
 
