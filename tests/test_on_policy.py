@@ -72,6 +72,16 @@ def test_every_answer_of_a_chat_is_gone_on_with() -> None:
     assert prompt_of(Text([*range(3)]), 0, 4) == Prompt(0, [0, 1], None)
 
 
+def test_an_answer_is_found_where_its_question_is_learned_or_one_token() -> None:
+    """A chat is no document, of which the first tokens are gone on with."""
+    draws = np.random.default_rng(0)
+    whole = Text(CHAT.tokens, source=CHAT.source)
+    found = {(p.message, len(p.tokens)) for p in (prompt_of(whole, 0, 2, draws) for _ in range(30))}
+    assert found == {(1, 4), (3, 9)}
+    source = Source("here", Chat(MESSAGES[:2]), answers=((1, 1, 5),))
+    assert prompt_of(Text.behind([*range(5)], 1, source), 0, 3) == Prompt(0, [0], 1)
+
+
 @pytest.mark.parametrize(("tokens", "ended"), [([30, 2], True), ([30, 31], False)])
 def test_written_answer_knows_its_chat(tokens: list[int], ended: bool) -> None:
     prompt = prompt_of(CHAT, 0, 2)

@@ -256,14 +256,22 @@ def prompt_of(
     chat = text.source.chat if text.source else None
     if not text.num_learned:  # a question alone
         return Prompt(row, text.tokens, None if chat is None else len(chat.messages))
-    answers = text.answers()
-    number = len(answers) - 1 if draws is None else int(draws.integers(len(answers)))
-    start = answers[number][0]
-    if start > 1:
-        known = text.source.answers if text.source else ()
-        message = known[number][0] if len(known) == len(answers) else None
+    places = _beginnings(text)
+    number = len(places) - 1 if draws is None else int(draws.integers(len(places)))
+    start, message = places[number]
+    if start > 1 or message is not None:
         return Prompt(row, text.tokens[:start], message)
     return Prompt(row, text.tokens[: min(prompt_tokens, len(text.tokens) - 1)], None)
+
+
+def _beginnings(text: Text) -> list[tuple[int, int | None]]:
+    """Return where what is learned of a text begins, and in which message of its chat."""
+    known = text.source.answers if text.source else ()
+    spans = text.answers()
+    if known and spans[0][0] <= 1:  # the question is one token, or it is learned as well
+        return [(max(1, start), message) for message, start, _ in known]
+    same = len(known) == len(spans)
+    return [(start, known[n][0] if same else None) for n, (start, _) in enumerate(spans)]
 
 
 def continued(
