@@ -12,6 +12,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from half_models import REFERENCE
+from mlx import nn
+from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import cli
@@ -27,6 +29,7 @@ from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import NGramDrafter
 from mlx_distill.drafters.protocol import DraftPlan, FixedPlanner, Outcome
 from mlx_distill.errors import InputError
+from mlx_distill.evaluation.draft_costs import draft_costs
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
@@ -245,6 +248,28 @@ def test_contexts_beyond_the_model_are_left_out(pair: Pair) -> None:
     assert usable_contexts(pair, CalibrationConfig()) == (128,)  # the model's are 512
     small = replace(pair, cache=CacheConfig(max_kv_size=150))
     assert usable_contexts(small, QUICK) == (47,)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_bigcode"])
+def test_no_call_is_timed_that_reads_behind_a_table_of_positions(
+    kind: str, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second has no trees but lines, which are as deep as they have nodes."""
+    sizes = {"vocab_size": pair.target.vocab_size, "n_positions": 40}
+    sizes |= {"n_ctx": 40} if kind == "gpt2" else {}
+    model = tiny_model(kind, **sizes)
+    rows, read = SMALL.rows, nn.Embedding.__call__
+
+    def look(table: nn.Embedding, ids: mx.array) -> mx.array:
+        assert ids.max().item() < table.weight.shape[0]
+        return read(table, ids)
+
+    monkeypatch.setattr(nn.Embedding, "__call__", look)
+    config = replace(SMALL, rows=(*rows, 39, 40, 64))
+    small = Pair(model, pair.tokenizer, NGramDrafter(store_tokens=0))
+    found = calibrate(small, config, crowded=lambda _: 0.0).costs
+    assert (found.contexts, found.rows) == ((1,), (*rows, 39))
+    assert draft_costs(small, DraftPlan(1, 4, 64), 1)["nodes"] == 1
 
 
 @pytest.mark.parametrize(

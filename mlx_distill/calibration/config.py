@@ -13,7 +13,8 @@ class CalibrationConfig:
     """What is measured.
 
     Args:
-        rows: Rows of the target's calls; 1 among them, which is a plain step.
+        rows: Rows of the target's calls; 1 among them, which is a plain step. Those that the
+            model's table of positions is too short for are left out.
         contexts: Lengths of the text before them, in tokens; those beyond the model's context are
             left out.
         widths: Beam widths of the drafts.

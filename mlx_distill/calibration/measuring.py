@@ -91,6 +91,7 @@ def calibrate(
     until = start + config.deadline_s
     pair.target.require_drafting()
     settle(pair.drafter)
+    config = replace(config, rows=usable_rows(pair, config.rows))
     context, *_ = contexts = usable_contexts(pair, config)
     kernels = probe_kernels(pair, context, clock)
     threads = _choose_threads(pair, config, context, clock, start + config.deadline_s / 5)
@@ -225,6 +226,15 @@ def quick_config(pair: Pair, clock: Clock = time.perf_counter) -> CalibrationCon
     step = Reading.of(pair, usable_contexts(pair, COARSE)[0]).call(1)
     step(clock)
     return QUICK if min(step(clock) for _ in range(3)) <= SLOW_STEP_S else COARSE
+
+
+def usable_rows(pair: Pair, rows: Sequence[int]) -> tuple[int, ...]:
+    """Return the rows that a call on a line can have behind one token; a plain step among them.
+
+    A model that looks positions up would read foreign memory for those behind its table.
+    """
+    limit = position_limit(pair.model)
+    return tuple(n for n in rows if n == 1 or limit is None or n < limit)
 
 
 def usable_contexts(pair: Pair, config: CalibrationConfig) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from mlx_distill.benchmarking.dispatch_study import of_cycle, of_plain_step, of_tree_call
 from mlx_distill.calibration.config import CalibrationConfig
-from mlx_distill.calibration.measuring import usable_contexts
+from mlx_distill.calibration.measuring import usable_contexts, usable_rows
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.calibration.tasks import Reading
 from mlx_distill.calibration.timing import Task, time_in_turn
@@ -23,11 +23,12 @@ def draft_costs(pair: Pair, plan: DraftPlan, rounds: int) -> dict[str, Any]:
         rounds: How often each is timed, in turn with the others.
     """
     plan = plan.for_support(pair.target.support)
-    (context,) = usable_contexts(pair, CalibrationConfig(rows=(1, plan.nodes), contexts=(CONTEXT,)))
+    rows = usable_rows(pair, sorted({1, plan.nodes}))
+    (context,) = usable_contexts(pair, CalibrationConfig(rows=rows, contexts=(CONTEXT,)))
     reading = Reading.of(pair, context)
     tasks: dict[str, Task] = {
         "plain_step": reading.call(1),
-        "tree_call": reading.call(plan.nodes),
+        "tree_call": reading.call(rows[-1]),
         "draft": reading.draft(plan),
     }
     times = time_in_turn(tasks, rounds, LIMIT_S)
@@ -35,13 +36,13 @@ def draft_costs(pair: Pair, plan: DraftPlan, rounds: int) -> dict[str, Any]:
     cycle = of_cycle(pair.model, pair.tokenizer, pair.drafter, prompt, plan, 0.0)
     sent = {
         "plain_step": of_plain_step(pair.model),
-        "tree_call": of_tree_call(pair.model, plan.nodes),
+        "tree_call": of_tree_call(pair.model, rows[-1]),
         "draft": cycle["draft"],
     }
     step, draft = times["plain_step"].median_s, times["draft"].median_s
     return {
         "context": context,
-        "nodes": plan.nodes,
+        "nodes": rows[-1],
         "draft_length": plan.draft_length,
         "time_ms": {name: 1000 * one.median_s for name, one in times.items()},
         "spread": {name: one.spread for name, one in times.items()},
