@@ -4,7 +4,9 @@ What its files say is compared with each other and with this machine: a configur
 million layers that the weights do not have. Nothing of the folder's own code is run.
 """
 
+import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,9 @@ TOKENIZER_FILES = (
     *("*tokenizer*.py", "*tokenization*.py"),
 )
 # What mlx-lm and the tokenizers' library read as JSON objects beside config.json.
+GENERATION = "generation_config.json"
 SETTINGS = (
-    *("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *(GENERATION, "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "hf_quant_config.json"),
 )
 
@@ -67,11 +70,29 @@ def check_model(path: Path, in_float32: bool) -> dict[str, Any]:
     check_quantization(config.get("quantization"), path / "config.json")
     for name in SETTINGS:
         if (path / name).exists():
-            values = read_json(path / name)
+            values = _settings(path / name)
             _check_end_tokens(values.get("eos_token_id"), path / name)
     if not any(file for pattern in TOKENIZER_FILES for file in path.glob(pattern)):
         raise InputError(f"{path} holds no tokenizer ({', '.join(TOKENIZER_FILES)})")
     return config
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return what a file of settings holds; of what mlx-lm passes over, one line on stderr.
+
+    Raises:
+        InputError: If it cannot be read, or holds something else.
+    """
+    if file.name == GENERATION:
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            said = f"{error.msg} at column {error.colno} of line {error.lineno}"
+            print(f"mlx_distill: {file} is passed over: {said}", file=sys.stderr)
+            return {}
+        except (OSError, ValueError, RecursionError):
+            pass  # mlx-lm cannot load it, and the sentence is the other files'
+    return read_json(file)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -79,3 +79,17 @@ def test_fields_of_a_configuration_are_replaced() -> None:
     model, _ = mlx_distill.load(SMALL, model_config=changes)
     theirs = mlx_lm.load(str(SMALL), model_config=changes)[0]
     assert model.args.rope_theta == theirs.args.rope_theta == 5e5
+
+
+@pytest.mark.parametrize("text", ["", '{"eos_token_id": ', '\ufeff{"eos_token_id": 5}'])
+def test_broken_settings_of_generating_are_passed_over_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """As mlx-lm does, which also takes a mark of the byte order for no JSON."""
+    folder = changed(SMALL, tmp_path / "model")
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+    _, tokenizer = mlx_distill.load(folder)
+    assert tokenizer.eos_token_ids == mlx_lm.load(str(folder))[1].eos_token_ids
+    said = capsys.readouterr().err
+    assert "generation_config.json is passed over: " in said
+    assert said.count("\n") == 1
