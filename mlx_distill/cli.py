@@ -101,6 +101,32 @@ def asked_shape(
     return None
 
 
+def refuse_unused(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    unused: Sequence[str | type],
+    why: str,
+) -> None:
+    """Raise InputError if a command line has a flag that nothing would look at.
+
+    Args:
+        parser: The command's.
+        argv: The command line.
+        unused: Names of arguments, or dataclasses whose fields they are called like.
+        why: What the sentence begins with.
+    """
+    names = {
+        name
+        for one in unused
+        for name in ([one] if isinstance(one, str) else [field.name for field in fields(one)])
+    }
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+    for name, value in vars(given).items():
+        if name in names and value is not None:
+            flag = {"temperature": "temp"}.get(name, name.replace("_", "-"))
+            raise InputError(f"{why}; leave --{flag} out")
+
+
 def command(function: Callable[..., int]) -> Callable[..., int]:
     """Turn the errors that a user can mend into one line on stderr and exit status 2."""
 

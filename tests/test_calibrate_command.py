@@ -41,6 +41,9 @@ def test_it_measures_reports_and_keeps(
         (["--output", "/nowhere/result.json"], "its folder does not exist"),
         (["--output", "new.png", "--plot", "./new.png"], "--output and --plot name the same file"),
         (["--show", "--output", "new.json"], "--show measures nothing; leave --output"),
+        (["--show", "--rows", "1", "2"], "--show measures nothing; leave --rows out"),
+        (["--quick", "--rounds", "3"], "the first use of a pair does; leave --rounds out"),
+        (["--contexts", "16", "--quick"], "the first use of a pair does; leave --contexts out"),
     ],
 )
 def test_refusals(flags: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
