@@ -79,6 +79,8 @@ def check_drafting(arguments: argparse.Namespace, plan: DraftPlan | None) -> Non
     """
     if arguments.no_drafter and arguments.drafter:
         raise InputError("--drafter and --no-drafter exclude each other")
+    if arguments.no_drafter and arguments.draft_model:
+        raise InputError("--draft-model and --no-drafter exclude each other")
     if arguments.draft_model and arguments.drafter:
         raise InputError("--drafter and --draft-model exclude each other")
     if arguments.draft_verification and not arguments.draft_model:

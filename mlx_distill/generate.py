@@ -27,7 +27,7 @@ from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt
 from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.learning_config import LearningConfig
-from mlx_distill.drafters.protocol import DraftLength
+from mlx_distill.drafters.protocol import DraftLength, DraftPlan
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.caching import CacheConfig
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cache = from_flags(CacheConfig, arguments)
     template_config = cli.template_config(arguments)
     _check_flags(arguments)
+    _refuse_unused(argv, arguments)
     drafting.check_drafting(arguments, plan)
     text = _prompt(arguments)
     if arguments.reset_learning:
@@ -199,6 +200,18 @@ def _check_flags(arguments: argparse.Namespace) -> None:
     flags.check_prompts_file(arguments)
     check_value("max_tokens", arguments.max_tokens, Count)
     check_value("num_draft_tokens", arguments.num_draft_tokens, DraftLength)
+
+
+def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
+    """Raise InputError if a flag was given that nothing would look at."""
+    reasons: list[tuple[Any, str | type, str]] = [
+        (arguments.prompts_file, "prompt", "--prompts-file has the prompts"),
+        (arguments.no_drafter, DraftPlan, "--no-drafter drafts nothing"),
+        (not arguments.learn, LearningConfig, "nothing is learned without --learn, the folder"),
+    ]
+    for applies, unused, why in reasons:
+        if applies:
+            cli.refuse_unused(_parser(), argv, [unused], why)
 
 
 def _options(

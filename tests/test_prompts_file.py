@@ -206,6 +206,7 @@ def test_a_text_file_has_a_prompt_in_every_line(
         (["--batch", "2"], "--batch needs --prompts-file"),
         (["--prompts-file", "FILE", "--batch", "0"], "batch"),
         (["--prompts-file", "FILE", "--json"], "--json goes with one prompt"),
+        (["--prompts-file", "FILE", "-p", "x"], "has the prompts; leave --prompt out"),
         (["--prompts-file", "FILE", "--compare"], "--compare goes with one prompt"),
         (["--prompts-file", "none.jsonl"], "none.jsonl"),
         (["--prompts-file", "FILE", "--output", "FILE"], "exists"),
