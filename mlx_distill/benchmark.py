@@ -218,9 +218,12 @@ def _open(
     if isinstance(drafter, AutoDrafter):
         ids = [one.ids for one in prompts]
         found = settled(Pair(model, tokenizer, drafter), sampling, ids, config.max_tokens)
-        print(found.sentence(), file=sys.stderr)
+        arm = found.trial.chosen or found.trial.best
         # What loses is measured all the same: there is nothing else to be told.
-        drafter = drafter.arms[found.trial.chosen or found.trial.best] or drafter.first
+        arm = arm if drafter.arms[arm] else next(iter(drafter.arms))
+        short = f"the answers are too short for a trial; {drafter.title(arm)} is measured"
+        print(found.sentence() if found.trial.chosen else short, file=sys.stderr)
+        drafter = drafter.arms[arm] or drafter.first
     return Bench(model, tokenizer, drafter, draft_model, sampling, config), prompts, report
 
 

@@ -178,8 +178,10 @@ def test_answers_of_other_weights_or_settings_are_not_mixed(
         (tmp_path / folder / "m").symlink_to(bundled(name), target_is_directory=True)
     monkeypatch.chdir(tmp_path)
     output = tmp_path / "answers.jsonl"
-    asked = ["--prompts-file", str(file), "--output", str(output), "--no-drafter", "-m", "2"]
+    asked = ["--prompts-file", str(file), "--output", str(output), "-m", "2"]
     asked += [] if "--model" in first else ["--model", "a/m"]
+    without = ["--no-drafter"]
+    first, then = (one if "--draft-model" in one else [*one, *without] for one in (first, then))
     with monkeypatch.context() as patch:
         patch.setattr(prompts_file, "stream_answers", stopped)
         assert generate.main([*asked, *first]) == 130

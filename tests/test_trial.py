@@ -383,6 +383,31 @@ def test_a_benchmark_lets_the_trial_come_to_its_end(
     assert found.trial.chosen in auto.arms
 
 
+def test_a_benchmark_goes_on_until_arms_that_are_alike_are_known_well(
+    bundled_pair: tuple[Any, Any], measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command's texts are of 128 tokens, and so a trial was left in its midst."""
+    for name, value in (("TURN", 8), ("COUNTED", 8), ("MOST", 48)):
+        monkeypatch.setattr(f"mlx_distill.calibration.trial.{name}", value)
+    monkeypatch.setattr(Trial, "_rivals", lambda self: list(self.arms))
+    auto = AutoDrafter(None)
+    found = settled(Pair(*bundled_pair, auto), GREEDY, [[1, 5, 9]], 12)
+    assert found.trial.chosen is not None
+    assert all(found.trial.tokens_of(arm) >= 48 for arm in auto.arms)
+
+
+def test_a_benchmark_does_not_try_for_ever(
+    bundled_pair: tuple[Any, Any], measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers may be too short for anything to count, and nothing may be to be measured."""
+    auto = AutoDrafter(None)
+    pair = Pair(*bundled_pair, auto)
+    assert settled(pair, GREEDY, [[1, 5, 9]], 2).trial.chosen is None
+    monkeypatch.setenv("MLX_DISTILL_CALIBRATE", "0")
+    with pytest.raises(InputError, match="found out by measuring, which MLX_DISTILL_CALIBRATE=0"):
+        settled(pair, GREEDY, [[1, 5, 9]], 2)
+
+
 def test_a_shape_that_is_asked_for_is_kept(
     bundled_pair: tuple[Any, Any], bundled_drafter: Any, measured: Path
 ) -> None:

@@ -5,8 +5,8 @@ does not decide.
 """
 
 import copy
+import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,8 +18,10 @@ from mlx import nn
 from tqdm import tqdm
 
 from mlx_distill.benchmarking.config import BenchmarkConfig
+from mlx_distill.calibration.automatic import SWITCH, is_on
 from mlx_distill.calibration.choosing import Choosing, choosing
 from mlx_distill.calibration.pair import Pair
+from mlx_distill.calibration.trial import MOST
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan
@@ -29,8 +31,8 @@ from mlx_distill.target.target import Target
 
 PLAIN, OURS = "mlx-lm", "mlx_distill"
 DRAFT_MODEL, OUR_DRAFT_MODEL = (f"{name} with draft model" for name in (PLAIN, OURS))
-# So often prompts are answered to find out which way to draft is fastest.
-MOST_REPEATS = 8
+# Of the tokens of a trial every second counts at the least: turns begin with some that do not.
+COUNTED = 2
 
 
 @dataclass
@@ -153,15 +155,26 @@ def settled(
         sampling: How tokens are drawn.
         prompts: The last of them are answered first.
         max_tokens: The longest answer.
+
+    Raises:
+        InputError: If nothing is to be measured.
     """
     assert isinstance(pair.drafter, AutoDrafter)
+    if not is_on():
+        raise InputError(f"auto is found out by measuring, which {SWITCH}=0 leaves out")
     found = choosing(pair, pair.drafter, sampling.temperature > 0)
     drafting = {"drafter": pair.drafter, "cache": pair.cache, "exact_rows": pair.exact_rows}
-    for number, prompt in enumerate(list(reversed(prompts)) * MOST_REPEATS):
-        if found.trial.chosen is not None:
-            break
-        options = {"max_tokens": max_tokens, "seed": number, **asdict(sampling), **drafting}
-        deque(stream_generate(pair.model, pair.tokenizer, prompt, **options), maxlen=0)
+    left, seeds, before = len(pair.drafter.arms) * MOST * COUNTED, itertools.count(), -1
+    # Answers may all be so short that nothing of them counts.
+    while found.trial.chosen is None and left > 0 and found.trial.tokens > before:
+        before = found.trial.tokens
+        for prompt in reversed(prompts):
+            options = {"max_tokens": max_tokens, "seed": next(seeds), **asdict(sampling)}
+            options |= drafting
+            for _ in stream_generate(pair.model, pair.tokenizer, prompt, **options):
+                left -= 1
+            if found.trial.chosen is not None or left <= 0:
+                break
     return found
 
 
