@@ -109,12 +109,15 @@ def load_tokenizer(path_or_repo: str | Path, trust_remote_code: bool = False) ->
         raise _no_model(path, error, "the tokenizer ") from None
 
 
-def local_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
+def local_folder(
+    path_or_repo: str | Path, revision: str | None = None, also: tuple[str, ...] = ()
+) -> Path:
     """Return the folder of a model, fetched from the hub if the name is not a folder here.
 
     Args:
         path_or_repo: A folder, or a name on the hub; the oldest names there have no owner.
         revision: Of what is fetched; None for the newest.
+        also: Names of files that are fetched beside those that mlx-lm fetches of a model.
 
     Raises:
         InputError: If there is no such folder, and nothing of the name on the hub.
@@ -131,9 +134,8 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
-        )
+        patterns = [*DEFAULT_ALLOW_PATTERNS, *also]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its transport's errors too
         raise InputError(
             f"there is no folder {name}, and it could not be fetched from the hub: "

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import mlx.core as mx
 import pytest
 from half_models import REFERENCE
+from huggingface_hub.utils import filter_repo_objects
 from mlx.utils import tree_flatten
 
 import mlx_distill
@@ -54,6 +56,23 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     folder = tmp_path_factory.mktemp("padded") / "model"
     widen = lambda values: values.update(vocab_size=4096 + 64)  # noqa: E731
     return mlx_distill.load(edited(bundled("stories-14m"), folder, widen, pad))
+
+
+def test_a_drafter_of_the_hub_comes_with_all_of_its_files(
+    monkeypatch: pytest.MonkeyPatch, bundled_pair: tuple[Any, Any]
+) -> None:
+    """mlx-lm fetches no file of weights whose name does not begin with model."""
+    files = ["config.json", "model.safetensors", "shortlist.safetensors", "notes.pdf"]
+    fetched: list[str] = []
+
+    def fetch(name: str, **options: Any) -> str:
+        kept = filter_repo_objects(files, allow_patterns=options["allow_patterns"])
+        fetched.extend(str(one) for one in kept)
+        return str(REFERENCE)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    mlx_distill.load_drafter("somebody/some-drafter", *bundled_pair)
+    assert fetched == files[:3]
 
 
 def test_a_padded_head_is_no_other_target(padded: tuple[Any, Any]) -> None:

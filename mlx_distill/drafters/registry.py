@@ -21,6 +21,7 @@ from mlx_distill.drafters.mixture import MixedDrafter
 from mlx_distill.drafters.ngram import PAIR, NGramDrafter
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.drafters.recurrent import RecurrentDrafterConfig
+from mlx_distill.drafters.shortlist import FILE as SHORTLIST
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json, usable_path
 from mlx_distill.safetensors import refuse_pickled
@@ -69,7 +70,7 @@ def load_drafter(
         other = name.removeprefix(f"{NGRAM}+")
         usable_path(other, "the drafter beside n-grams")
         return with_ngrams(load_drafter(other, model, tokenizer))
-    path = local_folder(path_or_repo)
+    path = local_folder(path_or_repo, also=(SHORTLIST,))
     config = _read_config(path)
     kind = config.pop("model_type", None)
     if not isinstance(kind, str) or kind not in LOADERS:
