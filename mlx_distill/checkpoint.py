@@ -1,5 +1,6 @@
 """Models, in: from a folder or a hub repository, checked, with or without adapters."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def load(
     if "model_file" in config and not trust_remote_code:
         raise InputError(f"{path} {OWN_CODE}")
     adapters = None if adapter_path is None else _adapter_folder(adapter_path)
+    for name, given in (("tokenizer_config", tokenizer_config), ("model_config", model_config)):
+        if not isinstance(given, Mapping | None):
+            raise InputError(f"{name} must hold names and values, got {given!r:.40}")
     tokenizer_config = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
     try:
         model, tokenizer = mlx_lm.load(

@@ -1,5 +1,6 @@
 """What Python gives the public functions: taken as it is meant, or refused in one sentence."""
 
+import copy
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,12 +10,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from chat_templates import CHATML
 from conftest import ModelIn
 from distillers import TEXTS
+from drafting import random_drafter
+from half_models import REFERENCE
 from mlx import nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import mlx_distill
-from mlx_distill import Examples, InputError
+from mlx_distill import DraftPlan, Examples, InputError
 from mlx_distill.checkpoint import bundled
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.distillation.answer_writing import write_answers
@@ -118,6 +123,30 @@ def test_a_tokenizer_of_transformers_is_one(tmp_path: Path, pair: tuple[Any, Any
     assert mlx_distill.load_drafter(tmp_path / "drafter", model, own) is not None
 
 
+def test_a_tokenizer_of_transformers_reads_files(tmp_path: Path, pair: tuple[Any, Any]):
+    """It says in its own way that it has a chat template, and which tokens end a text."""
+    theirs = copy.deepcopy(pair[1]._tokenizer)
+    theirs.chat_template = CHATML
+    wrapped = TokenizerWrapper(theirs)
+    data = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "A cat."}]
+    data.write_text(json.dumps({"messages": turns}) + "\n")
+    for read in (mlx_distill.read_prompts, mlx_distill.read_texts):
+        assert read(data, theirs) == read(data, wrapped)
+        with pytest.raises(InputError, match="the tokenizer must be one, as load returns"):
+            read(data, None)
+    texts = []
+    for name, tokenizer in (("a", wrapped), ("b", theirs)):
+        drafter = random_drafter(pair[0])
+        with mlx_distill.Learner(tmp_path / name, drafter, pair[0], tokenizer) as learner:
+            options = {"drafter": learner.drafter, "max_tokens": 6}
+            answer = mlx_distill.stream_generate(pair[0], tokenizer, [1, 5], **options)
+            texts.append([response.token for response in learner.listen(answer)])
+            learner.learn()
+        assert json.loads((tmp_path / name / "learning.json").read_text())["answers"] == 1
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("prompts", ["Once", b"Once", {"a": 1}, 5])
 def test_texts_are_written_to_several_prompts(pair: tuple[Any, Any], prompts: Any):
     with pytest.raises(InputError, match="prompts must be a list, got "):
@@ -149,6 +178,89 @@ def test_what_is_of_another_kind(
             tokenizer=pair[1], prompts=IDS, output=tmp_path / "drafter", quiet=True, **named
         )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda model: mlx_distill.NGramDrafter("a"), "longest must be a whole number, got 'a'"),
+        (lambda model: mlx_distill.NGramDrafter(16.5), "longest must be a whole number, got 16.5"),
+        (
+            lambda model: mlx_distill.NGramDrafter(shortest=2.5),
+            "shortest must be a whole number, got 2.5",
+        ),
+        (
+            lambda model: mlx_distill.NGramDrafter(store_tokens=-1),
+            "store_tokens must be at least 0, got -1",
+        ),
+        (
+            lambda model: mlx_distill.NGramDrafter(store_tokens="many"),
+            "store_tokens must be a whole number, got 'many'",
+        ),
+        (
+            lambda model: mlx_distill.MixedDrafter(mlx_distill.NGramDrafter(), "ngram"),
+            "ngrams must be an NGramDrafter, got 'ngram'",
+        ),
+        (
+            lambda model: mlx_distill.MixedDrafter(mlx_distill.NGramDrafter),
+            "n-grams are mixed with a drafter, got <class",
+        ),
+        (
+            lambda model: mlx_distill.DraftModelDrafter("models/small", 97),
+            "a draft model must be a network, as load returns, got 'models/small'",
+        ),
+        (
+            lambda model: mlx_distill.DraftModelDrafter(model, "97"),
+            "vocab_size must be a whole number, got '97'",
+        ),
+        (
+            lambda model: mlx_distill.DraftModelDrafter(model, 97, max_kv_size="8"),
+            "max_kv_size must be a whole number, got '8'",
+        ),
+    ],
+)
+def test_what_makes_no_drafter(
+    pair: tuple[Any, Any], make: Callable[[nn.Module], Any], sentence: str
+):
+    with pytest.raises(InputError, match=f"^{sentence}"):
+        make(pair[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"plan": "wide"}, "plan must be a DraftPlan, or plan drafts, got 'wide'"),
+        ({"plan": {"nodes": 3}}, "plan must be a DraftPlan, or plan drafts, got {'nodes': 3}"),
+        ({"plan": DraftPlan}, "plan must be a DraftPlan, or plan drafts, got <class"),
+        ({"drafter": mlx_distill.NGramDrafter}, "a type is no drafter; load one with load_drafter"),
+    ],
+)
+def test_what_drafts_nothing(pair: tuple[Any, Any], options: dict[str, Any], sentence: str):
+    with pytest.raises(InputError, match=f"^{sentence}"):
+        mlx_distill.generate(*pair, IDS[0], max_tokens=2, **options)
+
+
+@pytest.mark.parametrize("prompt", [{5: 6}, {5, 6}, frozenset([5])])
+def test_ids_without_an_order_are_no_prompt(pair: tuple[Any, Any], prompt: Any):
+    with pytest.raises(InputError, match="a prompt is a text or token ids, got "):
+        mlx_distill.generate(*pair, prompt, max_tokens=1)
+
+
+def test_numbers_of_numpy_say_how_much_is_drafted(tmp_path: Path, pair: tuple[Any, Any]):
+    options = {"draft_model": pair[0], "max_tokens": 6}
+    text = mlx_distill.generate(*pair, IDS[0], num_draft_tokens=2, **options)
+    assert mlx_distill.generate(*pair, IDS[0], num_draft_tokens=np.int64(2), **options) == text
+    (answer,) = mlx_distill.batch_generate(*pair, IDS[:1], batch=np.int32(2), max_tokens=6)
+    assert answer.text == text
+    mlx_distill.quantize_drafter(REFERENCE, tmp_path / "packed", bits=np.int64(4))
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert config["quantization"]["bits"] == 4
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config", "model_config"])
+def test_what_a_model_is_loaded_with_has_names(name: str):
+    with pytest.raises(InputError, match=f"^{name} must hold names and values, got 'x'"):
+        mlx_distill.load(bundled("stories-4m"), **{name: "x"})
 
 
 # --------------------------------------------------------------------------------------- settings

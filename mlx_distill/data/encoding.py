@@ -13,7 +13,7 @@ from mlx_distill.data.report import LOST, Report
 from mlx_distill.data.rows import TRUNCATED, Row, read_row, why_ended
 from mlx_distill.data.sources import local_file, read_rows
 from mlx_distill.data.texts import Source, Text
-from mlx_distill.data.tokens import encode_behind, encode_text, tokens_before
+from mlx_distill.data.tokens import encode_behind, encode_text, tokens_before, usable_tokenizer
 from mlx_distill.errors import InputError
 
 
@@ -42,6 +42,7 @@ def read_texts(
         InputError: If there is no such file, a row cannot be used, or there are no rows; or if
             there is no template for ``template_config``.
     """
+    tokenizer = usable_tokenizer(tokenizer)
     is_templated(tokenizer, True, template_config)
     path = local_file(source, split)
     report = Report() if report is None else report

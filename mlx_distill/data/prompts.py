@@ -10,7 +10,7 @@ from mlx_distill.data.report import Drop, Report
 from mlx_distill.data.rows import Row, read_row
 from mlx_distill.data.selection import rows_in_turn
 from mlx_distill.data.sources import read_rows
-from mlx_distill.data.tokens import encode_text
+from mlx_distill.data.tokens import encode_text, usable_tokenizer
 from mlx_distill.errors import InputError
 from mlx_distill.limits import plain
 
@@ -174,7 +174,7 @@ def read_asked(
         InputError: If the file is unreadable, a row has none of the keys, no row is left, or there
             is no template for ``template_config``.
     """
-    report = report or Report(noun="prompts")
+    report, tokenizer = report or Report(noun="prompts"), usable_tokenizer(tokenizer)
     templated = is_templated(tokenizer, chat_template, template_config)
     config = template_config if templated else None
     prompts = []

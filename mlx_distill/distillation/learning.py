@@ -35,6 +35,7 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.arrays import to_number
+from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.distillation.answer_writing import writer
 from mlx_distill.distillation.drafted_head import drafted_logits
 from mlx_distill.distillation.drafter import Logits, Past, Starts, TargetView, drafter_loss
@@ -50,6 +51,7 @@ from mlx_distill.drafters.protocol import DraftState, Features
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import weights_hash
+from mlx_distill.limits import check_value
 from mlx_distill.target.target import Target
 from mlx_distill.training.masters import Masters
 from mlx_distill.training.quick_steps import QuickSteps
@@ -88,7 +90,8 @@ class Learner:
         tokenizer: Any,
         config: LearningConfig | None = None,
     ):
-        self.config = config or LearningConfig()
+        check_value("config", config, LearningConfig | None)
+        self.config, tokenizer = config or LearningConfig(), usable_tokenizer(tokenizer)
         if not isinstance(drafter, BoundDrafter):
             raise InputError(f"a {type(drafter).__name__} cannot learn from use")
         self._answers = Answers(Target.of(model).model, texts=True)

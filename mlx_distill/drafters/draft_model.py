@@ -34,6 +34,8 @@ from mlx_distill.core.draft import Draft
 from mlx_distill.core.prefix_tree import PrefixTree
 from mlx_distill.core.sampling import Sampling, shaped_fast
 from mlx_distill.drafters.protocol import DraftPlan, Features
+from mlx_distill.errors import InputError
+from mlx_distill.limits import Count, check_value, plain
 from mlx_distill.target.context import position_limit
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens
 from mlx_distill.target.prompt_cache import prompt_caches
@@ -57,6 +59,9 @@ class DraftModelDrafter:
         law: How tokens are drawn from the draft model's own logits; they are chains then. None
             drafts in sight of the text's noise.
 
+    Raises:
+        InputError: If the model is none, or a number is out of its range.
+
     Attributes:
         config: Tells it from other draft models, for what is measured of a pair.
         positions: How many the model has a learned row for; None where it computes them. Behind
@@ -73,6 +78,11 @@ class DraftModelDrafter:
         caches: list[LayerCache] | None = None,
         law: Sampling | None = None,
     ):
+        if not isinstance(model, nn.Module):
+            raise InputError(f"a draft model must be a network, as load returns, got {model!r:.40}")
+        vocab_size, max_kv_size = plain(vocab_size), plain(max_kv_size)
+        check_value("vocab_size", vocab_size, Count)
+        check_value("max_kv_size", max_kv_size, int | None)
         self.model = model
         self.law = law
         self.vocab_size = vocab_size

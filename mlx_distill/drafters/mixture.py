@@ -10,7 +10,14 @@ from jaxtyping import Float, Int
 from mlx_distill.core.draft import MOST_COMPARED, Draft
 from mlx_distill.core.merging import merged
 from mlx_distill.drafters.ngram import PAIR, NGramDrafter, NGramState
-from mlx_distill.drafters.protocol import Closes, Drafter, DraftPlan, DraftState, Features
+from mlx_distill.drafters.protocol import (
+    Closes,
+    Drafter,
+    DraftPlan,
+    DraftState,
+    Features,
+    is_drafter,
+)
 from mlx_distill.errors import InputError
 
 
@@ -28,8 +35,10 @@ class MixedDrafter:
     """
 
     def __init__(self, drafter: Drafter, ngrams: NGramDrafter | None = None):
-        if not isinstance(drafter, Drafter):
+        if not is_drafter(drafter):
             raise InputError(f"n-grams are mixed with a drafter, got {drafter!r:.60}")
+        if not isinstance(ngrams, NGramDrafter | None):
+            raise InputError(f"ngrams must be an NGramDrafter, got {ngrams!r:.60}")
         self.drafter = drafter
         self.ngrams = ngrams or NGramDrafter(shortest=PAIR)
         self.taps = drafter.taps

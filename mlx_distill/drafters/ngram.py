@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Annotated
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -29,9 +30,10 @@ from mlx_distill.drafters.hit_rates import RANKS, HitRates
 from mlx_distill.drafters.lookup import PAIR, Match, Store, Text
 from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.errors import InputError
-from mlx_distill.limits import Between, check_value
+from mlx_distill.limits import Between, check_value, plain
 
 STORE_TOKENS = 32_768  # about 10 MB
+StoreTokens = Annotated[int, Between(0, 10**7)]
 # A row costs about a tenth of a step: what is less likely than this is not worth one, and where
 # nothing is likelier than this at first, there is no draft.
 LEAST_NODE, LEAST_FIRST = 0.05, 0.15
@@ -52,18 +54,21 @@ class NGramDrafter:
             leaves anything behind.
 
     Raises:
-        InputError: If the numbers are out of order.
+        InputError: If these are no such numbers, or out of order.
     """
 
     taps: tuple[int, ...] = ()
 
     def __init__(self, longest: int = 16, shortest: int = 3, store_tokens: int = STORE_TOKENS):
+        longest, shortest, store_tokens = map(plain, (longest, shortest, store_tokens))
+        check_value("longest", longest, int)
+        check_value("shortest", shortest, int)
+        check_value("store_tokens", store_tokens, StoreTokens)
         if not PAIR <= shortest <= longest <= 64:
             raise InputError(
                 f"an n-gram drafter needs {PAIR} <= shortest <= longest <= 64, "
                 f"got {shortest} and {longest}"
             )
-        check_value("store_tokens", store_tokens, Between(0, 10**7))
         self.longest, self.shortest = longest, shortest
         self.store = Store(store_tokens)
         self.rates = HitRates(longest)

@@ -15,6 +15,7 @@ from mlx_distill.drafters.networks import SHAPES
 from mlx_distill.drafters.shortlist import FILE as DIRECTIONS_FILE
 from mlx_distill.errors import InputError
 from mlx_distill.files import output_path, read_json, usable_path, whole_folder, write_whole
+from mlx_distill.limits import plain
 from mlx_distill.safetensors import check_safetensors, read_arrays
 from mlx_distill.untyped import Fields
 
@@ -34,7 +35,7 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
     Raises:
         InputError: If there is no such drafter, it is quantised already, or nothing can be written.
     """
-    source = usable_path(folder, "the drafter")
+    source, bits = usable_path(folder, "the drafter"), plain(bits)
     if type(bits) is not int or bits not in BITS:
         raise InputError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
     config, arrays = read_unquantised(source)

@@ -10,7 +10,7 @@ others. ``ngram`` is one without weights.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Protocol, TypeGuard, runtime_checkable
 
 import mlx.core as mx
 import numpy as np
@@ -369,6 +369,11 @@ class FixedPlanner:
     def shape(self, text: int, outcome: Outcome | None) -> DraftPlan | None:
         """Return the plan."""
         return self.plan
+
+
+def is_drafter(given: object) -> TypeGuard[Drafter]:
+    """Return whether something is a drafter; the class of one is none."""
+    return isinstance(given, Drafter) and not isinstance(given, type)
 
 
 def has_static_tree(drafter: object) -> bool:

@@ -22,7 +22,7 @@ from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, Planner
 from mlx_distill.errors import InputError
-from mlx_distill.limits import check_value, listed
+from mlx_distill.limits import check_value, listed, plain
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_planning import BatchPlanner
 from mlx_distill.speculation.batch_writing import Failed
@@ -160,7 +160,9 @@ def answer_steps(
         InputError: If the drafter does not fit the model, ``each`` not the prompts, or two texts
             have the same prompt cache.
     """
+    batch = plain(batch)
     check_value("batch", batch, BatchSize)
+    checks.check_plan(plan)
     prompts = listed("prompts", prompts)
     _check_each(each, len(prompts))
     _check_caches(each or [{}] * len(prompts), options)

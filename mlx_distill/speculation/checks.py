@@ -13,8 +13,11 @@ from mlx_distill.drafters.protocol import (
     NO_STATIC_TREE,
     Drafter,
     DraftLength,
+    DraftPlan,
     FixedPlanner,
+    Planner,
     has_static_tree,
+    is_drafter,
 )
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.limits import check_value
@@ -72,6 +75,13 @@ def cache_config(given: object) -> CacheConfig:
     raise InputError(f"cache must be a CacheConfig, got {given!r:.60}")
 
 
+def check_plan(plan: object) -> None:
+    """Raise InputError if something is neither the shape of drafts nor what plans it."""
+    if plan is None or (isinstance(plan, DraftPlan | Planner) and not isinstance(plan, type)):
+        return
+    raise InputError(f"plan must be a DraftPlan, or plan drafts, got {plan!r:.60}")
+
+
 def stop_texts(given: object) -> tuple[str, ...]:
     """Return the texts that end an answer, of one, several or none.
 
@@ -117,7 +127,7 @@ def check_drafter(
     The layers that it taps have to be there, and trees that are planned have to be made by it.
     """
     target.require_drafting()
-    if not isinstance(drafter, Drafter):
+    if not is_drafter(drafter):
         raise InputError(f"a {type(drafter).__name__} is no drafter; load one with load_drafter")
     made_for = getattr(drafter, "target", None)
     if made_for:

@@ -31,7 +31,7 @@ from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
 from mlx_distill.drafters.protocol import Drafter, Planner
-from mlx_distill.limits import check_value
+from mlx_distill.limits import check_value, plain
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
 from mlx_distill.speculation.batched_text import BatchedText
@@ -92,12 +92,12 @@ class Engine:
         self.tokenizer = usable_tokenizer(tokenizer)
         self.drafter = drafter
         self.draft_model = draft_model
-        self.num_draft_tokens = num_draft_tokens
+        self.num_draft_tokens = num_draft_tokens = plain(num_draft_tokens)
         self.draft_verification = draft_verification
         if draft_model is not None:
             checks.check_draft_model(draft_model, drafter, num_draft_tokens)
+        self.batch = batch = plain(batch)
         check_value("batch", batch, BatchSize)
-        self.batch = batch
         self.exact_rows = exact_rows
         self.plain_batches = plain_batches
         self._texts: dict[int, Responses] = {}

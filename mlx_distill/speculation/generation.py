@@ -5,7 +5,7 @@ that name do, and yield what they yield, with the counters of the drafting besid
 named by its numbers and not by a sampler. Without a drafter, mlx-lm's own loop decodes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -94,6 +94,7 @@ def stream_generate(
             context, or the drafter was made for another model.
     """
     cache = checks.cache_config(cache)
+    checks.check_plan(plan)
     sampled = Sampling(temperature, top_p, top_k, min_p).temperature > 0
     chosen = None
     if isinstance(drafter, AutoDrafter):
@@ -207,7 +208,7 @@ def prompt_tokens(
         prompt = encode_prompt(tokenizer, prompt, chat_template=False)
     refused = InputError(f"a prompt is a text or token ids, got {prompt!r:.60}")
     try:
-        if isinstance(prompt, bytes | bytearray):
+        if isinstance(prompt, bytes | bytearray | Mapping | Set):
             raise refused
         given = prompt if isinstance(prompt, mx.array) else mx.array(np.array(list(prompt)))
     except (TypeError, ValueError, RuntimeError):
