@@ -254,8 +254,8 @@ def test_old_answers_make_room(small: tuple[Any, Any], tmp_path: Path) -> None:
 
 def command(capsys: pytest.CaptureFixture[str], *flags: str) -> tuple[str, str]:
     """Return what ``generate`` wrote, and what it said."""
-    common = ["--max-tokens", "16", "--no-calibrate", "--learn-least", "1", "--learn-steps", "1"]
-    assert generate.main([*common, *flags]) == 0
+    little = ["--learn-least", "1", "--learn-steps", "1"] if "--learn" in flags else []
+    assert generate.main(["--max-tokens", "16", "--no-calibrate", *little, *flags]) == 0
     out, err = capsys.readouterr()
     return out, err
 
