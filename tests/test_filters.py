@@ -106,3 +106,12 @@ def test_where_nothing_is_gained_all_tokens_are_looked_at() -> None:
     assert not can_filter_fast(2 * filters.CANDIDATES, 0.9, 0)
     assert not can_filter_fast(V, 1.0, 0)
     assert not can_filter_fast(V, 0.9, filters.CANDIDATES + 1)
+
+
+@pytest.mark.parametrize("top_p", [1e-30, 1e-50])
+def test_the_best_token_is_kept_whatever_the_share(top_p: float) -> None:
+    """The smaller share is 0 in float32."""
+    for size in (4, 3 * filters.CANDIDATES):
+        logits = mx.arange(size).astype(mx.float32)[None] / size
+        kept = filter_exactly(logits, top_p, 0.0, 0)
+        assert (kept > -mx.inf).tolist() == [[False] * (size - 1) + [True]]

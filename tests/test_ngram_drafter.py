@@ -13,6 +13,7 @@ import mlx_distill
 from mlx_distill import DraftPlan, InputError, MixedDrafter, NGramDrafter
 from mlx_distill.drafters import ngram
 from mlx_distill.drafters.hit_rates import HitRates
+from mlx_distill.drafters.lookup import Store, Text
 from mlx_distill.drafters.protocol import Closes, Drafter, DraftState, Features
 from mlx_distill.speculation import drafted_text, parked
 
@@ -337,3 +338,14 @@ def test_while_nothing_can_match_it_is_not_asked(
     assert found[0] == found[1]
     assert times[0] <= most
     assert times[0] < times[1]
+
+
+def test_a_store_is_looked_at_while_another_threads_text_ends() -> None:
+    store = Store(100)
+    for last in (4, 5):
+        store.add(Text([1, 2, 3, last]))
+    having = store.having(Text([1, 2]))
+    found = [next(having)]
+    store.add(Text([1, 2, 3, 6]))
+    found += having
+    assert [text.tokens[-1] for text in found] == [5, 4]

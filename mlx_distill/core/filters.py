@@ -38,7 +38,8 @@ def filter_exactly(
         probs = mx.exp(ranked)
         above = mx.cumsum(probs, axis=-1, reverse=True, inclusive=False)
         dropped = above >= top_p * (above[..., :1] + probs[..., :1])
-        num_dropped = dropped.sum(axis=-1, keepdims=True)
+        # The best one stays, also where float32 takes the border for 0.
+        num_dropped = mx.minimum(dropped.sum(axis=-1, keepdims=True), logits.shape[-1] - 1)
         kept = _above(kept, mx.take_along_axis(ranked, num_dropped, axis=-1))
     if min_p > 0:
         kept = _above(kept, kept.max(axis=-1, keepdims=True) + math.log(min_p))

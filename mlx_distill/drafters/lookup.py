@@ -125,7 +125,8 @@ class Store:
 
     def having(self, ending: Text) -> Iterator[Text]:
         """Yield the texts that have what another one ends with, the latest first."""
-        return (text for text in reversed(self.texts) if text.has_end_of(ending))
+        texts = reversed(tuple(self.texts))  # another thread's text may end meanwhile
+        return (text for text in texts if text.has_end_of(ending))
 
     def add(self, text: Text) -> None:
         """Store a text that has ended; the oldest ones make room."""
