@@ -22,6 +22,7 @@ that is there. ``--keep RUN`` also exports a student.
 import argparse
 import json
 import math
+import re
 import shutil
 import statistics
 import sys
@@ -35,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
-from mlx_distill import cli, machine
+from mlx_distill import InputError, cli, machine
 from mlx_distill.arrays import num_values
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.encoding import read_texts
@@ -49,7 +50,9 @@ from mlx_distill.distillation.students import from_config, from_layers, read_con
 from mlx_distill.distillation.teachers import Answers, CachedTeacher, LiveTeacher
 from mlx_distill.evaluation.metrics import report
 from mlx_distill.evaluation.texts import evaluate
+from mlx_distill.files import read_json, write_whole
 from mlx_distill.hashes import tokenizer_hash, weights_hash
+from mlx_distill.limits import Count, check_value
 
 LOSSES = {
     "plain": ["hard"],
@@ -68,6 +71,8 @@ RATES = {"layer": 2.5e-4, "teacher-text": 2.5e-4}
 RATE = 1e-3  # of all others
 # Students that learn the texts alone: from random weights, and from the teacher's layer.
 BASELINES = ("plain", "layer")
+# What all runs of a table have in common; rates may differ from recipe to recipe.
+SHARED = ("data", "steps", "tune", "batch_size", "texts", "max_length", "valid_texts")
 
 
 @dataclass
@@ -114,10 +119,7 @@ class Study:
                 (row["held_out"] | {"step": row["step"]} for row in done.log if "held_out" in row),
                 key=lambda found: found["nats"],
             ),
-            "config": {
-                key: value.name if isinstance(value, Path) else value
-                for key, value in vars(arguments).items()
-            },
+            "config": _settings(arguments),
             "losses": LOSSES[recipe],
             **machine.provenance(),
         }
@@ -142,7 +144,7 @@ class Study:
             losses=LOSSES[recipe],
             training=mlx_distill.TrainingConfig(
                 steps=arguments.steps,
-                learning_rate=arguments.rate or RATES.get(recipe, RATE),
+                learning_rate=_rate(recipe, arguments.rate),
                 evaluate_every=max(1, min(arguments.steps // 4, 125)),
                 checkpoint_every=80,
             ),
@@ -197,32 +199,107 @@ class Study:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the recipes that are not there yet, and print the table; return the exit status."""
     arguments = _parser().parse_args(argv)
+    known = _check(arguments)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     path = bundled("stories-14m")
     teacher, tokenizer = mlx_distill.load(path)
-    texts = [
-        t
-        for file in sorted(arguments.data.glob("train*.jsonl"))
-        for t in read_texts(file, tokenizer)
-    ]
-    valid = texts[-arguments.valid_texts :]
-    texts, _ = fit(texts[: arguments.texts], arguments.max_length)
-    if not arguments.tune:
-        valid = read_texts(arguments.data / "valid.jsonl", tokenizer)[: arguments.valid_texts]
-    valid, _ = fit(valid, 192)
+    texts, valid = _texts(arguments, tokenizer)
     study = Study(teacher, tokenizer, read_config(path), texts, valid, arguments)
-    for seed in arguments.seeds:
-        for recipe in arguments.recipes:
+    for recipe, seed in _asked(arguments):
+        if (recipe, seed) not in known:
             file = arguments.runs / f"{recipe}-{seed}.json"
-            if not file.exists():
-                file.write_text(json.dumps(study.run(recipe, seed), indent=1) + "\n")
-    runs = [json.loads(file.read_text()) for file in sorted(arguments.runs.glob("*-?.json"))]
+            write_whole(file, json.dumps(study.run(recipe, seed), indent=1) + "\n")
+    runs = list(_known(arguments.runs).values())
     rows = summary(runs)
     show(rows)
     if arguments.json:
         result = {"summary": rows, "runs": runs}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the runs that are there.
+
+    Raises:
+        InputError: If a flag cannot be used, or a run was made otherwise than these would be.
+    """
+    for name in ("steps", "batch_size", "texts", "max_length", "valid_texts"):
+        check_value(name, getattr(arguments, name), Count)
+    if not any(arguments.data.glob("train*.jsonl")):
+        raise InputError(f"{arguments.data} holds no train*.jsonl")
+    if arguments.json and not arguments.json.parent.is_dir():
+        raise InputError(f"{arguments.json} cannot be written: its folder does not exist")
+    known, asked = _known(arguments.runs), _asked(arguments)
+    for (recipe, seed), run in known.items():
+        begun, now = run["config"], _settings(arguments)
+        other = [name for name in SHARED if begun.get(name) != now[name]]
+        rates = _rate(recipe, begun.get("rate")), _rate(recipe, arguments.rate)
+        if other or ((recipe, seed) in asked and rates[0] != rates[1]):
+            raise InputError(
+                f"{arguments.runs} holds {recipe}-{seed} with another "
+                f"{', '.join(other) or 'rate'}; name another --runs"
+            )
+    if arguments.keep:
+        _check_kept(arguments)
+    return known
+
+
+def _check_kept(arguments: argparse.Namespace) -> None:
+    """Raise InputError if the student to keep is none that is trained now, or that was kept."""
+    keep = arguments.keep
+    if keep not in {f"{recipe}-{seed}" for recipe, seed in _asked(arguments)}:
+        raise InputError(f"--keep takes one of the runs that are asked for, got {keep}")
+    file = arguments.runs / f"{keep}.json"
+    if file.exists() and not (arguments.runs / keep).exists():
+        raise InputError(f"{keep} was trained without --keep; remove {file} to train it again")
+
+
+def _asked(arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """Return the recipes and seeds that are to be there."""
+    pairs = [(recipe, seed) for seed in arguments.seeds for recipe in arguments.recipes]
+    return list(dict.fromkeys(pairs))
+
+
+def _known(folder: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Return the runs of a folder by recipe and seed."""
+    found = {}
+    for recipe in LOSSES:
+        for file in folder.glob(f"{recipe}-*.json"):
+            seed = file.stem.removeprefix(f"{recipe}-")
+            if re.fullmatch(r"-?\d+", seed):
+                found[recipe, int(seed)] = read_json(file)
+    return dict(sorted(found.items()))
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments as JSON holds them; of folders and files the names."""
+    return {
+        key: value.name if isinstance(value, Path) else value
+        for key, value in vars(arguments).items()
+    }
+
+
+def _rate(recipe: str, asked: float | None) -> float:
+    """Return a recipe's learning rate: the one that is asked for, or its best."""
+    return RATES.get(recipe, RATE) if asked is None else asked
+
+
+def _texts(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[Text], list[Text]]:
+    """Return the texts to learn, and those to judge by; no text is both."""
+    texts = [
+        text
+        for file in sorted(arguments.data.glob("train*.jsonl"))
+        for text in read_texts(file, tokenizer)
+    ]
+    if arguments.tune:
+        count = arguments.valid_texts
+        texts, valid = texts[:-count], texts[-count:]
+        if not texts:
+            raise InputError(f"--tune judges by {count} training texts, there are no more")
+    else:
+        valid = read_texts(arguments.data / "valid.jsonl", tokenizer)[: arguments.valid_texts]
+    return fit(texts[: arguments.texts], arguments.max_length)[0], fit(valid, 192)[0]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -290,7 +367,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     console.width = max(console.width, 190)  # a pipe has no width of its own
     console.print(table)
     console.print(
-        "Means over seeds; 95 % t intervals over seeds in brackets. All on held-out texts. Gaps "
+        "Means over seeds; 95 % t intervals over seeds behind ±. All on held-out texts. Gaps "
         "are those of the baseline's best step, closed by the recipe's last."
     )
 
@@ -301,14 +378,28 @@ def _value(run: dict[str, Any], model: str, name: str) -> float:
 
 def _interval(values: Sequence[float]) -> dict[str, float]:
     """Return the mean of a few values and half the width of its 95 % t interval."""
-    quantiles = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776}
     count = len(values)
-    half = (
-        quantiles.get(count, 2.0) * statistics.stdev(values) / math.sqrt(count)
-        if count > 1
-        else 0.0
-    )
+    half = t_quantile(count - 1) * statistics.stdev(values) / math.sqrt(count) if count > 1 else 0.0
     return {"mean": statistics.mean(values), "half_width": half}
+
+
+def t_quantile(freedom: int) -> float:
+    """Return Student's t with 2.5 % above it.
+
+    Source:
+        Abramowitz and Stegun 1964, 26.7.5, from 5 degrees of freedom on, where it is right to
+        three thousandths.
+    """
+    few = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}
+    if freedom in few:
+        return few[freedom]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def _cell(value: dict[str, float] | None, form: str) -> str:

@@ -88,6 +88,66 @@ def test_every_recipe_of_the_study_runs_and_is_not_run_twice(
     assert "gap closed" in capsys.readouterr().out
 
 
+@pytest.fixture
+def stories(model_in: ModelIn, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return of_a_tiny_teacher("distill_stories", model_in, monkeypatch)
+
+
+def test_the_study_s_table_has_every_seed(stories: ModuleType, data: Path, tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    options = ["--data", str(data), "--runs", str(tmp_path / "runs"), "--json", str(found)]
+    options += ["--recipes", "plain", "--steps", "1", "--max-length", "16", "--valid-texts", "2"]
+    assert stories.main([*options, "--seeds", "2", "10", "2"]) == 0
+    result = json.loads(found.read_text())
+    assert [run["seed"] for run in result["runs"]] == [2, 10]
+    assert [row["seeds"] for row in result["summary"]] == [2]
+
+
+def test_the_study_s_intervals_are_of_student_s_law(stories: ModuleType) -> None:
+    for freedom, known in ((1, 12.706), (5, 2.571), (7, 2.365), (9, 2.262), (29, 2.045)):
+        assert stories.t_quantile(freedom) == pytest.approx(known, abs=0.004)
+
+
+def test_the_study_tunes_by_texts_that_nothing_learns(stories: ModuleType, data: Path) -> None:
+    flags = ["--data", str(data), "--tune", "--valid-texts", "3"]
+    _, tokenizer = mlx_distill.load(bundled("stories-14m"))
+    learned, judged = stories._texts(stories._parser().parse_args(flags), tokenizer)
+    assert (len(learned), len(judged)) == (len(ANIMALS) - 3, 3)
+    assert not {tuple(one.tokens) for one in learned} & {tuple(one.tokens) for one in judged}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--steps", "3"], "holds plain-0 with another steps; name another --runs"),
+        (["--texts", "3", "--seeds", "1"], "holds plain-0 with another texts"),
+        (["--rate", "0.5"], "holds plain-0 with another rate"),
+        (["--keep", "plain-0"], "plain-0 was trained without --keep; remove"),
+        (["--keep", "layer-0"], "--keep takes one of the runs that are asked for, got layer-0"),
+        (["--seeds", "1", "--rate", "0"], "learning_rate must"),
+        (["--valid-texts", "0"], "valid_texts must be at least 1, got 0"),
+        (["--data", "/nowhere"], "/nowhere holds no train*.jsonl"),
+        (["--json", "/nowhere/found.json"], "its folder does not exist"),
+        (["--runs", "new", "--tune", "--valid-texts", "99"], "there are no more"),
+    ],
+)
+def test_the_study_s_refusals(
+    stories: ModuleType,
+    flags: list[str],
+    sentence: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--data", str(data), "--runs", "runs", "--recipes", "plain", "--steps", "1"]
+    options += ["--max-length", "16", "--valid-texts", "2"]
+    assert stories.main(options) == 0
+    assert stories.main([*options, *flags]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_stored_completions_are_filtered_and_learned(
     data: Path,
     tmp_path: Path,
