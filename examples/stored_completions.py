@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
-from mlx_distill import cli, machine
+from mlx_distill import InputError, cli, machine
 from mlx_distill.checkpoint import bundled
 from mlx_distill.data.completions import CompletionFilter, completion_texts, read_completions
 from mlx_distill.data.encoding import read_texts
@@ -27,12 +27,15 @@ from mlx_distill.distillation.responses import ResponseConfig, answer
 from mlx_distill.distillation.students import from_layers, read_config
 from mlx_distill.evaluation.metrics import report
 from mlx_distill.evaluation.texts import evaluate
+from mlx_distill.files import write_whole
+from mlx_distill.limits import Count, check_value
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Store, filter, train and compare; return the exit status."""
     arguments = _parser().parse_args(argv)
+    _check(arguments)
     path = bundled("stories-14m")
     teacher, tokenizer = mlx_distill.load(path)
     if not arguments.log.exists():
@@ -58,18 +61,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt
     figures = report(evaluate({"before": before, "after": student}, valid))
     for name, figure in figures.items():
-        value, (low, high) = figure["perplexity"]["value"], figure["perplexity"]["interval"]
-        print(
-            f"{name:7} perplexity {value:8.2f} ({low:.2f}-{high:.2f}), {len(valid)} texts held out"
-        )
+        value, interval = figure["perplexity"]["value"], figure["perplexity"]["interval"]
+        # Of one text there is no interval.
+        between = f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else ""
+        print(f"{name:7} perplexity {value:8.2f}{between}, {len(valid)} texts held out")
     if arguments.json:
         run = {"figures": figures, "texts": len(texts), **machine.provenance()}
         arguments.json.write_text(json.dumps(run, indent=1) + "\n")
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise InputError if an argument cannot be used; before anything is written."""
+    for name in ("texts", "steps", "valid_texts"):
+        check_value(name, getattr(arguments, name), Count)
+    if not arguments.log.exists() and not any(arguments.data.glob("train*.jsonl")):
+        raise InputError(f"{arguments.data} holds no train*.jsonl")
+    for file in (arguments.log, arguments.json):
+        if file and not file.parent.is_dir():
+            raise InputError(f"{file} cannot be written: its folder does not exist")
+
+
 def store(arguments: argparse.Namespace, teacher: Any, tokenizer: Any) -> None:
-    """Write a log of chat completions, three of which are no use."""
+    """Write a log of chat completions, two of which are no use."""
     data = next(iter(sorted(arguments.data.glob("train*.jsonl"))))
     prompts = read_prompts(data, tokenizer, prompt_tokens=12)[: arguments.texts]
     config = ResponseConfig(max_tokens=120, temperatures=(1.0,), response_batch_size=64)
@@ -84,7 +98,7 @@ def store(arguments: argparse.Namespace, teacher: Any, tokenizer: Any) -> None:
             rows.append(_row(tokenizer.decode(prompt, skip_special_tokens=True), text, ended))
     question = rows[0]["request"]["messages"][0]["content"]
     rows += [rows[0], _row(question, "I'm sorry, but I can't help with that.", True)]
-    arguments.log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(arguments.log, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _row(question: str, text: str, ended: bool) -> dict[str, Any]:

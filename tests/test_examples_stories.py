@@ -167,3 +167,40 @@ def test_stored_completions_are_filtered_and_learned(
     out = capsys.readouterr().out
     assert "refusal" in out
     assert "duplicate" in out
+
+
+def test_of_one_held_out_text_there_is_no_interval(
+    data: Path,
+    tmp_path: Path,
+    model_in: ModelIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored = of_a_tiny_teacher("stored_completions", model_in, monkeypatch)
+    options = ["--data", str(data), "--log", str(tmp_path / "log"), "--work", str(tmp_path / "w")]
+    assert stored.main([*options, "--steps", "1", "--valid-texts", "1"]) == 0
+    assert ", 1 texts held out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--data", "/nowhere"], "/nowhere holds no train*.jsonl"),
+        (["--texts", "0"], "texts must be at least 1, got 0"),
+        (["--log", "/nowhere/log"], "/nowhere/log cannot be written"),
+        (["--json", "/nowhere/found.json"], "/nowhere/found.json cannot be written"),
+    ],
+)
+def test_stored_completions_refusals(
+    flags: list[str],
+    sentence: str,
+    data: Path,
+    tmp_path: Path,
+    model_in: ModelIn,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stored = of_a_tiny_teacher("stored_completions", model_in, monkeypatch)
+    options = ["--data", str(data), "--log", str(tmp_path / "log"), "--work", str(tmp_path / "w")]
+    assert stored.main([*options, *flags]) == 2
+    assert sentence in capsys.readouterr().err
