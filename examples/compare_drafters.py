@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,7 +70,7 @@ class Arm:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
-    output = cli.new_file(arguments.output)
+    output, settings = cli.new_file(arguments.output), cli.settings(arguments)
     model, tokenizer = cli.load_model(arguments)
     config = BenchmarkConfig(num_prompts=arguments.num_prompts, max_tokens=arguments.max_tokens)
     asked = read_asked(arguments.data or OPENINGS, tokenizer)
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {
         "prompts": len(asked),
         "rows": [_row(arm, plain, asked) for arm in arms],
-        "config": cli.settings(arguments),
+        "config": settings,
         **machine.provenance(),
     }
     _show(result)
@@ -106,6 +107,15 @@ def _arms(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> list[Arm
         arguments.draft_model = name
         drafter = cli.drafter_of(cli.load_draft_model(arguments, tokenizer), model, None)
         arms.append(Arm(f"draft model {_short(name)}", drafter))
+    return _told_apart(arms)
+
+
+def _told_apart(arms: list[Arm]) -> list[Arm]:
+    """Return arms of which those that are called like others have numbers behind their names."""
+    seen = Counter[str]()
+    for arm in arms:
+        seen[arm.name] += 1
+        arm.name += f" ({seen[arm.name]})" if seen[arm.name] > 1 else ""
     return arms
 
 
@@ -168,9 +178,9 @@ def _row(arm: Arm, plain: Arm, asked: list[Asked]) -> dict[str, Any]:
             "speedup": statistics.median(ratios) if ratios else None,
             "speedups": ratios,
         }
-    equal = sum(
-        mine.tokens == other.tokens for mine, other in zip(arm.samples, plain.samples, strict=False)
-    )
+    # Without --speed an arm writes nothing that could be equal.
+    pairs = zip(arm.samples, plain.samples, strict=True) if arm.samples else None
+    equal = None if pairs is None else sum(mine.tokens == other.tokens for mine, other in pairs)
     return {"drafter": arm.name, "classes": classes, "equal_texts": equal}
 
 

@@ -47,3 +47,23 @@ def test_all_are_all_classes_whatever_a_class_is_called(
         assert list(classes) == ["all", *(["all (class)"] if kinds[0] else []), "a"]
         assert classes["all"]["calls"] == 2 * classes["a"]["calls"]
         assert len(classes["all"]["speedups"]) == 2 * len(classes["a"]["speedups"]) == 2
+
+
+def test_without_speed_no_text_is_equal_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is written then but mlx-lm's own answers, and 0 equal texts would be a fault."""
+    drafters = example("compare_drafters", monkeypatch)
+    output, models = tmp_path / "found.json", []
+    for number in (1, 2):
+        models.append(tmp_path / str(number) / "small")
+        models[-1].parent.mkdir()
+        models[-1].symlink_to(drafters.bundled("stories-4m"))
+    options = ["--num-prompts", "1", "--max-tokens", "4", "--no-speed", "--drafters", "ngram"]
+    options += ["--draft-models", *map(str, models), "--output", str(output)]
+    assert drafters.main(options) == 0
+    found = json.loads(output.read_text())
+    assert [row["equal_texts"] for row in found["rows"]] == [None, None, None]
+    names = [row["drafter"] for row in found["rows"]]
+    assert names == ["ngram", "draft model small", "draft model small (2)"]
+    assert "draft_model" not in found["config"]
