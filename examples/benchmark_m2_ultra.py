@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import mlx_distill  # loads a fast BLAS on Linux, before anything else loads mlx
 from mlx_distill import InputError, benchmark, cli
@@ -26,9 +27,15 @@ from mlx_distill import InputError, benchmark, cli
 # isort: split
 import mlx_lm
 
+from mlx_distill.benchmark import PROMPTS
+from mlx_distill.benchmarking.config import BenchmarkConfig
 from mlx_distill.benchmarking.precisions import PRECISIONS, in_precision
-from mlx_distill.checkpoint import bundled
+from mlx_distill.checkpoint import bundled, local_folder
+from mlx_distill.core.sampling import Temperature
+from mlx_distill.data.sources import check_sources, read_rows
+from mlx_distill.drafters.registry import AUTO, NGRAM
 from mlx_distill.files import output_path, write_whole
+from mlx_distill.limits import Between, Count, check_value
 from mlx_distill.locks import locked
 
 # Of the published sweeps; their beam lengths are one more, since they count the certain token.
@@ -61,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.model and not arguments.drafter:
         raise InputError("a model of your own needs a drafter; name one with --drafter")
+    _check(arguments)
     folder = output_path(arguments.output)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "running"):
@@ -77,6 +85,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status == 0:
             print(f"The report is {report}")
         return status
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raise InputError for what would otherwise be found out after the models are converted."""
+    config = BenchmarkConfig(
+        num_prompts=arguments.num_prompts,
+        max_tokens=arguments.max_tokens,
+        warm_up_s=arguments.warm_up,
+        sweep_prompts=min(arguments.sweep_prompts, arguments.num_prompts),
+        sweep_widths=tuple(map(int, arguments.widths)),
+        sweep_lengths=tuple(map(int, arguments.lengths)),
+    )
+    check_value("growth", arguments.growth, Count)
+    check_value("cool_down", arguments.cool_down, Annotated[float, Between(0, 3600)])
+    for temperature in arguments.temperatures:
+        check_value("temperatures", temperature, Temperature)
+    data = arguments.data or PROMPTS
+    check_sources([data])
+    rows = sum(1 for _ in read_rows(data))
+    if rows < config.num_prompts:
+        raise InputError(
+            f"{config.num_prompts} prompts were asked for, {data} has {rows}; say --num-prompts"
+        )
+    parts = (arguments.drafter or "").split("+")
+    for name in (*parts, arguments.draft_model):
+        if name and name not in (NGRAM, AUTO):
+            local_folder(name)
+
+
+def _whole(text: str) -> str:
+    """Return the text of a whole number; argparse's type of such flags."""
+    return str(int(text))
 
 
 def _keep_settings(folder: Path, arguments: argparse.Namespace) -> None:
@@ -193,8 +233,11 @@ def _parser() -> argparse.ArgumentParser:
         ("growth", 4096, "longest context of the study of contexts, in tokens"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{told} ({default})")
-    parser.add_argument("--widths", nargs="+", default=list(WIDTHS), help="beam widths")
-    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), help="drafted tokens")
+    for name, default, told in (
+        ("widths", WIDTHS, "beam widths"),
+        ("lengths", LENGTHS, "drafted tokens"),
+    ):
+        parser.add_argument(f"--{name}", type=_whole, nargs="+", default=list(default), help=told)
     parser.add_argument("--warm-up", type=float, default=10.0, help="seconds before each (10)")
     parser.add_argument("--cool-down", type=float, default=30.0, help="idle seconds before (30)")
     return parser

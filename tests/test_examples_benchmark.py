@@ -115,6 +115,37 @@ def test_what_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (["--cool-down", "-1"], "cool_down must be at least 0, got -1"),
+        (["--cool-down", "nan"], "cool_down must be"),
+        (["--warm-up", "-1"], "warm_up_s must be at least 0"),
+        (["--num-prompts", "0"], "num_prompts must be at least 1, got 0"),
+        (["--num-prompts", "99"], "99 prompts were asked for"),
+        (["--max-tokens", "1"], "max_tokens must be at least 2"),
+        (["--sweep-prompts", "-1"], "sweep_prompts must be at least 0"),
+        (["--widths", "0"], "sweep_widths must be"),
+        (["--growth", "0"], "growth must be at least 1"),
+        (["--temperatures", "0", "-1"], "temperatures must be"),
+        (["--data", "/nowhere"], "there is no file /nowhere"),
+        (["--drafter", "ngram+/nowhere"], "/nowhere"),
+        (["--draft-model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_converted(
+    more: list[str],
+    sentence: str,
+    example: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A negative pause ended in a traceback, and the others after minutes of converting."""
+    assert example.main(flags(tmp_path / "run", *more)) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
     ("seconds", "said"), [(5, "a minute"), (125, "2 min"), (3 * 3600 + 600, "3 h 10 min")]
 )
 def test_durations_in_words(example: ModuleType, seconds: float, said: str) -> None:
