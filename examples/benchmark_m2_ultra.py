@@ -148,6 +148,7 @@ def _steps(arguments: argparse.Namespace, precision: str, model: Path) -> Iterat
         shared += ["--warm-up-s", str(arguments.warm_up), "--timed-prompts", str(min(4, prompts))]
         shared += ["--sweep-prompts", str(swept)]
         sweep = ["--sweep-widths", *arguments.widths, "--sweep-lengths", *arguments.lengths]
+        sweep = sweep if swept else []
         for name in ("draft_model", "data"):
             if getattr(arguments, name):
                 shared += [f"--{name.replace('_', '-')}", getattr(arguments, name)]

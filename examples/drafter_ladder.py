@@ -197,6 +197,7 @@ def _ladder(folder: Path, arguments: argparse.Namespace, given: WrittenAnswers |
 def _keep_settings(folder: Path, arguments: argparse.Namespace) -> None:
     """Note what the rungs are made with; refuse to add rungs that are made with anything else."""
     kept = {key: value for key, value in cli.settings(arguments).items() if key not in FREE}
+    kept["answers"] = arguments.answers  # with its folder: others may have one of that name
     if (folder / SETTINGS).exists():
         check_settings(folder / SETTINGS, kept)
     write_whole(folder / SETTINGS, json.dumps(kept, indent=1) + "\n")

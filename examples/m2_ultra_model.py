@@ -46,6 +46,17 @@ PROMPTS = Path(mlx_distill.__file__).parent / "data" / "story_openings.jsonl"
 # The shapes that are tried here: a chain, the default, and a larger tree.
 SHAPES = (DraftPlan(1, 2, 3), DraftPlan(2, 3, 5), DraftPlan(), DraftPlan(4, 6, 16))
 AGREES, TURNS = 0.10, 3
+# What says how a pair is traced.
+TRACED = (
+    "model",
+    "adapter_path",
+    "chat_template_config",
+    "trust_remote_code",
+    "drafter",
+    "data",
+    "num_prompts",
+    "max_tokens",
+)
 MODEL = "MODEL, not a measurement"
 SLOWEST_S = 1.0  # a published plain step beyond that was not held in the memory
 
@@ -55,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Try the model here, then take it to the chip; return the exit status."""
     arguments = _parser().parse_args(argv)
     output = cli.new_file(arguments.output)
+    if arguments.traces:
+        cli.refuse_unused(_parser(), argv, TRACED, "--traces is instead of a pair")
     _check(arguments)
     result: dict[str, Any] = {"what": MODEL, "config": cli.settings(arguments)}
     if arguments.traces:

@@ -73,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = from_flags(Sampling, arguments)
     files = cli.new_files(arguments, WRITTEN)
     _check(arguments, config)
+    _refuse_unused(argv, arguments)
     if arguments.results:
         _write(files["report"], page([_earlier(name) for name in arguments.results]))
         return 0
@@ -175,6 +176,38 @@ def _check_studies(arguments: argparse.Namespace) -> None:
         raise InputError(f"{lone[0]} goes alone; leave {beside[0]} out")
     if arguments.results and arguments.output:
         raise InputError("--results measures nothing; leave --output out")
+
+
+def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
+    """Raise InputError if a flag was given that nothing would look at."""
+    swept = ["sweep_widths", "sweep_lengths"]
+    drafting = ["draft_model", "num_draft_tokens", "draft_verification", *swept]
+    for name, used in (("results", "report"), ("loss_memory", "output"), ("samplers", "output")):
+        if getattr(arguments, name):
+            others = [other for other in vars(arguments) if other not in (name, used)]
+            why = f"--{name.replace('_', '-')} loads no model"
+            cli.refuse_unused(_parser(), argv, others, why)
+    reasons: list[tuple[Any, list[str | type], str]] = [
+        (
+            arguments.batch,
+            [*drafting, DraftPlan, "no_calibrate", "timed_prompts", "warm_up_s"],
+            "--batch shapes its drafts itself",
+        ),
+        (
+            arguments.dispatches,
+            [*drafting, Sampling, "warm_up_s"],
+            "--dispatches times nothing and takes both laws",
+        ),
+        (arguments.profile, [*drafting, "warm_up_s"], "--profile times the drafter alone"),
+        (
+            not (arguments.sweep_prompts or arguments.report),
+            [*swept],
+            "nothing is swept without --sweep-prompts",
+        ),
+    ]
+    for applies, unused, why in reasons:
+        if applies:
+            cli.refuse_unused(_parser(), argv, unused, why)
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:

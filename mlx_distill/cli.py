@@ -362,6 +362,10 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "data",
         "qa",
         "results",
+        "answers",
+        "traces",
+        "learn",
+        "prompts_file",
     )
 
     def shown(key: str, value: Any) -> Any:

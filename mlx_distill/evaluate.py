@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from mlx_distill import cli, machine
 from mlx_distill.calibration.pair import Pair
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asking = from_flags(QuestionConfig, arguments)
     keep = from_flags(CompletionFilter, arguments)
     reading = Reading(arguments.data_layout, keep, template_config=cli.template_config(arguments))
+    _refuse_unused(argv, arguments)
     if arguments.drafter:
         return _judge_drafter(arguments)
     sources = Sources.named(arguments.teacher, arguments.student, arguments.adapter_path)
@@ -57,6 +59,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(plain(result)))
     return 0
+
+
+def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
+    """Raise InputError if a flag was given that nothing would look at."""
+    texts = [field.name for field in fields(EvaluationConfig) if field.name != "max_texts"]
+    reasons: list[tuple[bool, list[str | type], str]] = [
+        (
+            arguments.drafter is not None,
+            [*texts, "data_layout", QuestionConfig, CompletionFilter],
+            "--drafter is judged by its target's answers",
+        ),
+        (arguments.drafter is None, [JudgingConfig], "this says how a --drafter is judged"),
+        (arguments.qa is None, [QuestionConfig], "nothing is asked without --qa"),
+        (
+            arguments.data_layout == "texts",
+            [CompletionFilter],
+            "only --data-layout completions is filtered",
+        ),
+    ]
+    for applies, unused, why in reasons:
+        if applies:
+            cli.refuse_unused(_parser(), argv, unused, why)
 
 
 def _judge_drafter(arguments: argparse.Namespace) -> int:

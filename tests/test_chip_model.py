@@ -143,6 +143,8 @@ def test_the_example_says_that_it_is_a_model(
     [
         (["--traces", "nowhere", "--no-validation"], "nowhere holds no traces"),
         (["--traces", str(TRACES)], "add --no-validation"),
+        (["--traces", str(TRACES), "--model", "m"], "instead of a pair; leave --model out"),
+        (["--traces", str(TRACES), "--max-tokens", "9"], "leave --max-tokens out"),
         (["--traces", str(TRACES), "--no-validation", "--temp", "2"], "at temperature 2"),
         (["--bandwidth-gb-s", "0"], "bandwidth_gb_s must be"),
         (["--dispatch-us", "nan"], "dispatch_us must be"),

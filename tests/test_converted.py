@@ -53,6 +53,7 @@ def test_a_drafter_is_judged_before_and_after(
     assert [line.split(": ")[0] for line in lines] == ["as it was", *forms]
     worth = [float(line.split(" MB, ")[1].split()[0]) for line in lines]
     assert min(worth) > worth[0] - 0.5 > 1
+    assert json.loads(last)["config"]["answers"] == "answers.npz"  # and not whose folder
     found = json.loads(last)["drafters"]
     assert [one["form"] for one in found] == ["as it was", *forms]
     assert [one["tokens_per_call"] for one in found] == pytest.approx(worth, abs=1e-3)
@@ -60,6 +61,15 @@ def test_a_drafter_is_judged_before_and_after(
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[-1] == (output / "model.safetensors").stat().st_size
     mlx_distill.load_drafter(output, mlx_distill.load(bundled("stories-14m"))[0])
+
+
+@pytest.mark.parametrize("form", ["ours", "published"])
+def test_another_layout_judges_nothing(
+    form: str, tmp_path: Path, answers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert.main(flags(tmp_path / "other", answers, "--to", form)) == 2
+    assert f"--to {form} judges nothing; leave --answers out" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_be_judged_writes_nothing(

@@ -219,6 +219,12 @@ def test_differing_tokenizers(
         ("--student s={a} --data {data} --adapter-path t={b}", "takes each of s once, got t"),
         ("--student s={a} --data {data} --adapter-path {b}", "--adapter-path takes NAME=DIR"),
         ("--student s={a} --data {data} --chat-template-config 1", "must be a JSON object"),
+        ("--drafter {b} --data {data} --bootstrap 5", "target's answers; leave --bootstrap out"),
+        ("--drafter {b} --data {data} --data-layout completions", "leave --data-layout out"),
+        ("--student s={a} --data {data} --nodes 4", "a --drafter is judged; leave --nodes out"),
+        ("--student s={a} --data {data} --qa-tokens 4", "without --qa; leave --qa-tokens out"),
+        ("--student s={a} --data {data} --where x==1", "is filtered; leave --where out"),
+        ("--student s={a} --data {data} --no-drop-refusals", "leave --drop-refusals out"),
     ],
 )
 def test_refused(

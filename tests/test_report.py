@@ -331,6 +331,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--results", "other.json", "--report", "p.html"], "other.json: the result is none of"),
         (["--dispatches", "--report", "p.html"], "--report shows benchmarks and profiles"),
         (["--growth", "0"], "growth must be at least 1, got 0"),
+        (["--results", "x.json", "--report", "p.html", "--model", "m"], "leave --model out"),
+        (["--loss-memory", "1", "2", "--num-prompts", "3"], "loads no model; leave --num-prompts"),
+        (["--samplers", "1", "2", "--temp", "1"], "loads no model; leave --temp out"),
+        (["--batch", "2", "--nodes", "4"], "shapes its drafts itself; leave --nodes out"),
+        (["--dispatches", "--temp", "1"], "takes both laws; leave --temp out"),
+        (["--profile", "--draft-model", "m"], "times the drafter alone; leave --draft-model out"),
+        (["--sweep-widths", "2"], "swept without --sweep-prompts; leave --sweep-widths out"),
     ],
 )
 def test_refused(
