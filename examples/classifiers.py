@@ -9,6 +9,7 @@ import statistics
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +29,7 @@ from rich.table import Table
 from mlx_distill import Examples, InputError, TrainingConfig
 from mlx_distill.distillation.judgement import judge
 from mlx_distill.distillation.teachers import Answers, LiveTeacher
+from mlx_distill.errors import one_line
 from mlx_distill.machine import provenance
 
 
@@ -78,6 +80,8 @@ class ConvNet(nn.Module):
     def __call__(self, images: mx.array) -> mx.array:
         """Return the logits, (B, C)."""
         batch, height, width, channels = images.shape
+        if height % 2 or width % 2:
+            raise InputError(f"images must have even sides, got {height} x {width}")
         x = images.reshape(batch, height // 2, 2, width // 2, 2, channels).swapaxes(2, 3)
         x = x.reshape(batch, height // 2, width // 2, 4 * channels).astype(mx.float32)
         x = x / 127.5 - 1
@@ -137,21 +141,37 @@ def load_images(folder: str | Path, split: str) -> tuple[np.ndarray, np.ndarray,
     """Return the images, their labels and the classes' names, from the split's ``.npz`` files.
 
     Raises:
-        InputError: If there are none, or one of them holds no ``x`` and ``y`` of the same length.
+        InputError: If there are none, or one of them cannot be read, or holds no images ``x`` of
+            one size and ``y`` of the same length.
     """
     paths = sorted(Path(folder).glob(f"{split}*.npz"))
     if not paths:
         raise InputError(f"{folder} holds no {split}*.npz; name the folder that does with --data")
     images, labels, names = [], [], None
     for path in paths:
-        with np.load(path) as arrays:
-            if "x" not in arrays or "y" not in arrays or len(arrays["x"]) != len(arrays["y"]):
-                raise InputError(f"{path} must hold images x and as many labels y")
-            images.append(arrays["x"])
-            labels.append(arrays["y"].astype(np.int32))
-            names = arrays["classes"].tolist() if "classes" in arrays else names
+        arrays = read_arrays(path)
+        if "x" not in arrays or "y" not in arrays or len(arrays["x"]) != len(arrays["y"]):
+            raise InputError(f"{path} must hold images x and as many labels y")
+        images.append(arrays["x"])
+        if images[0].ndim not in (3, 4) or images[-1].shape[1:] != images[0].shape[1:]:
+            raise InputError(f"{path} must hold images x of one size, got {images[-1].shape}")
+        labels.append(arrays["y"].astype(np.int32))
+        names = arrays["classes"].tolist() if "classes" in arrays else names
     x, y = np.concatenate(images), np.concatenate(labels)
     return (x if x.ndim == 4 else x[..., None]), y, names or [str(n) for n in range(y.max() + 1)]
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz file.
+
+    Raises:
+        InputError: If it is none, or holds Python's objects, which are not unpacked.
+    """
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} cannot be read as arrays: {one_line(error)}") from None
 
 
 def load_splits(
@@ -165,10 +185,22 @@ def load_splits(
             learning rate without a look at the test.
     """
     images, labels, names = load_images(folder, "train")
+    check_labels(labels, names, "train")
     if not tune:
-        return (images, labels), load_images(folder, "test")[:2], names
+        tests, test_labels, _ = load_images(folder, "test")
+        check_labels(test_labels, names, "test")
+        return (images, labels), (tests, test_labels), names
     cut = len(images) * 5 // 6
     return (images[:cut], labels[:cut]), (images[cut:], labels[cut:]), names
+
+
+def check_labels(labels: np.ndarray, names: Sequence[str], split: str) -> None:
+    """Raise InputError if labels are not of the classes that are learned."""
+    wrong = labels[(labels < 0) | (labels >= len(names))]
+    if wrong.size:
+        raise InputError(
+            f"the {split} images have the label {wrong[0]}, but {len(names)} classes are learned"
+        )
 
 
 def as_examples(images: np.ndarray, labels: np.ndarray) -> Examples:

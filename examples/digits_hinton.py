@@ -34,6 +34,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mlx_distill import InputError
 from mlx_distill.cli import command
 
 OMITTED = 3
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     teaching = with_flags(TEACHING, arguments.steps)
     learning = with_flags(LEARNING, arguments.steps, arguments.rate)
     (images, labels), tests, names = load_splits(arguments.data, arguments.tune)
+    if len(names) <= OMITTED:
+        raise InputError(f"the digits have no {OMITTED} to leave out, only {len(names)} classes")
     images, labels = images[: arguments.train], labels[: arguments.train]
     cut = len(images) * 5 // 6
     held_out, images, labels = (images[cut:], labels[cut:]), images[:cut], labels[:cut]

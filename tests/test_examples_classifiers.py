@@ -177,6 +177,45 @@ def test_errors_are_sentences(
     assert "have none of bird, cat, dog, deer, horse" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "arrays", "sentence"),
+    [
+        ("digits_hinton", None, "train.npz cannot be read as arrays"),
+        ("digits_hinton", {"classes": np.array([{}])}, "train.npz cannot be read as arrays"),
+        ("digits_hinton", {"y": np.arange(60) % 3}, "have no 3 to leave out, only 3 classes"),
+        ("digits_hinton", {"x": np.zeros((60, 64))}, "must hold images x of one size"),
+        ("digits_hinton", {"y": np.arange(60) - 1}, "the train images have the label -1"),
+        ("ensemble_to_one", {"x": np.zeros((60, 7, 7))}, "must have even sides, got 7 x 7"),
+    ],
+)
+def test_files_that_hold_no_images(
+    name: str,
+    arrays: dict[str, Any] | None,
+    sentence: str,
+    example: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good = {"x": np.zeros((60, 8, 8), np.uint8), "y": np.arange(60) % 10}
+    for split in ("train", "test"):
+        np.savez(tmp_path / f"{split}.npz", **(good | (arrays or {})))
+    if arrays is None:
+        (tmp_path / "train.npz").write_bytes(b"PK\x03\x04")
+    flags = ["--data", str(tmp_path), "--seeds", "1", "--steps", "1", "--train", "30"]
+    assert example(name).main(flags) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_class_that_is_tested_and_not_learned(
+    example: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, classes in (("train", 5), ("test", 9)):
+        labels = np.arange(60) % classes
+        np.savez(tmp_path / f"{split}.npz", x=np.zeros((60, 8, 8), np.uint8), y=labels)
+    assert example("digits_hinton").main(["--data", str(tmp_path), "--steps", "1"]) == 2
+    assert "the test images have the label 5" in capsys.readouterr().err
+
+
 def test_a_killed_run_with_dropout_ends_with_the_same_bits(example: Any, tmp_path: Path) -> None:
     classifiers = example("classifiers")
     draw = np.random.default_rng(4)
