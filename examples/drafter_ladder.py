@@ -42,6 +42,7 @@ from mlx_distill.distillation.responses import ResponseConfig
 from mlx_distill.drafters.registry import load_drafter
 from mlx_distill.evaluation.judging import JudgingConfig, Material, check_material, judge_drafter
 from mlx_distill.files import output_path, read_json, write_whole
+from mlx_distill.limits import Count, check_value
 from mlx_distill.locks import locked
 from mlx_distill.target.target import Target
 from mlx_distill.training.runs import SETTINGS, check_settings, partial_folder
@@ -163,6 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if bool(arguments.data) == bool(arguments.answers):
         raise InputError("name either --data, prompts that the model answers, or --answers")
+    check_value("max_prompts", arguments.max_prompts, Count | None)
+    check_value("judge_texts", arguments.judge_texts, Count)
     folder = output_path(arguments.output)
     if arguments.data:
         check_sources([arguments.data])

@@ -45,3 +45,26 @@ def test_rungs_are_trained_once_and_stand_in_one_table(
     monkeypatch.setattr(ladder, "train_drafter", pytest.fail)
     assert ladder.main([*flags, "--rungs", "R0", "--steps", "3"]) == 2
     assert "cannot resume with other settings: steps was 2, is 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--judge-texts 0", "judge_texts must be at least 1, got 0"),
+        ("--max-prompts -1", "max_prompts must be at least 1, got -1"),
+    ],
+)
+def test_counts_are_checked_before_anything_is_trained(
+    flags: str,
+    sentence: str,
+    data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One was found out after the first training, the other left out the last prompt."""
+    ladder = example("drafter_ladder", monkeypatch)
+    given = ["--data", data, "--judge", data, "--output", str(tmp_path / "ladder")]
+    assert ladder.main([*given, *FLAGS.split(), *flags.split()]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "ladder").exists()
