@@ -1,5 +1,6 @@
 """Answers as token ids in one file: read as they are, and refused in a sentence."""
 
+import json
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,22 @@ def test_answers_beyond_the_positions_of_a_model_are_not_judged_by(
     assert written.readable(None) is written
     with pytest.raises(InputError, match="no answer can be read: 2 longer than the model's 3 "):
         written.readable(3)
+
+
+def test_prompts_without_room_for_an_answer_are_not_judged_by(
+    tmp_path: Path, bundled_pair: tuple[Any, Any], capsys: pytest.CaptureFixture[str]
+):
+    """One of them ended the command."""
+    path = tmp_path / "asked.jsonl"
+    long = {"prompt": "the cat " * 300, "category": "long"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (long, {"prompt": "Once"})))
+    pair = Pair(tiny_model("gpt2"), bundled_pair[1], NGramDrafter())
+    material = Material.read(path, pair, 1)
+    assert (len(material.prompts), material.kinds) == (1, [""])
+    assert "1 without room for an answer in the model's 256 tokens" in capsys.readouterr().err
+    path.write_text(json.dumps(long))
+    with pytest.raises(InputError, match=r"no prompt of .* can be answered: 1 without room"):
+        Material.read(path, pair)
 
 
 @pytest.mark.parametrize(

@@ -233,6 +233,8 @@ def test_what_makes_no_drafter(
         ({"plan": {"nodes": 3}}, "plan must be a DraftPlan, or plan drafts, got {'nodes': 3}"),
         ({"plan": DraftPlan}, "plan must be a DraftPlan, or plan drafts, got <class"),
         ({"drafter": mlx_distill.NGramDrafter}, "a type is no drafter; load one with load_drafter"),
+        ({"draft_verification": "block"}, "draft_verification is for the chains of a draft_model"),
+        ({"exact_rows": "no"}, "exact_rows must be true or false, got 'no'"),
     ],
 )
 def test_what_drafts_nothing(pair: tuple[Any, Any], options: dict[str, Any], sentence: str):

@@ -21,8 +21,8 @@ from mlx_distill.distillation.responses import (
     ResponseConfig,
     Write,
     header_of,
-    prompts_with_room,
     read_responses,
+    rows_with_room,
     write_responses,
 )
 from mlx_distill.drafters.fingerprint import Fingerprint, fingerprint
@@ -123,7 +123,7 @@ def usable_prompts(
             f"answers of {wanted} tokens are too long: the model's context is {limit}; "
             "use a smaller --max-tokens"
         )
-    return prompts_with_room(model, prompts, report)
+    return [prompts[row] for row in rows_with_room(model, prompts, report)]
 
 
 def check_enough(kept: int, held_out: int, noun: str, report: Report) -> None:

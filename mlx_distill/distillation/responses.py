@@ -238,19 +238,17 @@ def answer(
     return answers
 
 
-def prompts_with_room(
-    model: nn.Module, prompts: Sequence[list[int]], report: Report
-) -> list[list[int]]:
-    """Return the prompts that an answer can follow within what a model can read.
+def rows_with_room(model: nn.Module, prompts: Sequence[list[int]], report: Report) -> list[int]:
+    """Return which prompts an answer can follow within what a model can read.
 
     The others are counted as dropped.
     """
     limit = text_limit(model)
-    kept = []
-    for number, prompt in enumerate(prompts, start=1):
-        with report.counting(f"prompt {number}"):
+    rows = []
+    for row, prompt in enumerate(prompts):
+        with report.counting(f"prompt {row + 1}"):
             if limit is not None and len(prompt) >= limit:
                 raise Drop(f"without room for an answer in the model's {limit} tokens")
-            kept.append(prompt)
-    report.kept = len(kept)
-    return kept
+            rows.append(row)
+    report.kept = len(rows)
+    return rows

@@ -1,5 +1,6 @@
 """A drafter judged: what its drafts are worth in every shape, what they cost, how large it is."""
 
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from mlx_distill.distillation.responses import (
     Response,
     ResponseConfig,
     answer,
-    prompts_with_room,
+    rows_with_room,
 )
 from mlx_distill.drafters.protocol import Drafter, DraftPlan, has_static_tree
 from mlx_distill.drafters.registry import TrainedDrafter
@@ -116,11 +117,13 @@ class Material:
             return cls._of(read_answers(data), pair, count)
         report = Report(noun="prompts")
         asked = read_asked(data, pair.tokenizer, report=report, **options)
-        rows = rows_in_turn([one.kind for one in asked])[:count]
-        prompts = prompts_with_room(pair.model, [asked[row].ids for row in rows], Report())
-        if len(prompts) < len(rows):
-            raise InputError(f"{data} holds prompts that leave no room for an answer")
-        return cls(prompts, [asked[row].kind or "" for row in rows])
+        asked = [asked[row] for row in rows_with_room(pair.model, [a.ids for a in asked], report)]
+        if not asked:
+            raise InputError(f"no prompt of {data} can be answered: {report.reasons()}")
+        if report.dropped:
+            print(*report.lines(), sep="\n", file=sys.stderr)
+        kept = [asked[row] for row in rows_in_turn([one.kind for one in asked])[:count]]
+        return cls([one.ids for one in kept], [one.kind or "" for one in kept])
 
     @classmethod
     def _of(cls, written: WrittenAnswers, pair: Pair, count: int | None) -> "Material":

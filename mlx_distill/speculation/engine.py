@@ -31,6 +31,7 @@ from mlx_distill.data.tokens import usable_tokenizer
 from mlx_distill.drafters.draft_model import DraftModelDrafter
 from mlx_distill.drafters.nothing import NoDrafter, NoPlanner
 from mlx_distill.drafters.protocol import Drafter, Planner
+from mlx_distill.errors import InputError
 from mlx_distill.limits import check_value, plain
 from mlx_distill.speculation import checks
 from mlx_distill.speculation.batch_writing import BatchWriter, Emitted, Failed
@@ -96,9 +97,12 @@ class Engine:
         self.draft_verification = draft_verification
         if draft_model is not None:
             checks.check_draft_model(draft_model, drafter, num_draft_tokens)
+        elif draft_verification is not None:
+            raise InputError("draft_verification is for the chains of a draft_model; name one")
         self.batch = batch = plain(batch)
         check_value("batch", batch, BatchSize)
-        self.exact_rows = exact_rows
+        self.exact_rows = plain(exact_rows)
+        check_value("exact_rows", self.exact_rows, bool)
         self.plain_batches = plain_batches
         self._texts: dict[int, Responses] = {}
         self._together = BatchWriter(model, batch)
