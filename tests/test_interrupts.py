@@ -23,7 +23,7 @@ from mlx_distill.target.window import AsSteps
 
 PROMPT = [5, 17, 42, 8, 23, 61, 9]
 MAX_TOKENS = 14
-MOMENTS = 30
+MOMENTS = 60
 QUANTISED = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 12}
 KINDS = ("growing", "window", "quantised", "processors", "hiding", "plain")
 
@@ -113,8 +113,8 @@ def test_the_cache_holds_what_was_handed_out(
         places.add(len(found))
         if num_tokens:
             assert_equal_caches(caches, expected[num_tokens])
-    # How many moments a token has is not the same in every run: host and device take turns.
-    assert len(places) > 3, "the moments do not reach into the answer"
+    # Most moments lie within a cycle, of which an answer has four.
+    assert len(places) > 4, "the moments do not reach into the answer"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
