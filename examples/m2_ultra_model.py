@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Try the model here, then take it to the chip; return the exit status."""
     arguments = _parser().parse_args(argv)
     output = cli.new_file(arguments.output)
-    if arguments.traces:
-        cli.refuse_unused(_parser(), argv, TRACED, "--traces is instead of a pair")
+    instead = "--traces is instead of a pair"
+    cli.refuse_unused(_parser(), argv, (arguments.traces, TRACED, instead))
     _check(arguments)
     result: dict[str, Any] = {"what": MODEL, "config": cli.settings(arguments)}
     if arguments.traces:

@@ -182,12 +182,18 @@ def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) ->
     """Raise InputError if a flag was given that nothing would look at."""
     swept = ["sweep_widths", "sweep_lengths"]
     drafting = ["draft_model", "num_draft_tokens", "draft_verification", *swept]
-    for name, used in (("results", "report"), ("loss_memory", "output"), ("samplers", "output")):
-        if getattr(arguments, name):
-            others = [other for other in vars(arguments) if other not in (name, used)]
-            why = f"--{name.replace('_', '-')} loads no model"
-            cli.refuse_unused(_parser(), argv, others, why)
-    reasons: list[tuple[Any, list[str | type], str]] = [
+    alone = [
+        (
+            getattr(arguments, name),
+            [other for other in vars(arguments) if other not in (name, used)],
+            f"--{name.replace('_', '-')} loads no model",
+        )
+        for name, used in (("results", "report"), ("loss_memory", "output"), ("samplers", "output"))
+    ]
+    cli.refuse_unused(
+        _parser(),
+        argv,
+        *alone,
         (
             arguments.batch,
             [*drafting, DraftPlan, "no_calibrate", "timed_prompts", "warm_up_s"],
@@ -204,10 +210,7 @@ def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) ->
             [*swept],
             "nothing is swept without --sweep-prompts",
         ),
-    ]
-    for applies, unused, why in reasons:
-        if applies:
-            cli.refuse_unused(_parser(), argv, unused, why)
+    )
 
 
 def _given(arguments: argparse.Namespace, names: Sequence[str]) -> list[str]:

@@ -39,9 +39,8 @@ from mlx_distill.speculation.caching import CacheConfig
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for; return the exit status."""
     arguments = _parser().parse_args(argv)
-    if arguments.quick:
-        why = "--quick measures what the first use of a pair does"
-        cli.refuse_unused(_parser(), argv, [CalibrationConfig], why)
+    first_use = "--quick measures what the first use of a pair does"
+    cli.refuse_unused(_parser(), argv, (arguments.quick, [CalibrationConfig], first_use))
     config = from_flags(CalibrationConfig, arguments)
     cache = from_flags(CacheConfig, arguments)
     output, picture = cli.new_files(arguments, ("output", "plot")).values()
@@ -49,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"--plot writes a PNG; end its name with .png, got {arguments.plot}")
     if arguments.show and (output or picture or arguments.quick):
         raise InputError("--show measures nothing; leave --output, --plot and --quick out")
-    if arguments.show:
-        cli.refuse_unused(_parser(), argv, [CalibrationConfig], "--show measures nothing")
+    nothing = "--show measures nothing"
+    cli.refuse_unused(_parser(), argv, (arguments.show, [CalibrationConfig], nothing))
     pair = _pair(arguments, cache)
     if arguments.show:
         return _show(pair)

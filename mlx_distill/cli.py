@@ -104,27 +104,27 @@ def asked_shape(
 def refuse_unused(
     parser: argparse.ArgumentParser,
     argv: Sequence[str] | None,
-    unused: Sequence[str | type],
-    why: str,
+    *reasons: tuple[object, Sequence[str | type], str],
 ) -> None:
     """Raise InputError if a command line has a flag that nothing would look at.
 
     Args:
         parser: The command's.
         argv: The command line.
-        unused: Names of arguments, or dataclasses whose fields they are called like.
-        why: What the sentence begins with.
+        reasons: Whether one applies; names of arguments that are not looked at then, or dataclasses
+            whose fields they are called like; and what the sentence begins with.
     """
-    names = {
-        name
-        for one in unused
-        for name in ([one] if isinstance(one, str) else [field.name for field in fields(one)])
-    }
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
-    for name, value in vars(given).items():
-        if name in names and value is not None:
-            flag = {"temperature": "temp"}.get(name, name.replace("_", "-"))
-            raise InputError(f"{why}; leave --{flag} out")
+    for unused, why in ((unused, why) for applies, unused, why in reasons if applies):
+        names = {
+            name
+            for one in unused
+            for name in ([one] if isinstance(one, str) else [field.name for field in fields(one)])
+        }
+        given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names)))
+        for name, value in vars(given).items():
+            if name in names and value is not None:
+                flag = {"temperature": "temp"}.get(name, name.replace("_", "-"))
+                raise InputError(f"{why}; leave --{flag} out")
 
 
 def command(function: Callable[..., int]) -> Callable[..., int]:

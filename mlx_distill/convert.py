@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.to != FORMS[0]:
         unused = ["answers", "max_texts"]
-        cli.refuse_unused(_parser(), argv, unused, f"--to {arguments.to} judges nothing")
+        cli.refuse_unused(_parser(), argv, (True, unused, f"--to {arguments.to} judges nothing"))
         return _other_layout(arguments)
     if arguments.answers is None:
         raise InputError("to judge a smaller drafter, name answers of the model: --answers")

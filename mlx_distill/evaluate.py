@@ -64,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
     """Raise InputError if a flag was given that nothing would look at."""
     texts = [field.name for field in fields(EvaluationConfig) if field.name != "max_texts"]
-    reasons: list[tuple[bool, list[str | type], str]] = [
+    cli.refuse_unused(
+        _parser(),
+        argv,
         (
             arguments.drafter is not None,
             [*texts, "data_layout", QuestionConfig, CompletionFilter],
@@ -77,10 +79,7 @@ def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) ->
             [CompletionFilter],
             "only --data-layout completions is filtered",
         ),
-    ]
-    for applies, unused, why in reasons:
-        if applies:
-            cli.refuse_unused(_parser(), argv, unused, why)
+    )
 
 
 def _judge_drafter(arguments: argparse.Namespace) -> int:

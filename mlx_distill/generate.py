@@ -204,14 +204,13 @@ def _check_flags(arguments: argparse.Namespace) -> None:
 
 def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) -> None:
     """Raise InputError if a flag was given that nothing would look at."""
-    reasons: list[tuple[Any, str | type, str]] = [
-        (arguments.prompts_file, "prompt", "--prompts-file has the prompts"),
-        (arguments.no_drafter, DraftPlan, "--no-drafter drafts nothing"),
-        (not arguments.learn, LearningConfig, "nothing is learned without --learn, the folder"),
-    ]
-    for applies, unused, why in reasons:
-        if applies:
-            cli.refuse_unused(_parser(), argv, [unused], why)
+    cli.refuse_unused(
+        _parser(),
+        argv,
+        (arguments.prompts_file, ["prompt"], "--prompts-file has the prompts"),
+        (arguments.no_drafter, [DraftPlan], "--no-drafter drafts nothing"),
+        (not arguments.learn, [LearningConfig], "nothing is learned without --learn, the folder"),
+    )
 
 
 def _options(
