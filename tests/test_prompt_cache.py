@@ -75,7 +75,14 @@ def test_trees_see_what_plain_decoding_remembers(name: str) -> None:
     np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("deepseek_v32", "KVCache"), ("deepseek_v41", "Layer")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("deepseek_v32", "KVCache"), ("deepseek_v41", "Layer")),
+        # In a full ring they would take slots for positions: the last block, or where a query is.
+        *(("minimax_m3_vl", "KVCache"), ("afm7", "KVCache")),
+    ],
+)
 def test_a_cache_that_cannot_be_bounded_is_said_so(name: str, kind: str) -> None:
     with pytest.raises(InputError, match=f"max_kv_size cannot bound this model's cache .{kind}"):
         prompt_caches(tiny_model(name), 16)

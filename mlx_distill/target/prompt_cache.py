@@ -17,11 +17,12 @@ from mlx_lm.models.cache import (
 
 from mlx_distill.errors import InputError
 from mlx_distill.target.layer_cache import LayerCache, leaves
+from mlx_distill.target.opening import COUNTS_SLOTS, PLACED_BY_SLOT
 
 # Windows, chunks and states do not grow with the text.
 BOUNDED = (RotatingKVCache, ChunkedKVCache, ArraysCache)
-# Their attention picks keys by slot, and a ring's slots are not in the order of the text.
-PICKED_BY_SLOT = {"deepseek_v32", "glm_moe_dsa"}
+# Their attention picks keys or places queries by slot, and a ring's are not in the text's order.
+PICKED_BY_SLOT = {"deepseek_v32", "glm_moe_dsa"} | PLACED_BY_SLOT | COUNTS_SLOTS
 KEEP = 4  # as mlx-lm: the first tokens stay, which attention leans on
 
 
