@@ -167,6 +167,81 @@ def test_two_turns_equal_one_plain_run(
             assert_equal_caches(caches, theirs)
 
 
+def next_logits(model: Any, caches: list[Any], text: list[int]) -> mx.array:
+    logits = model(mx.array([text]), cache=caches)[0]
+    mx.eval(logits)
+    return logits
+
+
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("plan", [DraftPlan(1, 5, 6), DraftPlan(2, 5, 9)])
+def test_chunks_are_whole_wherever_a_text_is_left(pair: tuple[Any, Any], plan: DraftPlan) -> None:
+    """Tokens 16 to 18 open a chunk; the call behind them drops what the one before has of 8 to 10.
+
+    A caller who leaves within the cycle goes on in the chunk before.
+    """
+    model, tokenizer = tiny_model("llama4"), with_eos(pair[1], set())
+    prompt = [int(t) for t in np.random.default_rng(7).integers(3, 96, 13)]
+    drafter = KnowingDrafter(model, prompt, 12, hide=plan.beam_width > 1)
+    for number in range(1, 7):
+        caches = make_prompt_cache(model)
+        options: dict[str, Any] = {"prompt_cache": caches, "drafter": drafter, "plan": plan}
+        responses = ours((model, tokenizer), prompt, max_tokens=12, **options)
+        tokens = [next(responses).token for _ in range(number)]
+        responses.close()
+        whole = make_prompt_cache(model)
+        next_logits(model, whole, prompt + tokens)
+        found, expected = (next_logits(model, each, [5, 6]) for each in (caches, whole))
+        np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=str(number))
+
+
+@pytest.mark.usefixtures("not_compiled")
+def test_chunks_of_a_draft_model_are_whole_wherever_a_text_is_left(pair: tuple[Any, Any]) -> None:
+    model, tokenizer = tiny_model("llama4"), with_eos(pair[1], set())
+    small, prompt = tiny_model("llama4", seed=1), list(range(20, 32))
+    for number in range(1, 7):
+        caches = make_prompt_cache(model)
+        options: dict[str, Any] = {"prompt_cache": caches, "draft_model": small}
+        responses = ours((model, tokenizer), prompt, num_draft_tokens=6, **options)
+        tokens = [next(responses).token for _ in range(number)]
+        responses.close()
+        for one, part in ((model, caches[:4]), (small, caches[4:])):
+            whole = make_prompt_cache(one)
+            next_logits(one, whole, prompt + tokens)
+            if part:  # nothing was drafted behind the first token
+                found, expected = (next_logits(one, each, [5, 6]) for each in (part, whole))
+                np.testing.assert_allclose(found, expected, atol=1e-3, err_msg=str(number))
+
+
+@pytest.mark.usefixtures("not_compiled")
+@pytest.mark.parametrize("drafted", [False, True])
+def test_chunks_that_a_prompt_dropped_come_back(
+    pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, drafted: bool
+) -> None:
+    """Ctrl-C in a prompt of several chunks leaves what the cache held before it."""
+    model, tokenizer = tiny_model("llama4"), with_eos(pair[1], set())
+    caches, calls = make_prompt_cache(model), [0]
+    first = next_logits(model, caches, list(range(5, 15)))
+    drafter, kind = random_drafter(model) if drafted else None, type(model)
+    plainly = kind.__call__
+
+    def until_the_sixth(self: Any, *args: Any, **options: Any) -> mx.array:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise KeyboardInterrupt
+        return plainly(self, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", until_the_sixth)
+    options: dict[str, Any] = {"drafter": drafter, "cache": CacheConfig(prefill_step_size=4)}
+    with pytest.raises(KeyboardInterrupt):
+        list(ours((model, tokenizer), list(range(20, 50)), prompt_cache=caches, **options))
+    monkeypatch.undo()
+    whole = make_prompt_cache(model)
+    np.testing.assert_allclose(next_logits(model, whole, list(range(5, 15))), first, atol=1e-3)
+    found, expected = (next_logits(model, each, [5, 6]) for each in (caches, whole))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 def test_cache_can_be_trimmed_afterwards(
     pair: tuple[Any, Any], drafters: dict[str, list[Any]]
 ) -> None:

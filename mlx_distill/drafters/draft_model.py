@@ -26,7 +26,7 @@ from dataclasses import replace
 import mlx.core as mx
 from jaxtyping import Float, Int, Integer
 from mlx import nn
-from mlx_lm.models.cache import trim_prompt_cache
+from mlx_lm.models.cache import ChunkedKVCache, trim_prompt_cache
 
 from mlx_distill.arrays import log_probs, num_bytes, to_host
 from mlx_distill.core.beam_search import beam_search
@@ -37,7 +37,7 @@ from mlx_distill.drafters.protocol import DraftPlan, Features
 from mlx_distill.errors import InputError
 from mlx_distill.limits import Count, check_value, plain
 from mlx_distill.target.context import position_limit
-from mlx_distill.target.layer_cache import LayerCache, cached_tokens
+from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
 from mlx_distill.target.prompt_cache import prompt_caches
 from mlx_distill.target.reading import vocab_width
 from mlx_distill.target.restoring import RestorePoint, even_out
@@ -124,7 +124,9 @@ class DraftModelState:
         self.num_read = 0  # tokens of the text that the caches hold
         self._line: list[mx.array] = []  # a root and drafted tokens, which they hold behind that
         self._waiting: list[mx.array] = []
-        self._trims = all(map(can_trim, caches))
+        # Chunks drop their front when more is read, which may be text again behind a draft.
+        chunks = any(isinstance(cache, ChunkedKVCache) for cache in leaves(caches))
+        self._trims = all(map(can_trim, caches)) and not chunks
         self._opened = RestorePoint(caches)
         # Before and behind the latest root, for caches that cannot drop single tokens.
         self._points = (self._opened, 0), self._opened

@@ -18,7 +18,7 @@ from mlx_lm.models.cache import CacheList, RotatingKVCache
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.caching import CacheConfig, PromptCache
 from mlx_distill.target.layer_cache import LayerCache, cached_tokens, leaves
-from mlx_distill.target.restoring import RestorePoint, even_out, restore
+from mlx_distill.target.restoring import RestorePoint, even_out, restore, state_at
 from mlx_distill.target.target import Target, TreeCall
 from mlx_distill.target.tree_cache import can_branch, can_trim
 
@@ -139,7 +139,7 @@ class PlainLedger:
             give_up(self.caches)
         elif all(can_trim(cache) for cache in self.caches):
             for cache in self.caches:
-                restore(cache, _state_at(cache, wanted))
+                restore(cache, state_at(cache, wanted))
         elif any(number != wanted for number in read):
             give_up(self.caches)
         for cache in self.caches:
@@ -181,10 +181,3 @@ def _is_torn(cache: LayerCache) -> bool:
         return cache.keys is None or cache.values is None
     except (AttributeError, KeyError):
         return True
-
-
-def _state_at(cache: LayerCache, offset: int) -> object:
-    """Return the state of a cache that appends when it held so many tokens."""
-    if isinstance(cache, CacheList):
-        return [_state_at(part, offset) for part in cache.caches]
-    return offset

@@ -19,7 +19,7 @@ from mlx_lm.models.cache import CacheList, ChunkedKVCache, KVCache
 
 from mlx_distill.arrays import to_host
 from mlx_distill.target.layer_cache import LayerCache
-from mlx_distill.target.restoring import APPENDING, restore, state_of
+from mlx_distill.target.restoring import APPENDING, before_next_chunk, restore, state_of
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.window import InTreeLayout, settle
 
@@ -97,6 +97,7 @@ class CopiedCache:
         self.base = base
         self.layout = layout
         self.before = state_of(base)
+        self.after: object | None = None
         self._copy, self._rows = copy, rows
 
     def commit(self, path: list[int]) -> bool:
@@ -113,12 +114,16 @@ class CopiedCache:
         begin = self.layout.start - getattr(read, "start_position", 0)
         here = slice(begin, begin + len(path))
         self.base.update_and_fetch(*(x[row : row + 1, :, here] for x in held))
+        start = self.layout.start
+        self.after = before_next_chunk(self.base, start, start + len(path))
         return True
 
     def rewind(self, num_tokens: int) -> bool:
         """Keep the first ``num_tokens`` of the path; False asks for them to be read again."""
-        restore(self.base, self.before)
         if isinstance(self.base, APPENDING):
-            self.base.offset += num_tokens
+            if self.after is not None:
+                restore(self.base, self.after)
+            self.base.offset = self.layout.start + num_tokens
             return True
+        restore(self.base, self.before)
         return num_tokens == 0

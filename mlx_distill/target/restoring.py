@@ -1,12 +1,13 @@
 """Putting caches back to what they held before further tokens were read.
 
-A cache that appends forgets by its offset alone. Windows, recurrent states and whatever else a
-model keeps are remembered as they were: arrays are never copied for that, since nothing that a
-model computes changes them.
+A cache that appends forgets by its offset alone, unless it has dropped its front since, as a cache
+of chunks does when it is read. Windows, recurrent states and whatever else a model keeps are
+remembered as they were: arrays are never copied for that, since nothing that a model computes
+changes them.
 """
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
@@ -24,6 +25,22 @@ from mlx_distill.target.window import InTreeLayout, own_class
 Rows: TypeAlias = mx.array | tuple[mx.array, ...] | list[mx.array]
 
 APPENDING = (KVCache, QuantizedKVCache, ChunkedKVCache)
+
+
+class Chunk(NamedTuple):
+    """The state of a cache of chunks.
+
+    Args:
+        offset: How many tokens it has seen.
+        start_position: How many of them it has dropped.
+        keys: Of the others, and room; None as long as it is empty.
+        values: The same.
+    """
+
+    offset: int
+    start_position: int
+    keys: object
+    values: object
 
 
 class RestorePoint:
@@ -46,6 +63,9 @@ def state_of(cache: LayerCache) -> object:
     """Return what ``restore`` needs."""
     if isinstance(cache, CacheList):
         return [state_of(part) for part in cache.caches]
+    if isinstance(cache, ChunkedKVCache):
+        arrays = _held(cache.keys), _held(cache.values)
+        return Chunk(cache.offset, cache.start_position, *arrays)
     if isinstance(cache, APPENDING):  # the rows before its offset never change
         return cache.offset
     if isinstance(cache, RotatingKVCache):
@@ -59,6 +79,12 @@ def restore(cache: LayerCache, state: object) -> None:
         assert isinstance(state, list)
         for part, one in zip(cache.caches, state, strict=True):
             restore(part, one)
+    elif isinstance(cache, ChunkedKVCache):
+        assert isinstance(state, Chunk)
+        if cache.start_position != state.start_position:
+            cache.start_position = state.start_position
+            cache.keys, cache.values = _held(state.keys), _held(state.values)
+        cache.offset = state.offset
     elif isinstance(cache, APPENDING):
         cache.offset = state
     elif isinstance(cache, RotatingKVCache):
@@ -66,6 +92,30 @@ def restore(cache: LayerCache, state: object) -> None:
     else:
         assert isinstance(state, dict)
         vars(cache).update({name: _held(value) for name, value in state.items()})
+
+
+def state_at(cache: LayerCache, offset: int) -> object:
+    """Return the state of a cache that appends when it held so many tokens, a few less than now."""
+    if isinstance(cache, CacheList):
+        return [state_at(part, offset) for part in cache.caches]
+    state = state_of(cache)
+    return state._replace(offset=offset) if isinstance(state, Chunk) else offset
+
+
+def before_next_chunk(cache: LayerCache, start: int, end: int) -> object | None:
+    """Return the state of a cache of chunks whose latest tokens lie in two of them, else None.
+
+    The call that follows may drop of the first chunk what is needed if some tokens are taken back.
+
+    Args:
+        cache: Any.
+        start: Where they begin.
+        end: Where they end, which is the cache's end.
+    """
+    crosses = (
+        isinstance(cache, ChunkedKVCache) and start // cache.chunk_size < end // cache.chunk_size
+    )
+    return state_of(cache) if crosses else None
 
 
 def even_out(cache: LayerCache) -> None:

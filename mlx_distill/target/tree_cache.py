@@ -24,7 +24,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, RotatingKVCache
 from mlx_distill.target.copies import CopiedCache, PathRows
 from mlx_distill.target.layer_cache import LayerCache
 from mlx_distill.target.recurrent.view import RecurrentTreeCache
-from mlx_distill.target.restoring import APPENDING, restore, state_of
+from mlx_distill.target.restoring import APPENDING, before_next_chunk, restore, state_of
 from mlx_distill.target.tree_layout import TreeLayout
 from mlx_distill.target.window import InTreeLayout, move_into, window_of
 
@@ -41,6 +41,7 @@ class TreeCache:
         self.base = base
         self.layout = layout
         self.begin = _length(base)
+        self.after: object | None = None
 
     def __getattr__(self, name: str) -> object:
         # What this class does not answer (bits, group_size, ...) is asked of the cache itself.
@@ -105,10 +106,13 @@ class TreeCache:
             rows = slice(node, node + end - begin)
             self.base.update_and_fetch(*(x[..., rows, :] for x in self.nodes))
             begin = end
+        self.after = before_next_chunk(self.base, self.layout.start, self.layout.start + len(path))
         return True
 
     def rewind(self, num_tokens: int) -> bool:
         """Keep the first ``num_tokens`` of the committed path; 0 forgets the whole tree."""
+        if self.after is not None:
+            restore(self.base, self.after)
         self.base.offset = self.layout.start + num_tokens
         return True
 
