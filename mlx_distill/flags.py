@@ -1,6 +1,7 @@
 """Flags of the command that writes text: many prompts, and what is told of one."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from mlx import nn
@@ -67,7 +68,7 @@ def check_prompts_file(arguments: argparse.Namespace) -> None:
             if getattr(arguments, flag) is not None:
                 raise InputError(f"--{flag} needs --prompts-file, the file of the prompts")
         return
-    for flag in ("compare", "learn", "show_draft", "json", "system_prompt"):
+    for flag in ("compare", "learn", "show_draft", "json", "system_prompt", "prefill_response"):
         if getattr(arguments, flag):
             flag = flag.replace("_", "-")
             raise InputError(f"--{flag} goes with one prompt; leave it out beside --prompts-file")
@@ -82,11 +83,27 @@ def answers_settings(
 ) -> dict[str, Any]:
     """Return what the answers to a file of prompts depend on, but for the prompts."""
     settings = cli.settings(arguments)
-    found = {name: settings[name] for name in DEPEND_ON} | {"weights": weights_hash(model)}
+    also = ("extra_eos_token",) if arguments.extra_eos_token else ()
+    found = {name: settings[name] for name in (*DEPEND_ON, *also)} | {
+        "weights": weights_hash(model)
+    }
     if draft_model is not None:
         found |= {name: settings[name] for name in DRAWN_BY}
         found["draft_weights"] = weights_hash(draft_model)
     return found
+
+
+def add_ends(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Let more tokens end an answer, as mlx-lm's command does; numbers are ids.
+
+    Raises:
+        InputError: If one is no token of the tokenizer's.
+    """
+    known = tokenizer.get_vocab() if tokens else {}
+    for token in tokens:
+        if token not in known and not (token.isdecimal() and int(token) in known.values()):
+            raise InputError(f"--extra-eos-token {token!r:.60} is no token of the tokenizer's")
+        tokenizer.add_eos_token(token)
 
 
 def add_report_flags(parser: argparse.ArgumentParser) -> None:

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         reset_learning(arguments.learn)
     model, tokenizer = cli.load_model(arguments)
+    flags.add_ends(tokenizer, arguments.extra_eos_token)
     drafter, draft_model, plan = drafting.drafting(arguments, model, tokenizer, cache, plan)
     merged = arguments.draft == drafting.MERGED
     options = _options(arguments, {"plan": plan, "cache": cache, **asdict(sampling)}, draft_model)
@@ -116,6 +117,7 @@ def _encoded(
         system_prompt=arguments.system_prompt,
         chat_template=not arguments.ignore_chat_template,
         template_config=template_config,
+        prefill=arguments.prefill_response,
     )
 
 
@@ -148,6 +150,9 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--system-prompt", help="put in front of the chat")
     parser.add_argument(
+        "--prefill-response", metavar="TEXT", help="what the answer of a chat begins with"
+    )
+    parser.add_argument(
         "--ignore-chat-template", action="store_true", help="use the prompt as it is"
     )
     parser.add_argument(
@@ -164,6 +169,13 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         default=(),
         metavar="TEXT",
         help=r"texts that end the answer, with \n and \t as in the prompt",
+    )
+    parser.add_argument(
+        "--extra-eos-token",
+        nargs="+",
+        default=(),
+        metavar="TOKEN",
+        help="tokens that end the answer, too, by name or id",
     )
     parser.add_argument(
         "--seed",

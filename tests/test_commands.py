@@ -91,7 +91,8 @@ def test_flags_keep_mlx_lms_names(capsys: pytest.CaptureFixture[str]) -> None:
     flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
     kept = "model prompt max-tokens temp top-p min-p top-k seed system-prompt max-kv-size kv-bits"
     more = "ignore-chat-template chat-template-config trust-remote-code kv-group-size"
-    assert {f"--{name}" for name in f"{kept} {more} quantized-kv-start".split()} <= flags
+    last = "quantized-kv-start extra-eos-token prefill-response"
+    assert {f"--{name}" for name in f"{kept} {more} {last}".split()} <= flags
 
 
 def test_console_script(capsys: pytest.CaptureFixture[str], expected: str) -> None:

@@ -218,6 +218,25 @@ def test_a_stop_text_may_be_a_lines_end(monkeypatch: pytest.MonkeyPatch) -> None
     assert asked == ["\n", "a\tb", "end"]
 
 
+@pytest.mark.parametrize("by_id", [False, True])
+def test_more_tokens_end_an_answer(
+    capsys: pytest.CaptureFixture[str], bundled_part: Path, by_id: bool
+) -> None:
+    """As mlx_lm.generate's --extra-eos-token; what is no token is none, and not the unknown one."""
+    model, tokenizer = mlx_distill.load(bundled_part)
+    flags = ["--no-drafter", "--max-tokens", "12", "--json"]
+    responses = mlx_lm.stream_generate(model, tokenizer, "Once upon a time", max_tokens=8)
+    ids = [response.token for response in responses]
+    name = str(ids[5]) if by_id else tokenizer.convert_ids_to_tokens(ids[5])
+    assert generate.main([*flags, "--extra-eos-token", name]) == 0
+    run = last_line(capsys.readouterr().out)
+    assert run["generation_tokens"] == ids.index(ids[5]) + 1
+    assert run["finish_reason"] == "stop"
+    for wrong in ("<no such token>", "1000000", "-1"):
+        assert generate.main([*flags, f"--extra-eos-token={wrong}"]) == 2
+        assert f"--extra-eos-token '{wrong}' is no token" in capsys.readouterr().err
+
+
 def test_generate_stops_at_texts(capsys: pytest.CaptureFixture[str], expected: str) -> None:
     stop = expected[10:14]
     assert generate.main(["--max-tokens", "24", "--stop", stop, "never", "--json"]) == 0
@@ -360,10 +379,12 @@ def test_chat_template(
     run_chat(capsys, chat_model, "--system-prompt", "Be kind")
     run_chat(capsys, chat_model, "--chat-template-config", '{"name": "Lily"}')
     run_chat(capsys, chat_model, "--ignore-chat-template")
+    run_chat(capsys, chat_model, "--prefill-response", "Well,")
     assert seen[0].endswith("[user] Hello\n[assistant]")
     assert seen[1].endswith("[system] Be kind\n[user] Hello\n[assistant]")
     assert seen[2].endswith("[user] Hello\n[Lily]")
     assert seen[3].endswith("Hello")
+    assert seen[4].endswith("[user] Hello\n[assistant] Well,")
     assert "[" not in seen[3]
     assert all(text.count("<s>") == 1 for text in seen)
 

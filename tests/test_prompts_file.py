@@ -208,6 +208,10 @@ def test_a_text_file_has_a_prompt_in_every_line(
         (["--batch", "2"], "--batch needs --prompts-file"),
         (["--prompts-file", "FILE", "--batch", "0"], "batch"),
         (["--prompts-file", "FILE", "--json"], "--json goes with one prompt"),
+        (
+            ["--prompts-file", "FILE", "--prefill-response", "Yes"],
+            "--prefill-response goes with one prompt",
+        ),
         (["--prompts-file", "FILE", "-p", "x"], "has the prompts; leave --prompt out"),
         (["--prompts-file", "FILE", "--compare"], "--compare goes with one prompt"),
         (["--prompts-file", "none.jsonl"], "none.jsonl"),

@@ -41,6 +41,7 @@ def encode_prompt(
     system_prompt: str | None = None,
     chat_template: bool = True,
     template_config: Mapping[str, Any] | None = None,
+    prefill: str | None = None,
 ) -> list[int]:
     """Return the token ids of a prompt, through the chat template where the tokenizer has one.
 
@@ -50,6 +51,7 @@ def encode_prompt(
         system_prompt: Put in front of the chat.
         chat_template: False encodes the bare text, as ``--ignore-chat-template`` does.
         template_config: Further arguments of the chat template.
+        prefill: What the answer begins with, and goes on behind.
 
     Raises:
         InputError: If the prompt is empty, if it is a chat and there is no template to write it
@@ -58,10 +60,11 @@ def encode_prompt(
     if not (prompt.messages if isinstance(prompt, Chat) else prompt):
         raise InputError("the prompt is empty; give at least one character")
     if chat_template and getattr(tokenizer, "has_chat_template", False):
-        return _templated(tokenizer, prompt, system_prompt, template_config)
+        return _templated(tokenizer, prompt, system_prompt, template_config, prefill)
     for flag, value in (
         ("--system-prompt", system_prompt),
         ("--chat-template-config", template_config),
+        ("--prefill-response", prefill),
     ):
         if value:
             raise InputError(f"{flag} needs {_no_template(chat_template)}")
@@ -123,6 +126,7 @@ def _templated(
     prompt: str | Sequence[Mapping[str, Any]] | Chat,
     system_prompt: str | None,
     template_config: Mapping[str, Any] | None,
+    prefill: str | None,
 ) -> list[int]:
     """Return the token ids of a prompt as the chat template opens the answer to it."""
     if isinstance(prompt, str):
@@ -132,6 +136,10 @@ def _templated(
         system = {"role": "system", "content": system_prompt}
         chat = Chat([system, *chat.messages], chat.tools, chat.template_config)
     config = {"add_generation_prompt": True, **(template_config or {})}
+    if prefill is not None:
+        begun = {"role": "assistant", "content": prefill}
+        chat = Chat([*chat.messages, begun], chat.tools, chat.template_config)
+        config |= {"add_generation_prompt": False, "continue_final_message": True}
     try:
         ids = list(apply_template(tokenizer, chat, config))
     except InputError as error:
