@@ -224,7 +224,7 @@ def test_more_tokens_end_an_answer(
 ) -> None:
     """As mlx_lm.generate's --extra-eos-token; what is no token is none, and not the unknown one."""
     model, tokenizer = mlx_distill.load(bundled_part)
-    flags = ["--no-drafter", "--max-tokens", "12", "--json"]
+    flags = ["--model", str(bundled_part), "--no-drafter", "--max-tokens", "12", "--json"]
     responses = mlx_lm.stream_generate(model, tokenizer, "Once upon a time", max_tokens=8)
     ids = [response.token for response in responses]
     name = str(ids[5]) if by_id else tokenizer.convert_ids_to_tokens(ids[5])
