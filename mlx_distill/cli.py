@@ -255,11 +255,15 @@ def template_config(arguments: argparse.Namespace) -> dict[str, Any]:
     return config
 
 
-def load_model(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the model and the tokenizer that the flags ask for."""
+def load_model(
+    arguments: argparse.Namespace, tokenizer_config: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
+    """Return the model and the tokenizer, made with a config, that the flags ask for."""
     from mlx_distill.checkpoint import bundled, load
 
     options = code_options(arguments.trust_remote_code)
+    if tokenizer_config:
+        options["tokenizer_config"] = tokenizer_config | (options["tokenizer_config"] or {})
     name = arguments.model or bundled("stories-14m")
     return load(name, adapter_path=arguments.adapter_path, **options)
 

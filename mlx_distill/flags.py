@@ -2,16 +2,23 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx import nn
+from mlx_lm.models.cache import QuantizedKVCache
 
 from mlx_distill import cli
 from mlx_distill.data.sources import read_rows
 from mlx_distill.errors import InputError
 from mlx_distill.hashes import weights_hash
 from mlx_distill.limits import check_value
+from mlx_distill.parsing import parse_json
+from mlx_distill.speculation.caching import PromptCache
 from mlx_distill.speculation.requests import BatchSize
+from mlx_distill.target.layer_cache import leaves
+from mlx_distill.target.prompt_cache import read_prompt_cache
 
 # What another run has to have in common to go on with a file of answers.
 DEPEND_ON = (
@@ -31,6 +38,16 @@ DEPEND_ON = (
     "kv_group_size",
     "quantized_kv_start",
     "exact_rows",
+)
+# Go with one prompt, and not with a file of them.
+ONE_PROMPT = (
+    "compare",
+    "learn",
+    "show_draft",
+    "json",
+    "system_prompt",
+    "prefill_response",
+    "prompt_cache_file",
 )
 # The same where a draft model may draw: which text a seed gives depends on it then.
 DRAWN_BY = "draft_model", "num_draft_tokens", "draft_verification"
@@ -68,7 +85,7 @@ def check_prompts_file(arguments: argparse.Namespace) -> None:
             if getattr(arguments, flag) is not None:
                 raise InputError(f"--{flag} needs --prompts-file, the file of the prompts")
         return
-    for flag in ("compare", "learn", "show_draft", "json", "system_prompt", "prefill_response"):
+    for flag in ONE_PROMPT:
         if getattr(arguments, flag):
             flag = flag.replace("_", "-")
             raise InputError(f"--{flag} goes with one prompt; leave it out beside --prompts-file")
@@ -91,6 +108,49 @@ def answers_settings(
         found |= {name: settings[name] for name in DRAWN_BY}
         found["draft_weights"] = weights_hash(draft_model)
     return found
+
+
+@dataclass(frozen=True)
+class SavedPrompt:
+    """What ``mlx_lm.cache_prompt`` has read already.
+
+    Args:
+        caches: The model's caches behind it.
+        tokenizer_config: What the tokenizer was made with.
+    """
+
+    caches: PromptCache
+    tokenizer_config: dict[str, Any]
+
+
+def saved_prompt(arguments: argparse.Namespace) -> SavedPrompt | None:
+    """Return what --prompt-cache-file holds; the model is then the one that it names.
+
+    Raises:
+        InputError: If it holds something else, another model's, or is quantised in another way
+            than was asked for.
+    """
+    if arguments.prompt_cache_file is None:
+        return None
+    path = Path(arguments.prompt_cache_file).expanduser()
+    caches, said = read_prompt_cache(path)
+    arguments.model = arguments.model or said.get("model")
+    if arguments.model is None or said.get("model", arguments.model) != arguments.model:
+        raise InputError(
+            f"{path} is a prompt cache of {said.get('model', 'a model that it does not name')}; "
+            "name that with --model, or leave it out"
+        )
+    packed = [cache for cache in leaves(caches) if isinstance(cache, QuantizedKVCache)]
+    asked = arguments.kv_bits, arguments.kv_group_size
+    if arguments.kv_bits is not None and any((x.bits, x.group_size) != asked for x in packed):
+        raise InputError(
+            f"{path} is quantised to {packed[0].bits} bits in groups of {packed[0].group_size}; "
+            "leave --kv-bits out"
+        )
+    config = parse_json(said.get("tokenizer_config") or "{}")
+    # Whether code of others is run is the command's to say.
+    known = {"eos_token": config["eos_token"]} if "eos_token" in config else {}
+    return SavedPrompt(caches, known)
 
 
 def add_ends(tokenizer: Any, tokens: Sequence[str]) -> None:

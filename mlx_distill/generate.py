@@ -24,7 +24,7 @@ from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.core.sampling import Sampling
-from mlx_distill.data.prompts import encode_prompt
+from mlx_distill.data.prompts import encode_prompt, encode_suffix
 from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.learning_config import LearningConfig
 from mlx_distill.drafters.protocol import DraftLength, DraftPlan
@@ -37,6 +37,8 @@ from mlx_distill.speculation.showing import Run, print_statistics, show
 if TYPE_CHECKING:
     from mlx_distill.distillation.learning import Learner
 
+# What a prompt cache decides, or cannot be used for.
+BEFORE = "system_prompt", "prefill_response", "max_kv_size", "draft_model", "compare", "learn"
 # Tokens of the texts that a trial is made of before --compare.
 TRIAL_TEXT = 128
 # Of a text before it: a shape of draft is compiled at its fifth use, of five tokens perhaps.
@@ -59,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mlx_distill.distillation.learning_folder import reset_learning
 
         reset_learning(arguments.learn)
-    model, tokenizer = cli.load_model(arguments)
+    saved = flags.saved_prompt(arguments)
+    model, tokenizer = cli.load_model(arguments, saved.tokenizer_config if saved else None)
     flags.add_ends(tokenizer, arguments.extra_eos_token)
     drafter, draft_model, plan = drafting.drafting(arguments, model, tokenizer, cache, plan)
     merged = arguments.draft == drafting.MERGED
@@ -68,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
         return _answer_file(arguments, model, tokenizer, template_config, options)
     prompt = _encoded(arguments, text, tokenizer, template_config)
+    options |= {"prompt_cache": saved.caches} if saved else {}
     with _learner(arguments, drafter, model, tokenizer) as learner:
         drafter = learner.drafter if learner else drafter
         options["drafter"] = cli.add_ngrams(drafter, model) if merged else drafter
@@ -111,14 +115,14 @@ def _encoded(
     arguments: argparse.Namespace, text: str, tokenizer: Any, template_config: dict[str, Any]
 ) -> list[int]:
     """Return the prompt's token ids."""
-    return encode_prompt(
-        tokenizer,
-        text,
-        system_prompt=arguments.system_prompt,
-        chat_template=not arguments.ignore_chat_template,
-        template_config=template_config,
-        prefill=arguments.prefill_response,
-    )
+    how = {
+        "chat_template": not arguments.ignore_chat_template,
+        "template_config": template_config,
+    }
+    if arguments.prompt_cache_file:
+        return encode_suffix(tokenizer, text, **how)
+    begun = {"system_prompt": arguments.system_prompt, "prefill": arguments.prefill_response}
+    return encode_prompt(tokenizer, text, **begun, **how)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -149,6 +153,12 @@ def _add_prompt_flags(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument("--system-prompt", help="put in front of the chat")
+    parser.add_argument(
+        "--prompt-cache-file",
+        type=cli.path,
+        metavar="FILE",
+        help="what mlx_lm.cache_prompt wrote: the prompt goes on behind that, with its model",
+    )
     parser.add_argument(
         "--prefill-response", metavar="TEXT", help="what the answer of a chat begins with"
     )
@@ -222,6 +232,7 @@ def _refuse_unused(argv: Sequence[str] | None, arguments: argparse.Namespace) ->
         (arguments.prompts_file, ["prompt"], "--prompts-file has the prompts"),
         (arguments.no_drafter, [DraftPlan], "--no-drafter drafts nothing"),
         (not arguments.learn, [LearningConfig], "nothing is learned without --learn, the folder"),
+        (arguments.prompt_cache_file, BEFORE, "--prompt-cache-file holds what comes before"),
     )
 
 

@@ -136,9 +136,9 @@ def bundled_once(monkeypatch: pytest.MonkeyPatch, bundled_pair: tuple[Any, Any])
     """
     load = cli.load_model
 
-    def loaded(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    def loaded(arguments: argparse.Namespace, config: Any = None) -> tuple[Any, Any]:
         default = arguments.model is None and arguments.adapter_path is None
-        return bundled_pair if default else load(arguments)
+        return bundled_pair if default else load(arguments, config)
 
     monkeypatch.setattr(cli, "load_model", loaded)
     drafter = {"stories-14m-redrafter": REFERENCE}

@@ -15,6 +15,7 @@ import mlx_lm
 import pytest
 from commanding import WHOLE, last_line
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import mlx_distill
@@ -235,6 +236,69 @@ def test_more_tokens_end_an_answer(
     for wrong in ("<no such token>", "1000000", "-1"):
         assert generate.main([*flags, f"--extra-eos-token={wrong}"]) == 2
         assert f"--extra-eos-token '{wrong}' is no token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_prompt_goes_on_behind_a_saved_one(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bits: int | None
+) -> None:
+    """As with mlx_lm.generate's --prompt-cache-file: its tokens, drafted for or not."""
+    file = save_prompt(chat_model, tmp_path / "cache.safetensors", bits)
+    model, tokenizer = mlx_distill.load(chat_model)
+    chat = [{"role": "user", "content": "Why?"}]
+    opened = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    suffix = tokenizer.encode(opened[opened.index("Why?") :], add_special_tokens=False)
+    cache = load_prompt_cache(str(file))
+    plain = mlx_lm.stream_generate(model, tokenizer, suffix, max_tokens=16, prompt_cache=cache)
+    expected = "".join(response.text for response in plain)
+    flags = ["--prompt-cache-file", str(file), "--prompt", "Why?", "--max-tokens", "16"]
+    for more in (["--no-drafter"], ["--draft", "ngram"], ["--model", str(chat_model)]):
+        assert generate.main([*flags, *more, "--json"]) == 0
+        run = last_line(capsys.readouterr().out)
+        assert run["text"] == expected
+        assert run["prompt_tokens"] == len(suffix)
+
+
+def test_a_saved_prompt_that_cannot_be_used_is_refused(
+    chat_model: Path, bundled_part: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = save_prompt(chat_model, tmp_path / "cache.safetensors", 8)
+    text, half = tmp_path / "text.safetensors", tmp_path / "half.safetensors"
+    text.write_text("no cache")
+    half.write_bytes(file.read_bytes()[:-100])
+    weights = bundled_part / "model.safetensors"
+    for given, more, sentence in (
+        (file, ["--model", str(bundled_part)], f"is a prompt cache of {chat_model}"),
+        (file, ["--kv-bits", "4"], "is quantised to 8 bits in groups of 32"),
+        (file, ["--system-prompt", "Be kind."], "leave --system-prompt out"),
+        (file, ["--compare"], "leave --compare out"),
+        (file, ["--prompt", "", "--no-drafter"], "the prompt is empty"),
+        (tmp_path / "none.safetensors", [], "none.safetensors"),
+        (text, [], "text.safetensors"),
+        (half, [], "half.safetensors"),
+        (weights, [], "is no prompt cache of mlx-lm"),
+    ):
+        assert generate.main(["--prompt-cache-file", str(given), "--prompt", "Why?", *more]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert sentence in error
+        assert error.count("\n") == 1
+
+
+def save_prompt(folder: Path, file: Path, bits: int | None) -> Path:
+    """Write what mlx_lm.cache_prompt writes of a user's turn that is not over."""
+    model, tokenizer = mlx_distill.load(folder)
+    chat = [{"role": "user", "content": "Once upon a time there was a dog."}]
+    prompt = tokenizer.apply_chat_template(
+        chat, add_generation_prompt=False, continue_final_message=True
+    )
+    cache = make_prompt_cache(model)
+    model(mx.array([prompt]), cache=cache)
+    if bits:
+        cache = [layer.to_quantized(group_size=32, bits=bits) for layer in cache]
+    about = {"model": str(folder), "tokenizer_config": json.dumps({"trust_remote_code": True})}
+    save_prompt_cache(str(file), cache, about)
+    return file
 
 
 def test_generate_stops_at_texts(capsys: pytest.CaptureFixture[str], expected: str) -> None:

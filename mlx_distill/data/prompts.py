@@ -15,6 +15,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.limits import plain
 
 DOCUMENT_TOKENS = 32
+QUERY = "<query>"  # stands for a text where only what the template puts around it is wanted
 # Spec-Bench has ten questions of each, and counts them as one class of six.
 MT_BENCH = frozenset(
     ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -119,6 +120,39 @@ def prompt_ids(
         if all(isinstance(one, Mapping) for one in values):
             return encode_prompt(tokenizer, values, template_config=template_config)
     raise InputError(f"{place} must be a text, a chat or token ids, got {prompt!r:.40}")
+
+
+def encode_suffix(
+    tokenizer: Any,
+    text: str,
+    *,
+    chat_template: bool = True,
+    template_config: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the token ids of a text that goes on behind a prompt cache.
+
+    A cache that ``mlx_lm.cache_prompt`` wrote ends within a user's turn, which the text ends: of
+    what the chat template makes of the text alone, that in front of it is left out.
+
+    Raises:
+        InputError: If the text is empty, or as ``encode_prompt`` for the template.
+    """
+    if not text:
+        raise InputError("the prompt is empty; give at least one character")
+    if is_templated(tokenizer, chat_template, template_config):
+        config = {"add_generation_prompt": True, **(template_config or {})}
+        asked, opened = (
+            apply_template(
+                tokenizer, Chat([{"role": "user", "content": content}]), config, tokenize=False
+            )
+            for content in (text, QUERY)
+        )
+        if QUERY not in opened:
+            raise InputError(
+                "the chat template loses the text; --ignore-chat-template goes without"
+            )
+        text = asked[opened.index(QUERY) :]
+    return tokenizer.encode(text, add_special_tokens=False)
 
 
 def _templated(

@@ -5,6 +5,8 @@ a model makes its own caches, as 52 of its files do, Llama's among them. There, 
 keeps all of the text gets the rotating cache that mlx-lm gives to the other models.
 """
 
+from pathlib import Path
+
 from mlx import nn
 from mlx_lm.models.cache import (
     ArraysCache,
@@ -12,10 +14,12 @@ from mlx_lm.models.cache import (
     ChunkedKVCache,
     KVCache,
     RotatingKVCache,
+    load_prompt_cache,
     make_prompt_cache,
 )
 
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
+from mlx_distill.safetensors import check_safetensors
 from mlx_distill.target.layer_cache import LayerCache, leaves
 from mlx_distill.target.opening import COUNTS_SLOTS, PLACED_BY_SLOT
 
@@ -58,3 +62,17 @@ def _bounded(cache: LayerCache, max_kv_size: int) -> LayerCache:
     if type(cache) is KVCache:
         return RotatingKVCache(max_size=max_kv_size, keep=KEEP)
     return cache
+
+
+def read_prompt_cache(path: Path) -> tuple[list[LayerCache], dict[str, str]]:
+    """Return the caches that ``mlx_lm.cache_prompt`` wrote to a file, and what it says of them.
+
+    Raises:
+        InputError: If the file is not there, is damaged, or holds something else.
+    """
+    check_safetensors(path)
+    try:
+        caches, said = load_prompt_cache(str(path), return_metadata=True)
+    except Exception as error:  # whatever reading another file's arrays as caches raises
+        raise InputError(f"{path} is no prompt cache of mlx-lm: {one_line(error)}") from None
+    return caches, said if isinstance(said, dict) else {}
