@@ -147,10 +147,58 @@ def test_what_was_stopped_goes_on(
     writing.write_text("".join([*lines[:-1], json.dumps(changed) + "\n", *DAMAGED, lines[-1][:9]]))
     assert generate.main([*asked, *FLAGS, "--seed", "8"]) == 2  # answers of another run
     assert not output.exists()
+    capsys.readouterr()
     found = written(file, output, "--batch", "3")
+    assert "s; 6 of them were there before; 6 of them failed" in capsys.readouterr().err
     assert found.pop(changed["index"]) == changed
     whole.pop(changed["index"])
     assert found == whole
+
+
+def test_answers_outlive_a_kill_while_they_are_put_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file was written over in place: a kill in between left nothing of it."""
+    writing, header = tmp_path / "answers.jsonl.writing", '{"prompts": "these"}'
+    kept = [json.dumps({"index": index, "error": "none"}) + "\n" for index in range(50)]
+    writing.write_text("".join([header + "\n", *DAMAGED, *kept, kept[0][:5]]))
+
+    def resume() -> dict[int, Any]:
+        return prompts_file._resume(writing, tmp_path / "answers.jsonl.whole", header, 50)
+
+    def killed(path: Path, text: str, **options: Any) -> None:
+        path.write_bytes(text.encode()[:9])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume()
+    assert sorted(resume()) == list(range(50))
+
+
+def test_what_somebody_else_has_written_meanwhile_stays(
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It was written over when the last answer was there."""
+    output = tmp_path / "answers.jsonl"
+
+    def beside(*args: Any, **options: Any) -> Iterator[Any]:
+        output.write_text("another's")
+        yield from stream_answers(*args, **options)
+
+    asked = ["--prompts-file", str(file), "--output", str(output), *FLAGS]
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts_file, "stream_answers", beside)
+        assert generate.main(asked) == 2
+    assert f"the output {output} exists" in capsys.readouterr().err
+    assert output.read_text() == "another's"
+    output.unlink()
+    assert len(written(file, output)) == len(ROWS)
+    assert "9 of them were there before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import read_each
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.files import new_path
 from mlx_distill.limits import check_value, hints
 from mlx_distill.locks import locked
 from mlx_distill.parsing import parse_json
@@ -80,13 +81,15 @@ def answer_file(
     start = time.perf_counter()
     with tqdm(total=len(rows), unit="answer", leave=False, disable=output is None) as bar:
         if output is None:
+            before = 0
             records = dict(_printed(answered(model, tokenizer, rows, range(len(rows)), options)))
         else:
-            records = _kept(model, tokenizer, rows, output, settings, options, bar)
+            before, records = _kept(model, tokenizer, rows, output, settings, options, bar)
     seconds = time.perf_counter() - start
     failed = sum("error" in record for record in records.values())
     tokens = sum(record.get("generation_tokens", 0) for record in records.values())
     told = f"{len(records):,} answers, {tokens:,} tokens, in {seconds:.1f} s"
+    told += f"; {before:,} of them were there before" if before else ""
     print(told + (f"; {failed} of them failed, and say why" if failed else ""), file=sys.stderr)
     return 0
 
@@ -105,13 +108,18 @@ def _kept(
     settings: Settings,
     options: Settings,
     bar: Any,
-) -> dict[int, Fields]:
-    """Write the answers that are not kept yet; return all when the file of them is whole."""
+) -> tuple[int, dict[int, Fields]]:
+    """Write the answers that are not kept yet.
+
+    Returns:
+        How many were, and all of them when their file is whole.
+    """
     writing, lock, whole = (output.with_name(output.name + end) for end in ENDINGS)
     header = json.dumps({"format_version": FORMAT_VERSION, "prompts": _hash(rows), **settings})
     with locked(lock, output):
-        records = _resume(writing, header, len(rows))
-        bar.update(len(records))
+        records = _resume(writing, whole, header, len(rows))
+        before = len(records)
+        bar.update(before)
         left = [index for index in range(len(rows)) if index not in records]
         try:
             with writing.open("a", encoding="utf-8") as file:
@@ -124,11 +132,12 @@ def _kept(
             kept = f"{len(records)} of {len(rows)} answers are kept in {writing}"
             print(f"{kept}; the same command goes on", file=sys.stderr)
             raise
+        new_path(output)  # it took long: somebody else may have written there meanwhile
         whole.write_text("".join(json.dumps(records[index]) + "\n" for index in sorted(records)))
         os.replace(whole, output)
         writing.unlink()
     lock.unlink(missing_ok=True)
-    return records
+    return before, records
 
 
 def answered(
@@ -191,10 +200,11 @@ def _record(index: int, answer: Answer) -> Fields:
     }
 
 
-def _resume(writing: Path, header: str, num_rows: int) -> dict[int, Fields]:
+def _resume(writing: Path, whole: Path, header: str, num_rows: int) -> dict[int, Fields]:
     """Return what was kept, by index; what is damaged is dropped, and so written again.
 
-    A kill cuts a line, and a machine that loses its power may leave anything.
+    A kill cuts a line, and a machine that loses its power may leave anything. A kill while that is
+    put in order leaves the file as it was, or in order.
 
     Raises:
         InputError: If it was written in another way.
@@ -211,7 +221,8 @@ def _resume(writing: Path, header: str, num_rows: int) -> dict[int, Fields]:
             "remove it"
         )
     found = [(line, _kept_record(line, num_rows)) for line in lines]
-    writing.write_text("".join([first, *(line for line, one in found if one)]), encoding="utf-8")
+    whole.write_text("".join([first, *(line for line, one in found if one)]), encoding="utf-8")
+    os.replace(whole, writing)
     return {record["index"]: record for _, record in found if record}
 
 
