@@ -47,7 +47,7 @@ from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.drafters.bound import settle
 from mlx_distill.drafters.protocol import DraftPlan
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_json, usable_path, write_whole
+from mlx_distill.files import read_json, usable_path, write_new
 from mlx_distill.limits import Count, check_value
 from mlx_distill.speculation.requests import BatchSize
 from mlx_distill.target.target import Target
@@ -267,7 +267,7 @@ def _write(output: Path | None, result: dict[str, Any] | str) -> None:
     """Write a page or a trace as it is, and a result as JSON, to a file that was asked for."""
     if output:
         text = result if isinstance(result, str) else json.dumps(result, indent=1) + "\n"
-        write_whole(output, text)
+        write_new(output, text)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -31,7 +31,7 @@ from mlx_distill.calibration.store import (
 from mlx_distill.config import add_flags, from_flags
 from mlx_distill.drafters.auto import AutoDrafter
 from mlx_distill.errors import InputError
-from mlx_distill.files import write_whole
+from mlx_distill.files import write_new
 from mlx_distill.speculation.caching import CacheConfig
 
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "config": cli.settings(arguments),
             **machine.provenance(),
         }
-        write_whole(output, json.dumps(result, indent=1) + "\n")
+        write_new(output, json.dumps(result, indent=1) + "\n")
     if picture:
         plot(calibration.costs, str(machine.description()["processor"]), picture)
     return 0

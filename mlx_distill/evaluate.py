@@ -32,7 +32,7 @@ from mlx_distill.evaluation.judging import JudgingConfig, Material, check_materi
 from mlx_distill.evaluation.models import TEACHER, Sources
 from mlx_distill.evaluation.questions import QuestionConfig, read_questions
 from mlx_distill.evaluation.table import plain, show
-from mlx_distill.files import write_whole
+from mlx_distill.files import write_new
 
 
 @cli.command
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = {"models": figures, "config": cli.settings(arguments), **machine.provenance()}
     show(result)
     if output:
-        write_whole(output, json.dumps(plain(result), indent=1) + "\n")
+        write_new(output, json.dumps(plain(result), indent=1) + "\n")
     if arguments.json:
         print(json.dumps(plain(result)))
     return 0
@@ -100,7 +100,7 @@ def _judge_drafter(arguments: argparse.Namespace) -> int:
     result = {**found, "config": cli.settings(arguments), **machine.provenance()}
     show_drafter(found)
     if output:
-        write_whole(output, json.dumps(result, indent=1) + "\n")
+        write_new(output, json.dumps(result, indent=1) + "\n")
     if arguments.json:
         print(json.dumps(result))
     return 0

@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import InputError, one_line
+from mlx_distill.locks import Busy, own_folder
 from mlx_distill.parsing import parse_json
 from mlx_distill.regular import check_regular
 from mlx_distill.safetensors import check_safetensors
@@ -29,9 +30,11 @@ __all__ = [
     "usable_path",
     "whole_folder",
     "write_arrays",
+    "write_new",
     "write_whole",
 ]
 
+WRITING = ".writing"  # behind the name of what is not whole yet
 LONGEST_LINE = 2**28  # characters of a row; a compressed file of zeros has no line's end
 
 
@@ -80,9 +83,19 @@ def new_path(name: str | Path) -> Path:
         InputError: If it is, or it is no path of something new.
     """
     path = output_path(name)
-    if path.exists():
+    try:
+        taken = is_taken(path)
+        path.with_name(path.name + WRITING).exists()  # under this name it is written first
+    except OSError as error:  # a name too long, or a folder that nobody may look into
+        raise InputError(f"the output {name} cannot be written: {error.strerror}") from None
+    if taken:
         raise InputError(f"the output {name} exists; name another, or remove it")
     return path
+
+
+def is_taken(path: Path) -> bool:
+    """Return whether there is something of a name, be it a link to nothing."""
+    return path.exists() or path.is_symlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -107,12 +120,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a kill leaves the old one or the new one, never a half."""
-    writing = path.with_name(path.name + ".writing")
+    writing = path.with_name(path.name + WRITING)
     try:
         writing.write_text(text, encoding="utf-8")
         os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a text file as ``write_whole`` does; what stands there by now is not written over.
+
+    Raises:
+        InputError: If something does.
+    """
+    write_whole(new_path(path), text)
 
 
 def write_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
@@ -139,20 +161,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Every safetensors file in it is checked first: a full disk may have cut it short.
 
     Raises:
-        InputError: If it cannot be written, or the name is taken meanwhile.
+        InputError: If it cannot be written, another run writes it, or the name is taken meanwhile.
     """
-    writing = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(writing, ignore_errors=True)
+    writing = folder.with_name(folder.name + WRITING)
     try:
-        writing.mkdir(parents=True)
-        yield writing
-        for weights in writing.glob("*.safetensors"):
-            check_safetensors(weights)
-        os.replace(writing, folder)
+        with own_folder(writing, folder):
+            try:
+                yield writing
+                for weights in writing.glob("*.safetensors"):
+                    check_safetensors(weights)
+                os.replace(writing, folder)
+            finally:
+                shutil.rmtree(writing, ignore_errors=True)
+    except Busy:
+        raise
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{folder} could not be written: {one_line(error)}") from None
-    finally:
-        shutil.rmtree(writing, ignore_errors=True)
 
 
 def arrays_hash(arrays: Sequence[mx.array]) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,52 @@ def only_training() -> Iterator[None]:
 
 
 @contextmanager
+def own_folder(folder: Path, name: Path) -> Iterator[None]:
+    """Make an empty folder that no other run writes to meanwhile; what a kill left in it goes.
+
+    The folder itself is locked, so that nothing is left of that when it is renamed or removed.
+
+    Args:
+        folder: Made, with those that it lies in.
+        name: What it stands for, in the message.
+
+    Raises:
+        Busy: If another run holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _busy(name) from None
+        except OSError:
+            pass  # some file systems lock no folders
+        if not _is_open(folder, held):  # whoever held it has just given it its name
+            raise _busy(name)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        yield
+    finally:
+        os.close(held)
+
+
+def _is_open(folder: Path, held: int) -> bool:
+    """Return whether a folder is still the one that was opened."""
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(held))
+    except FileNotFoundError:
+        return False
+
+
+def _busy(name: Path) -> Busy:
+    return Busy(f"{name} is being written by another run; wait for it, or name another")
+
+
+@contextmanager
 def locked(path: Path, name: Path | None = None) -> Iterator[None]:
     """Keep other runs away from a file meanwhile; a run that is killed lets go of it.
 
@@ -51,8 +98,6 @@ def locked(path: Path, name: Path | None = None) -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise Busy(
-            f"{name or path} is being written by another run; wait for it, or name another"
-        ) from None
+        raise _busy(name or path) from None
     finally:
         os.close(file)

@@ -13,9 +13,11 @@ from mlx import nn
 from mlx.utils import tree_flatten
 
 from mlx_distill import InputError
+from mlx_distill.training.best import Best, held_out_score
 from mlx_distill.training.checkpoints import checkpoints, save
 from mlx_distill.training.config import TrainingConfig, schedule
 from mlx_distill.training.loop import train
+from mlx_distill.training.masters import Masters
 from mlx_distill.training.runs import check_output
 
 # ------------------------------------------------------------------------- a network of two layers
@@ -115,6 +117,26 @@ def test_finished_training_does_nothing_more(tmp_path: Path) -> None:
     again, progress = run(tmp_path, CONFIG)
     assert progress == []
     assert bits(again) == bits(whole)
+
+
+def test_the_best_network_outlives_a_kill_while_a_better_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one was removed before the new one took its name, and the training was lost."""
+    config = TrainingConfig(keep_best=True)
+    network = nn.Linear(2, 2)
+    masters, best = Masters(network), Best(tmp_path, config, held_out_score)
+    best.see(1, {"nats": 2.0}, masters)
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            best.see(2, {"nats": 1.0}, masters)
+    best.check(masters)
+    best.take_back(masters)
 
 
 def test_two_checkpoints_are_kept(tmp_path: Path) -> None:

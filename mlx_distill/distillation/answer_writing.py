@@ -77,7 +77,7 @@ def write_answers(
         responses = answered(kept, model, tokenizer, prompts, config, target, quiet)
         greedy = [config.temperature(row) == 0 for row in range(len(responses))]
         answers = WrittenAnswers(responses, greedy, [], origin(model, tokenizer))
-        save_answers(path, answers, tokenizer.eos_token_ids)
+        save_answers(new_path(path), answers, tokenizer.eos_token_ids)
         kept.unlink()
     seconds = time.perf_counter() - start
     print(_sentence(answers, tokenizer.eos_token_ids, seconds), file=sys.stderr)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from mlx_distill.distillation.memory import Batch, Work, memory_estimate
 from mlx_distill.distillation.on_policy import prompt_of
 from mlx_distill.distillation.parts import Opening, Parts
 from mlx_distill.distillation.teachers import Answers, Teacher, TextTeacher
-from mlx_distill.distillation.training import Distilled, distill
+from mlx_distill.distillation.training import LOCK, Distilled, distill
 from mlx_distill.errors import InputError
-from mlx_distill.locks import Busy
+from mlx_distill.locks import Busy, locked
 from mlx_distill.training.best import kept_step
 from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
@@ -90,11 +91,11 @@ def train_student(
             callback=callback,
             quiet=quiet,
         )
-    except Busy:
-        raise  # what is there is another run's
     except (InputError, KeyboardInterrupt):
-        if not checkpoints(work):  # nothing to resume
-            shutil.rmtree(work, ignore_errors=True)
+        # What is there may be another run's: the training asks that not before it has read all.
+        with suppress(Busy, OSError), locked(work / LOCK):
+            if not checkpoints(work):  # nothing to resume
+                shutil.rmtree(work, ignore_errors=True)
         raise
 
 

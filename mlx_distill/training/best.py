@@ -9,8 +9,9 @@ import numpy as np
 
 from mlx_distill.arrays import to_number
 from mlx_distill.errors import InputError
+from mlx_distill.files import write_arrays
 from mlx_distill.safetensors import check_safetensors, read_arrays
-from mlx_distill.training.checkpoints import NETWORK, check_arrays, write
+from mlx_distill.training.checkpoints import NETWORK, check_arrays
 from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.masters import Masters
 
@@ -70,7 +71,8 @@ class Best:
         if score < to_number(self.state["score"]):
             self.state = {"score": mx.array(score), "step": mx.array(step), "waited": mx.array(0)}
             if self._config.keep_best:
-                write(self._folder, {NETWORK: masters.kept()})
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_arrays(self._folder / NETWORK, masters.kept())
         else:
             self.state["waited"] = self.state["waited"] + 1
 

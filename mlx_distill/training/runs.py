@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_json, write_whole
+from mlx_distill.files import is_taken, read_json, write_whole
 from mlx_distill.training.checkpoints import checkpoints
 
 SETTINGS = "settings.json"
@@ -23,7 +23,7 @@ def check_output(output: Path, resume: bool) -> None:
     Raises:
         InputError: If the output exists, or an unfinished run is in the way or missing.
     """
-    if output.exists():  # first: the root and the folder that one is in have no name to add to
+    if is_taken(output):  # first: the root and the folder that one is in have no name to add to
         raise InputError(f"the output {output} exists; name another, or remove it")
     work = partial_folder(output)
     if work.exists() and not resume:
