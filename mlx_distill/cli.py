@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from mlx_distill import interrupts
 from mlx_distill.config import add_flags
 from mlx_distill.drafters.protocol import DraftPlan
-from mlx_distill.errors import SENTENCE, InputError, printable, shorten
+from mlx_distill.errors import SENTENCE, InputError, one_line, printable, shorten
 from mlx_distill.files import new_path
 
 VERBS = {
@@ -135,22 +135,52 @@ def command(function: Callable[..., int]) -> Callable[..., int]:
         interrupts.end()
         # Tokenizers warn of long texts, which the commands refuse in their own words.
         transformers_logging.set_verbosity_error()
-        try:
-            return function(argv)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except BrokenPipeError:  # the reader of a pipe has gone, as with | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except OSError as error:  # a full disk, a folder without permission
-            print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("\nstopped", file=sys.stderr)
-            return 130
+        return _flushed(_status(function, argv))
 
     return run
+
+
+def _status(function: Callable[..., int], argv: Sequence[str] | None) -> int:
+    """Return a command's exit status; errors that a user can mend are said."""
+    try:
+        return function(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a pipe has gone, as with | head
+        _forget_output()
+        return 0
+    except OSError as error:  # a full disk, a folder without permission
+        said = error.strerror or one_line(error)
+        print(f"error: {error.filename or 'a file'}: {said}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+
+
+def _flushed(status: int) -> int:
+    """Return the exit status when all that was printed is out.
+
+    Python itself would try that last, and end with a traceback and a status of 120.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_output()
+    except OSError as error:
+        _forget_output()
+        if not status:
+            print(f"error: the output could not be written: {error.strerror}", file=sys.stderr)
+            return 2
+    return status
+
+
+def _forget_output() -> None:
+    """Let what is still to be written to stdout go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def callable_as(name: str, function: Callable[..., Any]) -> None:

@@ -1,6 +1,7 @@
 """Every command from its arguments to its last line, with tiny settings."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -114,6 +115,50 @@ def test_module_from_another_folder(tmp_path: Path) -> None:
     assert run.stdout.startswith(WHOLE)
     assert run.stdout.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+PRINTS = """
+import sys
+from mlx_distill import InputError, cli
+
+@cli.command
+def main(argv):
+    print("found")
+    if argv:
+        raise InputError(argv[0])
+    return 0
+
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="of Linux")
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [([], "the output could not be written: No space left on device"), (["no"], "no")],
+)
+def test_output_that_finds_no_room(more: list[str], sentence: str) -> None:
+    """Python found that out when it ended, in its own words and with a status of 120."""
+    command = [sys.executable, "-c", PRINTS, *more]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment
+        )
+    assert run.returncode == 2
+    assert run.stderr.endswith(f"error: {sentence}\n")
+
+
+def test_output_that_nobody_reads() -> None:
+    """As the end of a pipe that | head has closed; it was told as an error that is ignored."""
+    read, write = os.pipe()
+    os.close(read)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    command = [sys.executable, "-c", PRINTS]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert run.returncode == 0
+    assert "BrokenPipe" not in run.stderr
 
 
 def test_example_runs(

@@ -69,6 +69,22 @@ def test_command(
     assert "processor" in found["machine"]
 
 
+def test_models_that_read_other_tokens(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same tokenizer, and a shorter context: it was said that the tokenizers differ."""
+    shutil.copytree(BUNDLED, tmp_path / "short")
+    settings = tmp_path / "short" / "config.json"
+    settings.write_text(
+        json.dumps(json.loads(settings.read_text()) | {"max_position_embeddings": 5})
+    )
+    students = [f"whole={BUNDLED}", f"short={tmp_path / 'short'}"]
+    assert run("--student", *students, "--data", data, "--speed-tokens", 0, "--bootstrap", 0) == 0
+    out = capsys.readouterr().out
+    assert "4 texts with 16 or " in out
+    assert "The models read other tokens, by their tokenizers or contexts" in out
+
+
 def test_command_alone_on_the_bundled_model(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--data", data, "--max-texts", 3, "--speed-tokens", 0, "--json"]
     assert run("--student", f"stories={BUNDLED}", *arguments) == 0

@@ -129,7 +129,10 @@ def _speed(result: Mapping[str, Any]) -> str:
         )
         for row in result["arms"]
     ]
-    said = f"Medians over {result['arms'][0]['prompts']} prompts, quartiles in brackets. "
+    said = (
+        f"Medians over {result['arms'][0]['prompts']} prompts, quartiles in brackets; tokens per "
+        "call are means, and memory is the most that a prompt took. "
+    )
     if result.get("equal_texts") is not None:
         said += f"Tokens equal mlx-lm's on {result['equal_texts']} prompts. "
     differences = result.get("differences") or ()

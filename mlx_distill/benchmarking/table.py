@@ -28,7 +28,10 @@ def show(result: dict[str, Any]) -> None:
             f"{row['peak_memory_bytes'] / 1e6:.0f} MB",
         )
     console.print(table)
-    console.print(f"Medians over {result['arms'][0]['prompts']} prompts, quartiles in brackets.")
+    console.print(
+        f"Medians over {result['arms'][0]['prompts']} prompts, quartiles in brackets; tokens and "
+        "nodes per call are means, and memory is the most that a prompt took."
+    )
     _show_differences(console, result)
     depths = " ".join(f"{share:.2f}" for share in result["acceptance_by_depth"])
     console.print(f"Acceptance by depth: {depths}")

@@ -28,12 +28,12 @@ def show(result: dict[str, Any]) -> None:
     rows: Rows = result["models"]
     found = result["machine"]
     console.print(_table(rows, escape(f"{found['processor']}, {found['device']}")))
-    tokens = sorted({row["tokens"] for row in rows.values()})
+    texts, tokens = (sorted({row[name] for row in rows.values()}) for name in ("texts", "tokens"))
     intervals = (
         "; in brackets the 95 % interval over texts" if result["config"]["bootstrap"] else ""
     )
     console.print(
-        f"{next(iter(rows.values()))['texts']} texts with {' or '.join(map(str, tokens))} tokens"
+        f"{' or '.join(map(str, texts))} texts with {' or '.join(map(str, tokens))} tokens"
         f"{intervals}."
     )
     for name, row in rows.items():
@@ -43,7 +43,10 @@ def show(result: dict[str, Any]) -> None:
                 "no room for an answer."
             )
     if len(tokens) > 1:
-        console.print("The tokenizers differ, so perplexity per token is not comparable.")
+        console.print(
+            "The models read other tokens, by their tokenizers or contexts, so perplexity per "
+            "token is not comparable."
+        )
 
 
 def _table(rows: Rows, title: str) -> Table:
