@@ -7,7 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+
+from mlx_distill.arrays import to_host
 from mlx_distill.errors import InputError
 
 _training = threading.RLock()  # a training's own callback may train something else
@@ -21,6 +25,8 @@ class Busy(InputError):
 def only_training() -> Iterator[None]:
     """Keep this process's other threads from training meanwhile: MLX's random state is shared.
 
+    A training sets that by its seed; what it was before, it is again afterwards.
+
     Raises:
         Busy: If another thread trains.
     """
@@ -30,7 +36,12 @@ def only_training() -> Iterator[None]:
             "could be repeated; wait for it, or start another process"
         )
     try:
-        yield
+        state: Any = mx.random.state
+        high, low = to_host(state[0])
+        try:
+            yield
+        finally:
+            mx.random.seed(high << 32 | low)  # a key is a seed's halves
     finally:
         _training.release()
 

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -38,6 +39,7 @@ from mlx_distill.distillation.teachers import (
     LiveTeacher,
 )
 from mlx_distill.distillation.training import distill
+from mlx_distill.training import loop
 from mlx_distill.training.best import kept_step
 from mlx_distill.training.config import TrainingConfig
 
@@ -310,6 +312,40 @@ def test_callbacks_are_told_what_mlx_lm_tells(tmp_path: Path) -> None:
         for info in heard.val
     )
     assert heard.val[-1]["val_loss"] == done.log[-1]["held_out"]["nats"]
+
+
+def test_judging_and_saving_are_no_part_of_a_steps_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in mlx-lm; steps with an evaluation had a fraction of the others' tokens per second."""
+    heard, clock = Recorder(), [0.0]
+
+    def taking(seconds: float, call: Any) -> Any:
+        def timed(*args: Any, **options: Any) -> Any:
+            clock[0] += seconds
+            return call(*args, **options)
+
+        return timed
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(Distiller, "teach", taking(2, Distiller.teach))
+    monkeypatch.setattr(Distiller, "evaluate", taking(50, Distiller.evaluate))
+    monkeypatch.setattr(loop, "save", taking(90, loop.save))
+    done = run(tmp_path, small(), tiny_model("llama"), valid=TEXTS[:3], callback=heard)
+    assert [info["iterations_per_second"] for info in heard.train] == [0.5] * 6
+    rates = [info["tokens_per_second"] for info in heard.train]
+    assert rates == [row["count"] / 2 for row in done.log]
+
+
+@pytest.mark.parametrize("seed", [5, 2**40 + 5])
+def test_the_random_state_is_left_as_it_was(tmp_path: Path, seed: int) -> None:
+    """What an app drew after a training followed from the training's seed, every time alike."""
+    student, teacher = small(), tiny_model("llama")
+    mx.random.seed(seed)
+    mx.random.uniform()
+    expected = mx.random.state[0].tolist()
+    run(tmp_path, student, teacher)
+    assert mx.random.state[0].tolist() == expected
 
 
 @pytest.mark.parametrize("step", [4, 5])

@@ -8,7 +8,6 @@ off first. ``log.csv`` and ``curves.png`` are made of it at the end.
 import csv
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,12 +44,10 @@ class Journal:
         kept = self._cut_back(step, [*NUMBERS, *parts])
         self.rows = [{name: x for name, x in row.items() if name != MEASURED} for row in kept]
         self.count = sum(row["count"] for row in self.rows)
-        self._time = time.perf_counter()
 
     def add(self, progress: Progress) -> dict[str, Any]:
         """Note a step, and tell the callback."""
-        now = time.perf_counter()
-        seconds, self._time = now - self._time, now
+        seconds = progress.seconds
         self.count += progress.count
         row = {
             "step": progress.step,

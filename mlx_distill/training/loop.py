@@ -62,6 +62,8 @@ class Progress:
         ended: Whether this is the last step: all are done, or the patience is over.
         stopped: Whether the training was asked to stop here.
         share: How much of the training is over, by steps or by time.
+        seconds: What the step took, from its batches to its update; judging and saving do not
+            count. Of quick steps, for which nobody waits, it says nothing.
     """
 
     step: int
@@ -75,6 +77,7 @@ class Progress:
     ended: bool = False
     stopped: bool = False
     share: float = 0.0
+    seconds: float = 0.0
 
 
 def train(
@@ -203,8 +206,10 @@ class _Run:
         """Do a step."""
         if self.config.max_minutes is not None:
             self.optimizer.learning_rate = self._rate(mx.array(self.share * self.config.steps))
+        start = time.perf_counter()
         progress = self._quickly(batch_at) if self._quick else self._update(batch_at)
         self._since = self._since or time.perf_counter()  # behind what only the first step does
+        progress.seconds = time.perf_counter() - start
         progress.share = self.share
         self.is_done = progress.share >= 1
         return progress
