@@ -33,6 +33,7 @@ from mlx_distill.evaluation.draft_costs import draft_costs
 from mlx_distill.speculation.caching import CacheConfig
 from mlx_distill.speculation.costs import Costs
 from mlx_distill.speculation.planning import AdaptivePlanner
+from mlx_distill.target.memory import open_remembered
 
 pytestmark = pytest.mark.usefixtures("quiet")
 SMALL = CalibrationConfig((1, 2, 4), (16, 32), (1, 2), (1, 2), 3, cycles=2)
@@ -393,6 +394,26 @@ def test_a_folder_that_cannot_be_written_costs_one_line(
     said = capsys.readouterr().err
     assert said.startswith(f"mlx_distill: the calibration cannot be kept in {folder}: ")
     assert said.count("\n") == 1
+
+
+def test_a_user_without_a_home_costs_one_line(
+    pair: Pair, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in containers that are run as any number: it was a traceback, in every command."""
+
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    known = store.identity(pair)
+    assert store.find(known) is None
+    assert store.find_kernels(known) == []
+    store.doubt(known)
+    assert not store.keep(known, Calibration(COSTS, {}))
+    said = "the calibration cannot be kept in the user's cache folder: no home folder is known"
+    assert capsys.readouterr().err == f"mlx_distill: {said}\n"
+    open_remembered(pair.model)
 
 
 def test_what_was_measured_on_a_busy_machine_is_not_kept(

@@ -184,8 +184,9 @@ def recall(known: Mapping[str, Any], noun: str, make: Callable[[Any], Made]) -> 
         noun: What they are, for the sentence about a file that cannot be used.
         make: Raises InputError, KeyError or TypeError of values that it cannot use.
     """
-    file = file_of(known)
+    file = None
     try:
+        file = file_of(known)
         if not file.exists():
             return None
         values = read_json(file)
@@ -193,18 +194,21 @@ def recall(known: Mapping[str, Any], noun: str, make: Callable[[Any], Made]) -> 
             raise InputError("it was measured elsewhere")
         return make(values)
     except (InputError, KeyError, TypeError, OSError) as error:
-        say(f"the {noun} {file} is ignored and measured again: {one_line(error)}")
+        if file is not None:
+            say(f"the {noun} {file} is ignored and measured again: {one_line(error)}")
         return None
 
 
 def remember(known: Mapping[str, Any], noun: str, values: Mapping[str, Any]) -> bool:
     """Keep values for the next run, or say that this cannot be done; return whether it was."""
-    file = file_of(known)
+    where = "the user's cache folder"
     try:
+        file = file_of(known)
+        where = file.parent
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps({"identity": known, **values}, indent=1) + "\n")
     except OSError as error:
-        say(f"the {noun} cannot be kept in {file.parent}: {error.strerror or error}")
+        say(f"the {noun} cannot be kept in {where}: {error.strerror or error}")
         return False
     return True
 

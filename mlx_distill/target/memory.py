@@ -43,7 +43,7 @@ def open_remembered(model: nn.Module) -> Target:
 
 
 def _file_of(model: nn.Module) -> Path | None:
-    """Return where a model's support is kept; None if its code is not to be found."""
+    """Return where a model's support is kept; None if its code or a home is not to be found."""
     known = _code(model)
     if known is None:
         return None
@@ -58,7 +58,11 @@ def _file_of(model: nn.Module) -> Path | None:
         "config": repr(getattr(model, "args", None)),
     }
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]
-    return cache_folder("opened") / f"{getattr(model, 'model_type', 'model')}-{digest}.json"
+    try:
+        folder = cache_folder("opened")
+    except OSError:
+        return None
+    return folder / f"{getattr(model, 'model_type', 'model')}-{digest}.json"
 
 
 def _code(model: nn.Module) -> Fields | None:
