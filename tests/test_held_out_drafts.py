@@ -122,7 +122,7 @@ def test_the_best_weights_are_kept(
     assert ["calibration_error" in row for row in log] == [False, True, False, False]
     assert made_of(output)["kept_step"] == 6
     card = (output / "README.md").read_text()
-    assert "12 steps of 2 answers" in card
+    assert "12 steps of at most 8 drafts" in card
     assert "The weights are those of step 6, the best on held-out answers." in card
     assert "| 1 | 0.600 | 0.600 |" in card
 

@@ -80,7 +80,9 @@ def test_a_narrow_head_drafts_nearly_as_well(
     narrow_head(DRAFTER, tmp_path / "narrow", 160, whole, Target.of(model), answers)
     narrow = mlx_distill.load_drafter(tmp_path / "narrow", model, tokenizer)
     assert narrow.config.head_rank == 160
-    assert (tmp_path / "narrow" / "README.md").exists()
+    card = (tmp_path / "narrow" / "README.md").read_text()
+    said = "Its head was made of two matrices with 160 numbers between them"
+    assert card.endswith(f"\n\n{said}; what stands above was measured before that.\n")
     calls = []
     for drafter in (whole, narrow):
         found = mlx_distill.stream_generate(

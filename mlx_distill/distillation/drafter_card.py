@@ -31,7 +31,8 @@ def card(
         network: The drafter.
         settings: What it was made with: ``config``, ``target``, and perhaps ``data``,
             ``start_from``, ``adapter_path``, ``chat_template_config``.
-        counts: Of answers and tokens that were learned, and of answers held out.
+        counts: Of answers and tokens that were learned, of answers held out, and of the most drafts
+            that a step has.
         rows: What became of the rows of the data, as a report says it.
         log: Of the training.
         kept: The entry of the log whose weights the drafter has, with its figures.
@@ -48,7 +49,7 @@ never changes what its target writes: the target verifies every token.
 
 Trained with `python -m mlx_distill.train_drafter` on {counts["answers"]:,} answers \
 ({counts["tokens"]:,} tokens) that the target wrote to prompts from {data or "elsewhere"}; \
-{log[-1]["step"]:,} steps of {config["batch_size"]} answers; the settings and the log are in \
+{log[-1]["step"]:,} steps of at most {counts["drafts"]:,} drafts; the settings and the log are in \
 `training.json`.{_best(log, kept)}{_more(settings)}{_dropped(rows)}
 
 {_acceptance(counts["held_out"], config["unroll"], kept)}

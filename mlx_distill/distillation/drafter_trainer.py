@@ -300,11 +300,15 @@ class DrafterTrainer:
         return sum(self.reader.num_rows(text) for text in self.training)
 
     def counts(self) -> dict[str, int]:
-        """Return how many answers, and tokens of them, are learned, and how many held out."""
+        """Return how many answers, and tokens of them, are learned, and how many held out.
+
+        Beside them stands how many drafts a step has at most.
+        """
         return {
             "answers": len(self.training),
             "tokens": sum(text.num_learned for text in self.training),
             "held_out": len(self.held_out),
+            "drafts": self.order.most_starts,
         }
 
 

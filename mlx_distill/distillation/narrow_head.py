@@ -71,7 +71,8 @@ def narrow_head(
     last = f"lm_head.{shape.num_draft_layers}.weight"
     head, before = narrowed(arrays[last], spread, shares_of(drafter, answers), rank)
     arrays |= {last: before, f"lm_head.{shape.num_draft_layers + 1}.weight": head}
-    write_changed(source, output_path(output), {**fields, "head_rank": rank}, arrays)
+    note = f"Its head was made of two matrices with {rank} numbers between them"
+    write_changed(source, output_path(output), {**fields, "head_rank": rank}, arrays, note)
 
 
 def narrowed(

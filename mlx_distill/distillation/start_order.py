@@ -101,6 +101,11 @@ class StartOrder:
         """How many starts all steps of an epoch have."""
         return sum(n * count for n, count in zip(self._steps, self._counts, strict=True))
 
+    @property
+    def most_starts(self) -> int:
+        """How many starts a step has at most; those of a small group have fewer."""
+        return max(self._counts)
+
     def at(self, step: int) -> StepStarts:
         """Return what a step learns; steps count from 0."""
         epoch, place = divmod(step, self.steps_per_epoch)

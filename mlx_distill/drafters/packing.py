@@ -21,6 +21,7 @@ from mlx_distill.untyped import Fields
 
 BITS = (4, 5, 6, 8)
 GROUP_SIZE = 64
+CARD = "README.md"
 PARTS = "weight", "scales", "biases"
 
 
@@ -40,7 +41,8 @@ def quantize_drafter(folder: str | Path, output: str | Path, bits: int = 6) -> N
         raise InputError(f"bits must be one of {', '.join(map(str, BITS))}, got {bits}")
     config, arrays = read_unquantised(source)
     config["quantization"] = {"group_size": GROUP_SIZE, "bits": bits}
-    write_changed(source, output_path(output), config, _packed(arrays, bits))
+    note = f"Its matrices were quantised to {bits} bits in groups of {GROUP_SIZE}"
+    write_changed(source, output_path(output), config, _packed(arrays, bits), note)
 
 
 def read_unquantised(source: Path) -> tuple[Fields, dict[str, mx.array]]:
@@ -61,8 +63,17 @@ def read_unquantised(source: Path) -> tuple[Fields, dict[str, mx.array]]:
     return config, read_arrays(source / "model.safetensors")
 
 
-def write_changed(source: Path, output: Path, config: Fields, arrays: dict[str, mx.array]) -> None:
+def write_changed(
+    source: Path, output: Path, config: Fields, arrays: dict[str, mx.array], note: str
+) -> None:
     """Write a drafter's folder anew with other arrays of the same head, and all other files.
+
+    Args:
+        source: The drafter's folder.
+        output: The new one; must not exist.
+        config: Of the new one.
+        arrays: Its weights.
+        note: What was changed, for the card: what that says was found before.
 
     Raises:
         InputError: If the new folder exists, or cannot be written; nothing is left behind.
@@ -73,6 +84,10 @@ def write_changed(source: Path, output: Path, config: Fields, arrays: dict[str, 
             kept = (text and file.suffix != ".safetensors") or file.name == DIRECTIONS_FILE
             if file.is_file() and kept:
                 shutil.copyfile(file, writing / file.name)
+        card = writing / CARD
+        if card.exists():
+            text = card.read_text(encoding="utf-8", errors="replace").rstrip("\n")
+            write_whole(card, f"{text}\n\n{note}; what stands above was measured before that.\n")
         write_whole(writing / "config.json", json.dumps(config, indent=2))
         mx.save_safetensors(str(writing / "model.safetensors"), arrays, {"format": "mlx"})
 
