@@ -31,11 +31,18 @@ from mlx.utils import tree_map
 
 from mlx_distill import cli
 from mlx_distill.checkpoint import load
+from mlx_distill.data.corpus import Corpus
 from mlx_distill.data.encoding import read_texts
+from mlx_distill.data.report import Report
 from mlx_distill.data.selection import fit
+from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import AdapterConfig
+from mlx_distill.distillation.card import model_card
+from mlx_distill.distillation.config import DistillConfig
+from mlx_distill.distillation.on_policy import OnPolicyConfig
 from mlx_distill.evaluation.texts import evaluate
 from mlx_distill.hashes import tokenizer_hash
+from mlx_distill.training.config import TrainingConfig
 from mlx_distill.training.journal import draw_curves
 
 pytestmark = pytest.mark.usefixtures("no_hub", "no_curves")
@@ -101,6 +108,33 @@ def test_training_that_ended_early(
     assert f"{said}, the best\n" in card
     assert (run["steps"], run["weights_of_step"]) == (last, best)
     assert "Training: 6 steps of 3 texts\n" in (finished / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "2 steps of 3 texts\n"),  # it said 8, of which there are 3
+        (
+            {"batch_size": 2, "training": TrainingConfig(2, accumulate=4)},
+            "of 4 batches of 2 texts\n",
+        ),
+        ({"pack": True, "batch_size": 1}, "2 steps of 1 rows of packed texts\n"),
+        (
+            {"rollouts": OnPolicyConfig(0.004)},  # it said 0% of them
+            "3 texts; each batch was written by the student with a chance of 0.004\n",
+        ),
+    ],
+)
+def test_the_card_says_what_a_step_was(more: dict[str, Any], said: str) -> None:
+    kinds = {"training": TrainingConfig(2), **more}
+    config = DistillConfig(teacher=("t",), student="s", data=("d",), **kinds)
+    texts = [Text([1, 2, 3]), Text([1, 2]), Text([4, 5])]
+    corpus = Corpus(texts, texts[:1], Report(rows=3, kept=3), Report(rows=1, kept=1))
+    figures = {"before": {"kl": 2.0}, "after": {"kl": 1.0}}
+    note = "of 3 texts are not used: 1 no room for an answer within 8 tokens"
+    card = model_card("s", config, corpus, [{"step": 2}], figures, 1, notes=[note])
+    assert said in card
+    assert f"\n* Note: {note}\n" in card
 
 
 def test_log_as_a_table(finished: Path) -> None:

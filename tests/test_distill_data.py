@@ -327,6 +327,17 @@ def test_several_teachers_are_not_cached(world: Path, tmp_path: Path, refuses: R
     assert sentence == "a cache holds one teacher's answers; name it with --teacher"
 
 
+def test_what_a_student_will_write_is_not_cached(
+    world: Path, tmp_path: Path, refuses: Refuse
+) -> None:
+    """Of questions alone there is nothing to keep; it was a traceback."""
+    asked = write_rows(tmp_path / "asked.jsonl", [{"prompt": "Who ran?"}] * 3)
+    argv = arguments(world, tmp_path / "x", "--data", asked, "--on-policy", "0.5")
+    sentence = refuses([*without(argv, "--output"), "--cache-teacher", str(tmp_path / "cache")])
+    assert "not about what the student will write; leave --on-policy out" in sentence
+    assert not (tmp_path / "cache").exists()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

@@ -28,6 +28,11 @@ class CacheRun:
     def __init__(self, config: DistillConfig, opening: Opening):
         if len(config.teacher) != 1:
             raise InputError("a cache holds one teacher's answers; name it with --teacher")
+        if config.rollouts.on_policy:  # questions alone, of which nothing is learned, are no texts
+            raise InputError(
+                "a cache holds what the teacher says about the data, not about what the student "
+                "will write; leave --on-policy out"
+            )
         check_corpus(config.data, config.valid)
         self.config = config
         self.template_config = opening.template_config

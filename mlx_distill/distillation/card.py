@@ -19,6 +19,7 @@ def model_card(
     figures: Figures,
     parameters: int,
     template_config: Any = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return a model card.
 
@@ -30,6 +31,7 @@ def model_card(
         figures: What was measured, by when: the last column is of the files themselves.
         parameters: How many it has.
         template_config: Further arguments of the chat template.
+        notes: What the training found out, in sentences: which texts it could not use, for example.
     """
     teachers = ", ".join(map(for_markdown, config.teacher)) or "stored text only"
     adapted = [
@@ -41,7 +43,12 @@ def model_card(
         if path
     ]
     on_policy = config.rollouts.on_policy
-    written = f", {on_policy:.0%} of them written by the student" if on_policy else ""
+    written = (
+        f"; each batch was written by the student with a chance of {on_policy:g}"
+        if on_policy
+        else ""
+    )
+    noted = "".join(f"\n* Note: {note}" for note in notes)
     learned = sum(text.num_learned for text in corpus.texts)
     apart = (
         "\nIts adapters are in `adapters`; use them with `--adapter-path`."
@@ -57,8 +64,8 @@ A language model of {parameters:,} parameters, distilled with \
 * Loss: {", ".join(str(term) for term in config.terms)}
 * Data: {", ".join(map(for_markdown, config.data))}: {corpus.report.sentence()}, \
 {learned:,} learned tokens; {corpus.valid_report.sentence()}
-* Training: {_steps(config, log)}{written}{_kept(config, log)}
-* Trained: {config.trained}, learning rate {config.training.learning_rate:g}{template}
+* Training: {_steps(config, corpus, log)}{written}{_kept(config, log)}
+* Trained: {config.trained}, learning rate {config.training.learning_rate:g}{template}{noted}
 
 Held out, per token (`nats`: negative log-probability of the text; `perplexity`: its exponential; \
 `kl`: KL(teacher || student); `agreement`: of the most probable tokens). "after" was measured on \
@@ -71,11 +78,16 @@ is that of the teacher and of the data.
 """
 
 
-def _steps(config: DistillConfig, log: Sequence[Mapping[str, Any]]) -> str:
+def _steps(config: DistillConfig, corpus: Corpus, log: Sequence[Mapping[str, Any]]) -> str:
     """Return how long it was trained; patience, or time, may have ended it early."""
     done, allowed = log[-1]["step"], config.training.steps
-    batch = config.batch_size * config.training.accumulate
-    return f"{done:,} steps of {batch} texts" + (f" (of {allowed:,})" if done < allowed else "")
+    learnable = sum(text.num_learned > 0 for text in corpus.texts)
+    batch = min(config.batch_size, learnable or config.batch_size)  # there may be fewer than asked
+    several = f" of {config.training.accumulate} batches" if config.training.accumulate > 1 else ""
+    rows = "rows of packed texts" if config.pack else "texts"
+    return f"{done:,} steps{several} of {batch} {rows}" + (
+        f" (of {allowed:,})" if done < allowed else ""
+    )
 
 
 def _kept(config: DistillConfig, log: Sequence[Mapping[str, Any]]) -> str:

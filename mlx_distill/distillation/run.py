@@ -197,13 +197,14 @@ def _files(
         "steps": done.log[-1]["step"],
         "weights_of_step": kept_step(done.log, config.training),
         "held_out": figures,
+        "notes": list(done.notes),
         **machine.provenance(),
     }
     return {
         "config.yaml": yaml.safe_dump(flat(config) | given, sort_keys=False),
         "training.json": json.dumps(run, indent=1) + "\n",
         "README.md": model_card(
-            name, config, parts.corpus, done.log, figures, parameters, template
+            name, config, parts.corpus, done.log, figures, parameters, template, done.notes
         ),
         **{file: (work / file).read_bytes() for file in (LOG, TABLE, CURVES)},
     }
