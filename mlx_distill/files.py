@@ -23,6 +23,7 @@ from mlx_distill.safetensors import check_safetensors
 __all__ = [
     "arrays_hash",
     "check_safetensors",
+    "naming",
     "new_path",
     "output_path",
     "read_json",
@@ -122,10 +123,22 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file so that a kill leaves the old one or the new one, never a half."""
     writing = path.with_name(path.name + WRITING)
     try:
-        writing.write_text(text, encoding="utf-8")
-        os.replace(writing, path)
+        with naming(path):
+            writing.write_text(text, encoding="utf-8")
+            os.replace(writing, path)
     finally:
         writing.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of what is written here say which file it is of; the system's does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_new(path: Path, text: str) -> None:

@@ -88,3 +88,15 @@ def test_what_another_run_has_begun_stays(
         assert (work / "log.jsonl").read_text() == "{}"
     assert main([*arguments(world, tmp_path / "student"), "--resume"]) in (2, 130)
     assert not work.exists()  # nobody writes there, and there is nothing to resume
+
+
+def test_a_full_disk_says_of_what_file(tmp_path: Path) -> None:
+    """The system's error names none, and "a file" was all that was said."""
+    path = Path("/dev/full")
+    if not path.exists():
+        pytest.skip("of Linux")
+    (tmp_path / "result.json.writing").symlink_to(path)
+    with pytest.raises(OSError, match="No space left") as full:
+        write_new(tmp_path / "result.json", "x")
+    assert full.value.filename == str(tmp_path / "result.json")
+    assert not os.listdir(tmp_path)

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_distill.data.report import Drop, Report
 from mlx_distill.distillation.responses import Response
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import usable_path
+from mlx_distill.files import naming, usable_path
 from mlx_distill.parsing import parse_json
 
 # What of a writer has to be a reader's; names that only one of them has are not compared.
@@ -236,7 +236,7 @@ def save_answers(path: Path, answers: WrittenAnswers, ends: Collection[int]) -> 
         arrays["cls"] = np.array(answers.kinds)
     writing = path.with_name(path.name + ".writing")
     try:
-        with writing.open("wb") as file:
+        with naming(path), writing.open("wb") as file:
             np.savez_compressed(file, **arrays)
         os.replace(writing, path)
     finally:

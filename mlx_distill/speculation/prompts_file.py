@@ -24,7 +24,7 @@ from tqdm import tqdm
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import read_each
 from mlx_distill.errors import InputError, one_line
-from mlx_distill.files import new_path
+from mlx_distill.files import naming, new_path
 from mlx_distill.limits import check_value, hints
 from mlx_distill.locks import locked
 from mlx_distill.parsing import parse_json
@@ -122,7 +122,7 @@ def _kept(
         bar.update(before)
         left = [index for index in range(len(rows)) if index not in records]
         try:
-            with writing.open("a", encoding="utf-8") as file:
+            with naming(writing), writing.open("a", encoding="utf-8") as file:
                 for index, record in answered(model, tokenizer, rows, left, options):
                     file.write(json.dumps(record) + "\n")
                     file.flush()
@@ -133,7 +133,7 @@ def _kept(
             print(f"{kept}; the same command goes on", file=sys.stderr)
             raise
         new_path(output)  # it took long: somebody else may have written there meanwhile
-        whole.write_text("".join(json.dumps(records[index]) + "\n" for index in sorted(records)))
+        _write(whole, "".join(json.dumps(records[index]) + "\n" for index in sorted(records)))
         os.replace(whole, output)
         writing.unlink()
     lock.unlink(missing_ok=True)
@@ -210,7 +210,7 @@ def _resume(writing: Path, whole: Path, header: str, num_rows: int) -> dict[int,
         InputError: If it was written in another way.
     """
     if not writing.exists() or not writing.stat().st_size:
-        writing.write_text(header + "\n", encoding="utf-8")
+        _write(writing, header + "\n")
         return {}
     first, *lines = _LINE.findall(writing.read_bytes().decode("utf-8", "replace"))
     if first != header + "\n" and header.startswith(first):  # killed while it was written
@@ -221,9 +221,14 @@ def _resume(writing: Path, whole: Path, header: str, num_rows: int) -> dict[int,
             "remove it"
         )
     found = [(line, _kept_record(line, num_rows)) for line in lines]
-    whole.write_text("".join([first, *(line for line, one in found if one)]), encoding="utf-8")
+    _write(whole, "".join([first, *(line for line, one in found if one)]))
     os.replace(whole, writing)
     return {record["index"]: record for _, record in found if record}
+
+
+def _write(path: Path, text: str) -> None:
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
 
 
 def _kept_record(line: str, num_rows: int) -> Fields | None:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.errors import InputError
-from mlx_distill.files import read_jsonl, write_whole
+from mlx_distill.files import naming, read_jsonl, write_whole
 from mlx_distill.names import for_plot
 from mlx_distill.training.loop import Progress
 
@@ -63,7 +63,7 @@ class Journal:
             "tokens_per_second": progress.count / max(seconds, 1e-9),
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
-        with self._path.open("a", encoding="utf-8") as file:
+        with naming(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, MEASURED: measured}) + "\n")
         if self.callback is not None:
             self._report(progress, seconds)
