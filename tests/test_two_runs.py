@@ -90,6 +90,16 @@ def test_what_another_run_has_begun_stays(
     assert not work.exists()  # nobody writes there, and there is nothing to resume
 
 
+def test_an_unfinished_run_may_be_moved(world: Path, tmp_path: Path) -> None:
+    """Its student was written, and then the link in its place ended the command with an error."""
+    moved, link = tmp_path / "disk" / "moved", tmp_path / "student.partial"
+    moved.mkdir(parents=True)
+    link.symlink_to(moved)
+    assert main([*arguments(world, tmp_path / "student"), "--resume"]) == 0
+    assert not moved.exists()
+    assert not link.is_symlink()
+
+
 def test_a_full_disk_says_of_what_file(tmp_path: Path) -> None:
     """The system's error names none, and "a file" was all that was said."""
     path = Path("/dev/full")

@@ -55,6 +55,7 @@ from mlx_distill.training.runs import (
     begin_or_resume,
     check_output,
     check_settings,
+    clear_away,
     partial_folder,
 )
 
@@ -153,7 +154,7 @@ def train_drafter(
         _check_log(work, log)
         trainer.kept(log).update(_with_confidence(trainer))
         _write(output, trainer, settings, known, data.report, log, data.own)
-        shutil.rmtree(work)
+        clear_away(work)
     return log
 
 

@@ -31,7 +31,7 @@ from mlx_distill.locks import Busy, locked
 from mlx_distill.training.best import kept_step
 from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
-from mlx_distill.training.runs import partial_folder
+from mlx_distill.training.runs import clear_away, partial_folder
 
 WORSE = 0.01  # a share of the figure: what merging and rounding may cost without a word
 
@@ -162,7 +162,7 @@ def finish(
         source=student.source,
         adapter=apart,
     )
-    shutil.rmtree(work)
+    clear_away(work)
     return Outcome(parameters, figures, _notes(config, figures, corpus.valid))
 
 

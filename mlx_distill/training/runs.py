@@ -1,6 +1,7 @@
 """A run's folder: refused if it exists, partial while it is made, and resumed only as it began."""
 
 import json
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,15 @@ def check_output(output: Path, resume: bool) -> None:
         raise InputError(f"{work} holds an unfinished training; add --resume, or remove it")
     if resume and not work.exists():
         raise InputError(f"there is nothing to resume: {work} does not exist")
+
+
+def clear_away(work: Path) -> None:
+    """Remove the folder of a finished run, which may be a link to where it was moved to."""
+    if work.is_symlink():
+        shutil.rmtree(work.resolve())
+        work.unlink()
+    else:
+        shutil.rmtree(work)
 
 
 def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> None:
