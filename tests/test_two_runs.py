@@ -90,6 +90,15 @@ def test_what_another_run_has_begun_stays(
     assert not work.exists()  # nobody writes there, and there is nothing to resume
 
 
+def test_what_another_run_is_making_is_not_to_be_removed(tmp_path: Path) -> None:
+    """Without --resume it was called unfinished, and its folder was to be removed."""
+    work = tmp_path / "student.partial"
+    with locked(work / "lock"), pytest.raises(Busy, match="is being written by another run"):
+        check_output(tmp_path / "student", False)
+    with pytest.raises(InputError, match="unfinished training; add --resume, or remove it"):
+        check_output(tmp_path / "student", False)
+
+
 def test_an_unfinished_run_may_be_moved(world: Path, tmp_path: Path) -> None:
     """Its student was written, and then the link in its place ended the command with an error."""
     moved, link = tmp_path / "disk" / "moved", tmp_path / "student.partial"

@@ -51,6 +51,7 @@ from mlx_distill.target.target import Target
 from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.journal import LOG
 from mlx_distill.training.runs import (
+    LOCK,
     SETTINGS,
     begin_or_resume,
     check_output,
@@ -136,7 +137,7 @@ def train_drafter(
     path = output_path(responses)
     if not path.parent.is_dir() and path.parent != output.parent:
         raise InputError(f"{path} cannot be written: its folder does not exist")
-    with only_training(), locked(work / "lock", work):
+    with only_training(), locked(work / LOCK, work):
         try:
             if not checkpoints(work):  # else what was learned from stands there
                 write_whole(work / SETTINGS, json.dumps(settings, indent=1))

@@ -25,13 +25,13 @@ from mlx_distill.distillation.memory import Batch, Work, memory_estimate
 from mlx_distill.distillation.on_policy import prompt_of
 from mlx_distill.distillation.parts import Opening, Parts
 from mlx_distill.distillation.teachers import Answers, Teacher, TextTeacher
-from mlx_distill.distillation.training import LOCK, Distilled, distill
+from mlx_distill.distillation.training import Distilled, distill
 from mlx_distill.errors import InputError
 from mlx_distill.locks import Busy, locked
 from mlx_distill.training.best import kept_step
 from mlx_distill.training.checkpoints import checkpoints
 from mlx_distill.training.journal import CURVES, LOG, TABLE, draw_curves, write_table
-from mlx_distill.training.runs import clear_away, partial_folder
+from mlx_distill.training.runs import LOCK, clear_away, partial_folder
 
 WORSE = 0.01  # a share of the figure: what merging and rounding may cost without a word
 

@@ -28,9 +28,7 @@ from mlx_distill.training.checkpoints import checkpoints, step_of
 from mlx_distill.training.config import ADAPTERS, NEW, PRETRAINED, TrainingConfig
 from mlx_distill.training.journal import Journal
 from mlx_distill.training.loop import Progress, stopping, train
-from mlx_distill.training.runs import begin_or_resume
-
-LOCK = "lock"
+from mlx_distill.training.runs import LOCK, begin_or_resume
 
 
 @dataclass(frozen=True)

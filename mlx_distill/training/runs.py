@@ -8,9 +8,10 @@ from typing import Any
 
 from mlx_distill.errors import InputError
 from mlx_distill.files import is_taken, read_json, write_whole
+from mlx_distill.locks import locked
 from mlx_distill.training.checkpoints import checkpoints
 
-SETTINGS = "settings.json"
+SETTINGS, LOCK = "settings.json", "lock"
 
 
 def partial_folder(output: Path) -> Path:
@@ -28,6 +29,9 @@ def check_output(output: Path, resume: bool) -> None:
         raise InputError(f"the output {output} exists; name another, or remove it")
     work = partial_folder(output)
     if work.exists() and not resume:
+        if (work / LOCK).exists():
+            with locked(work / LOCK, work):  # what is being made is not to be removed
+                pass
         raise InputError(f"{work} holds an unfinished training; add --resume, or remove it")
     if resume and not work.exists():
         raise InputError(f"there is nothing to resume: {work} does not exist")
