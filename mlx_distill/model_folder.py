@@ -228,9 +228,12 @@ def check_quantization(settings: Any, place: Path) -> None:
     """Raise InputError if weights are said to be packed as nothing is."""
     if settings is None:
         return
-    known = isinstance(settings, dict) and (
-        settings.get("bits") in BITS_PACKED and settings.get("group_size") in GROUPS
-    )
+    sizes = [
+        settings.get(x) if isinstance(settings, dict) else None for x in ("bits", "group_size")
+    ]
+    # 4.0 is equal to 4, and no number of bits for MLX.
+    whole = all(type(size) is int for size in sizes)
+    known = whole and sizes[0] in BITS_PACKED and sizes[1] in GROUPS
     if not known:
         raise InputError(
             f"{place}: a quantization has {', '.join(map(str, BITS_PACKED))} bits in groups of "

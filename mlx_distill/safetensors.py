@@ -7,13 +7,14 @@ another, and nothing else does.
 
 import math
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_distill.errors import InputError
+from mlx_distill.errors import InputError, one_line
 from mlx_distill.parsing import parse_json
 from mlx_distill.regular import check_regular
 
@@ -129,7 +130,22 @@ def _packed_end(tensors: dict[str, Tensor]) -> int:
 
 
 def read_arrays(path: Path) -> dict[str, mx.array]:
-    """Return the arrays of a safetensors file by name."""
-    arrays = mx.load(str(path))
+    """Return the arrays of a safetensors file by name.
+
+    Raises:
+        InputError: If an array has a type that MLX does not have, such as float64.
+    """
+    try:
+        arrays = mx.load(str(path))
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
     assert isinstance(arrays, dict)
     return arrays
+
+
+def check_floats(arrays: Mapping[str, mx.array], path: Path) -> None:
+    """Raise InputError if an array of a file holds whole numbers, truth values or complex ones."""
+    for name, array in arrays.items():
+        if not mx.issubdtype(array.dtype, mx.floating):
+            kind = str(array.dtype).removeprefix("mlx.core.")
+            raise InputError(f"{path}: {name} is {kind}; weights that are not packed are floats")

@@ -9,7 +9,9 @@ from typing import Any
 
 import huggingface_hub
 import mlx.core as mx
+import numpy as np
 import pytest
+import safetensors.numpy
 from half_models import REFERENCE
 from huggingface_hub.utils import filter_repo_objects
 from mlx.utils import tree_flatten
@@ -225,6 +227,45 @@ def test_weights_that_are_no_numbers_are_refused(
         mlx_distill.load_drafter(folder, *bundled_pair)
 
 
+@pytest.mark.parametrize("kind", [mx.int32, mx.uint8, mx.bool_, mx.complex64])
+def test_weights_that_are_no_floats_are_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, kind: mx.Dtype
+) -> None:
+    """Complex ones ended the first draft in a traceback; of whole ones only the zeros were left."""
+
+    def spoil(weights: dict[str, Any]) -> None:
+        weights["rnn_w.weight"] = weights["rnn_w.weight"].astype(kind)
+
+    folder = edited(REFERENCE, tmp_path / "drafter", arrays=spoil)
+    name = str(kind).removeprefix("mlx.core.")
+    with pytest.raises(InputError, match=rf"rnn_w\.weight is {name}; weights .* are floats"):
+        mlx_distill.load_drafter(folder, *bundled_pair)
+
+
+@pytest.mark.parametrize("kind", [mx.int32, mx.complex64])
+def test_directions_of_a_shortlist_that_are_no_floats_are_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path, kind: mx.Dtype
+) -> None:
+    folder = edited(REFERENCE, tmp_path / "drafter")
+    arrays = {name: mx.ones((256, 8)).astype(kind) for name in ("into", "back")}
+    mx.save_safetensors(str(folder / "shortlist.safetensors"), arrays)
+    with pytest.raises(InputError, match=r"shortlist\.safetensors: .* are floats"):
+        mlx_distill.load_drafter(folder, *bundled_pair)
+
+
+def test_arrays_of_a_type_that_mlx_does_not_have_are_refused(
+    bundled_pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    folder = edited(REFERENCE, tmp_path / "drafter")
+    arrays = {name: np.ones((256, 8)) for name in ("into", "back")}
+    safetensors.numpy.save_file(arrays, folder / "shortlist.safetensors")
+    with pytest.raises(InputError, match=r"shortlist\.safetensors cannot be read: .* F64"):
+        mlx_distill.load_drafter(folder, *bundled_pair)
+    (folder / "shortlist.safetensors").rename(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read: .* F64"):
+        mlx_distill.quantize_drafter(folder, tmp_path / "small")
+
+
 @pytest.fixture
 def wide(bundled_pair: tuple[Any, Any], tmp_path: Path) -> Path:
     """Return a folder of a drafter with every kind of layer; some rows are no whole groups."""
@@ -276,7 +317,15 @@ def test_n_grams_and_a_drafter_of_no_name(bundled_pair: tuple[Any, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "quantization", [{"bits": 7, "group_size": 64}, {"bits": 4, "group_size": 5}, {"bits": 4}, 4]
+    "quantization",
+    [
+        {"bits": 7, "group_size": 64},
+        {"bits": 4, "group_size": 5},
+        {"bits": 4.0, "group_size": 64},
+        {"bits": 4, "group_size": 64.0},
+        {"bits": 4},
+        4,
+    ],
 )
 def test_a_quantisation_that_there_is_not_is_refused(
     bundled_pair: tuple[Any, Any], tmp_path: Path, wide: Path, quantization: Any

@@ -19,7 +19,7 @@ from mlx_distill.drafters.shortlist import FILE, Directions
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import whole_folder, write_whole
 from mlx_distill.model_folder import check_quantization
-from mlx_distill.safetensors import read_arrays, read_header
+from mlx_distill.safetensors import check_floats, read_arrays, read_header
 from mlx_distill.target.target import Target
 
 FORMAT_VERSION = 1
@@ -66,13 +66,14 @@ def fill(network: Network, path: Path, quantization: dict[str, Any] | None, targ
         InputError: If the weights or the vocabulary do not fit, or are no finite numbers.
     """
     weights = weights_of(path)
+    arrays = read_arrays(weights)
     try:
-        arrays = read_arrays(weights)
         arrays = unpacked(arrays, quantization) if quantization else arrays
         network.load_weights(list(arrays.items()))
         mx.eval(network.parameters())
     except (ValueError, RuntimeError) as error:
         raise InputError(f"{weights} does not fit its config: {one_line(error)}") from None
+    check_floats({name: x for name, x in arrays.items() if name != "token_ids"}, weights)
     assert target.embed is not None
     _fit_vocabulary(network, min(target.vocab_size, target.embed["weight"].shape[0]), weights)
     network.set_dtype(target.embed(mx.array([0])).dtype)

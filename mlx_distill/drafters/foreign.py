@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx_distill.arrays import all_finite
 from mlx_distill.errors import InputError
 from mlx_distill.files import read_json
-from mlx_distill.safetensors import read_arrays, read_header, refuse_pickled
+from mlx_distill.safetensors import check_floats, read_arrays, read_header, refuse_pickled
 from mlx_distill.untyped import Fields
 
 MOST_NAMED = 8  # arrays in one sentence
@@ -75,9 +75,11 @@ def read_finite(weights: Path, names: dict[str, str]) -> dict[str, mx.array]:
         names: What each of its arrays is called here; "" for what is left out.
 
     Raises:
-        InputError: If one holds what is no finite number; all such are named.
+        InputError: If one holds what is no finite number, all such are named, or no floats.
     """
-    arrays = {names[name]: x for name, x in read_arrays(weights).items() if names[name]}
+    read = {name: x for name, x in read_arrays(weights).items() if names[name]}
+    check_floats(read, weights)
+    arrays = {names[name]: x for name, x in read.items()}
     wrong = [name for name, x in arrays.items() if not all_finite(x)]
     if wrong:
         raise InputError(f"{weights}: {_listed(wrong)} holds values that are no finite numbers")

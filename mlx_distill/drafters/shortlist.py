@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from mlx_distill.arrays import all_finite, by_columns
 from mlx_distill.core.beam_search import Listed
 from mlx_distill.errors import InputError
-from mlx_distill.safetensors import check_safetensors, read_arrays
+from mlx_distill.safetensors import check_floats, check_safetensors, read_arrays
 
 FILE = "shortlist.safetensors"
 DIRECTIONS, LISTED = 128, 512
@@ -99,6 +99,7 @@ def read_directions(folder: Path, width: int) -> Directions | None:
         or not 0 < shape[1] <= width
     ):
         raise InputError(f"{file} does not fit the drafter beside it; remove it, or train anew")
+    check_floats(arrays, file)
     found = Directions(**{name: x.astype(mx.float32) for name, x in arrays.items()})
     if not all(map(all_finite, found)):
         raise InputError(f"{file} holds values that are no finite numbers")
