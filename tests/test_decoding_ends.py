@@ -3,16 +3,18 @@
 from itertools import islice
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from drafting import DRAFTERS, PROMPTS, assert_equal_caches, ours, places, plain, seen, with_eos
+from half_models import tiny_llama
 from mlx_lm.models.cache import (
     KVCache,
     RotatingKVCache,
     make_prompt_cache,
 )
 
-from mlx_distill import CacheConfig
+from mlx_distill import CacheConfig, batch_generate
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
@@ -138,3 +140,17 @@ def test_consumer_leaves_a_window_or_a_quantized_cache(
             kinds = [[type(cache).__name__ for cache in part] for part in caches]
             assert kinds[0] == kinds[1], f"after {num_tokens} tokens"
             assert_equal_caches(*caches)
+
+
+@pytest.mark.parametrize("texts", [1, 2])
+def test_a_padded_heads_token_is_no_text(pair: tuple[Any, Any], texts: int) -> None:
+    """SentencePiece has no place for it: mlx-lm ends in an IndexError, and so did a batch."""
+    model = tiny_llama(head_dim=32, vocab_size=4160)
+    barred = mx.arange(4160) < 4100
+    each: list[dict[str, Any]] = [{} for _ in range(texts)]
+    each[0]["logits_processors"] = [lambda _, logits: mx.where(barred, -mx.inf, logits)]
+    prompts = [[5, 6, 7], [8, 9]][:texts]
+    answers = batch_generate(model, pair[1], prompts, each=each, max_tokens=3, batch=2)
+    assert [len(answer.tokens) for answer in answers] == [3] * texts
+    assert min(answers[0].tokens) >= 4100
+    assert answers[0].text == ""

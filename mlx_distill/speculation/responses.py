@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -148,7 +148,10 @@ class ResponseWriter:
         if token in self.tokenizer.eos_token_ids:
             reason = "stop"
         else:
-            self._detokenizer.add_token(token)
+            # A padded head has tokens that no tokenizer knows. Most of mlx-lm's detokenizers go on
+            # behind them; that of SentencePiece has no place for one.
+            with suppress(IndexError):
+                self._detokenizer.add_token(token)
         if reason:
             self._detokenizer.finalize()
         text = self._cutter.feed(self._detokenizer.last_segment, last=reason is not None)
