@@ -100,6 +100,24 @@ def test_weights_that_mlx_lm_never_rounds_keep_their_type(name: str) -> None:
         assert name not in spared or mx.array_equal(array, before[name]).item()
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_experts_in_half_precision(
+    dtype: str, bits: int | None, tmp_path: Path, tokenizer: Any
+) -> None:
+    """Off a GPU MLX has no products of experts but in float32, and what was learned was lost."""
+    config = tiny_config("qwen3_moe") | {"vocab_size": 4096, "moe_intermediate_size": 64}
+    student = from_config(config)
+    own = compact(student, config, ExportConfig(dtype, bits))
+    export(tmp_path / "student", student, own, tokenizer, {})
+    assert mx.isfinite(mlx_distill.load(tmp_path / "student")[0](TOKENS)).all().item()
+    experts = from_config(config)
+    experts.model.layers[1].mlp.switch_mlp.up_proj.weight *= np.inf
+    own = compact(experts, config, ExportConfig(dtype))
+    with pytest.raises(InputError, match=f"not numbers in .*{dtype}"):
+        export(tmp_path / "other", experts, own, tokenizer, {})
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantised_export(bits: int, tmp_path: Path, tokenizer: Any) -> None:
     expected = clear(from_config(SMALL))
