@@ -6,9 +6,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
+from mlx_lm.models.cache import make_prompt_cache
 from tiny_models import tiny_model
 
 from mlx_distill.distillation.answer_batch import Wanted, written
+from mlx_distill.target.batch.merged import takes_merged
 
 ENDS = {3, 4, 5, 6, 7}
 
@@ -42,6 +44,33 @@ def test_every_answer_is_the_one_that_is_written_alone(name: str) -> None:
     ended = [answer[-1] in ENDS for answer in answers.values()]
     assert any(ended)
     assert not all(ended)
+
+
+# mlx-lm takes padding for text, has masks without an axis for the texts, takes positions for one
+# number, counts slots, or has caches that cannot be merged.
+@pytest.mark.parametrize(
+    "name", ["mamba", "bailing_moe_linear", "gemma2", "gpt_bigcode", "afm7", "llama4"]
+)
+def test_a_model_that_takes_no_batches_of_mlx_lm_writes_one_by_one(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(name)
+    wanted = asked(7)
+    answers = dict(written(model, wanted, ENDS, 4))
+    for place, one in enumerate(wanted):
+        caches, text, answer = make_prompt_cache(model), one.prompt, answers[place]
+        for token in answer:
+            logits = model(mx.array([text]), cache=caches)[0, -1]
+            assert token == mx.argmax(logits).item()
+            text = [token]
+        assert answer[-1] in ENDS or len(answer) == one.most
+    list(written(model, wanted[:3], ENDS, 4))
+    assert capsys.readouterr().err.count("answers are written one by one") == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mamba2", "gpt2", "qwen3_next"])
+def test_models_that_take_batches_of_mlx_lm_write_so(name: str) -> None:
+    assert takes_merged(tiny_model(name))
 
 
 def test_what_is_drawn_does_not_depend_on_the_rows_beside_it() -> None:
@@ -78,7 +107,7 @@ class Watched(nn.Module):
         self.longest = 0
 
     def __call__(self, inputs: mx.array, cache: list[Any]) -> mx.array:
-        length = int(cache[0].offset.max().item()) + inputs.shape[1]
+        length = int(mx.array(cache[0].offset).max().item()) + inputs.shape[1]
         self.longest = max(self.longest, length)
         return self.model(inputs, cache=cache)
 

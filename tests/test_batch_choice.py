@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill.calibration import automatic, batches
@@ -247,3 +248,16 @@ def test_a_damaged_choice_is_made_again(
     remember(choice._known, batches.NOUN, {"found": {**FOUND, **damage}})
     assert choice._read() is None
     assert "is ignored and measured again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mamba", "rwkv7"])
+def test_mlx_lm_writes_no_batches_of_models_that_it_says_something_else_of(
+    name: str, bundled_pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Padding is text for their states: the shorter of two texts was another one than alone."""
+    monkeypatch.setattr(batches, "ROUNDS", 1)
+    pair = Pair(tiny_model(name, vocab_size=4096), bundled_pair[1], NoDrafter())
+    assert pair.target.takes_batches
+    found, _ = batches.timed(pair, 2)
+    assert found.plain_s == math.inf
+    assert found.way(None) != "mlx-lm"

@@ -32,9 +32,10 @@ from mlx_distill.limits import is_finite
 from mlx_distill.speculation.batch_planning import SHAPES, BatchPlanner
 from mlx_distill.speculation.engine import Engine
 from mlx_distill.speculation.requests import Request
+from mlx_distill.target.batch.merged import takes_merged
 
 Way: TypeAlias = Literal["rows", "mlx-lm", "alone"]
-FORMAT, NOUN = 2, "choice of a batch"
+FORMAT, NOUN = 3, "choice of a batch"
 _ATTRIBUTE = "_mlx_distill_batch_choices"
 # Of what is timed: the prompt, the steps of a turn and those before them that are not timed; the
 # longest text, and the turns. What is not begun after so many seconds is left out.
@@ -217,7 +218,11 @@ def timed(
     """
     tasks: dict[Way | DraftPlan, _Steps] = {
         "rows": _Steps(pair, num_texts, num_texts),
-        "mlx-lm": _Steps(pair, num_texts, num_texts, plain=True),
+        **(
+            {"mlx-lm": _Steps(pair, num_texts, num_texts, plain=True)}
+            if takes_merged(pair.model)
+            else {}
+        ),
         **{
             shape: _Steps(pair, num_texts, num_texts, shape, law)
             for shape in (SHAPES if drafter is not None else ())

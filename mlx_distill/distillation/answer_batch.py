@@ -6,9 +6,11 @@
 
 Changing rows copies the caches, which is why they wait. The host is a token behind the device, and
 reads one array per step. What is drawn for an answer follows from its seed and the place in the
-answer alone.
+answer alone. A model that says something else of texts together than of each alone writes them one
+by one.
 """
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,9 +20,10 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, UInt
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
 
-READ_TOKENS = 16384  # of the prompts that begin together, that are read at once
+from mlx_distill.target.batch.merged import read_alone, read_merged, takes_merged
+
+_SAID = "_mlx_distill_said_alone"
 CHANGED_SHARE = 8  # rows are changed when one of so many has ended
 
 
@@ -47,19 +50,30 @@ def written(
     """Yield answers as they end, each behind the number of what was wanted.
 
     Args:
-        model: A language model whose caches can be merged.
+        model: A language model.
         wanted: Those with prompts of similar length are best beside each other.
         ends: Tokens that end an answer, and belong to it.
-        rows: How many answers are written at once.
+        rows: How many answers are written at once, if the model takes several texts.
         limit: The longest text that the model can be given, in tokens.
     """
+    rows = rows if rows == 1 or _takes_several(model) else 1
     waiting = deque(range(len(wanted)))
-    batch = _Batch(model, wanted, ends, limit)
+    batch = _Batch(model, wanted, ends, limit, several=rows > 1)
     while waiting or batch.num_alive:
         if batch.is_due(rows, bool(waiting)):
             free = min(rows - batch.num_alive, len(waiting))
             batch.change([waiting.popleft() for _ in range(free)])
         yield from batch.step()
+
+
+def _takes_several(model: nn.Module) -> bool:
+    """Return whether a model takes several texts; if it does not, that is said once."""
+    takes = takes_merged(model)
+    if not takes and _SAID not in model.__dict__:
+        object.__setattr__(model, _SAID, True)
+        why = "in a batch the model does not say what it says of a text alone"
+        print(f"mlx_distill: answers are written one by one: {why}", file=sys.stderr)
+    return takes
 
 
 class _Batch:
@@ -70,9 +84,15 @@ class _Batch:
     """
 
     def __init__(
-        self, model: nn.Module, wanted: Sequence[Wanted], ends: set[int], limit: int | None
+        self,
+        model: nn.Module,
+        wanted: Sequence[Wanted],
+        ends: set[int],
+        limit: int | None,
+        several: bool,
     ):
         self.model = model
+        self.several = several
         self.wanted = wanted
         self.ends = np.array(sorted(ends), np.int64)
         self.limit = limit
@@ -108,7 +128,8 @@ class _Batch:
         if new:
             prompts = [self.wanted[place].prompt for place in new]
             inputs.append(mx.array([prompt[-1] for prompt in prompts], mx.uint32))
-            self.caches = _joined(self.caches, _read(self.model, prompts))
+            read = read_merged if self.several else read_alone
+            self.caches = _joined(self.caches, read(self.model, prompts))
         self.inputs = mx.concatenate(inputs)
         self.tokens = np.pad(self.tokens[keep], ((0, len(new)), (0, 0)))
         self.counts = np.pad(self.counts[keep], (0, len(new)))
@@ -168,28 +189,6 @@ class _Draws:
             logits = logits.astype(mx.float32).at[self._rows].add(self._temperatures * noise)
             self._keys = self._keys + mx.array([0, 1], mx.uint32)
         return mx.argmax(logits, axis=-1)
-
-
-def _read(model: nn.Module, prompts: Sequence[Sequence[int]]) -> list[Any]:
-    """Return caches that hold all of the prompts but their last tokens."""
-    single = [make_prompt_cache(model) for _ in prompts]
-    caches = [layer[0].merge(list(layer)) for layer in zip(*single, strict=True)]
-    lengths = [len(prompt) - 1 for prompt in prompts]
-    width = max(lengths)
-    padding = [width - length for length in lengths]
-    ids = np.zeros((len(prompts), width), np.uint32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[: len(prompt) - 1] = prompt[:-1]
-    for cache in caches if any(padding) else ():
-        cache.prepare(lengths=lengths, right_padding=padding)
-    size = max(1, READ_TOKENS // len(prompts))
-    for start in range(0, width, size):
-        model(mx.array(ids[:, start : start + size]), cache=caches)
-        mx.eval([cache.state for cache in caches])
-    for cache in caches if any(padding) else ():
-        cache.finalize()
-        mx.eval(cache.state)
-    return caches
 
 
 def _filtered(caches: list[Any], rows: np.ndarray) -> list[Any]:

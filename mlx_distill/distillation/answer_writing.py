@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx import nn
-from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 from mlx_distill.calibration.store import drafter_hash
@@ -60,13 +59,12 @@ def write_answers(
         quiet: Draw no progress bar.
 
     Raises:
-        InputError: If the model cannot write in batches, the file exists or cannot be written, or
+        InputError: If the file exists or cannot be written, or
             what was kept answers other prompts, or in another way.
     """
     path, tokenizer = new_path(path), usable_tokenizer(tokenizer)
     if not path.parent.is_dir():
         raise InputError(f"the output {path} cannot be written: its folder does not exist")
-    check_writes(model)
     report = report or Report(rows=len(prompts))
     prompts = usable_prompts(model, prompts, config, report)
     check_enough(len(prompts), 0, "prompts", report)
@@ -96,12 +94,6 @@ def origin(model: nn.Module, tokenizer: Any) -> Fingerprint:
         "weights_type": weights_type(model),
         "template_hash": template_hash(tokenizer),
     }
-
-
-def check_writes(model: nn.Module) -> None:
-    """Raise InputError if a model cannot write answers in batches."""
-    if not all(hasattr(part, "merge") for part in make_prompt_cache(model)):
-        raise InputError("mlx-lm cannot write answers in batches with this model's kind of cache")
 
 
 def usable_prompts(

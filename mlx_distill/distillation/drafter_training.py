@@ -23,7 +23,6 @@ from mlx_distill.distillation.answer_files import WrittenAnswers
 from mlx_distill.distillation.answer_writing import (
     answered,
     check_enough,
-    check_writes,
     origin,
     usable_prompts,
     writer,
@@ -119,7 +118,7 @@ def train_drafter(
     work = partial_folder(output)
     check_output(output, resume)
     target = Target.of(model)
-    _check_target(target)
+    target.require_drafting()
     known = fingerprint(target, tokenizer)
     by = writer(model, tokenizer)
     settings = {"config": asdict(config), "target": known, **(about or {})}
@@ -354,8 +353,3 @@ def _check_start(start: Network | None, shape: Shape) -> None:
         raise InputError(
             f"the drafter to start from has another shape: {start.config}, not {shape}"
         )
-
-
-def _check_target(target: Target) -> None:
-    target.require_drafting()
-    check_writes(target.model)
