@@ -10,6 +10,7 @@ from mlx import nn
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_adapters
 
+from mlx_distill.compat import complete
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import read_json, usable_path
 from mlx_distill.model_folder import check_model
@@ -85,6 +86,7 @@ def load(
             tokenizer_config=tokenizer_config,
             model_config=model_config,
         )[:2]
+        complete(model)
         _check_arrays(model)
         if adapters is not None:
             _add_adapters(model, adapters)

@@ -22,6 +22,18 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
     return _get_classes(config)
 
 
+def complete(network: nn.Module) -> None:
+    """Give a network what its classes have left out, in place.
+
+    Those of RecurrentGemma and Mistral 4 do not call the ``__init__`` of their base, and can be
+    neither frozen nor trained without what that sets.
+    """
+    for module in network.modules():
+        if "_no_grad" not in vars(module):
+            module._no_grad = set()
+            module._training = vars(module).get("_training", True)
+
+
 def wired(
     model: nn.Module, streams: Sequence[mx.Stream | mx.ThreadLocalStream]
 ) -> AbstractContextManager[None]:

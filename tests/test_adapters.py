@@ -116,6 +116,23 @@ def test_quantised_student_learns_by_adapters_alone() -> None:
     assert all("lora" in name for name in names)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_models_whose_code_looks_into_a_layer(kind: str) -> None:
+    """Step 1 ended in a traceback; of adapters of mlx-lm's it does, too."""
+    with pytest.raises(InputError, match=f"cannot have adapters .{kind}.: .* no attribute"):
+        AdapterConfig(kind).apply(tiny_model("gemma3n"))
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "mistral4"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_models_whose_classes_leave_their_base_out(name: str, kind: str, tmp_path: Path) -> None:
+    """They could not be frozen, nor be asked what of them is trained."""
+    student, teacher = tiny_model(name), tiny_model(name, seed=1)
+    AdapterConfig(kind).apply(student)
+    learn(tmp_path / "work", student, teacher)
+    assert not trained(teacher)
+
+
 def test_more_adapters_than_layers() -> None:
     with pytest.raises(InputError, match="lora_layers is 4, the student has 3"):
         AdapterConfig("lora", lora_layers=4).apply(tiny_model("llama"))

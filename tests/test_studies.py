@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from drafting import with_eos
+from tiny_models import tiny_model
 
 import mlx_distill
 from mlx_distill import Answer, InputError, benchmark
@@ -18,6 +19,7 @@ from mlx_distill.benchmarking.dispatch_study import of_cycle
 from mlx_distill.benchmarking.profile import profile, run_profile
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import Asked
+from mlx_distill.drafters.nothing import NoDrafter
 from mlx_distill.drafters.protocol import DraftPlan
 
 STARTS = ("Once upon a time", "Ben had a red kite that")
@@ -71,6 +73,14 @@ def test_batches_of_nothing(one_ends: tuple[Bench, list[Asked]]) -> None:
     bench, asked = one_ends
     with pytest.raises(InputError, match="every answer ended with its first token"):
         batches(bench, [asked[0].ids], [2], 1)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "mamba"])
+def test_mlx_lms_batches_that_are_none(bench: Bench, name: str) -> None:
+    """The first ended in a traceback of mlx-lm's, the second was compared with other texts."""
+    bench = replace(bench, model=tiny_model(name, vocab_size=4096), drafter=NoDrafter())
+    with pytest.raises(InputError, match="leave out --batch"):
+        batches(bench, [[1, 5, 6], [1, 7]], [2], 1)
 
 
 def test_an_answer_that_fails_is_no_fast_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

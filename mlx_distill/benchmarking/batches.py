@@ -19,6 +19,7 @@ from mlx_distill.benchmarking.figures import NOTHING_TIMED
 from mlx_distill.drafters.protocol import Drafter
 from mlx_distill.errors import InputError
 from mlx_distill.speculation.batch_generation import answer_steps
+from mlx_distill.target.batch.merged import takes_merged
 
 # Ours without a drafter.
 UNDRAFTED = "mlx_distill, no drafts"
@@ -42,8 +43,14 @@ def batches(
         turns: That count; one before them compiles what is compiled.
 
     Raises:
-        InputError: If every answer ended with its first token, or one could not be written.
+        InputError: If every answer ended with its first token, or one could not be written; or if
+            mlx-lm's batches of this model are none to compare with.
     """
+    if max(sizes) > 1 and not takes_merged(bench.model):
+        raise InputError(
+            "mlx-lm's batches, which ours are compared with, do not say of this model's texts "
+            "together what it says of each alone; leave out --batch"
+        )
     rows = []
     for size in tqdm(sizes, desc="batches", leave=False):
         speeds = dict[str, list[float]]()

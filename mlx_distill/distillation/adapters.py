@@ -10,10 +10,12 @@ from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from mlx_distill.compat import complete
 from mlx_distill.errors import InputError, one_line
 from mlx_distill.files import write_whole
 from mlx_distill.limits import Between, OneOf, check_fields
 from mlx_distill.target.layers import numbered_layers
+from mlx_distill.target.reading import vocab_width
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class AdapterConfig:
                 )
             return
         mx.random.seed(seed)
+        complete(student)
         student.freeze()
         try:
             linear_to_lora_layers(
                 student, self._count(student), self._shape(), use_dora=self.fine_tune == "dora"
             )
+            vocab_width(student)  # its code may look into a layer that is an adapter now
         except (ValueError, TypeError, AttributeError) as error:
             raise InputError(
                 f"a {type(student).__name__} cannot have adapters ({self.fine_tune}): "

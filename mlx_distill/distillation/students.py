@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill import machine
 from mlx_distill.arrays import num_values
-from mlx_distill.compat import model_classes
+from mlx_distill.compat import complete, model_classes
 from mlx_distill.distillation.adapters import has_adapters
 from mlx_distill.distillation.layer_kinds import (
     NEEDS_OTHERS,
@@ -73,9 +73,11 @@ def build(config: dict[str, Any]) -> nn.Module:
     """
     try:
         model_class, arguments = model_classes(config)
-        return model_class(arguments.from_dict(config))
+        model = model_class(arguments.from_dict(config))
     except Exception as error:  # the model's own code meets a configuration it did not expect
         raise InputError(f"the student's config cannot be used: {one_line(error)}") from None
+    complete(model)
+    return model
 
 
 def from_layers(

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 from mlx import nn
 
+from mlx_distill.compat import complete
 from mlx_distill.data.alignment import OtherReading, read_otherwise
 from mlx_distill.data.teacher_cache import TeacherCache
 from mlx_distill.data.texts import Text
@@ -117,6 +118,7 @@ class LiveTeacher:
         check_value("teacher_weights", weights, TeacherWeights)
         check_value("teacher_mean", mean, TeacherMean)
         for network in networks:
+            complete(network)
             network.freeze()
             network.eval()
         self.answers = [Answers(network, texts) for network in networks]

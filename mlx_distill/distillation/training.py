@@ -10,6 +10,7 @@ from mlx import nn
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
+from mlx_distill.compat import complete
 from mlx_distill.data.teacher_cache import texts_hash
 from mlx_distill.data.texts import Text
 from mlx_distill.distillation.adapters import has_adapters
@@ -224,6 +225,7 @@ def _check_student(student: Any) -> None:
     """Raise InputError if it is no network, or nothing of it can be trained."""
     if not isinstance(student, nn.Module):
         raise InputError(f"the student must be a network, as load returns, got {student!r:.40}")
+    complete(student)
     if not tree_flatten(student.trainable_parameters()):
         raise InputError("the student has nothing to train: all of its weights are frozen")
 

@@ -127,11 +127,15 @@ class ReplayedHead(nn.Module):
     def trainable_parameters(self) -> dict[str, object]:
         """Return the model's trainable parameters that its logits are made with."""
         flat = dict(tree_flatten(self._network.trainable_parameters()))
-        return tree_unflatten({name: flat[name] for name in flat if name in self._names})
+        named = {name: flat[name] for name in flat if name in self._names}
+        return tree_unflatten(named) if named else {}
 
-    def update(self, parameters: dict[str, object], strict: bool = True) -> nn.Module:
-        """Replace parameters of the model."""
-        self._network.update(parameters, strict=strict)
+    def update(
+        self, parameters: dict[str, object] | list[object], strict: bool = True
+    ) -> nn.Module:
+        """Replace parameters of the model; an empty tree is a list."""
+        if isinstance(parameters, dict):
+            self._network.update(parameters, strict=strict)
         return self
 
 
