@@ -244,6 +244,24 @@ def test_answers_left_out_are_counted_as_prompts_are(
         assert rows == {"rows": 8, "kept": 6, "dropped": left_out, "changed": {}}
 
 
+@pytest.mark.parametrize("name", ["gemma3n", "iquestloopcoder"])
+def test_layers_that_return_no_rows_are_seen_by_no_drafter(name: str) -> None:
+    """Nobody had asked for them, and all answers were written before they were refused."""
+    target = Target.of(tiny_model(name))
+    assert DrafterTraining().taps(target) == ()
+    with pytest.raises(InputError, match=r"layer 1 of a Model returns .* a drafter cannot see it"):
+        DrafterTraining(tap_layers=(1,)).taps(target)
+
+
+def test_layers_that_are_not_there_are_refused_before_anything_is_written(
+    pair: tuple[Any, Any], tmp_path: Path
+) -> None:
+    config = DrafterTraining(tap_layers=(99,), held_out=1)
+    with pytest.raises(InputError, match="there is no layer 99"):
+        mlx_distill.train_drafter(*pair, ["Once", "Ben"], tmp_path / "drafter", config=config)
+    assert not list(tmp_path.iterdir())
+
+
 def test_most_frequent_tokens_of_the_answers() -> None:
     texts = [Text.behind([9, 9, 9, 5, 5, 2], 3), Text.behind([9, 5, 7, 2], 1)]
     assert frequent_tokens(texts, 2, 10) == ([2, 5], pytest.approx(5 / 6))

@@ -15,6 +15,7 @@ from mlx_distill.errors import InputError
 from mlx_distill.limits import Between, Count, OneOf, Seed, check_fields
 from mlx_distill.machine import memory_bytes
 from mlx_distill.target.layers import numbered_layers
+from mlx_distill.target.taps import check_rows
 from mlx_distill.target.target import Target
 from mlx_distill.training.config import NEW, TrainingConfig
 
@@ -49,7 +50,8 @@ class DrafterTraining:
         head_from_target: Start the drafter's head from the target's own; a narrower one from what
             is nearest to that.
         tap_layers: Layers of the target that the drafter sees. Without it, three of them, at a
-            fifth, a half and three quarters of the depth; -1 alone for none.
+            fifth, a half and three quarters of the depth, where they return a row per token; -1
+            alone for none.
         context_blocks: Blocks of attention over what the target computed before, 0 to 2.
         context_window: How many tokens they see.
         unroll: Drafted tokens per start.
@@ -156,16 +158,23 @@ class DrafterTraining:
         return self.context_window if self.context_blocks else 0
 
     def taps(self, target: Target) -> tuple[int, ...]:
-        """Return the layers that the drafter sees."""
+        """Return the layers that the drafter sees.
+
+        Raises:
+            InputError: If those that were asked for are not there, or return no rows.
+        """
         if self.tap_layers == (NO_TAP,):
             return ()
         if self.tap_layers is not None:
+            check_rows(target.model, self.tap_layers, target.hidden_size)
             return self.tap_layers
         try:
             depth = len(numbered_layers(target.model))
-        except InputError:  # they have no numbers; nobody asked for any
+            layers = tuple(sorted({depth // 5, depth // 2, depth * 3 // 4}))
+            check_rows(target.model, layers, target.hidden_size)
+        except InputError:  # they have no numbers, or no rows; nobody asked for any
             return ()
-        return tuple(sorted({depth // 5, depth // 2, depth * 3 // 4}))
+        return layers
 
     def feature_bytes(self, needed: int) -> int:
         """Return the memory for what the target computes of the answers.

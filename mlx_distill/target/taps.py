@@ -15,6 +15,7 @@ from mlx import nn
 
 from mlx_distill.errors import InputError
 from mlx_distill.target.layers import numbered_layers
+from mlx_distill.target.reading import read_whole
 from mlx_distill.target.watching import Call, Heard, listening
 
 Layer = int | str
@@ -41,6 +42,22 @@ def find_layer(network: nn.Module, layer: Layer) -> nn.Module:
             f"{type(network).__name__} has no layer {layer}; it has {', '.join(names[:8])} ..."
         )
     return found
+
+
+def check_rows(network: nn.Module, layers: Sequence[Layer], width: int) -> None:
+    """Raise InputError unless layers return a row of some width per token; nothing is computed.
+
+    Some return several streams of them, as those of Gemma 3n; some are not called as modules.
+    """
+    with tapped(network, layers) as outputs:
+        read_whole(network, mx.array([[0, 0]]))
+    for layer in layers:
+        shape = outputs[layer].shape if layer in outputs else "nothing"
+        if shape != (1, 2, width):
+            raise InputError(
+                f"layer {layer} of a {type(network).__name__} returns {shape} for two tokens, "
+                f"which are no rows of {width} values; a drafter cannot see it"
+            )
 
 
 @contextmanager
