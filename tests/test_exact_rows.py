@@ -13,6 +13,7 @@ from tiny_models import tiny_model
 
 from mlx_distill import CacheConfig, batch_generate, stream_generate
 from mlx_distill.core.prefix_tree import PrefixTree
+from mlx_distill.core.sampling import Sampling, sample
 from mlx_distill.kernels.product_source import MOST_ROWS, Packed
 from mlx_distill.kernels.products import one_by_one
 from mlx_distill.target.exact import ExactTarget
@@ -111,6 +112,22 @@ def test_texts_in_reduced_precision_are_those_of_mlx_lm(
     found = list(stream_generate(model, tokenizer, PROMPT, draft_model=model, **options))
     assert [one.token for one in found] == expected
     assert found[-1].tokens_per_call > 1.3  # some of it was drafted
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_tokens_are_drawn_from_what_was_rounded_once(dtype: mx.Dtype, temperature: float) -> None:
+    """Twice, what mlx-lm tells apart may be equal, and another token the best."""
+    model = tiny_model("llama")
+    model.set_dtype(dtype)
+    sampling, noise = Sampling(temperature), None
+    logits = mx.random.normal((4000, 97), key=mx.random.key(1)).astype(dtype)
+    if temperature:
+        noise = mx.random.gumbel(logits.shape, key=mx.random.key(2))
+    found = sample(ExactTarget(model).as_drawn(logits), sampling, noise)
+    theirs = [row - mx.logsumexp(row, keepdims=True) for row in mx.split(logits, len(logits))]
+    expected = sample(mx.concatenate(theirs).astype(mx.float32), sampling, noise)
+    np.testing.assert_array_equal(found, expected)
 
 
 def _read(model: nn.Module) -> list[Any]:

@@ -85,10 +85,12 @@ class ExactTarget(Target):
     def as_drawn(self, logits: Float[mx.array, "N V"]) -> Float[mx.array, "N V"]:
         """Return the log-probabilities that mlx-lm's loop makes, in the model's precision.
 
-        Rounding may make two likely tokens equal there that were not as logits.
+        Rounding may make two likely tokens equal there that were not as logits. They are returned
+        as float32: what is half precision would be normalised, and so rounded, once more.
         """
         rows = [logits[row : row + 1] for row in range(logits.shape[0])]
-        return mx.concatenate([row - mx.logsumexp(row, keepdims=True) for row in rows])
+        found = mx.concatenate([row - mx.logsumexp(row, keepdims=True) for row in rows])
+        return found.astype(mx.float32)
 
     def _by_kernels(self) -> Sequence[Heard]:
         return self._rows
