@@ -236,6 +236,19 @@ def test_one_class_can_not_be_wrong() -> None:
     assert not gradient.any().item()
 
 
+def test_a_part_of_decoupled_kd_without_a_weight_is_left_out() -> None:
+    """Where the student bars the label, or another that the teacher allows, 0 times it was NaN."""
+    labels, teacher = mx.array([0]), mx.log(mx.array([[0.5, 0.3, 0.2]]))
+    loss = normalised(response.decoupled_kd)
+    barred = mx.array([[-mx.inf, 0.0, 0.0]])
+    among = loss(barred, teacher, labels, 0.0, 1.0).item()
+    expected = 0.6 * np.log(0.6 / 0.5) + 0.4 * np.log(0.4 / 0.5)
+    np.testing.assert_allclose(among, expected, rtol=1e-5)
+    barred = mx.array([[0.0, 0.0, -mx.inf]])
+    alone = loss(barred, teacher, labels, 1.0, 0.0).item()
+    np.testing.assert_allclose(alone, 0.0, atol=1e-6)
+
+
 def test_sparse_kl_of_all_tokens_is_the_whole_divergence() -> None:
     student = random(2, 3, 6, seed=7)
     known, ours = log_probs(LOGITS), log_probs(student)

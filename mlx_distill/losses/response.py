@@ -184,8 +184,13 @@ def decoupled_kd(
 
     teacher_binary, teacher_others = parts(mx.stop_gradient(teacher_log_probs))
     student_binary, student_others = parts(student_log_probs)
-    among = _weighted_difference(teacher_others, student_others)
-    return alpha * _kl(teacher_binary, student_binary) + beta * among
+    target = _weighted(alpha, _kl(teacher_binary, student_binary))
+    return target + _weighted(beta, _weighted_difference(teacher_others, student_others))
+
+
+def _weighted(weight: float, loss: mx.array) -> mx.array:
+    """Return a weight times a loss; a weight of 0 leaves it out, be it infinite."""
+    return weight * loss if weight else mx.zeros_like(loss)
 
 
 def sparse_kl(
