@@ -14,7 +14,8 @@ that a machine whose speed drifts does not decide. Nothing else should run meanw
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _write(files["report"], page([_earlier(name) for name in arguments.results]))
         return 0
     if arguments.loss_memory or arguments.samplers:
-        _write(files["output"], _without_models(arguments) | machine.provenance())
+        found, tell = _without_models(arguments)
+        _write(files["output"], found | machine.provenance())
+        tell()
         return 0
     bench, asked, report = _open(arguments, config, sampling)
     shape, timed = plan or DraftPlan(), [one.ids for one in asked[: config.timed_prompts]]
@@ -86,25 +89,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dispatches:
         pair = bench.model, bench.tokenizer, bench.drafter
         result |= study(*pair, timed[0], shape, others=arguments.model is None)
-        show_dispatches(result)
+        tell = partial(show_dispatches, result)
     elif arguments.batch:
         prompts = [one.ids for one in asked]
         result["batches"] = batches(bench, prompts, arguments.batch)
-        print("\n".join(batch_lines(result["batches"])))
+        tell = partial(print, "\n".join(batch_lines(result["batches"])))
     elif arguments.profile:
         runs = run_profile(bench, timed, shape)
         result |= profile(bench, timed, shape, runs)
-        show_profile(result)
+        tell = partial(show_profile, result)
         _write(files["trace"], trace(runs[0]))
     else:
         result |= run(bench, asked, plan, _studies(arguments)) | {"rows": report.to_dict()}
-        show(result)
+        tell = partial(show, result)
     _write(files["output"], result)
     if files["report"]:
         _write(files["report"], page([result]))
     if files["plot"]:
         title = f"{result['machine']['processor']}, temperature {sampling.temperature:g}"
         plot(result["sweep"], title, files["plot"])
+    tell()  # at last, for nobody may be reading it
     return 0
 
 
@@ -118,17 +122,16 @@ def _earlier(name: str) -> dict[str, Any]:
     return result
 
 
-def _without_models(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure and show what a large vocabulary costs, for which no model is needed."""
+def _without_models(arguments: argparse.Namespace) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Measure what a large vocabulary costs, for which no model is needed; return what shows it."""
     if arguments.samplers:
         num_rows, num_entries = arguments.samplers
         times = sampler_times(num_rows, num_entries)
-        show_samplers(num_rows, num_entries, times)
-        return {"rows": num_rows, "entries": num_entries, "samplers": times}
+        found = {"rows": num_rows, "entries": num_entries, "samplers": times}
+        return found, partial(show_samplers, num_rows, num_entries, times)
     num_tokens, num_entries = arguments.loss_memory
     found = loss_memory(num_tokens, num_entries)
-    print(loss_sentence(num_tokens, num_entries, found))
-    return found
+    return found, partial(print, loss_sentence(num_tokens, num_entries, found))
 
 
 def _studies(arguments: argparse.Namespace) -> Studies:

@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = quick_config(pair)
     calibration = calibrate(pair, config, progress=_bar)
     known = identity(pair)
-    show(calibration.costs)
-    show_kernels(calibration.kernels)
+    # What is shown comes last, for nobody may be reading it.
     if keep(known, calibration, drafter_hash(pair.drafter)):
         print(f"Kept in {file_of(known)}", file=sys.stderr)
     if output:
@@ -71,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_new(output, json.dumps(result, indent=1) + "\n")
     if picture:
         plot(calibration.costs, str(machine.description()["processor"]), picture)
+    show(calibration.costs)
+    show_kernels(calibration.kernels)
     return 0
 
 

@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     loaded = sources.load(cli.code_options(arguments.trust_remote_code))
     figures = measure(loaded, arguments.data, config, sources.teacher, questions, asking, reading)
     result = {"models": figures, "config": cli.settings(arguments), **machine.provenance()}
-    show(result)
-    if output:
+    if output:  # first, for nobody may be reading what is shown
         write_new(output, json.dumps(plain(result), indent=1) + "\n")
+    show(result)
     if arguments.json:
         print(json.dumps(plain(result)))
     return 0
@@ -98,9 +98,9 @@ def _judge_drafter(arguments: argparse.Namespace) -> int:
     material = Material.read(arguments.data, pair, arguments.max_texts, **options)
     found = judge_drafter(pair, material, config, quiet=False)
     result = {**found, "config": cli.settings(arguments), **machine.provenance()}
-    show_drafter(found)
     if output:
         write_new(output, json.dumps(result, indent=1) + "\n")
+    show_drafter(found)
     if arguments.json:
         print(json.dumps(result))
     return 0

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 from mlx import nn
-from rich.console import Console
 
 from mlx_distill import cli, drafting, flags, machine
 from mlx_distill.benchmarking.comparison import Comparison, compare, plain
 from mlx_distill.calibration.pair import Pair
 from mlx_distill.config import add_flags, from_flags
+from mlx_distill.console import Console
 from mlx_distill.core.sampling import Sampling
 from mlx_distill.data.prompts import encode_prompt, encode_suffix
 from mlx_distill.drafters.auto import AutoDrafter

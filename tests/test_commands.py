@@ -20,6 +20,7 @@ from mlx_distill import (
     cli,
     train_drafter,
 )
+from mlx_distill.checkpoint import bundled
 
 pytestmark = pytest.mark.usefixtures("bundled_once")
 
@@ -159,6 +160,38 @@ def test_output_that_nobody_reads() -> None:
     os.close(write)
     assert run.returncode == 0
     assert "BrokenPipe" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "--drafter", str(bundled("stories-14m-redrafter")), "--data", "{data}"],
+        ["evaluate", "--teacher", str(bundled("stories-4m")), "--data", "{data}"],
+        ["benchmark", "--samplers", "2", "512"],
+        ["benchmark", "--loss-memory", "16", "512"],
+        ["benchmark", "--num-prompts", "1", "--max-tokens", "4", "--no-calibrate"],
+    ],
+)
+def test_what_was_measured_is_kept_where_nobody_reads_it(
+    tmp_path: Path, command: list[str]
+) -> None:
+    """It was shown first; behind ``| head`` it ended with status 1, and the file was not there."""
+    data, output = tmp_path / "texts.jsonl", tmp_path / "result.json"
+    data.write_text('{"text": "Once upon a time there was a little dog who liked to run."}\n')
+    read, write = os.pipe()
+    os.close(read)
+    words = [word.format(data=data) for word in command]
+    run = subprocess.run(
+        [sys.executable, "-m", "mlx_distill.cli", *words, "--output", str(output)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+    )
+    os.close(write)
+    assert run.returncode == 0, run.stderr
+    assert "Traceback" not in run.stderr
+    assert json.loads(output.read_text())
 
 
 def test_example_runs(

@@ -19,8 +19,8 @@ LAYERS = {
     "models": "target drafters checkpoint model_folder hashes",
     "data": "data",
     "arrays": "core losses kernels",
-    "ground": "errors interrupts regular limits locks parsing safetensors names arrays files "
-    "machine blas user_cache config compat untyped",
+    "ground": "errors interrupts regular limits locks parsing safetensors names console arrays "
+    "files machine blas user_cache config compat untyped",
 }
 LEVELS = {name: level for level, names in enumerate(LAYERS.values()) for name in names.split()}
 

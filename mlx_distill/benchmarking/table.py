@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from mlx_distill.console import Console
 
 
 def show(result: dict[str, Any]) -> None:

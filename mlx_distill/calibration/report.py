@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from mlx_distill.console import Console
 from mlx_distill.kernels.probe import Verdict
 from mlx_distill.names import for_plot
 from mlx_distill.speculation.costs import Costs

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mlx_distill.console import Console
 from mlx_distill.evaluation.drafts import ALL
 
 FAITHFUL = 0.98  # of the target's greedy answers, the tokens that are its best ones

@@ -4,9 +4,10 @@ import math
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from mlx_distill.console import Console
 
 FIGURES = {
     "perplexity": ("perplexity", ".3f"),
