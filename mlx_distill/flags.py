@@ -147,10 +147,13 @@ def saved_prompt(arguments: argparse.Namespace) -> SavedPrompt | None:
             f"{path} is quantised to {packed[0].bits} bits in groups of {packed[0].group_size}; "
             "leave --kv-bits out"
         )
-    config = parse_json(said.get("tokenizer_config") or "{}")
+    try:
+        config = parse_json(said.get("tokenizer_config", "{}"))
+    except InputError as error:
+        raise InputError(f"{path}: its tokenizer_config is damaged: {error}") from None
+    end = config.get("eos_token") if isinstance(config, dict) else None
     # Whether code of others is run is the command's to say.
-    known = {"eos_token": config["eos_token"]} if "eos_token" in config else {}
-    return SavedPrompt(caches, known)
+    return SavedPrompt(caches, {"eos_token": end} if isinstance(end, str) else {})
 
 
 def add_ends(tokenizer: Any, tokens: Sequence[str]) -> None:

@@ -285,7 +285,19 @@ def test_a_saved_prompt_that_cannot_be_used_is_refused(
         assert error.count("\n") == 1
 
 
-def save_prompt(folder: Path, file: Path, bits: int | None) -> Path:
+@pytest.mark.parametrize(("config", "status"), [("5", 0), ('{"eos_token": 5}', 0), ("{", 2)])
+def test_what_a_saved_prompt_says_of_its_tokenizer(
+    chat_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, status: int
+) -> None:
+    file = save_prompt(chat_model, tmp_path / "cache.safetensors", None, config)
+    flags = ["--prompt-cache-file", str(file), "--prompt", "Why?", "--max-tokens", "2"]
+    assert generate.main([*flags, "--no-drafter"]) == status
+    assert ("tokenizer_config is damaged" in capsys.readouterr().err) == (status == 2)
+
+
+def save_prompt(
+    folder: Path, file: Path, bits: int | None, config: str = '{"trust_remote_code": true}'
+) -> Path:
     """Write what mlx_lm.cache_prompt writes of a user's turn that is not over."""
     model, tokenizer = mlx_distill.load(folder)
     chat = [{"role": "user", "content": "Once upon a time there was a dog."}]
@@ -296,7 +308,7 @@ def save_prompt(folder: Path, file: Path, bits: int | None) -> Path:
     model(mx.array([prompt]), cache=cache)
     if bits:
         cache = [layer.to_quantized(group_size=32, bits=bits) for layer in cache]
-    about = {"model": str(folder), "tokenizer_config": json.dumps({"trust_remote_code": True})}
+    about = {"model": str(folder), "tokenizer_config": config}
     save_prompt_cache(str(file), cache, about)
     return file
 
