@@ -1,4 +1,4 @@
-"""Flags of the command that writes text: many prompts, and what is told of one."""
+"""Flags of the command that writes text: many prompts, one saved before, what is told of one."""
 
 import argparse
 from collections.abc import Sequence
